@@ -24,11 +24,11 @@ def unscale_on_all_ranks(scaler: Any) -> None:
         optimizer: Any, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> dict[torch.device, Tensor]:
         local = SimpleNamespace(param_groups=[{"params": list(_params_with_grad(optimizer))}])
-        found = unscale_local(scaler, local, inv_scale, found_inf, allow_fp16)
-        found = found or {found_inf.device: found_inf}  # a rank may have no gradient
-        for flag in found.values():
+        flags = unscale_local(scaler, local, inv_scale, found_inf, allow_fp16)
+        flags = flags or {found_inf.device: found_inf}  # a rank may have no gradient
+        for flag in flags.values():
             dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return found
+        return flags
 
     vars(scaler)["_unscale_grads_"] = unscale_grads
 

@@ -319,7 +319,7 @@ REFUSED = {
     ),
     "no blocks to recompute": (
         (Bare, MeshStrategy(activation_checkpointing="full"), 2),
-        "recompute=full: Bare has no blocks",
+        "activation_checkpointing=full: Bare has no blocks",
     ),
     "an unknown style": (
         (Net, "tp", 2, (), {"num_heads": 2, "plan": {"blocks.*.mlp.up": "col"}}),
