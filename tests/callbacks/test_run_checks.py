@@ -308,7 +308,7 @@ class Odd(NetInInit):
 @pytest.mark.parametrize("value", [Kind.A, partial(max, 1), {"a": [nn.ReLU]}])
 def test_hyperparameters_that_cannot_be_saved_are_refused_at_the_start(value) -> None:
     trainer = Trainer(**QUIET | {"enable_checkpointing": True}, max_steps=2)
-    with pytest.raises(ValueError, match=r"Odd: hyperparameter odd.*ignore=\['odd'\]"):
+    with pytest.raises(ValueError, match=r"Odd: hyperparameter value.*ignore=\['value'\]"):
         trainer.fit(Odd(value))
     assert trainer.global_step == 0
 
@@ -370,8 +370,13 @@ def test_harmless_ones_are_saved_as_plain_values() -> None:
     trainer = Trainer(**QUIET | {"enable_checkpointing": True}, max_steps=2)
     trainer.fit(Odd(given))
     saved = torch.load(trainer.checkpoint_callback.last_model_path, weights_only=True)
-    assert saved["hyper_parameters"]["odd"] == {"path": (1, "x"), "n": 3.0, "two": 2, "o": {"a": 1}}
-    assert type(saved["hyper_parameters"]["odd"]["two"]) is int
+    assert saved["hyper_parameters"]["value"] == {
+        "path": (1, "x"),
+        "n": 3.0,
+        "two": 2,
+        "o": {"a": 1},
+    }
+    assert type(saved["hyper_parameters"]["value"]["two"]) is int
 
 
 @pytest.mark.parametrize("kind", [Trainer, L.Trainer])
