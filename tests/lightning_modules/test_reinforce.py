@@ -519,11 +519,11 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     ),
     "NaN": (
         lambda b: policy(b, reward_of(0.5, math.nan)),
-        r"the reward mine is nan for sample 1 \('.*'\); return a number, or None",
+        r"the reward reward_fn is nan for sample 1 \('.*'\); return a number, or None",
     ),
     "infinite": (
         lambda b: policy(b, reward_of(math.inf)),
-        r"the reward mine is inf for sample 0 \('.*'\); return a number, or None",
+        r"the reward reward_fn is inf for sample 0 \('.*'\); return a number, or None",
     ),
     "too few": (
         lambda b: policy(b, RewardFunction(lambda texts: [1.0, 2.0], name="two")),
@@ -531,7 +531,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     ),
     "all None": (
         lambda b: policy(b, reward_of(None)),
-        r"the reward mine is None for all 8 samples.*; score some of them",
+        r"the reward reward_fn is None for all 8 samples.*; score some of them",
     ),
     "no such column": (
         lambda b: policy(b, RewardFunction(lambda texts, answer: [], name="f")),
@@ -716,7 +716,7 @@ def fails_on_the_second_rank(base: str) -> None:
 def test_a_reward_that_fails_on_one_rank_ends_all(ranks, base) -> None:
     with pytest.raises(AssertionError) as error:
         ranks(fails_on_the_second_rank, 2, base)
-    assert "RewardError: the reward mine failed on sample 4 (" in str(error.value)
+    assert "RewardError: the reward reward_fn failed on sample 4 (" in str(error.value)
     assert "RewardError: a reward failed on another rank" in str(error.value)
     assert "hung" not in str(error.value)
 
