@@ -320,8 +320,10 @@ def observed(names: tuple[str, ...], folder: Path) -> Iterator[dict[str, torch.T
             hook.remove()
     assert first or not said.getvalue(), "only the first rank prints"
     found = {f"/written/{p.relative_to(folder)}" for p in folder.rglob("*.*") if p.stat().st_size}
-    words = set(re.findall("[A-Za-z/]{2,}", said.getvalue())) - {"process", "rank", "shards"}
-    found |= {f"/said/{word}" for word in words}  # a memory table names the strategy's parts
+    words = set(re.findall("[A-Za-z/]{2,}", said.getvalue()))
+    words -= {"process", "rank", "shards"}  # a memory table names the strategy's parts
+    words -= {"out", "proj"}  # the layers with the largest errors are those of a stage
+    found |= {f"/said/{word}" for word in words}
     found |= {"/computed/again"} if again else set()
     found |= {"/compiled"} if torch._dynamo.utils.counters["stats"]["unique_graphs"] else set()
     seen |= dict.fromkeys(found if first else (), torch.ones(()))
