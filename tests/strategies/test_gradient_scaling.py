@@ -70,7 +70,7 @@ def trained_on_layouts(options):
 def test_steps_and_skipped_steps_equal_one_process(ranks, options):
     weights, scales = trained(**options)
     assert scales == [256.0, 128.0, 128.0, 64.0, 64.0, 64.0]
-    for found in ranks(trained_on_layouts, 2, options):
+    for found in ranks(trained_on_layouts, 2, options, timeout=300):
         for name in LAYOUTS:
             assert found[name][1] == scales, name
             assert furthest(found[name][0], weights) < 1e-6, name
