@@ -160,7 +160,7 @@ def compare_ranks_and_accumulation(
     if (ranks, accumulate) == (trainer.world_size, trainer.accumulate_grad_batches):
         return
     order = (
-        "the order of the data continues, and what is drawn on each rank is another"
+        "the order of the data continues, and each rank draws other random numbers"
         if has_resumable_order
         else "in this epoch some samples may come twice, or not at all"
     )

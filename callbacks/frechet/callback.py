@@ -145,7 +145,7 @@ class FrechetDistance(L.Callback):
                 rank_zero_warn(
                     f"{self._weights_file} is not the published InceptionV3 (SHA-256 "
                     f"{self._weights_sha256[:8]}, "
-                    f"not {WEIGHTS_SHA256[:8]}): distances in it can be compared with nobody's"
+                    f"not {WEIGHTS_SHA256[:8]}): published distances use other features"
                 )
         else:
             self._weights_sha256 = fingerprint_tensors(*self.extractor.state_dict().values())

@@ -226,7 +226,7 @@ def _check_no_frozen_copies(module: nn.Module, names: list[str]) -> None:
         if hit:
             raise UsageError(
                 f"Quantization: {copy} is a frozen copy of {original}; code that pairs their "
-                "parameters (a momentum teacher) would meet bits in the place of weights; type "
+                "parameters (a momentum teacher) would read quantized bits as weights; type "
                 f"--trainer.callbacks.exclude=[{','.join(f'{name}*' for name in hit)}], or for a "
                 "fixed reference --trainer.callbacks.allow_frozen_copies=true"
             )
