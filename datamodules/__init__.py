@@ -1,7 +1,8 @@
 from .images import ImageDataModule
 from .instruction import InstructionDataModule
-from .loaders import DataParallelInfo, EpochSampler, EvalLoader, ResumableLoader, seeded_generator
+from .loaders import DataParallelInfo, EvalLoader, ResumableLoader
 from .prompts import PromptBatch, PromptDataModule
+from .samplers import EpochSampler, seeded_generator
 from .spam import SpamDataModule
 from .text import TextDataModule
 from .tokenizers import (

@@ -25,15 +25,8 @@ from .idx import find_idx_files, read_idx_files
 from .image_folders import ColorMode, read_image_folder, read_images
 from .image_formats import IMAGE_DATASETS, read_digits, read_named_dataset
 from .image_set import ImageSet, describe_classes, parse_class_indices
-from .loaders import (
-    DataParallelInfo,
-    EpochSampler,
-    EvalLoader,
-    ResumableLoader,
-    check_positive,
-    resolve_seed,
-    seeded_generator,
-)
+from .loaders import DataParallelInfo, EvalLoader, ResumableLoader, check_positive
+from .samplers import EpochSampler, resolve_seed, seeded_generator
 
 NAMED_DATASETS = ("digits", *IMAGE_DATASETS)
 # Mirrored digits are not valid digits, and Fashion-MNIST's shoes all point the same way.

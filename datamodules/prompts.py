@@ -18,14 +18,8 @@ from ravine.errors import UsageError
 from .corpus import list_files, read_text
 from .downloads import TextName, download_if_missing, log_once, resolve_source, text_source
 from .json_rows import check_text_characters, compute_files_sha256, holds_json_rows, read_json_rows
-from .loaders import (
-    DataParallelInfo,
-    EpochSampler,
-    EvalLoader,
-    ResumableLoader,
-    check_positive,
-    resolve_seed,
-)
+from .loaders import DataParallelInfo, EvalLoader, ResumableLoader, check_positive
+from .samplers import EpochSampler, IndexedSampler, resolve_seed
 from .text import python_docs_text
 
 
@@ -35,20 +29,6 @@ class PromptBatch(NamedTuple):
     texts: list[str]
     sample_ids: list[tuple[int, int]]  # (epoch, sample) per prompt; (-1, sample) in evaluation
     columns: dict[str, list[Any]]  # the other fields of the rows
-
-
-class IndexedSampler:
-    """Wraps an EpochSampler and adds the position of each item: int64 (epoch, sample, item)."""
-
-    def __init__(self, sampler: EpochSampler) -> None:
-        """Store the wrapped sampler."""
-        self.sampler = sampler
-
-    def __call__(self, epoch: int, first: int, last: int) -> Tensor:
-        """Return samples first..last-1 as int64 of shape (last - first, 3)."""
-        items = self.sampler(epoch, first, last).cpu()
-        sample_indices = torch.arange(first, last)
-        return torch.stack((torch.full_like(sample_indices, epoch), sample_indices, items), 1)
 
 
 class PromptDataModule(L.LightningDataModule):

@@ -30,15 +30,8 @@ from .corpus import (
     read_text,
 )
 from .downloads import TextName, download_if_missing, log_once, resolve_source, text_source
-from .loaders import (
-    DataParallelInfo,
-    EpochSampler,
-    EvalLoader,
-    ResumableLoader,
-    StridedWindowSampler,
-    check_positive,
-    resolve_seed,
-)
+from .loaders import DataParallelInfo, EvalLoader, ResumableLoader, check_positive
+from .samplers import EpochSampler, StridedWindowSampler, resolve_seed
 from .token_cache import TokenType, has_nanogpt_bins
 from .tokenizers import NumberTokenizer, SpecialTokenMode, Tokenizer
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ravine.datamodules.image_set import check_labels, describe_classes
 from ravine.datamodules.images import to_float, to_uint8
-from ravine.datamodules.loaders import DataParallelInfo, resolve_seed
+from ravine.datamodules.loaders import DataParallelInfo
+from ravine.datamodules.samplers import resolve_seed
 from ravine.errors import UsageError
 from ravine.lightning_compat import attached_trainer, should_update_logs
 

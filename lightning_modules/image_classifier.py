@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ravine.datamodules.image_set import describe_classes
 from ravine.datamodules.images import to_float
-from ravine.datamodules.loaders import resolve_seed, seeded_generator
+from ravine.datamodules.samplers import resolve_seed, seeded_generator
 from ravine.errors import UsageError
 
 from .task_module import TaskModule

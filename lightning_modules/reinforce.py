@@ -17,8 +17,9 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from ravine.datamodules.loaders import DataParallelInfo, resolve_seed
+from ravine.datamodules.loaders import DataParallelInfo
 from ravine.datamodules.prompts import PromptBatch
+from ravine.datamodules.samplers import resolve_seed
 from ravine.datamodules.tokenizers import Tokenizer, tokenizer_from_state_dict
 from ravine.errors import UsageError, UsageTypeError
 

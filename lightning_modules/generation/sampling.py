@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ravine.datamodules.loaders import seeded_generator
+from ravine.datamodules.samplers import seeded_generator
 from ravine.errors import UsageError
 
 

@@ -29,7 +29,8 @@ from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
 from ravine.callbacks import EMA, Checkpoint, ExactResume, LRSchedule, OptimizerPlan, ParamRule
 from ravine.cli.trainer import Trainer
-from ravine.datamodules.loaders import DataParallelInfo, EpochSampler, EvalLoader, ResumableLoader
+from ravine.datamodules.loaders import DataParallelInfo, EvalLoader, ResumableLoader
+from ravine.datamodules.samplers import EpochSampler
 from ravine.lightning_modules.task_module import TaskModule
 
 PAGE = Path(__file__).parents[2] / "docs" / "lightning_callbacks.md"

@@ -25,7 +25,8 @@ from ravine.callbacks import (
 from ravine.callbacks.checks.run_checks import RunChecks, get_first_batch
 from ravine.cli.trainer import Trainer
 from ravine.datamodules import TextDataModule
-from ravine.datamodules.loaders import EpochSampler, ResumableLoader
+from ravine.datamodules.loaders import ResumableLoader
+from ravine.datamodules.samplers import EpochSampler
 from ravine.lightning_modules import Diffusion, LanguageModel
 
 QUIET = {

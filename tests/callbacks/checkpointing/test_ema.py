@@ -9,7 +9,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from ravine.callbacks import EMA, ExactResume, OptimizerPlan
-from ravine.datamodules.loaders import DataParallelInfo, EpochSampler, ResumableLoader
+from ravine.datamodules.loaders import DataParallelInfo, ResumableLoader
+from ravine.datamodules.samplers import EpochSampler
 from ravine.strategies import MeshStrategy
 
 QUIET = {

@@ -44,7 +44,8 @@ from ravine.callbacks.checkpointing.exact_resume import (
 )
 from ravine.callbacks.checkpointing.run_comparison import compare_ranks_and_accumulation
 from ravine.callbacks.stability.gradient_clipping import to_local
-from ravine.datamodules.loaders import DataParallelInfo, EpochSampler, EvalLoader, ResumableLoader
+from ravine.datamodules.loaders import DataParallelInfo, EvalLoader, ResumableLoader
+from ravine.datamodules.samplers import EpochSampler
 
 CUTS = 40
 STEPS, EPOCH, EVERY, BATCH = 46, 24, 6, 4  # optimizer steps; an epoch ends with a validation

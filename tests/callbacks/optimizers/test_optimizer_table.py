@@ -31,7 +31,8 @@ from ravine.callbacks import (
 )
 from ravine.callbacks.optimizers.composite import CompositeOptimizer
 from ravine.callbacks.optimizers.elementwise import ElementwiseOptimizer
-from ravine.datamodules.loaders import DataParallelInfo, EpochSampler, ResumableLoader
+from ravine.datamodules.loaders import DataParallelInfo, ResumableLoader
+from ravine.datamodules.samplers import EpochSampler
 from ravine.strategies import MeshStrategy
 
 

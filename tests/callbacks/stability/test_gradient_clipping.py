@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from ravine.callbacks import GradientClipping, OptimizerPlan
 from ravine.callbacks.stability.gradient_clipping import clip_by_norm, clip_by_value, global_norm
 from ravine.callbacks.stability.nan_guard import NonFiniteError
-from ravine.datamodules.loaders import DataParallelInfo, EpochSampler, ResumableLoader
+from ravine.datamodules.loaders import DataParallelInfo, ResumableLoader
+from ravine.datamodules.samplers import EpochSampler
 from ravine.lightning_modules import LanguageModel
 from ravine.strategies import MeshStrategy
 from ravine.strategies.shards import to_local

@@ -11,13 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ravine.datamodules.loaders import (
-    DataParallelInfo,
-    EpochSampler,
-    EvalLoader,
-    ResumableLoader,
-    seeded_generator,
-)
+from ravine.datamodules.loaders import DataParallelInfo, EvalLoader, ResumableLoader
+from ravine.datamodules.samplers import EpochSampler
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (3, 4)]  # ranks, accumulation
 
@@ -50,17 +45,6 @@ def stream(loaders: list[ResumableLoader], first: int = 0, steps: int | None = N
     return seen
 
 
-def test_a_generator_depends_on_seed_and_key_alone() -> None:
-    def draw(seed: int, *key: int | str) -> int:
-        return int(torch.randint(10**6, (1,), generator=seeded_generator(seed, *key)))
-
-    assert draw(1, "noise", 2) == 551_552  # in every process, on every machine
-    torch.manual_seed(99)
-    assert draw(1, "noise", 2) == 551_552
-    different = {draw(s, w, i) for s in range(5) for w in ("a", "b") for i in range(5)}
-    assert len(different) == 50
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_global_batches_are_the_same_on_any_layout(layout: tuple[int, int]) -> None:
     assert stream(world(*layout)) == stream([loader()])
@@ -70,21 +54,6 @@ def test_a_step_of_any_batch_size_takes_the_next_samples() -> None:
     order = EpochSampler(7, 100, replacement=True)
     by_three = ResumableLoader(order, lambda i: i.tolist(), 60, 3)
     assert list(itertools.chain(*by_three)) == list(itertools.chain(*loader()))
-
-
-def test_an_epoch_without_replacement_holds_every_item_once() -> None:
-    order = EpochSampler(0, 50)
-    first, second = order(0, 0, 50), order(1, 0, 50)
-    assert sorted(first.tolist()) == list(range(50)) == sorted(second.tolist())
-    assert first.tolist() != second.tolist()
-    assert torch.equal(order(0, 0, 50), first)  # and nothing remembers what was asked before
-
-
-def test_slices_of_an_order_meet_across_blocks() -> None:
-    order = EpochSampler(3, 10, replacement=True)
-    whole = order(0, 4000, 9000)
-    assert torch.equal(torch.cat([order(0, i, i + 500) for i in range(4000, 9000, 500)]), whole)
-    assert not torch.equal(order(0, 0, 900), order(0, 4096, 4996))  # no block is another's
 
 
 @pytest.mark.parametrize("before", LAYOUTS[:5])
