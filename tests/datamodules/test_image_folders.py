@@ -379,7 +379,7 @@ def test_a_changed_set_is_refused_by_its_name_and_read_as_the_refusal_says(tmp_p
 @pytest.mark.skipif(not os.environ.get("DATA_ROOT"), reason="MNIST is not on this machine")
 def test_the_true_mnist_is_found_unzipped_and_in_torchvisions_folders(tmp_path: Path) -> None:
     from ravine.datamodules.downloads import find_local
-    from ravine.datamodules.image_formats import IMAGE_DATASETS
+    from ravine.datamodules.image_datasets import IMAGE_DATASETS
 
     (tmp_path / "a/MNIST/raw").mkdir(parents=True)
     (tmp_path / "b/mnist").mkdir(parents=True)

@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from ravine.datamodules import ImageDataModule, image_formats
+from ravine.datamodules import ImageDataModule, image_datasets
 from ravine.datamodules.downloads import DatasetNotFound, compute_checksum, find_local
 from ravine.datamodules.idx import read_idx
+from ravine.datamodules.image_datasets import ImageSet, read_cifar, read_named_dataset
 from ravine.datamodules.image_folders import read_image_folder
-from ravine.datamodules.image_formats import ImageSet, read_cifar, read_named_dataset
 from ravine.datamodules.images import stratified_split, to_float, to_uint8
 
 
@@ -82,7 +82,7 @@ def test_the_parts_are_disjoint_whole_and_the_same_for_every_seed() -> None:
     assert rows["test"] / 1797 == pytest.approx(0.2, abs=0.003)
     seen = torch.cat([one.get_split(part)[0].flatten(1) for part in rows])  # (n 64)
     assert len(seen.unique(dim=0)) == len(
-        image_formats.read_digits().images.flatten(1).unique(dim=0)
+        image_datasets.read_digits().images.flatten(1).unique(dim=0)
     )
 
 
@@ -108,7 +108,7 @@ def test_mnist_is_read_from_its_four_files_in_any_gzip(tmp_path: Path) -> None:
 
 
 def test_a_gzipped_set_is_known_by_what_is_inside(tmp_path: Path) -> None:
-    source, path = image_formats.IMAGE_DATASETS["mnist"][1], tmp_path / "labels.gz"
+    source, path = image_datasets.IMAGE_DATASETS["mnist"][1], tmp_path / "labels.gz"
     path.write_bytes(gzip.compress(b"other labels", 1))
     one = compute_checksum(path, source)
     path.write_bytes(gzip.compress(b"other labels", 9, mtime=1))
@@ -309,7 +309,7 @@ def test_parts_of_each_class_are_as_large_as_asked() -> None:
 
 
 def test_the_checksums_known_are_of_different_files() -> None:
-    known = [source for some in image_formats.IMAGE_DATASETS.values() for source in some]
+    known = [source for some in image_datasets.IMAGE_DATASETS.values() for source in some]
     assert len({source.sha256 for source in known}) == len(known) == 9
     assert all(len(bytes.fromhex(source.sha256)) == 32 for source in known)
 
