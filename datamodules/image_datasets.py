@@ -14,7 +14,7 @@ from torch import Tensor
 from ravine.errors import UsageError
 
 from .downloads import RemoteFile
-from .idx import read_idx
+from .image_formats import read_idx
 from .image_set import ImageSet, check_labels
 
 __all__ = ["ImageSet", "check_labels", "read_cifar", "read_digits", "read_named_dataset"]

@@ -13,9 +13,9 @@ from PIL import Image
 
 from ravine.datamodules import ImageDataModule, image_datasets
 from ravine.datamodules.downloads import DatasetNotFound, compute_checksum, find_local
-from ravine.datamodules.idx import read_idx
 from ravine.datamodules.image_datasets import ImageSet, read_cifar, read_named_dataset
 from ravine.datamodules.image_folders import read_image_folder
+from ravine.datamodules.image_formats import read_idx
 from ravine.datamodules.images import stratified_split, to_float, to_uint8
 
 
