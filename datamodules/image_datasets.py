@@ -3,21 +3,14 @@
 Axes: n images, c channels, y rows, x columns.
 """
 
-import io
-import tarfile
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
-
-from ravine.errors import UsageError
 
 from .downloads import RemoteFile
-from .image_formats import read_idx
-from .image_set import ImageSet, check_labels
-
-__all__ = ["ImageSet", "check_labels", "read_cifar", "read_digits", "read_named_dataset"]
+from .image_formats import read_cifar_archive, read_idx
+from .image_set import ImageSet
 
 image_dataset_file = partial(RemoteFile, custom_data_flag="source=FOLDER", fallback_source="digits")
 
@@ -85,18 +78,6 @@ CLASS_NAMES = {
 }  # fmt: skip
 
 
-def read_cifar(content: bytes, name: str) -> tuple[Tensor, Tensor]:
-    """Parse CIFAR-10's binary records of 3,073 bytes: images (n 3 32 32) and labels (n)."""
-    record = 1 + 3 * 32 * 32  # one label, then three color planes
-    if not content or len(content) % record:
-        raise UsageError(
-            f"{name} has {len(content):,} bytes, no whole number of records of {record}; fetch "
-            "the file again"
-        )
-    rows = torch.frombuffer(bytearray(content), dtype=torch.uint8).reshape(-1, record)
-    return rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0].long()
-
-
 def read_digits() -> ImageSet:
     """Return scikit-learn's 1,797 digits of 8x8 pixels, scaled from 0..16 to 0..255."""
     from sklearn.datasets import load_digits
@@ -109,7 +90,7 @@ def read_digits() -> ImageSet:
 def read_named_dataset(name: str, paths: list[Path]) -> tuple[ImageSet, ImageSet]:
     """Read the training and test splits of MNIST, Fashion-MNIST or CIFAR-10 from their files."""
     if name == "cifar10":
-        arrays_by_split = _read_cifar_splits(paths[0])
+        arrays_by_split = read_cifar_archive(paths[0])
     else:
         arrays = [read_idx(path, rank) for path, rank in zip(paths, (3, 1, 3, 1), strict=True)]
         arrays_by_split = [(arrays[i][:, None], arrays[i + 1].long()) for i in (0, 2)]  # (n 1 y x)
@@ -118,15 +99,3 @@ def read_named_dataset(name: str, paths: list[Path]) -> tuple[ImageSet, ImageSet
         for split_arrays, split in zip(arrays_by_split, ("train", "test"), strict=True)
     )
     return train, test
-
-
-def _read_cifar_splits(path: Path) -> list[tuple[Tensor, Tensor]]:
-    with tarfile.open(path, "r:gz") as archive:  # read in memory, without extracting to disk
-        members = {Path(m.name).name: m for m in archive if m.isfile()}
-        file_names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
-        if missing := [name for name in file_names if name not in members]:
-            raise UsageError(f"{path} lacks {', '.join(missing)}; fetch the binary form again")
-        batches = [read_cifar((archive.extractfile(members[n]) or io.BytesIO()).read(), n)
-                for n in file_names]  # fmt: skip
-    images, labels = zip(*batches[:5], strict=True)
-    return [(torch.cat(images), torch.cat(labels)), batches[5]]

@@ -1,47 +1,50 @@
-"""Image folder dataset as one uint8 tensor: FOLDER/<class>/**, or FOLDER/* without classes.
+"""Image folder dataset as one uint8 tensor: FOLDER/<class>/**, FOLDER/* without classes, or idx.
 
     FOLDER/cat/1.png  FOLDER/dog/more/2.jpg          classes cat and dog
     FOLDER/train/cat/1.png  FOLDER/test/cat/2.png    the same, split by the user
     FOLDER/1.png  FOLDER/2.webp                      one class: for models without labels
+    FOLDER/train-images-idx3-ubyte.gz  FOLDER/train-labels-idx1-ubyte.gz    t10k- or test-: test
+    FOLDER/emnist-letters-train-images-idx3-ubyte    several idx datasets in one folder
 
 Class names that contain numbers are sorted by the numbers: 2 before 10. Every file below FOLDER is
-read, or counted and reported.
+read, or counted and reported. Idx files (KMNIST, EMNIST, or your own) have their published names,
+gzipped or not.
 
 Axes: n images, c channels, y rows, x columns.
 """
 
-import math
 import os
 import re
-import warnings
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy
 import torch
-from torch import Tensor
 
 from ravine.errors import MissingFileError, UsageError
 
-from .image_set import MAX_BYTES, ImageSet
+from .image_formats import (
+    IMAGE_SUFFIXES,
+    ColorMode,
+    ImageReader,
+    ImageSize,
+    printable,
+    read_idx,
+    read_idx_images,
+)
+from .image_set import ImageSet
 
-IMAGE_SUFFIXES = {
-    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".webp", ".bmp", ".tif", ".tiff"
-}  # fmt: skip
-# Pillow detects the format by content. Some of its other formats start programs (EPS: gs).
-PILLOW_FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")
-MAX_PIXELS = 25_000_000  # per image: decoding and conversion take up to 13 bytes a pixel
 MAX_SKIPPED_FILES = 100_000  # with more files that are not images, the path is assumed to be wrong
 SPLIT_ALIASES = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
     "test": "test", "testing": "test",
 }  # fmt: skip
-MODE_CHANNELS = {"L": 1, "RGB": 3}
-
-ColorMode = Literal["auto", "gray", "rgb"]
-ImageSize = tuple[int, int]  # rows, columns
+IDX_FILE_PATTERN = re.compile(
+    r"((?P<set>.+?)[-_.])?(?P<side>train|test|t10k|val|valid|validation)[-_.]"
+    r"(?P<content>images|labels)[-_.]idx[0-9]([-_.][a-z0-9]+)?(\.gz)?",
+    re.IGNORECASE,
+)
+IdxFiles = dict[tuple[str, str], Path]  # by (split, content)
 
 
 class SkippedFiles:
@@ -71,18 +74,6 @@ class SkippedFiles:
             for file_type, n in self.counts.most_common()
         )
         return ", ".join(descriptions)
-
-
-class ImageFormat(NamedTuple):
-    """The stored format of an image: Pillow's mode and size, and a note on depth and alpha."""
-
-    mode: str
-    size: tuple[int, int]  # columns, rows
-    note: str = ""
-
-    def __str__(self) -> str:
-        """Return e.g. "6x4 RGB, transparent"."""
-        return f"{self.size[0]}x{self.size[1]} {self.mode}{self.note}"
 
 
 class FolderContents(NamedTuple):
@@ -282,170 +273,91 @@ def _describe_skipped(skipped: SkippedFiles) -> str:
     return f"; not read: {skipped.describe()}" if skipped.counts else ""
 
 
-def printable(name: str) -> str:
-    """Return a file name as text, with bytes that are not UTF-8 escaped."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+def find_idx_files(source: Path) -> IdxFiles | None:
+    """Find the idx files of a path: a folder, a folder with a subfolder raw, or FOLDER/PREFIX.
 
+    Returns None if there are none.
 
-class ImageReader:
-    """Reads image files of one size and mode, and counts the images that it changes."""
-
-    def __init__(self, mode: ColorMode = "auto", resize: ImageSize | None = None) -> None:
-        """Store the options; the first image sets the size and mode that all images must have."""
-        self.mode: ColorMode = mode
-        self.resize = resize
-        self.first_image: tuple[Path, ImageFormat] | None = None
-        self.multi_frame_files: list[str] = []  # names of the files with several frames
-        self.num_rotated = 0
-
-    def read_files(self, paths: list[Path]) -> Tensor:
-        """Read the image files into one tensor, uint8 (n c y x)."""
-        images = torch.empty(0, dtype=torch.uint8)
-        for number, path in enumerate(paths):
-            pixels, image_format = self._read_file(path)  # (y x) or (y x c)
-            if self.first_image is None:
-                self.first_image = path, image_format
-            first_path, expected_format = self.first_image
-            if (image_format.mode, image_format.size) != (
-                expected_format.mode,
-                expected_format.size,
-            ):
-                raise UsageError(
-                    f"{path} is {image_format}, {first_path} is {expected_format}; all images "
-                    "must be of one size and "
-                    f"mode: type {self._suggest_flags(image_format, expected_format)}"
-                )
-            if not number:
-                images = allocate_images(len(paths), image_format)
-            destination = images[number].permute(1, 2, 0).numpy()  # (y x c), a view of `images`
-            destination[...] = pixels.reshape(destination.shape)
-        return images
-
-    def describe_changes(self) -> list[str]:
-        """Return notes on changed images for the log: applied EXIF rotations, dropped frames."""
-        notes = []
-        if self.num_rotated:
-            notes.append(f"turned as their EXIF orientation says: {self.num_rotated:,} images")
-        if self.multi_frame_files:
-            count = len(self.multi_frame_files)
-            notes.append(
-                f"only the first frame is read of {count:,} images ({self.multi_frame_files[0]})"
+    Raises:
+        UsageError: a folder holds several datasets.
+    """
+    if source.is_file() and (match := IDX_FILE_PATTERN.fullmatch(source.name)):  # one of the files
+        source = source.parent / (match["set"] or "")
+    folders = [source, source / "raw"] if source.is_dir() else [source.parent]
+    for folder in folders:
+        sets = _group_by_set(folder)
+        if not source.is_dir():
+            sets = {name: files for name, files in sets.items() if name == source.name}
+        if len(sets) > 1:
+            names = ", ".join(name or "without a prefix" for name in sorted(sets))
+            first = folder / next(name for name in sorted(sets) if name)
+            raise UsageError(
+                f"{folder} holds several sets of idx files: {names}; give one of them: type "
+                f"--data.source={first}"
             )
-        return notes
+        if sets:
+            return next(iter(sets.values()))
+    return None
 
-    def _suggest_flags(self, image_format: ImageFormat, expected_format: ImageFormat) -> str:
-        flags = []
-        if image_format.mode != expected_format.mode:
-            flags.append("--data.mode=rgb (or gray) to convert them")
-        if image_format.size != expected_format.size:
-            flags.append(
-                f"--data.resize=[{expected_format.size[1]},{expected_format.size[0]}] (rows, "
-                "columns)"
+
+def _group_by_set(folder: Path) -> dict[str, IdxFiles]:
+    sets: dict[str, IdxFiles] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        match = IDX_FILE_PATTERN.fullmatch(path.name)
+        if match and path.is_file():
+            split = SPLIT_ALIASES.get(match["side"].lower(), "test")  # t10k: test
+            # torchvision keeps both x and x.gz; in sorted order x comes first and is used
+            sets.setdefault(match["set"] or "", {}).setdefault(
+                (split, match["content"].lower()), path
             )
-        return " and ".join(flags)
-
-    def _read_file(self, path: Path) -> tuple[Any, ImageFormat]:
-        """Return the pixels, uint8 (y x) or (y x 3), and their format."""
-        if not path.is_file():  # opening a pipe would block
-            raise UsageError(f"{path} is no file; remove it")
-        try:
-            with path.open("rb") as file, warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pillow's warnings on readable files
-                return self._decode(file, path)
-        except UnsupportedImageError as error:
-            raise UsageError(f"{path} {error}") from None
-        except Exception as error:  # Pillow's decoders raise nearly every type on damaged files
-            reason = str(error) or type(error).__name__
-            raise UsageError(f"{path} is no image that can be read: {reason}; remove it") from None
-
-    def _decode(self, file: Any, path: Path) -> tuple[Any, ImageFormat]:
-        from PIL import Image, ImageOps, UnidentifiedImageError
-
-        try:
-            picture: Any = Image.open(file, formats=PILLOW_FORMATS)
-        except UnidentifiedImageError:
-            raise UsageError(f"it is none of {', '.join(PILLOW_FORMATS)}") from None
-        if self.resize and picture.format == "JPEG":
-            picture.draft(None, (max(self.resize), max(self.resize)))  # decode at reduced size
-        if math.prod(picture.size) > MAX_PIXELS:
-            raise UnsupportedImageError(
-                f"is {picture.size[0]}x{picture.size[1]}; allowed are {MAX_PIXELS:,} pixels an "
-                "image: "
-                "make it smaller"
-            )
-        if getattr(picture, "is_animated", False) and picture.format != "MPO":  # photo, preview
-            self.multi_frame_files.append(printable(path.name))
-        is_16_bit = picture.format in ("PNG", "TIFF") and "16" in _raw_mode(picture)
-        picture.load()
-        with suppress(Exception):  # an unreadable EXIF block counts as no orientation
-            orientation = picture.getexif().get(0x0112, 1)
-            ImageOps.exif_transpose(picture, in_place=True)
-            self.num_rotated += orientation in range(2, 9)
-        image_format = ImageFormat(picture.mode, picture.size, f"{', 16-bit' if is_16_bit else ''}"
-                    f"{', transparent' if picture.has_transparency_data else ''}")  # fmt: skip
-        picture = convert_mode(picture, self.mode, image_format)
-        if self.resize:
-            rows, columns = self.resize
-            picture = ImageOps.fit(picture, (columns, rows), Image.Resampling.LANCZOS)
-        return numpy.asarray(picture), ImageFormat(picture.mode, picture.size)
+    return sets
 
 
-def _raw_mode(picture: Any) -> str:
-    """Return the pixel layout in the file, e.g. RGB;16B, of which Pillow keeps 8 bits."""
-    arguments = picture.tile[0].args if picture.tile else ""
-    return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
+def read_idx_files(files: IdxFiles) -> tuple[dict[str, ImageSet], list[str]]:
+    """Read a custom idx dataset by split (train, val, test); also return notes for the log.
 
-
-class UnsupportedImageError(ValueError):
-    """An image that Pillow can read but that is not accepted; the message follows the file name."""
-
-
-def convert_mode(picture: Any, mode: ColorMode, image_format: ImageFormat) -> Any:
-    """Convert a loaded image to mode L or RGB; with `auto` only if no pixel value changes."""
-    from PIL import Image
-
-    target = {"gray": "L", "rgb": "RGB"}.get(mode)
-    if target is None:
-        lossless_mode = {"1": "L", "P": "RGB", "L": "L", "RGB": "RGB"}.get(image_format.mode)
-        if lossless_mode is None or image_format.note:
-            raise UnsupportedImageError(
-                f"is of mode {image_format.mode}{image_format.note}; allowed are gray (L) and RGB "
-                "of 8 bits without"
-                " transparency: type --data.mode=rgb or --data.mode=gray to convert all images"
-            )
-        return picture if picture.mode == lossless_mode else picture.convert(lossless_mode)
-    if picture.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N"):
-        values = numpy.array(picture)
-        if values.size and not 0 <= values.min() <= values.max() < 2**16:
-            raise UnsupportedImageError(
-                "has pixels of 32 bits; allowed are 8 or 16: convert it first"
-            )
-        key = picture.info.get("transparency")
-        is_transparent = values == key if isinstance(key, int) else None
-        values_8bit = (values >> 8).astype(numpy.uint8)
-        if is_transparent is not None:
-            values_8bit[is_transparent] = 255  # transparent: white
-        picture = Image.fromarray(values_8bit)
-    elif picture.mode == "F":
-        raise UnsupportedImageError(
-            "has pixels of 32-bit floats; allowed are 8 or 16 bits: convert it first"
-        )
-    elif picture.has_transparency_data:
-        picture = picture if picture.mode == "RGBA" else picture.convert("RGBA")
-        background = Image.new("RGB", picture.size, "white")
-        background.paste(picture, mask=picture.getchannel("A"))
-        picture = background
-    return picture if picture.mode == target else picture.convert(target)
-
-
-def allocate_images(count: int, image_format: ImageFormat) -> Tensor:
-    """Allocate a tensor, uint8 (count c y x); raise an error if it is larger than MAX_BYTES."""
-    shape = (count, MODE_CHANNELS[image_format.mode], image_format.size[1], image_format.size[0])
-    if math.prod(shape) > MAX_BYTES:
+    The classes are the label values that occur. Without label files all images are of one class.
+    """
+    splits = [split for split in ("train", "val", "test") if (split, "images") in files]
+    if unpaired := [str(path) for (split, _), path in files.items() if split not in splits]:
+        raise UsageError(f"{unpaired[0]} has no images beside it; put both files into one folder")
+    if "train" not in splits:
+        path = next(iter(files.values()))
+        raise UsageError(f"{path.parent} has no images to train: expected train-images-idx3-ubyte")
+    images = {split: read_idx_images(files[split, "images"]) for split in splits}
+    labelled_splits = [split for split in splits if (split, "labels") in files]
+    if labelled_splits and labelled_splits != splits:
+        split = next(split for split in splits if split not in labelled_splits)
+        raise UsageError(f"{files[split, 'images']} has no labels, and others have; add the labels")
+    shapes = {tuple(array.shape[1:]) for array in images.values()}
+    if len(shapes) > 1:
         raise UsageError(
-            f"{count:,} images of {image_format} are {math.prod(shape) / 2**30:.0f} GiB, and a "
-            "set is kept "
-            f"in memory whole, up to {MAX_BYTES / 2**30:.0f} GiB; make them smaller: type "
-            "--data.resize=64"
+            f"the images of {' and '.join(splits)} are of different sizes: {sorted(shapes)}"
         )
-    return torch.empty(shape, dtype=torch.uint8)
+    if not labelled_splits:
+        name = files["train", "images"].parent.name
+        return {
+            split: ImageSet(array, torch.zeros(len(array), dtype=torch.int64), (name,))
+            for split, array in images.items()
+        }, []
+    labels = {split: read_idx(files[split, "labels"], 1) for split in splits}
+    for split in splits:
+        image_set = ImageSet(images[split], labels[split], ())
+        image_set.check_counts(str(files[split, "images"]))
+    counts = torch.stack(
+        [torch.bincount(split_labels, minlength=256) for split_labels in labels.values()]
+    )
+    used_labels = counts.sum(0).nonzero()[:, 0].to(torch.uint8)
+    names = tuple(str(label) for label in used_labels.tolist())
+    sets, notes = {}, []
+    for split in splits:
+        class_indices = torch.searchsorted(used_labels, labels[split])
+        image_set = ImageSet(images[split], class_indices, names)
+        if split == "train":
+            image_set.validated(str(files[split, "images"]))
+        else:
+            image_set.check_label_range(str(files[split, "images"]))
+            if empty_classes := image_set.empty_classes():
+                notes.append(f"no image of class {', '.join(empty_classes)} in {split}")
+        sets[split] = image_set
+    return sets, notes

@@ -22,8 +22,8 @@ from ravine.errors import MissingFileError, RunError, UsageError, sort_by_simila
 
 from .downloads import download_if_missing, find_local, log_once
 from .image_datasets import IMAGE_DATASETS, read_digits, read_named_dataset
-from .image_folders import ColorMode, read_image_folder, read_images
-from .image_formats import find_idx_files, read_idx_files
+from .image_folders import find_idx_files, read_idx_files, read_image_folder, read_images
+from .image_formats import ColorMode
 from .image_set import ImageSet, describe_classes, parse_class_indices
 from .loaders import DataParallelInfo, EvalLoader, ResumableLoader, check_positive
 from .samplers import EpochSampler, resolve_seed, seeded_generator

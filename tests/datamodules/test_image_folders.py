@@ -2,8 +2,6 @@
 
 import gzip
 import os
-import struct
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,7 @@ from PIL import Image
 
 from ravine.callbacks import OptimizerPlan, PredictionTable
 from ravine.datamodules import ImageDataModule
-from ravine.datamodules.image_folders import ImageReader, natural_sort_key, read_image_folder
-from ravine.datamodules.image_set import parse_class_indices
+from ravine.datamodules.image_folders import natural_sort_key, read_image_folder
 from ravine.lightning_modules import Diffusion, ImageClassifier
 
 RANDOM = numpy.random.RandomState(0)
@@ -25,22 +22,6 @@ TINY: dict[str, Any] = {"base_channels": 8, "time_embed_dim": 16}
 
 def photo(size: tuple[int, int] = (8, 8)) -> Image.Image:
     return Image.fromarray(RANDOM.randint(0, 256, (*size, 3), dtype=numpy.uint8))
-
-
-def deep_png(channels: int, pixels: numpy.ndarray) -> bytes:
-    """A PNG of 16 bits, gray or RGB, of pixels (y x c)."""
-    kind = {1: 0, 3: 2}[channels]
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    parts = {
-        b"IHDR": struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 16, kind, 0, 0, 0),
-        b"IDAT": zlib.compress(rows),
-        b"IEND": b"",
-    }
-    chunks = [
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-        for name, data in parts.items()
-    ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 def ready(source: Path, **arguments: Any) -> ImageDataModule:
@@ -113,85 +94,6 @@ def test_a_photo_is_turned_as_its_exif_orientation_says(
     assert "turned as their EXIF orientation says:" in capsys.readouterr().out
 
 
-MIXED = {
-    "gray": lambda p: photo().convert("L").save(p),
-    "gray with alpha": lambda p: photo().convert("LA").save(p),
-    "alpha": lambda p: photo().convert("RGBA").save(p),
-    "a transparent color": lambda p: photo().save(p, transparency=(0, 0, 0)),
-    "palette with a transparent color": lambda p: photo().convert("P").save(p, transparency=3),
-    "1 bit": lambda p: photo().convert("1").save(p),
-    "16-bit gray": lambda p: p.write_bytes(deep_png(1, RANDOM.randint(0, 65536, (8, 8, 1)))),
-    "16-bit RGB": lambda p: p.write_bytes(deep_png(3, RANDOM.randint(0, 65536, (8, 8, 3)))),
-    "CMYK": lambda p: photo().convert("CMYK").save(p, "TIFF"),
-    "another size": lambda p: photo((9, 30)).save(p),
-}
-
-
-@pytest.mark.parametrize("kind", MIXED)
-def test_one_odd_image_is_refused_and_the_refusal_says_what_helps(
-    kind: str, tmp_path: Path
-) -> None:
-    for i in range(3):
-        photo().save(tmp_path / f"{i}.png")
-    MIXED[kind](tmp_path / "1.png")
-    fix = r"resize=\[8,8\]" if kind == "another size" else "mode=rgb"
-    with pytest.raises(ValueError, match=rf"/1\.png is .*type --data\.{fix}"):
-        read_image_folder(tmp_path)
-    for mode, channels in (("rgb", 3), ("gray", 1)):
-        found = read_image_folder(tmp_path, mode, (8, 8)).splits["all"]
-        assert found.images.shape == (3, channels, 8, 8)
-
-
-def test_a_palette_and_one_bit_are_read_without_a_loss(tmp_path: Path) -> None:
-    colors = photo().quantize(16)
-    colors.save(tmp_path / "0.png")
-    colors.convert("RGB").save(tmp_path / "1.png")
-    images = read_image_folder(tmp_path).splits["all"].images
-    assert torch.equal(images[0], images[1])
-    (tmp_path / "bits").mkdir()
-    photo().convert("1").save(tmp_path / "bits/0.png")
-    found = read_image_folder(tmp_path / "bits").splits["all"].images
-    assert found.shape == (1, 1, 8, 8)
-    assert set(found.unique().tolist()) == {0, 255}
-
-
-def test_conversion_keeps_the_upper_8_bits_and_shows_transparent_pixels_white(
-    tmp_path: Path,
-) -> None:
-    deep = numpy.array([[[0], [255], [256], [65535]]])
-    (tmp_path / "0.png").write_bytes(deep_png(1, deep))
-    assert ImageReader("gray").read_files([tmp_path / "0.png"]).flatten().tolist() == [0, 0, 1, 255]
-    (tmp_path / "1.png").write_bytes(deep_png(3, deep.repeat(3, 2)))
-    assert ImageReader("rgb").read_files([tmp_path / "1.png"])[0, 2, 0].tolist() == [0, 0, 1, 255]
-    clear = numpy.array([[[9, 9, 9, 0], [9, 9, 9, 255], [0, 0, 0, 128]]], dtype=numpy.uint8)
-    Image.fromarray(clear).save(tmp_path / "2.png")
-    assert ImageReader("rgb").read_files([tmp_path / "2.png"])[0, 0, 0].tolist() == [255, 9, 127]
-    Image.fromarray(clear[..., :3]).save(tmp_path / "3.png", transparency=(9, 9, 9))
-    assert ImageReader("gray").read_files([tmp_path / "3.png"])[0, 0, 0].tolist() == [255, 255, 0]
-
-
-def test_of_several_frames_the_first_is_read_and_the_file_is_named(tmp_path: Path) -> None:
-    frames = [photo() for _ in range(3)]
-    for end in ("png", "tiff", "webp"):
-        frames[0].save(
-            tmp_path / f"0.{end}", save_all=True, append_images=frames[1:],
-            **({"lossless": True} if end == "webp" else {}),
-        )  # fmt: skip
-    found = read_image_folder(tmp_path)
-    first = torch.from_numpy(numpy.array(frames[0])).permute(2, 0, 1)
-    assert (found.splits["all"].images == first).all()
-    assert found.notes == ["only the first frame is read of 3 images (0.png)"]
-
-
-def test_a_file_that_would_start_a_program_or_exhaust_memory_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "0.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
-    with pytest.raises(ValueError, match=r"0\.png is no image that can be read: it is none of PNG"):
-        read_image_folder(tmp_path)
-    Image.new("1", (6000, 6000)).save(tmp_path / "0.png")
-    with pytest.raises(ValueError, match=r"0\.png is 6000x6000; allowed are 25,000,000 pixels"):
-        read_image_folder(tmp_path)
-
-
 def test_names_that_end_in_numbers_stand_in_the_order_of_the_numbers(tmp_path: Path) -> None:
     names = [str(i) for i in range(12)]
     for name in names:
@@ -220,25 +122,6 @@ def test_folders_train_and_test_are_the_users_own_split(tmp_path: Path) -> None:
     (tmp_path / "bus").mkdir()  # so train is a class like others
     photo().save(tmp_path / "bus/0.png")
     assert read_image_folder(tmp_path).splits["all"].class_names == ("bus", "test", "train")
-
-
-def test_classes_are_meant_by_name_or_by_number() -> None:
-    names = ("cat", "dog", "T-shirt", "ankle boot")
-    for words, expected in {
-        "cat,dog": [0, 1], "3,T-shirt": [3, 2], "0-2": [0, 1, 2], "T-shirt": [2],
-        "ankle boot, 0": [3, 0], "1": [1],
-    }.items():  # fmt: skip
-        assert parse_class_indices(words, names, "--labels") == expected
-    assert parse_class_indices([1, "cat"], names, "--labels") == [1, 0]
-    years = ("1990", "2000", "2010")  # a name of digits means the class of that name
-    assert parse_class_indices("2000,1990-2010,1", years, "--labels") == [1, 0, 1, 2, 1]
-    said = r"'cow' is no class; allowed: 0 cat, 1 dog, 2 T-shirt, 3 ankle boot; type --labels=0-3"
-    with pytest.raises(ValueError, match=said):
-        parse_class_indices("cow", names, "--labels")
-    with pytest.raises(ValueError, match="labels are 4; allowed: 0 cat"):
-        parse_class_indices("4", names, "--labels")
-    with pytest.raises(ValueError, match=r"'999.*' is no class"):
-        parse_class_indices("9" * 5000, names, "--labels")
 
 
 def pets(root: Path, names: tuple[str, ...] = ("cat", "dog"), count: int = 8) -> Path:
@@ -374,24 +257,6 @@ def test_a_changed_set_is_refused_by_its_name_and_read_as_the_refusal_says(tmp_p
     (folder,) = [w for w in str(error.value).split() if w.startswith("--data.source=")]
     data = ready(Path(folder.rstrip(";").partition("=")[2]))
     assert len(data.get_split("test")[1]) == 20
-
-
-@pytest.mark.skipif(not os.environ.get("DATA_ROOT"), reason="MNIST is not on this machine")
-def test_the_true_mnist_is_found_unzipped_and_in_torchvisions_folders(tmp_path: Path) -> None:
-    from ravine.datamodules.downloads import find_local
-    from ravine.datamodules.image_datasets import IMAGE_DATASETS
-
-    (tmp_path / "a/MNIST/raw").mkdir(parents=True)
-    (tmp_path / "b/mnist").mkdir(parents=True)
-    source = IMAGE_DATASETS["mnist"][3]
-    (real,) = Path(os.environ["DATA_ROOT"], "mnist").glob("t10k-labels*")
-    (tmp_path / "a/MNIST/raw" / real.name).symlink_to(real)
-    assert find_local(source, str(tmp_path / "a")).parent.name == "raw"
-    (tmp_path / "b/mnist" / real.stem).write_bytes(gzip.decompress(real.read_bytes()))
-    assert find_local(source, str(tmp_path / "b")).suffix == ""
-    (tmp_path / "b/mnist" / real.stem).write_bytes(b"\0\0\x08\x01\0\0\0\x01\0")
-    with pytest.raises(ValueError, match="is not the data set 'mnist'"):
-        find_local(source, str(tmp_path / "b"))
 
 
 def test_a_part_without_images_says_how_to_get_them() -> None:

@@ -1,8 +1,5 @@
 """Pictures become batches in one exact way; what is no clean set of pictures is refused by name."""
 
-import gzip
-import io
-import tarfile
 import zlib
 from pathlib import Path
 
@@ -12,16 +9,10 @@ import torch
 from PIL import Image
 
 from ravine.datamodules import ImageDataModule, image_datasets
-from ravine.datamodules.downloads import DatasetNotFound, compute_checksum, find_local
-from ravine.datamodules.image_datasets import ImageSet, read_cifar, read_named_dataset
+from ravine.datamodules.downloads import DatasetNotFound
 from ravine.datamodules.image_folders import read_image_folder
-from ravine.datamodules.image_formats import read_idx
+from ravine.datamodules.image_set import ImageSet
 from ravine.datamodules.images import stratified_split, to_float, to_uint8
-
-
-def idx(array: numpy.ndarray) -> bytes:
-    head = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
-    return head + array.astype(numpy.uint8).tobytes()
 
 
 def ready(source: str | Path = "digits", **arguments) -> ImageDataModule:
@@ -92,76 +83,6 @@ def test_the_order_is_that_of_the_seed() -> None:
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-
-
-def test_mnist_is_read_from_its_four_files_in_any_gzip(tmp_path: Path) -> None:
-    images, labels = numpy.arange(20 * 6).reshape(20, 2, 3) % 256, numpy.arange(20) % 10
-    paths = []
-    for name, array in {"a": images, "b": labels, "c": images[::-1], "d": labels}.items():
-        paths.append(tmp_path / name)
-        paths[-1].write_bytes(gzip.compress(idx(array), compresslevel=len(paths)))
-    train, test = read_named_dataset("mnist", paths)
-    assert train.images.shape == (20, 1, 2, 3)
-    assert train.images[3, 0].tolist() == images[3].tolist()
-    assert test.images[0, 0].tolist() == images[19].tolist()
-    assert train.labels.tolist() == labels.tolist()
-
-
-def test_a_gzipped_set_is_known_by_what_is_inside(tmp_path: Path) -> None:
-    source, path = image_datasets.IMAGE_DATASETS["mnist"][1], tmp_path / "labels.gz"
-    path.write_bytes(gzip.compress(b"other labels", 1))
-    one = compute_checksum(path, source)
-    path.write_bytes(gzip.compress(b"other labels", 9, mtime=1))
-    assert compute_checksum(path, source) == one != source.sha256
-    path.write_bytes(b"no gzip at all")
-    assert compute_checksum(path, source) == "no gzip"
-    path.write_bytes(gzip.compress(b"other labels")[:-9])
-    (tmp_path / "mnist").mkdir()
-    path.rename(tmp_path / source.path)
-    with pytest.raises(ValueError, match=r"not the data set 'mnist': it is no whole gzip; if you"):
-        find_local(source, str(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("content", "why"),
-    [
-        (b"", "is not an idx file of bytes: it begins with ;"),
-        (b"\0\0\x0d\x01" + b"\0" * 8, "holds float32; allowed is an idx file of bytes"),
-        (idx(numpy.zeros((2, 3)))[:-1], "it has 17 bytes, and 2 x 3 after a head of 12 are 18"),
-        (idx(numpy.zeros((2, 3))) + b"x", "it has 19 bytes, and 2 x 3 after a head of 12 are 18"),
-        (b"\0\0\x08\0", "is not an idx file of bytes: it begins with 00 00 08 00"),
-        (b"\0\0\x08\x03", "it has 4 bytes, and 0 x 0 x 0 after a head of 16 are 16"),
-        (idx(numpy.zeros((0, 4, 4))), "holds 0 x 4 x 4 bytes, which is no image and no label"),
-        (gzip.compress(idx(numpy.zeros((2, 3)))[:-1]), "it has fewer than the 2 x 3 that it says"),
-        (gzip.compress(idx(numpy.zeros((2, 3)))) + b"\n<x>", "cannot be read: Not a gzipped file"),
-        (gzip.compress(idx(numpy.zeros((2, 3))))[:-9], "cannot be read: Compressed file ended"),
-        (gzip.compress(b"\0\0\x08\x01\x7f\xff\xff\xff"), "says that it unfolds to 2147483647 by"),
-    ],
-)
-def test_what_is_no_idx_file_is_refused(content: bytes, why: str, tmp_path: Path) -> None:
-    (tmp_path / "x").write_bytes(content)
-    with pytest.raises(ValueError, match=r"/x ") as error:
-        read_idx(tmp_path / "x")
-    assert why in str(error.value)
-
-
-def test_cifar_is_read_from_its_records_and_its_archive(tmp_path: Path) -> None:
-    pixels = numpy.arange(10 * 3072).reshape(10, 3072) % 251
-    records = numpy.concatenate([numpy.arange(10)[:, None], pixels], 1).astype(numpy.uint8)
-    images, labels = read_cifar(records.tobytes(), "x")
-    assert images.shape == (10, 3, 32, 32)
-    assert images[2, 1, 0, 5] == pixels[2, 1024 + 5]  # the green plane stands after the red
-    with tarfile.open(tmp_path / "c.tar.gz", "w:gz") as archive:
-        for name in [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]:
-            member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
-            member.size = records.nbytes
-            archive.addfile(member, io.BytesIO(records.tobytes()))
-    train, test = read_named_dataset("cifar10", [tmp_path / "c.tar.gz"])
-    assert (len(train.images), len(test.images)) == (50, 10)
-    assert torch.equal(train.images[40:], test.images)
-    assert torch.equal(test.labels, labels)
-    with pytest.raises(ValueError, match=r"3,072 bytes, no whole number of records of 3073"):
-        read_cifar(bytes(3072), "x")
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
@@ -248,16 +169,6 @@ def test_a_class_too_small_to_be_split_is_refused(tmp_path: Path) -> None:
     assert ready(two, val_fraction=0, batch_size=2).get_split("train")[1].bincount()[1] == 1
 
 
-def test_a_label_beyond_the_classes_is_refused() -> None:
-    images, names = torch.zeros(3, 1, 2, 2, dtype=torch.uint8), ("a", "b")
-    with pytest.raises(ValueError, match="the label of image 1 is 7; allowed are 0 to 1"):
-        ImageSet(images, torch.tensor([0, 7, 1]), names).validated("x")
-    with pytest.raises(ValueError, match="the label of image 2 is -1; allowed are 0 to 1"):
-        ImageSet(images, torch.tensor([0, 1, -1]), names).validated("x")
-    with pytest.raises(ValueError, match="3 images and 2 labels"):
-        ImageSet(images, torch.tensor([0, 1]), names).validated("x")
-
-
 def test_a_source_that_is_nowhere_is_answered_with_the_nearest() -> None:
     with pytest.raises(
         FileNotFoundError, match=r"'minst' is neither .* allowed are mnist, .*=mnist"
@@ -306,12 +217,6 @@ def test_parts_of_each_class_are_as_large_as_asked() -> None:
     keep, kept = stratified_split(ImageSet(images, labels, ("a", "b")), 0.2, "test")
     assert kept.labels.tolist() == [0] * 6 + [1] * 2
     assert sorted(torch.cat((keep.images, kept.images)).flatten().tolist()) == list(range(40))
-
-
-def test_the_checksums_known_are_of_different_files() -> None:
-    known = [source for some in image_datasets.IMAGE_DATASETS.values() for source in some]
-    assert len({source.sha256 for source in known}) == len(known) == 9
-    assert all(len(bytes.fromhex(source.sha256)) == 32 for source in known)
 
 
 def test_some_classes_keep_their_numbers_and_their_parts() -> None:

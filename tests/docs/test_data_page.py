@@ -7,7 +7,7 @@ import pytest
 from doc_pages import DOCS, commands
 
 from ravine.cli.main import main
-from ravine.datamodules.image_folders import IMAGE_SUFFIXES, MAX_PIXELS
+from ravine.datamodules.image_formats import IMAGE_SUFFIXES, MAX_PIXELS
 from ravine.datamodules.tables import LABEL_NAMES, TEXT_NAMES
 
 PAGE = (DOCS / "data.md").read_text(encoding="utf-8")
