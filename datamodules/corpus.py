@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ravine.errors import MissingFileError, UsageError, suggest_names
 
-from .file_kinds import BINARY_SUFFIXES, NUM_HEADER_BYTES, check_not_binary
+from .text_files import BINARY_SUFFIXES, NUM_HEADER_BYTES, check_not_binary
 from .token_cache import (
     TokenCacheError,
     TokenType,

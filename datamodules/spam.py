@@ -19,10 +19,10 @@ from ravine.errors import UsageError
 
 from .corpus import list_files
 from .downloads import TEXT_DATASETS, compute_sha256, download_if_missing, log_once, resolve_source
-from .file_kinds import check_not_binary
 from .loaders import DataParallelInfo, EvalLoader, ResumableLoader, check_positive
 from .samplers import EpochSampler, seeded_generator
 from .tables import Table, has_known_header, read_table
+from .text_files import check_not_binary
 
 EMBEDDED_FILE = Path(__file__).with_name("spam_messages.tsv")
 LABELS = ("ham", "spam")  # the index is the class: 0 and 1
