@@ -1,22 +1,19 @@
-"""Text corpus: read a text file or folder in bounded chunks and return it as one token tensor.
+"""Text corpus: read a text in bounded chunks and return it as one token tensor.
 
 A text longer than `max_chars_in_memory` characters is not held in memory: its tokens are
 memory-mapped from a file.
 """
 
-import codecs
 import hashlib
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from ravine.errors import MissingFileError, UsageError, suggest_names
+from ravine.errors import UsageError
 
-from .text_files import BINARY_SUFFIXES, NUM_HEADER_BYTES, check_not_binary
 from .token_cache import (
     TokenCacheError,
     TokenType,
@@ -30,8 +27,6 @@ from .token_cache import (
 )
 from .tokenizers import SpecialTokenMode, Tokenizer, make_tokenizer
 
-CHUNK_BYTES = 1 << 24  # bytes per read
-
 
 class Corpus(NamedTuple):
     """Token ids (n) as uint8, uint16 or int32, their tokenizer, and the SHA-256 of the text."""
@@ -42,68 +37,6 @@ class Corpus(NamedTuple):
     is_memmap: bool  # whether the tokens are memory-mapped from a file
     val_tokens: Tensor | None = None  # validation tokens, if they come from a separate file
     note: str = ""  # added to the log line
-
-
-def list_files(path: Path, flag: str = "--data.path") -> list[Path]:
-    """Return the file itself, or all files below a folder that are not hidden, sorted."""
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        siblings = [p.name for p in path.parent.glob("[!.]*")] if path.parent.is_dir() else []
-        closest = suggest_names(path.name, siblings) or sorted(siblings)[:3]
-        neighbours_hint = (
-            f"nearest there: {', '.join(closest)}" if closest else "its folder is missing, too"
-        )
-        raise MissingFileError(f"no file or folder {path}; {neighbours_hint}; type {flag}=FILE")
-    files = []
-    for folder, subfolders, names in os.walk(path):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for file in (Path(folder, name) for name in names if not name.startswith(".")):
-            if not file.is_file():
-                continue
-            # fail before the listing is complete: a wrong folder may hold millions of files
-            if file.suffix.lower() in BINARY_SUFFIXES:
-                with file.open("rb") as opened:
-                    check_not_binary(file, opened.read(NUM_HEADER_BYTES), flag)
-            files.append(file)
-    if not files:
-        raise MissingFileError(f"the folder {path} holds no files; type {flag}=FOLDER")
-    return sorted(files)
-
-
-def read_text(files: Iterable[Path], flag: str = "--data.path") -> Iterator[str]:
-    """Yield the text of the files in chunks, with a line break between two files."""
-    for number, file in enumerate(files):
-        if number:
-            yield "\n"
-        yield from _read_file(file, flag)
-
-
-def _read_file(path: Path, flag: str) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()  # skips a byte order mark
-    offset = 0  # position of the first byte not yet decoded
-    with path.open("rb") as file:
-        while True:
-            chunk = file.read(CHUNK_BYTES)
-            if not offset:
-                check_not_binary(path, chunk, flag)
-            if b"\0" in chunk:
-                raise UsageError(
-                    f"{path} is no text: byte 0x00 at position {file.tell() - len(chunk)} or "
-                    "after; if it is UTF-16, type "
-                    f"iconv -f utf-16 -t utf-8 '{path}' > text.txt and {flag}=text.txt"
-                )
-            try:
-                yield decoder.decode(chunk, final=not chunk)
-            except UnicodeDecodeError as error:
-                raise UsageError(
-                    f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at position "
-                    f"{offset + error.start}; if it is Latin-1, type "
-                    f"iconv -f latin1 -t utf-8 '{path}' > text.txt and {flag}=text.txt"
-                ) from None
-            offset = file.tell() - len(decoder.getstate()[0])
-            if not chunk:
-                return
 
 
 class TextSummary(NamedTuple):

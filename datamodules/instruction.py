@@ -22,11 +22,11 @@ from torch import Tensor
 from ravine.errors import UsageError
 
 from .base import PreparationResult, exchange_prepared, is_distributed
-from .corpus import list_files
 from .downloads import atomic_write, cache_folder, log_once
 from .json_rows import check_text_characters, compute_files_sha256, read_json_rows
 from .loaders import DataParallelInfo, EvalLoader, ResumableLoader, check_positive
 from .samplers import EpochSampler, resolve_seed, seeded_generator
+from .text_files import list_files
 from .tokenizers import SpecialTokenMode, Tokenizer, make_tokenizer
 
 IGNORE_INDEX = -100  # target of positions without loss, as in F.cross_entropy

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from ravine.errors import UsageError
 
-from .corpus import list_files
+from .text_files import list_files
 
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 JSON_SUFFIXES = (*LINE_SUFFIXES, ".json")

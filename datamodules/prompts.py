@@ -15,12 +15,12 @@ from torch import Tensor
 
 from ravine.errors import UsageError
 
-from .corpus import list_files, read_text
 from .downloads import TextName, download_if_missing, log_once, resolve_source, text_source
 from .json_rows import check_text_characters, compute_files_sha256, holds_json_rows, read_json_rows
 from .loaders import DataParallelInfo, EvalLoader, ResumableLoader, check_positive
 from .samplers import EpochSampler, IndexedSampler, resolve_seed
 from .text import python_docs_text
+from .text_files import list_files, read_text
 
 
 class PromptBatch(NamedTuple):

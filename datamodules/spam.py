@@ -17,12 +17,11 @@ from torch import Tensor
 
 from ravine.errors import UsageError
 
-from .corpus import list_files
 from .downloads import TEXT_DATASETS, compute_sha256, download_if_missing, log_once, resolve_source
 from .loaders import DataParallelInfo, EvalLoader, ResumableLoader, check_positive
 from .samplers import EpochSampler, seeded_generator
 from .tables import Table, has_known_header, read_table
-from .text_files import check_not_binary
+from .text_files import read_text_file
 
 EMBEDDED_FILE = Path(__file__).with_name("spam_messages.tsv")
 LABELS = ("ham", "spam")  # the index is the class: 0 and 1
@@ -244,7 +243,7 @@ class SpamDataModule(L.LightningDataModule):
                 "message a line"
             )
         path = Path(self.predict_path).expanduser()
-        text = _read_text_file(path, "--data.predict_path", self.encoding)
+        text = read_text_file(path, "--data.predict_path", self.encoding)
         suffix = path.suffix.lower()
         if suffix == ".csv" or (self.text_column is not None and suffix in (".tsv", ".tab")):
             table = read_table(text, str(path), self.text_column, has_labels=False)
@@ -264,7 +263,7 @@ class SpamDataModule(L.LightningDataModule):
             )
         name = str(file or "the EMBEDDED messages (forty, written for this project)")
         is_custom_file = self.path is not None
-        text = _read_text_file(
+        text = read_text_file(
             file or EMBEDDED_FILE, "--data.path", self.encoding if is_custom_file else "utf-8"
         )
         table = self._parse_table(text, name, Path(name).suffix.lower()) if is_custom_file else None
@@ -416,31 +415,6 @@ class SpamDataModule(L.LightningDataModule):
             size,
             DataParallelInfo.from_trainer(self.trainer),
         )
-
-
-def _read_text_file(path: Path, flag: str, encoding: str) -> str:
-    """Read and decode one file; the error message gives the position of an invalid byte."""
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder; one file is read: type {flag}=FILE")
-    (file,) = list_files(path, flag)
-    content = file.read_bytes()
-    check_not_binary(path, content, flag)
-    codec = codecs.lookup(encoding).name
-    is_multibyte = codec.startswith(("utf-16", "utf-32"))
-    if not is_multibyte and (offset := content.find(b"\0")) >= 0:
-        raise UsageError(
-            f"{path} is no text: byte 0x00 at position {offset}; if it is UTF-16, type "
-            "--data.encoding=utf-16"
-        )
-    try:
-        return content.decode("utf-8-sig" if codec == "utf-8" else codec)
-    except UnicodeDecodeError as error:
-        name = "UTF-8" if codec == "utf-8" else codec
-        byte = error.object[error.start : error.start + 1].hex()
-        raise UsageError(
-            f"{path} is not {name}: byte 0x{byte} at position {error.start}; if it is Latin-1, "
-            "type --data.encoding=latin-1"
-        ) from None
 
 
 def _split_lines(text: str) -> list[str]:

@@ -24,14 +24,13 @@ from .corpus import (
     TextSummary,
     build_corpus,
     corpus_from_array,
-    list_files,
     load_nanogpt_bins,
     prepare_token_file,
-    read_text,
 )
 from .downloads import TextName, download_if_missing, log_once, resolve_source, text_source
 from .loaders import DataParallelInfo, EvalLoader, ResumableLoader, check_positive
 from .samplers import EpochSampler, StridedWindowSampler, resolve_seed
+from .text_files import list_files, read_text
 from .token_cache import TokenType, has_nanogpt_bins
 from .tokenizers import NumberTokenizer, SpecialTokenMode, Tokenizer
 

@@ -16,7 +16,7 @@ from ravine.datamodules import (
     CharTokenizer,
     ResumableLoader,
     TextDataModule,
-    corpus,
+    text_files,
     token_cache,
 )
 
@@ -149,7 +149,7 @@ def test_pieces_do_not_cut_characters(tmp_path: Path, monkeypatch: pytest.Monkey
     path.write_text(text, encoding="utf-8")
     whole = text_data(path).corpus.tokens
     for size in (1, 2, 3, 5, 64):
-        monkeypatch.setattr(corpus, "CHUNK_BYTES", size)
+        monkeypatch.setattr(text_files, "CHUNK_BYTES", size)
         assert torch.equal(text_data(path).corpus.tokens, whole)
 
 
@@ -380,23 +380,3 @@ def test_a_part_of_a_text_has_the_tokens_between_and_the_whole_texts_vocabulary(
         TextDataModule(
             tmp_path / "text.txt", context_length=4, start_token=9, stop_token=601
         ).setup("fit")
-
-
-def test_a_folder_of_anything_ends_at_the_first_file_that_is_no_text(tmp_path: Path) -> None:
-    (tmp_path / ".hidden").mkdir()
-    (tmp_path / ".hidden/x.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    (tmp_path / "a.txt").write_text("text")
-    (tmp_path / "b.png").write_text("text under a wrong name")
-    (tmp_path / "c.md").write_text("RIFF and ID3 are words")
-    files = corpus.list_files(tmp_path)
-    assert [p.name for p in files] == ["a.txt", "b.png", "c.md"]
-    assert "".join(corpus.read_text(files)).startswith("text\ntext under")
-    for name, head, kind in (
-        ("c.png", b"\x89PNG\r\n\x1a\n", "it is a PNG image; give files of text: type --data.path"),
-        ("c.docx", b"PK\x03\x04", "it is a zip archive"),
-        ("c", b"\x1f\x8b\x08", "it is a gzip; gunzip it;"),
-    ):
-        (tmp_path / name).write_bytes(head)
-        with pytest.raises(ValueError, match=f"/{name} is no text: {kind}"):
-            list(corpus.read_text(corpus.list_files(tmp_path)))
-        (tmp_path / name).unlink()
