@@ -14,13 +14,12 @@ from torch import Tensor
 
 from ravine.errors import UsageError
 
+from .nanogpt_bins import TokenType, read_nanogpt_bins
 from .token_cache import (
     TokenCacheError,
-    TokenType,
     as_tensor,
     check_token_range,
     compute_token_range,
-    read_nanogpt_bins,
     read_token_file,
     tokenize_corpus,
     write_token_file,

@@ -29,9 +29,9 @@ from .corpus import (
 )
 from .downloads import TextName, download_if_missing, log_once, resolve_source, text_source
 from .loaders import DataParallelInfo, EvalLoader, ResumableLoader, check_positive
+from .nanogpt_bins import TokenType, has_nanogpt_bins
 from .samplers import EpochSampler, StridedWindowSampler, resolve_seed
 from .text_files import list_files, read_text
-from .token_cache import TokenType, has_nanogpt_bins
 from .tokenizers import NumberTokenizer, SpecialTokenMode, Tokenizer
 
 IGNORE_INDEX = -100  # target of positions without loss, as in F.cross_entropy

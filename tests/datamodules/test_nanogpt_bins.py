@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ravine.cli.main import main
-from ravine.datamodules import FileTokenizer, TextDataModule, token_cache
+from ravine.datamodules import FileTokenizer, TextDataModule, nanogpt_bins, token_cache
 from ravine.lightning_modules import LanguageModel
 
 QUIET = dict.fromkeys(
@@ -181,7 +181,7 @@ def test_a_line_warns_of_tokens_that_cannot_be_those_of_gpt2(
 
     many = [*pieces(), *(f" {n}".encode() for n in range(1000, 40_000))]
     known = BPETokenizer(many)
-    monkeypatch.setattr(token_cache, "make_tokenizer", lambda name: known)
+    monkeypatch.setattr(nanogpt_bins, "make_tokenizer", lambda name: known)
     data_of(folder(tmp_path / "ten"), tokenizer="gpt2")
     said = " ".join(capsys.readouterr().out.split())
     assert "no token is above 9,999 of GPT-2's" in said
@@ -193,11 +193,11 @@ def test_a_long_file_is_looked_through_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = folder(tmp_path / "bins")
-    monkeypatch.setattr(token_cache, "MIN_BYTES_TO_CACHE", 100)
+    monkeypatch.setattr(nanogpt_bins, "MIN_BYTES_TO_CACHE", 100)
     monkeypatch.setattr(token_cache, "SCAN_CHUNK", 7)
     data_of(place, vocab_size=10_000)
     with monkeypatch.context() as patch:
-        patch.setattr(token_cache, "compute_token_range", None)  # not called again
+        patch.setattr(nanogpt_bins, "compute_token_range", None)  # not called again
         data_of(place, vocab_size=10_000)
     tokens(20_000, 4_001).astype(np.uint16).tofile(place / "train.bin")
     with pytest.raises(ValueError, match="holds the token 20,000"):  # another content

@@ -1,0 +1,258 @@
+"""nanoGPT's train.bin and val.bin: tokens without a header, memory-mapped as they are.
+
+Their dtype and vocabulary come from the caller, or from a meta.pkl or meta.json in the same folder.
+"""
+
+import hashlib
+import json
+import reprlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+from torch import Tensor
+
+from ravine.errors import UsageError
+from ravine.strategies.checkpoint import safe_pickle
+
+from .downloads import atomic_write, cache_folder
+from .token_cache import as_tensor, check_token_range, compute_token_range, memmap_tokens
+from .tokenizers import CharTokenizer, FileTokenizer, NumberTokenizer, Tokenizer, make_tokenizer
+
+MIN_BYTES_TO_CACHE = 1 << 27  # bytes; the token range of larger files is cached
+MAX_META_BYTES = 1 << 24  # maximum bytes of a meta file
+TokenType = Literal["uint8", "uint16", "int32", "uint32", "int64", "uint64"]
+
+
+class NanoGPTBins(NamedTuple):
+    """Training tokens and validation tokens, both (n), their tokenizer, and a note for the log."""
+
+    train: Tensor
+    val: Tensor
+    tokenizer: Tokenizer
+    sha256: str  # SHA-256 of the sizes and of both ends of the files
+    note: str = ""
+
+
+def has_nanogpt_bins(folder: Path) -> bool:
+    """Return whether a folder holds nanoGPT's train.bin and val.bin."""
+    return all((folder / name).is_file() for name in ("train.bin", "val.bin"))
+
+
+def read_nanogpt_bins(
+    folder: Path,
+    tokenizer_name: str = "characters",
+    vocab_size: int | None = None,
+    dtype: TokenType | None = None,
+) -> NanoGPTBins | None:
+    """Read nanoGPT's train.bin and val.bin, token arrays without a header; None if missing.
+
+    The tokenizer is given by the arguments, or by a meta.pkl or meta.json (`itos`, `vocab_size`,
+    `dtype`) or a tokenizer.json in the folder. Tokens must be below the vocabulary size.
+
+    Args:
+        folder: the folder.
+        tokenizer_name: gpt2, bytes, or a file; `characters`, the default, means not given.
+        vocab_size: vocabulary size of tokens whose tokenizer is not known.
+        dtype: integer type of the tokens; by default that of the meta file, or uint16.
+    """
+    files = folder / "train.bin", folder / "val.bin"
+    if not has_nanogpt_bins(folder):
+        return None
+    meta, meta_path = _read_meta(folder)
+    token_dtype = np.dtype(dtype or _meta_dtype(meta, meta_path))
+    arrays = [memmap_tokens(file, token_dtype) for file in files]
+    for file, array in zip(files, arrays, strict=True):
+        _check_token_width(file, array)
+    is_dtype_known = dtype is not None or "dtype" in meta
+    token_ranges = [
+        _cached_token_range(file, array) for file, array in zip(files, arrays, strict=True)
+    ]
+    largest = max(token_range[1] for token_range in token_ranges)
+    known_tokenizer = _resolve_tokenizer(
+        folder, meta, meta_path, tokenizer_name, vocab_size, largest
+    )
+    if not is_dtype_known and known_tokenizer.vocab_size > 1 << 16:
+        raise UsageError(
+            f"{files[0]} is read as uint16, which cannot hold the {known_tokenizer.vocab_size:,} "
+            "tokens of "
+            "the vocabulary; allowed: int32, uint32, or uint16 if it is that all the same; type "
+            "--data.dtype=uint32"
+        )
+    for file, array, token_range_of_file in zip(files, arrays, token_ranges, strict=True):
+        check_token_range(str(file), array, token_range_of_file, known_tokenizer)
+    note = ""
+    if known_tokenizer.tokenizer_type == "gpt2" and largest < known_tokenizer.vocab_size // 2:
+        note = (
+            f"no token is above {largest:,} of GPT-2's {known_tokenizer.vocab_size:,}: if they "
+            "are another "
+            f"tokenizer's, type --data.vocab_size={largest + 1} or more"
+        )
+    train, val = map(as_tensor, arrays)
+    return NanoGPTBins(train, val, known_tokenizer, _compute_fingerprint(files), note)
+
+
+def _resolve_tokenizer(
+    folder: Path,
+    meta: dict[str, Any],
+    meta_path: Path,
+    tokenizer_name: str,
+    vocab_size: int | None,
+    largest: int,
+) -> Tokenizer:
+    """Return the tokenizer of a folder of tokens: from the arguments, else from its files."""
+    if tokenizer_name != "characters":
+        named_tokenizer = make_tokenizer(tokenizer_name)
+        if vocab_size in (None, named_tokenizer.vocab_size):
+            return named_tokenizer
+    if vocab_size is not None:
+        return NumberTokenizer(vocab_size)
+    if "itos" in meta:
+        return _char_tokenizer(meta["itos"], meta_path)
+    tokenizer_file = folder / "tokenizer.json"
+    if tokenizer_file.is_file():
+        return FileTokenizer.from_file(tokenizer_file)
+    size = meta.get("vocab_size")
+    if size is not None:
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise UsageError(
+                f"{meta_path} says that vocab_size is {reprlib.repr(size)[:80]}; allowed: a "
+                "number; "
+                f"type --data.vocab_size={largest + 1}"
+            )
+        return NumberTokenizer(size)
+    raise UsageError(
+        f"{folder} says nowhere what its tokens are, of which the largest is {largest:,}; allowed: "
+        "a meta.pkl or meta.json with vocab_size, a tokenizer.json; type --data.tokenizer=gpt2 if "
+        f"they are GPT-2's, or else --data.vocab_size={largest + 1} or more"
+    )
+
+
+def _read_meta(folder: Path) -> tuple[dict[str, Any], Path]:
+    """Return the content of meta.pkl or meta.json, and the path of the file."""
+    for name in ("meta.pkl", "meta.json"):
+        meta_path = folder / name
+        if not meta_path.is_file():
+            continue
+        try:
+            if meta_path.stat().st_size > MAX_META_BYTES:
+                raise UsageError(f"it has more than {MAX_META_BYTES:,} bytes")
+            content = meta_path.read_bytes()
+            content_dict = (
+                json.loads(content) if name == "meta.json" else _load_meta_pickle(meta_path)
+            )
+            if not isinstance(content_dict, dict):
+                raise TypeError(f"{type(content_dict).__name__}, not a dictionary")
+            if not {"itos", "vocab_size", "dtype"} & content_dict.keys():
+                raise LookupError("it has neither 'itos' nor 'vocab_size' nor 'dtype'")
+            return content_dict, meta_path
+        except RecursionError:
+            reason: object = "it is nested too deep"
+        except (ValueError, TypeError, LookupError, safe_pickle.UnsafePickle) as error:
+            reason = error.args[0] if error.args else type(error).__name__
+        raise UsageError(
+            f"{meta_path} does not describe tokens as nanoGPT's does: {reason}; remove it, and "
+            "type "
+            "--data.tokenizer=gpt2 if the tokens are GPT-2's, or --data.vocab_size=NUMBER"
+        )
+    return {}, folder / "meta.pkl"
+
+
+def _load_meta_pickle(meta_path: Path) -> Any:
+    """Load a pickle of plain values; NumPy's number types are the only classes allowed."""
+    dtype_names = get_args(TokenType)
+    return safe_pickle.load_plain(
+        meta_path.read_bytes(), lambda name: name.module == "numpy" and name.name in dtype_names
+    )
+
+
+def _meta_dtype(meta: dict[str, Any], meta_path: Path) -> str:
+    dtype_entry = meta.get("dtype", "uint16")
+    # repr of shared lists of a pickle may have millions of words, so reprlib shortens it
+    is_plain = isinstance(dtype_entry, str | safe_pickle.GlobalName)
+    name = str(dtype_entry).removeprefix("numpy.") if is_plain else reprlib.repr(dtype_entry)
+    if name not in get_args(TokenType):
+        raise UsageError(
+            f"{meta_path} says that dtype is {name[:40]!r}; allowed: "
+            f"{', '.join(get_args(TokenType))}; "
+            "type --data.dtype=uint16"
+        )
+    return name
+
+
+def _char_tokenizer(itos: Any, meta_path: Path) -> CharTokenizer:
+    """Build the character tokenizer of nanoGPT's meta.pkl."""
+    try:
+        characters = [itos[number] for number in range(len(itos))]
+        tokenizer = CharTokenizer(characters)
+    except (LookupError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{meta_path} does not name characters as nanoGPT's does: {error}; remove it if the "
+            "tokens "
+            "are GPT-2's, or give the text itself: --data.path=FILE"
+        ) from error
+    if list(tokenizer.characters) != characters:
+        raise UsageError(
+            f"{meta_path} does not sort its characters, or has longer words; give the text: "
+            f"--data.path=FILE, or type --data.vocab_size={len(characters)}"
+        )
+    return tokenizer
+
+
+def _check_token_width(file: Path, array: np.ndarray) -> None:
+    """Raise an error if tokens were read with half of their width, or the file is a .npy file."""
+    with file.open("rb") as opened:
+        if opened.read(6) == b"\x93NUMPY":
+            raise UsageError(
+                f"{file} is a .npy file; allowed: the numbers alone; write it again with "
+                "numpy.load(FILE).tofile(FILE)"
+            )
+    head_tokens = array[: 1 << 20]
+    if (
+        len(head_tokens) >= 8
+        and array.dtype.itemsize < 8
+        and head_tokens.any()
+        and not head_tokens[1::2].any()
+    ):
+        is_64_bit = array.dtype.itemsize == 4 or not head_tokens[2::4].any()
+        allowed = ("int64",) if is_64_bit else ("int32", "uint32")
+        allowed = ("uint16",) if array.dtype.itemsize == 1 and head_tokens[2::4].any() else allowed
+        raise UsageError(
+            f"every second number of {file} is 0 where they are read as {array.dtype}: they are "
+            "wider; "
+            f"allowed: {', '.join(allowed)}; type --data.dtype={allowed[0]}"
+        )
+
+
+def _cached_token_range(file: Path, array: np.ndarray) -> tuple[int, int]:
+    """Return the smallest and the largest token of a file; the range of a long file is cached."""
+    state = file.stat()
+    key = f"{file.resolve()} {state.st_size} {state.st_mtime_ns} {array.dtype}"
+    name = f"extent-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    path = cache_folder() / "tokens" / name
+    is_long = state.st_size > MIN_BYTES_TO_CACHE
+    if is_long and path.is_file():
+        try:
+            low, high = json.loads(path.read_text())
+            return int(low), int(high)
+        except (ValueError, TypeError):
+            pass
+    token_range = compute_token_range(array)
+    if is_long:
+        with atomic_write(path) as temporary_path:
+            temporary_path.write_text(json.dumps(token_range))
+    return token_range
+
+
+def _compute_fingerprint(files: Iterable[Path]) -> str:
+    """Return the SHA-256 of the file sizes and of the first and last 2^20 bytes."""
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(size.to_bytes(8, "little"))
+        with file.open("rb") as opened:
+            digest.update(opened.read(1 << 20))
+            opened.seek(max(0, size - (1 << 20)))
+            digest.update(opened.read(1 << 20))
+    return digest.hexdigest()
