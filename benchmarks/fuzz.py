@@ -608,7 +608,8 @@ def tokenizer_seeds() -> list[Files]:
 
 
 def read_tokenizer(path: Path) -> None:
-    from ravine.datamodules.tokenizers import FileTokenizer, tokenizer_from_state_dict
+    from ravine.datamodules.tokenizer_factory import tokenizer_from_state_dict
+    from ravine.datamodules.tokenizer_json import FileTokenizer
 
     state = path / "state.json"
     if state.is_file():

@@ -5,13 +5,8 @@ from .prompts import PromptBatch, PromptDataModule
 from .samplers import EpochSampler, seeded_generator
 from .spam import SpamDataModule
 from .text import TextDataModule
-from .tokenizers import (
-    BPETokenizer,
-    ByteTokenizer,
-    CharTokenizer,
-    FileTokenizer,
-    NumberTokenizer,
-)
+from .tokenizer_json import FileTokenizer
+from .tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, NumberTokenizer
 
 __all__ = [
     "BPETokenizer",

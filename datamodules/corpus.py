@@ -24,7 +24,8 @@ from .token_cache import (
     tokenize_corpus,
     write_token_file,
 )
-from .tokenizers import SpecialTokenMode, Tokenizer, make_tokenizer
+from .tokenizer_factory import make_tokenizer
+from .tokenizers import SpecialTokenMode, Tokenizer
 
 
 class Corpus(NamedTuple):

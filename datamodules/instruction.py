@@ -27,7 +27,8 @@ from .json_rows import check_text_characters, compute_files_sha256, read_json_ro
 from .loaders import DataParallelInfo, EvalLoader, ResumableLoader, check_positive
 from .samplers import EpochSampler, resolve_seed, seeded_generator
 from .text_files import list_files
-from .tokenizers import SpecialTokenMode, Tokenizer, make_tokenizer
+from .tokenizer_factory import make_tokenizer
+from .tokenizers import SpecialTokenMode, Tokenizer
 
 IGNORE_INDEX = -100  # target of positions without loss, as in F.cross_entropy
 PAD_MULTIPLE = 64  # batches are padded to a multiple of this length: few distinct shapes

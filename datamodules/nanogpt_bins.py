@@ -18,7 +18,9 @@ from ravine.strategies.checkpoint import safe_pickle
 
 from .downloads import atomic_write, cache_folder
 from .token_cache import as_tensor, check_token_range, compute_token_range, memmap_tokens
-from .tokenizers import CharTokenizer, FileTokenizer, NumberTokenizer, Tokenizer, make_tokenizer
+from .tokenizer_factory import make_tokenizer
+from .tokenizer_json import FileTokenizer
+from .tokenizers import CharTokenizer, NumberTokenizer, Tokenizer
 
 MIN_BYTES_TO_CACHE = 1 << 27  # bytes; the token range of larger files is cached
 MAX_META_BYTES = 1 << 24  # maximum bytes of a meta file

@@ -14,7 +14,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from ravine.datamodules.tokenizers import Tokenizer, tokenizer_from_state_dict
+from ravine.datamodules.tokenizer_factory import tokenizer_from_state_dict
+from ravine.datamodules.tokenizers import Tokenizer
 from ravine.errors import UsageError
 
 from . import model_stats

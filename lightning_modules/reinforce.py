@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from ravine.datamodules.loaders import DataParallelInfo
 from ravine.datamodules.prompts import PromptBatch
 from ravine.datamodules.samplers import resolve_seed
-from ravine.datamodules.tokenizers import Tokenizer, tokenizer_from_state_dict
+from ravine.datamodules.tokenizer_factory import tokenizer_from_state_dict
+from ravine.datamodules.tokenizers import Tokenizer
 from ravine.errors import UsageError, UsageTypeError
 
 from .generation.cuda_graphs import capture_cuda_graph

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ravine.datamodules.tokenizers import Tokenizer, tokenizer_from_state_dict
+from ravine.datamodules.tokenizer_factory import tokenizer_from_state_dict
+from ravine.datamodules.tokenizers import Tokenizer
 from ravine.errors import MissingFileError, UsageError
 from ravine.strategies.checkpoint.atomic_io import (
     AtomicCheckpointIO,

@@ -1,39 +1,22 @@
 # ruff: noqa: RUF001 - texts of several languages
-"""Special tokens, borders at which a text is cut without changing tokens, tokenizers from files."""
+"""Special tokens, and borders at which a text is cut without changing tokens."""
 
 import json
 import random
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import regex
 import tiktoken
 import torch
-from token_pieces import JOINED, pieces
+from token_pieces import ALPHABET, END, from_merges, merges, pieces
 
 from ravine.datamodules import BPETokenizer, FileTokenizer, InstructionDataModule, TextDataModule
 from ravine.datamodules.token_cache import encode_parallel, split_at_word_boundaries
-from ravine.datamodules.tokenizers import (
-    ByteTokenizer,
-    CharTokenizer,
-    NumberTokenizer,
-    tokenizer_from_state_dict,
-)
+from ravine.datamodules.tokenizer_factory import tokenizer_from_state_dict
+from ravine.datamodules.tokenizers import ByteTokenizer, CharTokenizer, NumberTokenizer
 from ravine.lightning_modules import LanguageModel
-
-END = "<|endoftext|>"
-
-
-def merges() -> list[tuple[bytes, bytes]]:
-    return [(piece[:-1], piece[-1:]) for piece in pieces()[256:]]
-
-
-def from_merges(**how: Any) -> FileTokenizer:
-    return FileTokenizer.from_merges(dict(enumerate(pieces())), merges(), [END], **how)
-
 
 KINDS = {
     "characters": lambda text: CharTokenizer(text),
@@ -44,10 +27,6 @@ KINDS = {
     "file, allow": lambda text: from_merges(),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
-ALPHABET = [
-    *"ab1'. ,\n\t-_<|>²½", "\x1c", "\x85", "\xa0", "\u3000", "’", "“", "。", "，", "天", "ё",
-    "́", "😀", "'s", "the ", "  ", END, "<|end", "oftext|>", "\r\n", "٣", "ª", "〇", "〆",
-]  # fmt: skip
 
 
 @every_kind
@@ -132,90 +111,6 @@ def test_of_overlapping_special_tokens_the_longest_is_read() -> None:
         assert tokens.tolist() == tokenizer.encode_array(f"a {double} b" * 9).tolist()
 
 
-def by_hand(text: str) -> list[int]:
-    """Of each word the first pair of the list is joined, until none is left."""
-    ranks = {pair: n for n, pair in enumerate(merges())}
-    found = []
-    for word in regex.findall(BPETokenizer.split_pattern, text):
-        parts = [bytes([n]) for n in word.encode()]
-        while pairs := [pair for pair in pairwise(parts) if pair in ranks]:
-            best, joined = min(pairs, key=ranks.__getitem__), []
-            while parts:
-                size = 2 if tuple(parts[:2]) == best else 1
-                joined.append(b"".join(parts[:size]))
-                parts = parts[size:]
-            parts = joined
-        found += [pieces().index(part) for part in parts]
-    return found
-
-
-def test_merges_are_applied_in_their_order_within_words() -> None:
-    tokenizer, rng = from_merges(special_tokens="as_text"), random.Random(1)
-    for _ in range(20):
-        text = "".join(rng.choices([*ALPHABET, *JOINED], k=60))
-        assert tokenizer.encode(text).tolist() == by_hand(text)
-    assert tokenizer.token_bytes.equal(BPETokenizer(pieces()).token_bytes)
-
-
-def test_numbers_of_tokens_may_stand_in_any_order() -> None:
-    shuffled = list(range(len(pieces()) + 1))
-    random.Random(0).shuffle(shuffled)
-    end, *numbers = shuffled
-    vocabulary = dict(zip(numbers, pieces(), strict=True)) | {end: END.encode()}
-    tokenizer = FileTokenizer.from_merges(vocabulary, merges(), [END])
-    ranked = BPETokenizer(pieces(), "allow")
-    text = f"the hello 12's{END}天地，日"
-    assert tokenizer.encode(text).tolist() == [
-        [*numbers, end][n] for n in ranked.encode(text).tolist()
-    ]
-    assert tokenizer.eos_id == end
-
-
-def test_files_of_the_library_and_older_ones_are_read(tmp_path: Path) -> None:
-    tokenizer = from_merges()
-    (tmp_path / "new").mkdir()
-    content = json.loads(tokenizer.json_text)
-    content["truncation"] = {  # would cut a text off without a word
-        "direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0,
-    }  # fmt: skip
-    (tmp_path / "new/tokenizer.json").write_text(json.dumps(content))
-    (tmp_path / "old").mkdir()
-    table = content["model"]["vocab"]
-    (tmp_path / "old/vocab.json").write_text(json.dumps(table), encoding="utf-8")
-    lines = [" ".join(pair) for pair in content["model"]["merges"]]
-    (tmp_path / "old/merges.txt").write_text("#version: 0.2\n" + "\n".join(lines))
-    text = f"the hello{END} 天地"
-    for name in ([], 7, {"content": ["a"]}):  # of the end of a text: what is no text is left out
-        (tmp_path / "new/tokenizer_config.json").write_text(json.dumps({"eos_token": name}))
-        assert FileTokenizer.from_file(tmp_path / "new").eos_id == tokenizer.eos_id
-    for path in ("new", "new/tokenizer.json", "old"):
-        again = FileTokenizer.from_file(tmp_path / path, "allow")
-        assert again.encode(text).equal(tokenizer.encode(text)), path
-        assert again.eos_id == tokenizer.eos_id
-    for bad, message in {
-        "{}": "not a file of the tokenizers",
-        "[" * 10**5: "not a file of",
-    }.items():
-        (tmp_path / "bad.json").write_text(bad)
-        with pytest.raises(ValueError, match=message):
-            FileTokenizer.from_file(tmp_path / "bad.json")
-    with pytest.raises(FileNotFoundError, match=r"no tokenizer at .*allowed: characters, bytes"):
-        FileTokenizer.from_file(tmp_path / "nowhere")
-
-
-def test_a_vocabulary_that_lacks_bytes_does_not_drop_them() -> None:
-    vocabulary = {n: bytes([n]) for n in range(128)}
-    tokenizer = FileTokenizer.from_merges(vocabulary, [], special_tokens="as_text")
-    with pytest.raises(ValueError, match="2 of 3 bytes of a text are in no token"):
-        tokenizer.encode("aé")
-    with pytest.raises(ValueError, match="2 of 15 bytes of a text are in no token"):
-        FileTokenizer.from_merges(vocabulary, [], [END]).encode(f"é{END}")
-    with pytest.raises(
-        ValueError, match="special_tokens is 'allow', and the tokenizer 'file' has no"
-    ):
-        FileTokenizer(tokenizer.json_text, None, "allow")
-
-
 def test_a_run_of_a_million_spaces_is_one_word_and_a_space() -> None:
     tokenizer = BPETokenizer(pieces())
     for run, after in ((" " * 1_000_001, "the"), (" \n" * 60_000, "\n"), ("\u3000" * 100_000, "")):
@@ -296,58 +191,6 @@ def test_odd_characters_and_numbers_are_encoded_or_named() -> None:
     for word in ("50", "-1", "a", "1.5", "²", "9" * 99):
         with pytest.raises(ValueError, match="allowed: "):
             numbers.encode(word)
-
-
-STATES: list[tuple[dict[str, Any], str]] = [
-    ({"tokenizer_type": "gpt2"}, "tokenizer 'gpt2' is damaged: KeyError"),
-    ({"tokenizer_type": "gpt2", "ranked_tokens": "YQ== YQ=="}, "2 pieces of which 1 are different"),
-    ({"tokenizer_type": "gpt2", "ranked_tokens": "!"}, "damaged: .*Only base64 data is allowed"),
-    (
-        {"tokenizer_type": "gpt2", "ranked_tokens": "YQ\u00e9=="},
-        "damaged: .*Only base64 data is allowed",
-    ),
-    ({"tokenizer_type": "gpt2", "ranked_tokens": 3}, "tokenizer 'gpt2' is damaged: AttributeError"),
-    (
-        {"tokenizer_type": "gpt2", "ranked_tokens": " ".join(["YQ=="] * 300)},
-        "300 pieces of which 1 are different",
-    ),
-    ({"tokenizer_type": "characters"}, "tokenizer 'characters' is damaged: KeyError"),
-    (
-        {"tokenizer_type": "characters", "characters": 7},
-        "tokenizer 'characters' is damaged: TypeError",
-    ),
-    (
-        {"tokenizer_type": "numbers", "vocab_size": 2**40},
-        "vocab_size is 1099511627776; allowed: 1 to",
-    ),
-    (
-        {"tokenizer_type": "numbers", "vocab_size": "many"},
-        "tokenizer 'numbers' is damaged: TypeError",
-    ),
-    (
-        {"tokenizer_type": "file", "json_text": "{}", "eos_token": ""},
-        "not a file of the tokenizers library",
-    ),
-    (
-        {"tokenizer_type": "file", "json_text": 5, "eos_token": ""},
-        "not a file of the tokenizers library",
-    ),
-    (
-        {"tokenizer_type": "file", "json_text": from_merges().json_text, "eos_token": ["a"]},
-        "eos_token is of type list; allowed: the token as a text",
-    ),
-    (
-        {"tokenizer_type": "file", "json_text": "[" * 10**5, "eos_token": ""},
-        "not a file of the tokenizers library",
-    ),
-    ({"tokenizer_type": ["gpt2"]}, r"unknown tokenizer_type \['gpt2'\]; known are"),
-]
-
-
-@pytest.mark.parametrize(("state", "words"), STATES, ids=range(len(STATES)))
-def test_a_damaged_state_is_refused_in_words(state: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        tokenizer_from_state_dict(state)
 
 
 def test_text_of_a_large_vocabulary_takes_four_bytes_a_token(tmp_path: Path) -> None:

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from ravine.datamodules.token_cache import encode_parallel, split_at_word_boundaries
+from ravine.datamodules.tokenizer_factory import tokenizer_from_state_dict
 from ravine.datamodules.tokenizers import (
     BPETokenizer,
     ByteTokenizer,
     CharTokenizer,
     Tokenizer,
     load_gpt2_tokenizer,
-    tokenizer_from_state_dict,
 )
 
 PIECES = [bytes([n]) for n in range(256)] + [b" t", b"he", b" the", b"ll", b"o\n", "ü".encode()]

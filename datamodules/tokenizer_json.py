@@ -1,0 +1,281 @@
+"""Tokenizer of a tokenizer.json (Hugging Face's tokenizers library), or of vocab.json, merges.txt.
+
+The library defines the tokens. This file finds the special tokens, the bytes per token, and whether
+a text may be cut into chunks.
+"""
+
+import functools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ravine.errors import MissingFileError, UsageError, UsageTypeError
+
+from .tokenizers import ENDOFTEXT, WORD_END, SpecialTokenMode, Tokenizer
+
+
+class FileTokenizer(Tokenizer):
+    """Hugging Face tokenizer of the tokenizers library, from the text of its tokenizer.json.
+
+        tokenizer = FileTokenizer.from_file("my/tokenizer.json")
+        tokenizer = FileTokenizer.from_merges(vocab, merges, ["<|endoftext|>"])
+
+    Args:
+        json_text: the JSON text; its truncation and padding are not used.
+        eos_token: the special token that ends a text, by name.
+        special_tokens: how special tokens in a text are read.
+    """
+
+    tokenizer_type = "file"
+    EOS_CANDIDATES = (ENDOFTEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]")
+
+    def __init__(
+        self,
+        json_text: str,
+        eos_token: str | None = None,
+        special_tokens: SpecialTokenMode = "as_text",
+    ) -> None:
+        """Parse the text, and find the special tokens and the bytes per token."""
+        import tokenizers
+
+        try:
+            self.hf_tokenizer = tokenizers.Tokenizer.from_str(json_text)
+            parsed = json.loads(json_text)
+        except Exception as error:  # the library raises only Exception
+            raise UsageError(
+                f"not a file of the tokenizers library: {str(error)[:200]}; allowed: a "
+                "tokenizer.json, as Hugging Face's models have; type --data.tokenizer=gpt2 for "
+                "GPT-2's"
+            ) from None
+        self.hf_tokenizer.no_truncation()
+        self.hf_tokenizer.no_padding()
+        self.json_text = json_text
+        added = self.hf_tokenizer.get_added_tokens_decoder()
+        special_ids = {token.content: n for n, token in added.items() if token.special}
+        self.set_special_tokens(special_ids, special_tokens)
+        self.hf_tokenizer.encode_special_tokens = special_tokens != "allow"
+        if eos_token is not None and not isinstance(eos_token, str):
+            raise UsageTypeError(
+                f"eos_token is of type {type(eos_token).__name__}; allowed: the token as a text"
+            )
+        eos_names = (
+            [eos_token]
+            if eos_token
+            else [name for name in self.EOS_CANDIDATES if name in special_ids]
+        )
+        if eos_token and eos_token not in special_ids:
+            raise UsageError(
+                f"eos_token {eos_token!r} is no special token; known: {', '.join(special_ids)}"
+            )
+        self.eos_id = special_ids[eos_names[0]] if eos_names else None
+        non_special = [
+            token.content for token in added.values() if not token.special
+        ]  # always matched
+        self._set_unsplittable(
+            [*non_special, *(special_ids if special_tokens != "as_text" else ())]
+        )
+        self._compute_token_bytes(parsed, added)
+
+    def _compute_token_bytes(self, parsed: dict[str, Any], added: Mapping[int, Any]) -> None:
+        """Set the bytes per token, and whether a text may be cut into chunks."""
+        vocab = self.hf_tokenizer.get_vocab(with_added_tokens=True)
+        size = 1 + max(vocab.values(), default=-1)
+        if size > max(4096, 4 * len(vocab)):  # one large id would allocate too much memory
+            raise UsageError(
+                f"the largest token is {size - 1:,} among {len(vocab):,}; allowed: numbers without "
+                "large gaps; make the file again"
+            )
+        steps = _pretokenizer_steps(parsed.get("pre_tokenizer"))
+        byte_level = [step for step in steps if step.get("type") == "ByteLevel"]
+        is_plain_bpe = parsed.get("normalizer") is None and parsed["model"].get("type") == "BPE"
+        strips_or_joins = any(t.lstrip or t.rstrip or t.single_word for t in added.values())
+        adds_prefix_space = any(step.get("add_prefix_space", True) for step in byte_level)
+        self.has_token_bytes = bool(byte_level) and is_plain_bpe
+        # lossless: every byte of a text is in one of its tokens, so a text may be cut after words
+        self.is_lossless = self.has_token_bytes and not (strips_or_joins or adds_prefix_space)
+        self.written_bytes = torch.zeros(size, dtype=torch.int64)  # including special tokens
+        for word, number in vocab.items():
+            # in ByteLevel's alphabet a character is one byte; added tokens are stored as plain text
+            self.written_bytes[number] = len(word.encode()) if number in added else len(word)
+        self.token_bytes = self.written_bytes.clone()
+        self.token_bytes[list(self.special_ids.values())] = 0
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """Return the ids from the library, without the tokens that it can add around a text."""
+        text = text.encode("utf-8", "replace").decode()
+        if self.special_tokens == "error":
+            list(self._split_at_special_tokens(text))
+        ids = self.hf_tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        numbers = np.array(ids, dtype=np.int64)
+        if self.is_lossless:
+            num_text_bytes, num_token_bytes = (
+                len(text.encode()),
+                int(self.written_bytes[numbers].sum()),
+            )
+            if num_text_bytes != num_token_bytes:
+                raise UsageError(
+                    f"{num_text_bytes - num_token_bytes} of {num_text_bytes} bytes of a text are "
+                    "in no token of this "
+                    "vocabulary; allowed: a vocabulary with all 256 bytes; type "
+                    "--data.tokenizer=bytes, or train the tokenizer with its initial alphabet"
+                )
+        return numbers
+
+    def decode_list(self, token_ids: Sequence[int]) -> str:
+        """Decode the tokens with the library."""
+        return self.hf_tokenizer.decode(list(token_ids), skip_special_tokens=False)
+
+    def next_boundary(self, text: str, start: int) -> int | None:
+        """Return the end of the next word; None if the library may add a prefix to each text."""
+        return self._find_match_end(WORD_END, text, start) if self.is_lossless else None
+
+    @property
+    def cache_key(self) -> str:
+        """Return the tokenizer type and a hash of the content."""
+        import hashlib
+
+        return f"{super().cache_key}-{hashlib.sha256(self.json_text.encode()).hexdigest()[:16]}"
+
+    def state_dict(self) -> dict[str, str]:
+        """Return the whole file, so that a checkpoint needs no other file."""
+        eos_token = next((word for word, n in self.special_ids.items() if n == self.eos_id), "")
+        state = {
+            "tokenizer_type": self.tokenizer_type,
+            "json_text": self.json_text,
+            "eos_token": eos_token,
+        }
+        return (
+            state
+            if self.special_tokens == "as_text"
+            else state | {"special_tokens": self.special_tokens}
+        )
+
+    @classmethod
+    def from_file(
+        cls, path: str | Path, special_tokens: SpecialTokenMode = "as_text"
+    ) -> "FileTokenizer":
+        """Read a tokenizer.json, or a folder with one or with vocab.json and merges.txt.
+
+        The end-of-text token is the eos_token of a tokenizer_config.json in the folder, or else the
+        special token with one of the names in EOS_CANDIDATES.
+        """
+        resolved_path = Path(path).expanduser()
+        folder = resolved_path if resolved_path.is_dir() else resolved_path.parent
+        file = resolved_path / "tokenizer.json" if resolved_path.is_dir() else resolved_path
+        merge_files = folder / "vocab.json", folder / "merges.txt"
+        if (
+            resolved_path.is_dir()
+            and not file.is_file()
+            and all(merge_file.is_file() for merge_file in merge_files)
+        ):
+            return cls(_bpe_json_from_files(*merge_files), _read_eos_token(folder), special_tokens)
+        if not file.is_file():
+            raise MissingFileError(
+                f"no tokenizer at {resolved_path}; allowed: characters, bytes, gpt2, a "
+                "tokenizer.json, or "
+                "a folder with one or with vocab.json and merges.txt; type --data.tokenizer=FILE"
+            )
+        try:
+            content = file.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UsageError(
+                f"{file} is not UTF-8 at byte {error.start}; allowed: a tokenizer.json; "
+                "type --data.tokenizer=FILE"
+            ) from None
+        try:
+            return cls(content, _read_eos_token(folder), special_tokens)
+        except ValueError as error:
+            raise UsageError(f"{file}: {error}") from None
+
+    @classmethod
+    def from_merges(
+        cls,
+        vocab: Mapping[int, bytes],
+        merges: Iterable[tuple[bytes, bytes]],
+        special_words: Sequence[str] = (),
+        special_tokens: SpecialTokenMode = "allow",
+    ) -> "FileTokenizer":
+        """Build a byte pair encoding of GPT-2's form from a vocabulary and merges.
+
+        Args:
+            vocab: the bytes of each token.
+            merges: the pairs to merge, in order.
+            special_words: the special tokens; those missing in the vocabulary get the next free
+                ids.
+            special_tokens: how special tokens in a text are read.
+        """
+        word_by_bytes = {word.encode(): word for word in special_words}
+        ids = {word_by_bytes.get(piece) or _bytes_to_chars(piece): n for n, piece in vocab.items()}
+        for word in special_words:
+            ids.setdefault(word, 1 + max(ids.values(), default=-1))
+        pairs = [(_bytes_to_chars(a), _bytes_to_chars(b)) for a, b in merges]
+        return cls(_make_bpe_json(ids, pairs, special_words), None, special_tokens)
+
+
+def _pretokenizer_steps(config: Any) -> list[dict[str, Any]]:
+    """Return the pre-tokenizers of a tokenizer.json in order."""
+    if not isinstance(config, dict):
+        return []
+    inner = config.get("pretokenizers")
+    return [step for nested in inner for step in _pretokenizer_steps(nested)] if inner else [config]
+
+
+@functools.cache
+def _byte_to_char() -> dict[int, str]:
+    """Return the character that ByteLevel uses for each byte (GPT-2's `bytes_to_unicode`)."""
+    printable_bytes = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [n for n in range(256) if n not in printable_bytes]
+    return {n: chr(n) for n in printable_bytes} | {n: chr(256 + i) for i, n in enumerate(others)}
+
+
+def _bytes_to_chars(piece: bytes) -> str:
+    return "".join(_byte_to_char()[n] for n in piece)
+
+
+def _make_bpe_json(
+    vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], special_words: Iterable[str]
+) -> str:
+    """Return the tokenizer.json of a byte pair encoding with GPT-2's word pattern."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    content = {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": vocab[word], "content": word, "special": True} | added for word in special_words
+        ],
+        "pre_tokenizer": byte_level | {"use_regex": True},
+        "decoder": byte_level | {"use_regex": True},
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
+    }
+    return json.dumps(content, ensure_ascii=False)
+
+
+def _bpe_json_from_files(vocab_file: Path, merges_file: Path) -> str:
+    """Return the tokenizer.json for a vocab.json and a merges.txt, GPT-2's older files."""
+    try:
+        vocab = json.loads(vocab_file.read_text(encoding="utf-8-sig"))
+        lines = merges_file.read_text(encoding="utf-8-sig").split("\n")
+        lines = [line.rstrip("\r") for line in lines if line and not line.startswith("#version")]
+        pairs = [(a, b) for a, b in (line.split(" ") for line in lines)]
+        special = [name for name in FileTokenizer.EOS_CANDIDATES if name in vocab]
+        return _make_bpe_json({str(word): int(n) for word, n in vocab.items()}, pairs, special)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UsageError(
+            f"{vocab_file} and {merges_file.name} are no byte pair encoding: {error!r}; allowed: "
+            "GPT-2's files; type --data.tokenizer=FOLDER"
+        ) from None
+
+
+def _read_eos_token(folder: Path) -> str | None:
+    """Return the eos_token of the folder's tokenizer_config.json, or None."""
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8-sig"))
+        eos_token = config.get("eos_token")
+        eos_token = eos_token.get("content") if isinstance(eos_token, dict) else eos_token
+        return eos_token if isinstance(eos_token, str) else None
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
