@@ -2,7 +2,6 @@
 
 Search order: `root` or the variable DATA_ROOT, the cache folder, the canonical URL. A file is used
 only if its SHA-256 matches. A task that can run without any file has an embedded default.
-`atomic_write` replaces a file in one step.
 """
 
 import gzip
@@ -10,11 +9,8 @@ import hashlib
 import io
 import os
 import urllib.request
-import uuid
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -25,6 +21,7 @@ from rich import get_console
 from rich.progress import Progress
 
 from ravine.errors import MissingFileError, UsageError, suggest_names
+from ravine.files import atomic_write, cache_folder, compute_sha256
 
 NOT_GZIP = "no gzip"
 TIMEOUT_S = 10.0  # seconds without data before the connection is closed
@@ -166,24 +163,13 @@ def download_if_missing(source_name: str, remote_file: RemoteFile, root: str | N
     except DatasetNotFound:
         try:
             content = _verify_content(_download_bytes(remote_file), remote_file)
-            with atomic_write(cache_folder() / remote_file.path) as temporary_path:
-                temporary_path.write_bytes(content)
+            with atomic_write(cache_folder() / remote_file.path) as file:
+                file.write(content)
         except (OSError, HTTPException, ValueError) as error:
             return f"{type(error).__name__}: {getattr(error, 'reason', None) or error}"
     except ValueError:  # a wrong file under DATA_ROOT: every rank raises the error in its setup
         pass
     return ""
-
-
-def cache_folder() -> Path:
-    """Return the cache folder: $XDG_CACHE_HOME/ravine, by default ~/.cache/ravine."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ravine"
-
-
-def compute_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def compute_checksum(path: Path, remote_file: RemoteFile) -> str:
@@ -200,34 +186,6 @@ def compute_checksum(path: Path, remote_file: RemoteFile) -> str:
             return hashlib.sha256(file.read(remote_file.size + 1)).hexdigest()
     except (OSError, EOFError, zlib.error):
         return NOT_GZIP
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Atomic write: yield a temporary path beside `path` that replaces `path` if no error occurs.
-
-    The data are flushed to disk (fsync) before the rename. After a crash `path` holds either the
-    old or the new content, never a part of it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary_path = path.with_name(
-        f".{path.name}.{uuid.uuid4().hex}.part"
-    )  # two processes may write the same file
-    try:
-        yield temporary_path
-        _fsync(temporary_path)
-        os.replace(temporary_path, path)
-        _fsync(path.parent)  # makes the rename durable
-    finally:
-        temporary_path.unlink(missing_ok=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @rank_zero_only

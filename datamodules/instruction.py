@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from ravine.errors import UsageError
+from ravine.files import atomic_write, cache_folder, compute_sha256
 
 from .base import PreparationResult, exchange_prepared, is_distributed
-from .downloads import atomic_write, cache_folder, log_once
-from .json_rows import check_text_characters, compute_files_sha256, read_json_rows
+from .downloads import log_once
+from .json_rows import check_text_characters, read_json_rows
 from .loaders import DataParallelInfo, EvalLoader, ResumableLoader, check_positive
 from .samplers import EpochSampler, resolve_seed, seeded_generator
 from .text_files import list_files
@@ -166,7 +167,7 @@ class InstructionDataModule(L.LightningDataModule):
         path = cache_folder() / "tokens" / name
         without_tokens = tokenized._replace(tokens=np.zeros(0, np.int32))
         try:
-            with atomic_write(path) as temporary_path, temporary_path.open("wb") as file:
+            with atomic_write(path) as file:
                 file.write(tokenized.tokens.data)
         except OSError:  # each process tokenizes
             return without_tokens._replace(num_examples=0)
@@ -184,7 +185,7 @@ class InstructionDataModule(L.LightningDataModule):
         tokenizer = make_tokenizer(self.tokenizer_name, characters, self.special_tokens)
         rows = [self._tokenize_example(example, tokenizer) for example in examples]
         return TokenizedExamples(
-            compute_files_sha256(list_files(self.path)),
+            compute_sha256(*list_files(self.path)),
             characters,
             tokenizer.cache_key,
             len(examples),

@@ -6,10 +6,9 @@ Each object comes with its location, "FILE, line 3", for error messages. Lines a
 time, so a long file needs no more memory than its rows.
 """
 
-import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,13 +147,3 @@ def _check_object(value: Any, location: str, example: str) -> dict[str, Any]:
 
 def _type_name(value: Any) -> str:
     return type(value).__name__
-
-
-def compute_files_sha256(files: Iterable[Path]) -> str:
-    """Return the SHA-256 of the concatenated contents of files."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as opened:
-            while chunk := opened.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()

@@ -14,9 +14,9 @@ import numpy as np
 from torch import Tensor
 
 from ravine.errors import UsageError
+from ravine.files import atomic_write, cache_folder
 from ravine.strategies.checkpoint import safe_pickle
 
-from .downloads import atomic_write, cache_folder
 from .token_cache import as_tensor, check_token_range, compute_token_range, memmap_tokens
 from .tokenizer_factory import make_tokenizer
 from .tokenizer_json import FileTokenizer
@@ -242,8 +242,8 @@ def _cached_token_range(file: Path, array: np.ndarray) -> tuple[int, int]:
             pass
     token_range = compute_token_range(array)
     if is_long:
-        with atomic_write(path) as temporary_path:
-            temporary_path.write_text(json.dumps(token_range))
+        with atomic_write(path) as file:
+            file.write(json.dumps(token_range).encode())
     return token_range
 
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ravine.errors import UsageError
+from ravine.files import compute_sha256
 
 from .downloads import TextName, download_if_missing, log_once, resolve_source, text_source
-from .json_rows import check_text_characters, compute_files_sha256, holds_json_rows, read_json_rows
+from .json_rows import check_text_characters, holds_json_rows, read_json_rows
 from .loaders import DataParallelInfo, EvalLoader, ResumableLoader, check_positive
 from .samplers import EpochSampler, IndexedSampler, resolve_seed
 from .text import python_docs_text
@@ -120,7 +121,7 @@ class PromptDataModule(L.LightningDataModule):
 
     def _checksum(self, file: Path | None) -> str:
         """Return the SHA-256 of the rows and the reference text, which a resumed run compares."""
-        rows = compute_files_sha256(list_files(file)) if self.rows and file is not None else ""
+        rows = compute_sha256(*list_files(file)) if self.rows and file is not None else ""
         return hashlib.sha256(f"{rows}{self.corpus_text or ''}".encode()).hexdigest()
 
     @property

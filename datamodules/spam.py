@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ravine.errors import UsageError
+from ravine.files import compute_sha256
 
-from .downloads import TEXT_DATASETS, compute_sha256, download_if_missing, log_once, resolve_source
+from .downloads import TEXT_DATASETS, download_if_missing, log_once, resolve_source
 from .loaders import DataParallelInfo, EvalLoader, ResumableLoader, check_positive
 from .samplers import EpochSampler, seeded_generator
 from .tables import Table, has_known_header, read_table

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ravine.errors import RunError, UsageError
+from ravine.files import atomic_write, cache_folder
 
-from .downloads import atomic_write, cache_folder
 from .tokenizers import Tokenizer
 
 CHUNK_CHARS = 1 << 20  # characters per encoding task
@@ -62,7 +62,7 @@ def write_token_file(
     if path.is_file():
         return path
     try:
-        with atomic_write(path) as temporary_path, temporary_path.open("wb") as file:
+        with atomic_write(path) as file:
             for numbers in encode_parallel(tokenizer, text()):
                 file.write(numbers.astype(token_dtype).data)
     except OSError as error:

@@ -70,7 +70,7 @@ def unpackaged(root: Path) -> list[str]:
 
 # Files of the front door that every folder may import: they import none of the folders, or only
 # at the first use of a name.
-FRONT = {"ravine", "errors", "checkpoint_format", "lightning_compat"}
+FRONT = {"ravine", "errors", "files", "checkpoint_format", "lightning_compat"}
 # The table of CONTRIBUTING.md: who may import whom.
 MAY_IMPORT = {
     "ravine": set(FOLDERS),

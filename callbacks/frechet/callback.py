@@ -11,11 +11,9 @@ disjoint draws.
 """
 
 import hashlib
-import os
 import time
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +25,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ravine.errors import UsageError
+from ravine.files import atomic_write, cache_folder
 
 from ..base import require_validation
 from ..checks.run_checks import add_run_checks
@@ -261,7 +260,7 @@ class FrechetDistance(L.Callback):
             fingerprint_tensors(*test),
         )
         key = hashlib.sha256("\n".join(key_parts).encode()).hexdigest()
-        path = (self.cache_dir or get_feature_cache_dir()) / f"{key}.safetensors"
+        path = (self.cache_dir or cache_folder() / "features") / f"{key}.safetensors"
         statistics = load_statistics(path)
         if statistics and not is_close(statistics.probe, feature_probe(pool, train)):
             statistics = None  # a different extractor of the same name and weights
@@ -353,12 +352,6 @@ def is_close(left: Tensor, right: Tensor) -> bool:
     return same and bool((left - right).abs().max() <= 1e-4 * left.abs().max())
 
 
-def get_feature_cache_dir() -> Path:
-    """Return $XDG_CACHE_HOME/ravine/features, by default ~/.cache/ravine/features."""
-    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(folder) / "ravine" / "features"
-
-
 def load_statistics(path: Path) -> RealStatistics | None:
     """Load cached statistics; return None if the file is missing or incomplete."""
     try:
@@ -370,16 +363,9 @@ def load_statistics(path: Path) -> RealStatistics | None:
 
 def save_statistics(path: Path, statistics: RealStatistics) -> None:
     """Cache statistics by an atomic write; a failed write is a warning, not an error."""
-    temp_path = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     tensors = {name: value.cpu().contiguous() for name, value in statistics._asdict().items()}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temp_path.write_bytes(
-            save(tensors)
-        )  # save_file raises an error of its own type on a full disk
-        os.replace(temp_path, path)
+        with atomic_write(path) as file:
+            file.write(save(tensors))  # save_file raises an error of its own type on a full disk
     except OSError as error:
         rank_zero_warn(f"FrechetDistance: the real images' statistics are not kept: {error}")
-    finally:
-        with suppress(OSError):  # the file or its folder may not exist
-            temp_path.unlink()

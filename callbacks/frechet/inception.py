@@ -5,7 +5,6 @@ folder, which torch-fidelity and torchmetrics also use; the URL where they were 
 loaded without executing pickle code.
 """
 
-import hashlib
 import io
 import os
 import pickle
@@ -19,6 +18,7 @@ from einops import repeat
 from torch import Tensor, nn
 
 from ravine.errors import MissingFileError, UsageError
+from ravine.files import compute_sha256
 
 WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -41,7 +41,7 @@ def locate_inception_weights(
                 f"no file {path}; give InceptionV3's weights in torch-fidelity's layout, "
                 f"{WEIGHTS_FILE}: {WEIGHTS_URL}"
             )
-        return path, sha256_of_file(path)
+        return path, compute_sha256(path)
     hub = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_FILE
     data = os.environ.get("DATA_ROOT")
     candidates = [*([Path(data).expanduser() / "inception" / WEIGHTS_FILE] if data else []), hub]
@@ -69,7 +69,7 @@ def locate_inception_weights(
 
 def _find_verified(candidates: list[Path]) -> Path | None:
     return next(
-        (path for path in candidates if path.is_file() and sha256_of_file(path) == WEIGHTS_SHA256),
+        (path for path in candidates if path.is_file() and compute_sha256(path) == WEIGHTS_SHA256),
         None,
     )
 
@@ -84,12 +84,6 @@ def _download(path: Path) -> str:
     except (URLError, OSError, RuntimeError) as error:  # RuntimeError: a wrong checksum
         return str(error)
     return ""
-
-
-def sha256_of_file(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Inception(nn.Module):

@@ -8,8 +8,8 @@ from torch import Tensor
 from ravine.callbacks import Quantization
 from ravine.callbacks.lora import lora_layers, merge_lora
 from ravine.callbacks.quantization import quantize_module
-from ravine.datamodules.downloads import atomic_write
 from ravine.errors import UsageError
+from ravine.files import atomic_write
 from ravine.lightning_modules import TaskModule
 from ravine.strategies.checkpoint.atomic_io import AtomicCheckpointIO
 
@@ -74,8 +74,8 @@ def save_merged(
     }
     from safetensors.torch import save_file
 
-    with atomic_write(folder / "model.safetensors") as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+    with atomic_write(folder / "model.safetensors") as file:
+        save_file(tensors, file.name, metadata={"format": "pt"})
     AtomicCheckpointIO().save_checkpoint(checkpoint | {"state_dict": tensors}, target)
     return f"{folder}/model.ckpt, model.safetensors"
 

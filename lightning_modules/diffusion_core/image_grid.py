@@ -10,8 +10,8 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from ravine.datamodules.downloads import atomic_write
 from ravine.errors import UsageError
+from ravine.files import atomic_write
 
 PADDING, BACKGROUND = 2, 255  # pixels between images, and their color
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
@@ -43,8 +43,8 @@ class ImageGrid:
     def save(self, path: str | Path) -> None:
         """Write the grid to a file atomically; the suffix determines the format."""
         pillow_format = get_pillow_format(path)
-        with atomic_write(Path(path)) as temporary_path:
-            self.grid().save(temporary_path, pillow_format)
+        with atomic_write(Path(path)) as file:
+            self.grid().save(file.name, pillow_format)
 
     def save_each(self, folder: str | Path) -> None:
         """Write each image to its own file: 00000.png, 00001.png, ..."""

@@ -21,8 +21,8 @@ from einops import rearrange
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ravine.datamodules.downloads import atomic_write
 from ravine.errors import UsageError
+from ravine.files import atomic_write
 
 NUM_GROUPS = 8  # of GroupNorm, whose statistics do not depend on the batch
 
@@ -199,8 +199,8 @@ def save_pretrained(net: UNet, folder: str, extra_config: dict[str, Any]) -> str
     time_conditioning.
     """
     weights = {name: w.contiguous() for name, w in net.state_dict().items()}
-    with atomic_write(Path(folder, "model.safetensors")) as temporary_path:
-        save_file(weights, temporary_path)
-    with atomic_write(Path(folder, "config.json")) as temporary_path:
-        temporary_path.write_text(json.dumps({"net": net.init_kwargs, **extra_config}, indent=1))
+    with atomic_write(Path(folder, "model.safetensors")) as file:
+        save_file(weights, file.name)
+    with atomic_write(Path(folder, "config.json")) as file:
+        file.write(json.dumps({"net": net.init_kwargs, **extra_config}, indent=1).encode())
     return f"{folder}/model.safetensors, config.json"

@@ -1,18 +1,14 @@
 """Atomic checkpoint writes, and validated reads: a killed writer leaves the old file intact.
 
-    write -> .tmp-<uuid> beside the target -> fsync -> rename onto the target -> fsync the folder
+    write -> `ravine.files.atomic_write`
     read  <- verify each record's checksum, which torch does not <- tensors and plain types only
 
 Ranks that resume together (`collective_loading`) map the file into memory. A machine holds its
 pages once, and a rank copies the parts that it needs. One of the ranks verifies the checksum of
 each record.
-
-The temporary file is in the folder of the target, because a rename is atomic only within one file
-system. A rename from $TMPDIR on another file system is a copy, which can be interrupted.
 """
 
 import errno
-import fcntl
 import os
 import pickle
 import re
@@ -34,6 +30,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
 from ravine.errors import sort_by_similarity
+from ravine.files import atomic_write
 
 from . import mapped_file, sharded, validation, zip_archive
 from .checkpoint_error import CheckpointError
@@ -43,7 +40,6 @@ from .reading_ranks import ReadingRanks
 from .safe_pickle import UnsafePickle
 
 CHECKPOINT_SUFFIX = ".ckpt"
-TEMP_FILE_PATTERN = re.compile(r"\.tmp-[0-9a-f]{32}")  # files of killed writers
 SAFE_CONTAINERS = (list, tuple, set)
 MAX_OPEN_ATTEMPTS = 3  # to open the same file on all ranks, if a writer replaces it meanwhile
 _verified_files: set[tuple[int, ...]] = set()  # verified checksums: 10 GB take 5 s
@@ -110,8 +106,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         check_serializable(checkpoint)
         self.written_paths.add(resolve_parent(target))
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _remove_stale_temp_files(target.parent)
             _save_atomically(checkpoint, target)
         except OSError as error:
             raise write_error(target, error) from error
@@ -301,60 +295,17 @@ def _local_path(path: str | Path) -> Path | None:
 
 
 def _save_atomically(checkpoint: dict[str, Any], target: Path) -> None:
-    temporary, file = _open_temp_file(target.parent)
-    try:
-        with file:
-            try:
-                torch.save(checkpoint, file)
-            except RuntimeError as error:  # torch closes its archive and hides the OSError
-                raise _find_os_error(error) or error from error
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # writes the new directory entry
-    finally:
-        os.close(folder)
-
-
-def _open_temp_file(folder: Path) -> tuple[Path, IO[bytes]]:
-    """Create a temporary file, locked while it is open: see `_remove_stale_temp_files`.
-
-    Another writer may remove it between creation and locking. Then another file is created.
-    """
-    for attempt in range(20):
-        path = folder / f".tmp-{uuid.uuid4().hex}"
-        file = path.open("wb")
+    with atomic_write(target) as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return path, file
-        except (BlockingIOError, FileNotFoundError):  # another writer is removing it
-            pass
-        except OSError:  # a file system without locks: stale files are not removed
-            return path, file
-        if attempt < 19:
-            file.close()
-            path.unlink(missing_ok=True)
-    return path, file  # the rename in `_save_atomically` will raise the error
+            torch.save(checkpoint, file)
+        except RuntimeError as error:  # torch closes its archive and hides the OSError
+            raise _find_os_error(error) or error from error
 
 
 def _find_os_error(error: BaseException | None) -> OSError | None:
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error
-
-
-def _remove_stale_temp_files(folder: Path) -> None:
-    """Remove the files of killed writers; a running writer holds a lock on its file."""
-    for leftover in folder.glob(".tmp-*"):
-        if TEMP_FILE_PATTERN.fullmatch(leftover.name) and not leftover.is_symlink():
-            with suppress(OSError), leftover.open("rb+") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                leftover.unlink()
 
 
 def _open_regular_file(path: Path) -> IO[bytes]:

@@ -46,6 +46,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
 from ravine.errors import UsageError
+from ravine.files import fsync
 
 from ..dtensor import MAX_MESSAGE_BYTES, IndexRange, ShardIndices, shard_blocks, shard_indices
 from . import safe_pickle, zip_archive
@@ -256,12 +257,12 @@ def _save_manifest(staging: Path, files: dict[str, list[int]]) -> None:
     """Write the manifest atomically, after fsync of the files that it lists."""
     for name in (META_FILE, INDEX_FILE):
         files[name] = _file_checksum(staging / name)
-        _fsync(staging / name)
+        fsync(staging / name)
     text = json.dumps({"format": 1, "files": files}, indent=1)
     (staging / ".manifest").write_text(text)
-    _fsync(staging / ".manifest")
+    fsync(staging / ".manifest")
     os.replace(staging / ".manifest", staging / MANIFEST_FILE)
-    _fsync(staging)
+    fsync(staging)
 
 
 def _replace_folder(staging: Path, path: Path) -> None:
@@ -269,19 +270,11 @@ def _replace_folder(staging: Path, path: Path) -> None:
     if os.path.lexists(path):
         os.replace(path, old)
     os.replace(staging, path)
-    _fsync(path.parent)
+    fsync(path.parent)
     if old.is_dir() and not old.is_symlink():
         shutil.rmtree(old, ignore_errors=True)
     else:
         old.unlink(missing_ok=True)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _file_checksum(path: Path) -> list[int]:

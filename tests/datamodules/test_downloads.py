@@ -180,13 +180,11 @@ def test_a_damaged_zip_leaves_nothing(serve: Serve, tmp_path: Path) -> None:
 def test_a_write_that_breaks_off_leaves_nothing(
     serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: BaseException
 ) -> None:
-    def break_off(path: Path, content: bytes) -> None:
-        with path.open("wb") as file:
-            file.write(content[:100])
+    def break_off(descriptor: int) -> None:
         raise stop
 
     good = serve(CONTENT)
-    monkeypatch.setattr(Path, "write_bytes", break_off)
+    monkeypatch.setattr(os, "fsync", break_off)
     if isinstance(stop, OSError):
         assert "No space left on device" in download_if_missing("play", good)
     else:

@@ -152,7 +152,7 @@ def test_an_error_of_local_rank_0_ends_all_ranks_with_its_text(ranks, path):
 def test_ctrl_c_while_local_rank_0_tokenizes_ends_all_ranks(ranks, path):
     said = ranks(failing, 2, path, path.parent / "cache", {}, "interrupt")
     assert [each[:2] for each in said] == [("SystemExit", "1")] * 2
-    assert not list((path.parent / "cache").rglob("*.part"))
+    assert not list((path.parent / "cache").rglob(".tmp-*"))
 
 
 def test_a_cache_that_is_full_or_cannot_be_written_is_done_without_or_told(ranks, path):
