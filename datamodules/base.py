@@ -1,18 +1,112 @@
-"""Per-node data preparation: local rank 0 downloads and tokenizes for all ranks of its node.
+"""Base of the datamodules: loaders for a trainer, provenance, checks, preparation per node.
 
-    prepare_data   local rank 0 works, with all cores; the other ranks wait, without a time limit
+    prepare_data   local rank 0 downloads and tokenizes, with all cores; the other ranks wait,
+                   without a time limit
     setup          every rank gets the result: `exchange_prepared`
 
 Lightning calls `prepare_data` on local rank 0 only and makes the other ranks wait at a barrier. An
 error there, or Ctrl-C, is kept until `setup`, so that all ranks end with it.
 """
 
+from abc import ABCMeta, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import lightning as L
 import torch.distributed as dist
+from torch import Tensor
 
 from ravine.errors import RunError, UsageError
+
+from .loaders import DataParallelInfo, EvalLoader, ResumableLoader
+from .samplers import EpochSampler
+
+
+class BaseDataModule(L.LightningDataModule, metaclass=ABCMeta):
+    """A datamodule whose loaders divide one global batch over the ranks of its trainer.
+
+    `provenance` identifies the data used, for checkpoints: source, file, sha256.
+    """
+
+    batch_size: Any  # samples of one optimizer step, over all ranks and accumulated batches
+
+    def __init__(self) -> None:
+        """Start without data; a subclass reads them in `setup`."""
+        super().__init__()
+        self.provenance: dict[str, Any] = {}
+        self._preparation: PreparationResult | None = None  # set between prepare_data and setup
+
+    def make_train_loader(
+        self,
+        sampler: EpochSampler,
+        make_batch: Callable[[Tensor], Any],
+        num_samples: int,
+        batch_size: int | None = None,
+    ) -> ResumableLoader:
+        """Return a training loader for the trainer's ranks; see `ResumableLoader`."""
+        trainer: Any = self.trainer
+        return ResumableLoader(
+            sampler,
+            make_batch,
+            num_samples,
+            self.batch_size if batch_size is None else batch_size,
+            DataParallelInfo.from_trainer(trainer),
+            repeat_first_epoch=bool(trainer and trainer.overfit_batches),
+        )
+
+    def make_eval_loader(
+        self,
+        make_batch: Callable[[Tensor], Any],
+        num_samples: int,
+        batch_size: int | None = None,
+    ) -> EvalLoader:
+        """Return an evaluation loader for the trainer's ranks; see `EvalLoader`."""
+        return EvalLoader(
+            make_batch,
+            num_samples,
+            self.batch_size if batch_size is None else batch_size,
+            DataParallelInfo.from_trainer(self.trainer),
+        )
+
+    @abstractmethod
+    def train_dataloader(self) -> ResumableLoader:
+        """Return the training loader."""
+
+    def test_dataloader(self) -> EvalLoader:
+        """Return the validation loader, for data without a test split."""
+        return self.val_dataloader()
+
+    def prepare_for_all_ranks(self, prepare: Callable[[], Any]) -> None:
+        """Call `prepare` in `prepare_data` of a distributed run, for all ranks of the node."""
+        if is_distributed(self.trainer):
+            self._preparation = PreparationResult.from_call(prepare)
+
+    def get_prepared(self) -> Any:
+        """Return in `setup` the value that local rank 0 prepared, or None.
+
+        Collective in a distributed run: every rank calls it.
+        """
+        if not is_distributed(self.trainer):
+            return None
+        local_result, self._preparation = self._preparation, None
+        return exchange_prepared(local_result, self.trainer)
+
+    def skip_validation(self) -> None:
+        """Run no validation, which avoids Lightning's warning about an empty loader."""
+        trainer: Any = self.trainer
+        if trainer is not None:
+            trainer.limit_val_batches = 0
+
+
+def check_fraction(name: str, value: float, can_be_zero: bool = False) -> None:
+    """Raise an error if a fraction is not between 0 and 1; 1 is excluded, 0 by default too."""
+    if not 0 < value < 1 and not (can_be_zero and value == 0):
+        raise UsageError(
+            f"{name}={value} is not a fraction of the data",
+            ["0, or a number between 0 and 1" if can_be_zero else "a number between 0 and 1"],
+            f"use {name}=0.1",
+            flag=f"--data.{name}=0.1",
+        )
 
 
 class PreparationResult(NamedTuple):

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ravine.errors import UsageError
 
-from .nanogpt_bins import TokenType, read_nanogpt_bins
 from .token_cache import (
     TokenCacheError,
     as_tensor,
@@ -106,19 +105,6 @@ def build_corpus(
     else:
         tokens = tokenize_corpus(tokenizer, iter_text, summary.sha256, is_memmap)
     return Corpus(tokens, tokenizer, summary.sha256, is_memmap)
-
-
-def load_nanogpt_bins(
-    folder: Path,
-    tokenizer_name: str = "characters",
-    vocab_size: int | None = None,
-    dtype: TokenType | None = None,
-) -> Corpus | None:
-    """Load the tokens of nanoGPT's train.bin and val.bin in a folder; None if there are none."""
-    loaded = read_nanogpt_bins(folder, tokenizer_name, vocab_size, dtype)
-    if loaded is None:
-        return None
-    return Corpus(loaded.train, loaded.tokenizer, loaded.sha256, True, loaded.val, loaded.note)
 
 
 def corpus_from_array(tokens: np.ndarray | Tensor, tokenizer: Tokenizer) -> Corpus:

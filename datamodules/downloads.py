@@ -101,6 +101,19 @@ def resolve_source(
         return None, str(error)
 
 
+def resolve_file(
+    path: str | Path | None,
+    source_name: str,
+    remote_file: RemoteFile,
+    root: str | None = None,
+    download_error: str = "",
+) -> tuple[Path | None, str]:
+    """Return `path` if it is given, or else the result of `resolve_source`."""
+    if path is not None:
+        return Path(path).expanduser(), ""
+    return resolve_source(source_name, remote_file, root, download_error)
+
+
 def text_source(wanted: TextName) -> RemoteFile:
     """Return the RemoteFile of a named text; for "auto" and "embedded" the first of the table."""
     if wanted in ("auto", "embedded"):

@@ -14,18 +14,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import lightning as L
 import torch
 from torch import Tensor
 
 from ravine.errors import MissingFileError, RunError, UsageError, sort_by_similarity
 
+from .base import BaseDataModule, check_fraction
 from .downloads import download_if_missing, find_local, log_once
 from .image_datasets import IMAGE_DATASETS, read_digits, read_named_dataset
 from .image_folders import find_idx_files, read_idx_files, read_image_folder, read_images
 from .image_formats import ColorMode
 from .image_set import ImageSet, describe_classes, parse_class_indices
-from .loaders import DataParallelInfo, EvalLoader, ResumableLoader, check_positive
+from .loaders import EvalLoader, ResumableLoader, check_positive
 from .samplers import EpochSampler, resolve_seed, seeded_generator
 
 NAMED_DATASETS = ("digits", *IMAGE_DATASETS)
@@ -50,7 +50,7 @@ def to_uint8(images: Tensor) -> Tensor:
     return images.float().add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 
-class ImageDataModule(L.LightningDataModule):
+class ImageDataModule(BaseDataModule):
     """Images as batches (images float32 (b c y x) in [-1, 1], labels int64 (b)).
 
         data = ImageDataModule("mnist", batch_size=128)
@@ -98,11 +98,8 @@ class ImageDataModule(L.LightningDataModule):
         """Check the arguments; files are read in `setup`."""
         super().__init__()
         check_positive("batch_size", batch_size)
-        if not 0 <= val_fraction < 1 or not 0 < test_fraction < 1:
-            raise UsageError(
-                f"val_fraction is {val_fraction} and test_fraction {test_fraction}; allowed are "
-                "numbers between 0 and 1: type --data.val_fraction=0.05 --data.test_fraction=0.2"
-            )
+        check_fraction("val_fraction", val_fraction, can_be_zero=True)
+        check_fraction("test_fraction", test_fraction)
         if flip and source in NAMED_DATASETS and source not in FLIPPABLE:
             raise UsageError(
                 f"flip is true, and a mirrored image of {source} is none of its kind; allowed "
@@ -125,7 +122,6 @@ class ImageDataModule(L.LightningDataModule):
                 f"mode is {mode} and resize {resize}, and the images of {source} are of one form; "
                 "allowed are folders of your own: type --data.source=FOLDER, or leave both away"
             )
-        self.provenance: dict[str, Any] = {}  # the data used: source, file, sha256
         self.num_classes, self.channels, self.image_size = 0, 0, (0, 0)
         self.class_names: tuple[str, ...] = ()
         self._splits: dict[str, ImageSet] = {}
@@ -143,8 +139,8 @@ class ImageDataModule(L.LightningDataModule):
             self._load_splits()
         if stage == "predict" and self.predict_path is not None and self._predict_set is None:
             self._predict_set = self._load_predict_images(Path(self.predict_path).expanduser())
-        if stage == "fit" and not len(self._splits["val"].labels) and self.trainer is not None:
-            cast(Any, self.trainer).limit_val_batches = 0  # avoids a warning about an empty loader
+        if stage == "fit" and not len(self._splits["val"].labels):
+            self.skip_validation()
 
     def _load_splits(self) -> None:
         loaded_splits, file, notes = self._load_source()
@@ -248,7 +244,7 @@ class ImageDataModule(L.LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Return a loader that shuffles each epoch and skips its incomplete last batch."""
         images, labels = self._move_split_to_device("train")
-        seed, trainer = resolve_seed(self.seed), cast(Any, self.trainer)
+        seed = resolve_seed(self.seed)
         is_flipped: dict[int, Tensor] = {}  # flip masks by epoch
 
         def make_batch(items: Tensor) -> tuple[Tensor, Tensor]:
@@ -263,14 +259,8 @@ class ImageDataModule(L.LightningDataModule):
                 batch = torch.where(flip_mask, batch.flip(-1), batch)
             return batch, labels[items]
 
-        loader = ResumableLoader(
-            EpochSampler(seed, len(labels), device=images.device),
-            make_batch,
-            num_samples=len(labels),
-            batch_size=self.batch_size,
-            data_parallel=DataParallelInfo.from_trainer(trainer),
-            repeat_first_epoch=bool(trainer and trainer.overfit_batches),
-        )
+        sampler = EpochSampler(seed, len(labels), device=images.device)
+        loader = self.make_train_loader(sampler, make_batch, len(labels))
         return loader
 
     def val_dataloader(self) -> EvalLoader:
@@ -298,9 +288,7 @@ class ImageDataModule(L.LightningDataModule):
             items = items.to(images.device)
             return to_float(images[items]), labels[items], names
 
-        return EvalLoader(
-            make_batch, len(labels), self.batch_size, DataParallelInfo.from_trainer(self.trainer)
-        )
+        return self.make_eval_loader(make_batch, len(labels))
 
     def _make_eval_loader(self, split: Split) -> EvalLoader:
         images, labels = self._move_split_to_device(split)
@@ -314,9 +302,7 @@ class ImageDataModule(L.LightningDataModule):
             items = items.to(images.device)
             return to_float(images[items]), labels[items]
 
-        return EvalLoader(
-            make_batch, len(labels), self.batch_size, DataParallelInfo.from_trainer(self.trainer)
-        )
+        return self.make_eval_loader(make_batch, len(labels))
 
     def _move_split_to_device(self, split: Split) -> tuple[Tensor, Tensor]:
         images, labels = self.get_split(split)

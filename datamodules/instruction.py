@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,16 +21,16 @@ from torch import Tensor
 from ravine.errors import UsageError
 from ravine.files import atomic_write, cache_folder, compute_sha256
 
-from .base import PreparationResult, exchange_prepared, is_distributed
+from .base import BaseDataModule, check_fraction
 from .downloads import log_once
 from .json_rows import check_text_characters, read_json_rows
-from .loaders import DataParallelInfo, EvalLoader, ResumableLoader, check_positive
+from .loaders import EvalLoader, ResumableLoader, check_positive
 from .samplers import EpochSampler, resolve_seed, seeded_generator
+from .text import IGNORE_INDEX
 from .text_files import list_files
 from .tokenizer_factory import make_tokenizer
 from .tokenizers import SpecialTokenMode, Tokenizer
 
-IGNORE_INDEX = -100  # target of positions without loss, as in F.cross_entropy
 PAD_MULTIPLE = 64  # batches are padded to a multiple of this length: few distinct shapes
 
 
@@ -85,7 +84,7 @@ class TokenizedExamples(NamedTuple):
         return self._replace(tokens=np.fromfile(self.token_file, np.int32), token_file="")
 
 
-class InstructionDataModule(L.LightningDataModule):
+class InstructionDataModule(BaseDataModule):
     """Instruction data: prompts with answers as batches (inputs, targets), both int64 (b t).
 
         data = InstructionDataModule("questions.jsonl", tokenizer="gpt2", context_length=256)
@@ -125,11 +124,7 @@ class InstructionDataModule(L.LightningDataModule):
         super().__init__()
         check_positive("context_length", context_length)
         check_positive("batch_size", batch_size)
-        if not 0 < val_fraction < 1:
-            raise UsageError(
-                f"val_fraction is {val_fraction}; allowed is a number between 0 and 1: "
-                "type --data.val_fraction=0.1"
-            )
+        check_fraction("val_fraction", val_fraction)
         self.path, self.fields, self.tokenizer_name = (
             Path(path).expanduser(),
             (prompt_field, answer_field),
@@ -138,18 +133,16 @@ class InstructionDataModule(L.LightningDataModule):
         self.context_length, self.batch_size = context_length, batch_size
         self.val_fraction, self.seed = val_fraction, seed
         self.special_tokens: SpecialTokenMode = special_tokens
-        self.provenance: dict[str, Any] = {}
         self.rows: list[tuple[Tensor, int]] = []  # (tokens, number of prompt tokens) per example
         self.tokenizer: Tokenizer | None = None
-        self._preparation: PreparationResult | None = None  # set between prepare_data and setup
 
     def prepare_data(self) -> None:
         """Tokenize for all ranks of the node; Lightning calls this on local rank 0 only.
 
         Without a distributed run, `setup` tokenizes.
         """
-        if not self.rows and is_distributed(self.trainer):
-            self._preparation = PreparationResult.from_call(self._write_token_file)
+        if not self.rows:
+            self.prepare_for_all_ranks(self._write_token_file)
 
     def _write_token_file(self) -> TokenizedExamples:
         """Tokenize, and write the tokens to a file if the cache folder is writable."""
@@ -196,10 +189,7 @@ class InstructionDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read and tokenize the file, and log its size; raise an error if it cannot be split."""
-        prepared: TokenizedExamples | None = None
-        if is_distributed(self.trainer):
-            prepared = exchange_prepared(self._preparation, self.trainer)
-            self._preparation = None
+        prepared: TokenizedExamples | None = self.get_prepared()
         if self.rows:
             return
         if prepared is None or not prepared.num_examples or not prepared.has_file():
@@ -266,27 +256,15 @@ class InstructionDataModule(L.LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Return the loader of all examples not held out, shuffled each epoch."""
         train_indices, _ = self._split_indices()
-        trainer: Any = self.trainer
-        return ResumableLoader(
+        return self.make_train_loader(
             EpochSampler(resolve_seed(self.seed), len(train_indices)),
             lambda indices: self._make_batch(train_indices[indices]),
-            num_samples=len(train_indices),
-            batch_size=self.batch_size,
-            data_parallel=DataParallelInfo.from_trainer(trainer),
-            repeat_first_epoch=bool(trainer and trainer.overfit_batches),
+            len(train_indices),
         )
 
     def val_dataloader(self) -> EvalLoader:
         """Return the loader of the examples held out for validation."""
         _, val_indices = self._split_indices()
-        data_parallel = DataParallelInfo.from_trainer(self.trainer)
-        return EvalLoader(
-            lambda n: self._make_batch(val_indices[n]),
-            len(val_indices),
-            self.batch_size,
-            data_parallel,
+        return self.make_eval_loader(
+            lambda indices: self._make_batch(val_indices[indices]), len(val_indices)
         )
-
-    def test_dataloader(self) -> EvalLoader:
-        """Return the validation loader: there is no separate test split."""
-        return self.val_dataloader()

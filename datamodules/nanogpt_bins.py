@@ -8,15 +8,15 @@ import json
 import reprlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
-from torch import Tensor
 
 from ravine.errors import UsageError
 from ravine.files import atomic_write, cache_folder
 from ravine.strategies.checkpoint import safe_pickle
 
+from .corpus import Corpus
 from .token_cache import as_tensor, check_token_range, compute_token_range, memmap_tokens
 from .tokenizer_factory import make_tokenizer
 from .tokenizer_json import FileTokenizer
@@ -25,16 +25,6 @@ from .tokenizers import CharTokenizer, NumberTokenizer, Tokenizer
 MIN_BYTES_TO_CACHE = 1 << 27  # bytes; the token range of larger files is cached
 MAX_META_BYTES = 1 << 24  # maximum bytes of a meta file
 TokenType = Literal["uint8", "uint16", "int32", "uint32", "int64", "uint64"]
-
-
-class NanoGPTBins(NamedTuple):
-    """Training tokens and validation tokens, both (n), their tokenizer, and a note for the log."""
-
-    train: Tensor
-    val: Tensor
-    tokenizer: Tokenizer
-    sha256: str  # SHA-256 of the sizes and of both ends of the files
-    note: str = ""
 
 
 def has_nanogpt_bins(folder: Path) -> bool:
@@ -47,7 +37,7 @@ def read_nanogpt_bins(
     tokenizer_name: str = "characters",
     vocab_size: int | None = None,
     dtype: TokenType | None = None,
-) -> NanoGPTBins | None:
+) -> Corpus | None:
     """Read nanoGPT's train.bin and val.bin, token arrays without a header; None if missing.
 
     The tokenizer is given by the arguments, or by a meta.pkl or meta.json (`itos`, `vocab_size`,
@@ -92,7 +82,8 @@ def read_nanogpt_bins(
             f"tokenizer's, type --data.vocab_size={largest + 1} or more"
         )
     train, val = map(as_tensor, arrays)
-    return NanoGPTBins(train, val, known_tokenizer, _compute_fingerprint(files), note)
+    sha256 = _compute_fingerprint(files)
+    return Corpus(train, known_tokenizer, sha256, is_memmap=True, val_tokens=val, note=note)
 
 
 def _resolve_tokenizer(

@@ -7,16 +7,16 @@ global batch is the same on any number of ranks, and a resumed run draws the sam
 
 import hashlib
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-import lightning as L
 import torch
 from torch import Tensor
 
 from ravine.errors import UsageError
 from ravine.files import compute_sha256
 
-from .downloads import TextName, download_if_missing, log_once, resolve_source, text_source
+from .base import BaseDataModule, check_fraction
+from .downloads import TextName, download_if_missing, log_once, resolve_file, text_source
 from .json_rows import check_text_characters, holds_json_rows, read_json_rows
 from .loaders import DataParallelInfo, EvalLoader, ResumableLoader, check_positive
 from .samplers import EpochSampler, IndexedSampler, resolve_seed
@@ -32,7 +32,7 @@ class PromptBatch(NamedTuple):
     columns: dict[str, list[Any]]  # the other fields of the rows
 
 
-class PromptDataModule(L.LightningDataModule):
+class PromptDataModule(BaseDataModule):
     """Batches of prompts for reinforcement learning.
 
         data = PromptDataModule("plays.txt", prompt_length=256, batch_size=64)
@@ -69,17 +69,12 @@ class PromptDataModule(L.LightningDataModule):
         for name, value in (("prompt_length", prompt_length), ("batch_size", batch_size)):
             check_positive(name, value)
         check_positive("num_val_prompts", num_val_prompts)
-        if not 0 < val_fraction < 1:
-            raise UsageError(
-                f"val_fraction is {val_fraction}; allowed is a number between 0 and 1: "
-                "type --data.val_fraction=0.1"
-            )
+        check_fraction("val_fraction", val_fraction)
         self.path, self.root, self.corpus_path = path, root, corpus_path
         self.source: TextName = source
         text_source(source)  # UsageError for an unknown name
         self.prompt_length, self.batch_size = prompt_length, batch_size
         self.val_fraction, self.num_val_prompts, self.seed = val_fraction, num_val_prompts, seed
-        self.provenance: dict[str, Any] = {}
         self.corpus_text: str | None = None  # reference text for rewards
         self.rows: list[dict[str, Any]] = []  # rows of JSON files
         self._snippets = ""
@@ -96,12 +91,9 @@ class PromptDataModule(L.LightningDataModule):
         """Read the prompts and the reference text, and log the file and its size."""
         if self._snippets or self.rows:
             return
-        if self.path is not None:
-            file, reason = Path(self.path).expanduser(), ""
-        else:
-            file, reason = resolve_source(
-                self.source, text_source(self.source), self.root, self._download_error
-            )
+        file, reason = resolve_file(
+            self.path, self.source, text_source(self.source), self.root, self._download_error
+        )
         name = str(file or "the EMBEDDED text (help topics of CPython)")
         if file is not None and holds_json_rows(file):
             self.rows = read_prompt_rows(file)
@@ -136,14 +128,12 @@ class PromptDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """Return the training loader: snippets are drawn with replacement, JSON rows without."""
-        first, trainer = self._get_bounds()[0], cast(Any, self.trainer)
-        return ResumableLoader(
-            IndexedSampler(EpochSampler(resolve_seed(self.seed), first, replacement=not self.rows)),  # type: ignore
+        num_items = self._get_bounds()[0]
+        sampler = EpochSampler(resolve_seed(self.seed), num_items, replacement=not self.rows)
+        return self.make_train_loader(
+            IndexedSampler(sampler),  # type: ignore
             lambda items: self._make_batch(items[:, 2], [(e, s) for e, s in items[:, :2].tolist()]),
-            num_samples=first if self.rows else max(self.batch_size, first // self.prompt_length),
-            batch_size=self.batch_size,
-            data_parallel=DataParallelInfo.from_trainer(trainer),
-            repeat_first_epoch=bool(trainer and trainer.overfit_batches),
+            num_items if self.rows else max(self.batch_size, num_items // self.prompt_length),
         )
 
     def val_dataloader(self) -> EvalLoader:
@@ -175,10 +165,6 @@ class PromptDataModule(L.LightningDataModule):
             return self._make_batch(positions[numbers], [(-1, n) for n in numbers.tolist()])
 
         return EvalLoader(make_batch, even_count, even_count, data_parallel)
-
-    def test_dataloader(self) -> EvalLoader:
-        """Return the validation loader."""
-        return self.val_dataloader()
 
     def _get_bounds(self) -> tuple[int, int, int]:
         """Return the number of training items, the first held-out item, and the number of items.

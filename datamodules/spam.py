@@ -9,17 +9,17 @@ import codecs
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
-import lightning as L
 import torch
 from torch import Tensor
 
 from ravine.errors import UsageError
 from ravine.files import compute_sha256
 
-from .downloads import TEXT_DATASETS, download_if_missing, log_once, resolve_source
-from .loaders import DataParallelInfo, EvalLoader, ResumableLoader, check_positive
+from .base import BaseDataModule, check_fraction
+from .downloads import TEXT_DATASETS, download_if_missing, log_once, resolve_file
+from .loaders import EvalLoader, ResumableLoader, check_positive
 from .samplers import EpochSampler, seeded_generator
 from .tables import Table, has_known_header, read_table
 from .text_files import read_text_file
@@ -142,7 +142,7 @@ def grouped_stratified_split(
     return selected
 
 
-class SpamDataModule(L.LightningDataModule):
+class SpamDataModule(BaseDataModule):
     """Messages as batches {"message": list[str], "label": int64 (b), "index": int64 (b)}.
 
     `index` is the position of the message in `messages`. Batches for `predict` have no labels, and
@@ -192,11 +192,8 @@ class SpamDataModule(L.LightningDataModule):
         super().__init__()
         if batch_size != "all":
             check_positive("batch_size", batch_size)
-        if not 0 < test_fraction < 1 or not 0 <= val_fraction < 1:
-            raise UsageError(
-                f"test_fraction is {test_fraction} and val_fraction {val_fraction}; allowed are "
-                "numbers between 0 and 1: type --data.test_fraction=0.2 --data.val_fraction=0.1"
-            )
+        check_fraction("test_fraction", test_fraction)
+        check_fraction("val_fraction", val_fraction, can_be_zero=True)
         try:
             is_text_encoding = codecs.lookup(encoding)._is_text_encoding
         except (LookupError, ValueError):
@@ -212,7 +209,6 @@ class SpamDataModule(L.LightningDataModule):
         self.path, self.source, self.root, self.predict_path = path, source, root, predict_path
         self.batch_size, self.seed = batch_size, seed
         self.test_fraction, self.val_fraction = test_fraction, val_fraction
-        self.provenance: dict[str, Any] = {}  # the data used: source, file, sha256, duplicates
         self.messages: list[Message] = []
         self.splits: dict[str, list[int]] = {}  # train, val, test: positions in `messages`
         self.predict_lines: list[tuple[int, str]] = []  # (line from 0, text)
@@ -234,8 +230,8 @@ class SpamDataModule(L.LightningDataModule):
             self._load_predict_lines()
         elif not self.messages:
             self._load_messages()
-        if stage == "fit" and not self.val_fraction and self.trainer is not None:
-            cast(Any, self.trainer).limit_val_batches = 0  # avoids a warning about an empty loader
+        if stage == "fit" and not self.val_fraction:
+            self.skip_validation()
 
     def _load_predict_lines(self) -> None:
         if self.predict_path is None:
@@ -256,12 +252,9 @@ class SpamDataModule(L.LightningDataModule):
             raise UsageError(f"{self.predict_path} is empty: write one message a line")
 
     def _load_messages(self) -> None:
-        if self.path is not None:
-            file, reason = Path(self.path).expanduser(), ""
-        else:
-            file, reason = resolve_source(
-                self.source, TEXT_DATASETS["sms"], self.root, self._download_error
-            )
+        file, reason = resolve_file(
+            self.path, self.source, TEXT_DATASETS["sms"], self.root, self._download_error
+        )
         name = str(file or "the EMBEDDED messages (forty, written for this project)")
         is_custom_file = self.path is not None
         text = read_text_file(
@@ -372,14 +365,12 @@ class SpamDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """Return a loader that shuffles each epoch and skips its incomplete last batch."""
-        indices, trainer = self.splits["train"], cast(Any, self.trainer)
-        return ResumableLoader(
+        indices = self.splits["train"]
+        return self.make_train_loader(
             EpochSampler(self.seed, len(indices)),
             self._make_batch_fn(indices),
-            num_samples=len(indices),
-            batch_size=self._clamp_batch_size(len(indices)),
-            data_parallel=DataParallelInfo.from_trainer(trainer),
-            repeat_first_epoch=bool(trainer and trainer.overfit_batches),
+            len(indices),
+            self._clamp_batch_size(len(indices)),
         )
 
     def val_dataloader(self) -> EvalLoader:
@@ -398,9 +389,7 @@ class SpamDataModule(L.LightningDataModule):
             return {"message": list(texts), "index": torch.tensor(numbers)}
 
         size = self._clamp_batch_size(len(self.predict_lines))
-        return EvalLoader(
-            make_batch, len(self.predict_lines), size, DataParallelInfo.from_trainer(self.trainer)
-        )
+        return self.make_eval_loader(make_batch, len(self.predict_lines), size)
 
     def _make_eval_loader(self, split: str) -> EvalLoader:
         indices = self.splits[split]
@@ -410,12 +399,7 @@ class SpamDataModule(L.LightningDataModule):
                 "lightning test for the test part, or train with --data.val_fraction=0.1"
             )
         size = self._clamp_batch_size(len(indices))
-        return EvalLoader(
-            self._make_batch_fn(indices),
-            len(indices),
-            size,
-            DataParallelInfo.from_trainer(self.trainer),
-        )
+        return self.make_eval_loader(self._make_batch_fn(indices), len(indices), size)
 
 
 def _split_lines(text: str) -> list[str]:

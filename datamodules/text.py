@@ -9,27 +9,25 @@ Axes: b batch, t time (the context length).
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
 
 from ravine.errors import RunError, UsageError
 
-from .base import PreparationResult, exchange_prepared, is_distributed
+from .base import BaseDataModule, check_fraction
 from .corpus import (
     Corpus,
     TextSummary,
     build_corpus,
     corpus_from_array,
-    load_nanogpt_bins,
     prepare_token_file,
 )
-from .downloads import TextName, download_if_missing, log_once, resolve_source, text_source
-from .loaders import DataParallelInfo, EvalLoader, ResumableLoader, check_positive
-from .nanogpt_bins import TokenType, has_nanogpt_bins
+from .downloads import TextName, download_if_missing, log_once, resolve_file, text_source
+from .loaders import EvalLoader, ResumableLoader, check_positive
+from .nanogpt_bins import TokenType, has_nanogpt_bins, read_nanogpt_bins
 from .samplers import EpochSampler, StridedWindowSampler, resolve_seed
 from .text_files import list_files, read_text
 from .tokenizers import NumberTokenizer, SpecialTokenMode, Tokenizer
@@ -44,7 +42,7 @@ def python_docs_text() -> Iterator[str]:
     yield "\n\n".join(topics[name] for name in sorted(topics))
 
 
-class TextDataModule(L.LightningDataModule):
+class TextDataModule(BaseDataModule):
     """Text as batches (inputs, targets), both int64 (b t); targets are shifted by one token.
 
         data = TextDataModule("my.txt", context_length=128, batch_size=64)
@@ -97,11 +95,7 @@ class TextDataModule(L.LightningDataModule):
         super().__init__()
         check_positive("context_length", context_length)
         check_positive("batch_size", batch_size)
-        if not 0 < val_fraction < 1:
-            raise UsageError(
-                f"val_fraction is {val_fraction}; allowed is a number between 0 and 1: "
-                "type --data.val_fraction=0.1"
-            )
+        check_fraction("val_fraction", val_fraction)
         self.path, self.root = path, root
         self.source: TextName = source
         text_source(source)  # UsageError for an unknown name
@@ -120,9 +114,7 @@ class TextDataModule(L.LightningDataModule):
         self.special_tokens: SpecialTokenMode = special_tokens
         self.vocab_size = vocab_size
         self.dtype: TokenType | None = dtype
-        self.provenance: dict[str, Any] = {}  # the data used: source, file, sha256
         self._corpus: Corpus | None = None
-        self._preparation: PreparationResult | None = None  # set between prepare_data and setup
         self._download_error = ""
 
     @classmethod
@@ -171,8 +163,8 @@ class TextDataModule(L.LightningDataModule):
             self._download_error = download_if_missing(
                 self.source, text_source(self.source), self.root
             )
-        if self._corpus is None and is_distributed(self.trainer):
-            self._preparation = PreparationResult.from_call(self._write_token_file)
+        if self._corpus is None:
+            self.prepare_for_all_ranks(self._write_token_file)
 
     def _write_token_file(self) -> TextSummary | None:
         """Write the tokens of the text to a file; return None for a folder of token files."""
@@ -190,12 +182,9 @@ class TextDataModule(L.LightningDataModule):
 
     def _resolve_source(self) -> tuple[Path | None, str, str]:
         """Return the file or folder (None: embedded text), its name, and a fallback reason."""
-        if self.path is not None:
-            file, reason = Path(self.path).expanduser(), ""
-        else:
-            file, reason = resolve_source(
-                self.source, text_source(self.source), self.root, self._download_error
-            )
+        file, reason = resolve_file(
+            self.path, self.source, text_source(self.source), self.root, self._download_error
+        )
         return file, str(file or "the EMBEDDED text (help topics of CPython)"), reason
 
     def _make_text_reader(self, file: Path | None) -> Callable[[], Iterator[str]]:
@@ -204,15 +193,12 @@ class TextDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read and tokenize the text and log its source; raise an error if it is too short."""
-        summary = None
-        if is_distributed(self.trainer):
-            summary = exchange_prepared(self._preparation, self.trainer)
-            self._preparation = None
+        summary = self.get_prepared()
         if self._corpus is not None:
             return
         file, name, reason = self._resolve_source()
         corpus = (
-            load_nanogpt_bins(file, self.tokenizer_name, self.vocab_size, self.dtype)
+            read_nanogpt_bins(file, self.tokenizer_name, self.vocab_size, self.dtype)
             if file
             else None
         )
@@ -295,7 +281,7 @@ class TextDataModule(L.LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Return the loader of training windows; an epoch has about as many tokens as the split."""
         tokens, _ = self._get_splits()
-        t, trainer = self.context_length, cast(Any, self.trainer)
+        t = self.context_length
         windows = tokens.unfold(0, t + 1, 1)  # a view: (n - t, t + 1)
 
         def make_batch(starts: Tensor) -> tuple[Tensor, Tensor]:
@@ -307,14 +293,7 @@ class TextDataModule(L.LightningDataModule):
         if self.window_sampling == "sequential":
             epoch_sampler = StridedWindowSampler(seed, len(windows), t, tokens.device)
             num_samples = epoch_sampler.num_items
-        return ResumableLoader(
-            epoch_sampler,
-            make_batch,
-            num_samples=num_samples,
-            batch_size=self.batch_size,
-            data_parallel=DataParallelInfo.from_trainer(trainer),
-            repeat_first_epoch=bool(trainer and trainer.overfit_batches),
-        )
+        return self.make_train_loader(epoch_sampler, make_batch, num_samples)
 
     def val_dataloader(self) -> EvalLoader:
         """Return the loader of the validation part; the last window is padded with targets -100."""
@@ -327,13 +306,7 @@ class TextDataModule(L.LightningDataModule):
             window = tokens[positions.clamp(max=last)].long()
             return window[:, :-1], window[:, 1:].masked_fill(positions[:, 1:] > last, IGNORE_INDEX)
 
-        return EvalLoader(
-            make_batch, -(-last // t), self.batch_size, DataParallelInfo.from_trainer(self.trainer)
-        )
-
-    def test_dataloader(self) -> EvalLoader:
-        """Return the validation loader: a text has no separate test split."""
-        return self.val_dataloader()
+        return self.make_eval_loader(make_batch, -(-last // t))
 
     def predict_dataloader(self) -> EvalLoader:
         """Raise an error that points to `generate`, the command for language models."""
