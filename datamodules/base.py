@@ -160,9 +160,9 @@ def exchange_prepared(local_result: PreparationResult | None, trainer: Any) -> A
     if local_error is not None:
         raise local_error
     results = [(node, *result) for node, result in gathered if result is not None]
-    for _, _, error_message in results:
-        if error_message is not None:
-            _raise_remote_error(*error_message)
+    for _, _, described_error in results:
+        if described_error is not None:
+            _raise_remote_error(*described_error)
     node_values = [content for node, content, _ in results if node == trainer.node_rank]
     return (node_values or [content for _, content, _ in results] or [None])[0]
 
@@ -172,22 +172,27 @@ class PreparationError(RunError):
 
 
 class InvalidDataError(UsageError):
-    """Local rank 0 rejected the data; the message is that of its error."""
+    """Local rank 0 rejected the data; the problem and the hints are those of its error."""
 
 
-def _describe_error(error: BaseException | None) -> tuple[str, str] | None:
+def _describe_error(error: BaseException | None) -> tuple[str, Any] | None:
+    """Return the category and the content of an error as plain values."""
     if error is None:
         return None
     if isinstance(error, KeyboardInterrupt):
-        return "interrupt", ""
-    is_user_error = isinstance(error, UsageError)
+        return "interrupt", None
+    if isinstance(error, UsageError):
+        parts = ("problem", "allowed", "hint", "flag", "label")
+        return "usage", {name: getattr(error, name) for name in parts}
     text = str(error.args[0] if isinstance(error, LookupError) and error.args else error)
-    return "asked" if is_user_error else "failed", text or type(error).__name__
+    return "failed", text or type(error).__name__
 
 
-def _raise_remote_error(category: str, text: str) -> None:
+def _raise_remote_error(category: str, content: Any) -> None:
     if category == "interrupt":
         raise KeyboardInterrupt
-    if category == "asked":
-        raise InvalidDataError(text)
-    raise PreparationError(f"local rank 0 could not prepare the data, see its output: {text}")
+    if category == "usage":
+        raise InvalidDataError(**content)
+    raise PreparationError(
+        f"local rank 0 could not prepare the data; its output has the details: {content}"
+    )

@@ -55,7 +55,12 @@ def summarize_text(iter_text: Callable[[], Iterator[str]], name: str) -> TextSum
         characters.update(chunk)
         num_chars += len(chunk)
     if not num_chars:
-        raise UsageError(f"{name} is empty: give a text of at least one window, --data.path=FILE")
+        raise UsageError(
+            f"{name} is empty",
+            ["a text of at least one window"],
+            "use path='FILE'",
+            flag="--data.path=FILE",
+        )
     return TextSummary(digest.hexdigest(), "".join(sorted(characters)), num_chars)
 
 
@@ -112,8 +117,9 @@ def corpus_from_array(tokens: np.ndarray | Tensor, tokenizer: Tokenizer) -> Corp
     array = tokens.numpy() if isinstance(tokens, Tensor) else np.asarray(tokens)
     if array.ndim != 1 or array.dtype.kind not in "iu" or not array.size:
         raise UsageError(
-            f"tokens are {array.dtype} of shape {array.shape}; allowed: whole numbers of shape "
-            "(n,), one or more; give one long array"
+            f"tokens of type {array.dtype} and shape {array.shape} are not a corpus",
+            ["one or more integers of shape (n,)"],
+            "give one long array of integers",
         )
     check_token_range("tokens", array, compute_token_range(array), tokenizer)
     digest = hashlib.sha256(array.size.to_bytes(8, "little"))

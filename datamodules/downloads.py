@@ -20,11 +20,15 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich import get_console
 from rich.progress import Progress
 
-from ravine.errors import MissingFileError, UsageError, suggest_names
+from ravine.errors import MissingFileError, RunError, UsageError, suggest_names
 from ravine.files import atomic_write, cache_folder, compute_sha256
 
 NOT_GZIP = "no gzip"
 TIMEOUT_S = 10.0  # seconds without data before the connection is closed
+
+
+class DownloadError(RunError):
+    """A download failed or is not the file of the dataset."""
 
 
 class DatasetNotFound(MissingFileError):
@@ -43,7 +47,7 @@ class RemoteFile:
     zip_member: str = ""  # name of the file inside the zip, if the URL is a zip
     # checksum and size are those of the decompressed content: mirrors compress it differently
     is_gzipped: bool = False
-    custom_data_flag: str = "path=FILE"  # the flag for custom data
+    custom_data_argument: Literal["path", "source"] = "path"  # a file or a folder of custom data
     fallback_source: str = "embedded"  # the source that needs no file
     alternative_paths: tuple[str, ...] = ()  # paths below DATA_ROOT that other programs use
     text: bool = False  # whether it is a text for language models
@@ -88,8 +92,10 @@ def resolve_source(
     """
     if source_name not in (remote_file.name, "auto", "embedded"):
         raise UsageError(
-            f"source {source_name!r} is not one of {remote_file.name}, auto, embedded; type "
-            f"--data.source={remote_file.name}, or --data.path=FILE for a file of your own"
+            f"source={source_name!r} is not a known dataset",
+            dict.fromkeys([remote_file.name, "auto", "embedded"]),
+            f"use source={remote_file.name!r}, or path='FILE' for your own file",
+            flag=f"--data.source={remote_file.name}, or --data.path=FILE",
         )
     if source_name == "embedded":
         return None, ""
@@ -121,9 +127,9 @@ def text_source(wanted: TextName) -> RemoteFile:
     if wanted not in TEXTS:
         known = get_args(TextName)
         raise UsageError(
-            f"source {wanted!r} is not a text that is known by name",
+            f"source={wanted!r} is not a text that is known by name",
             dict.fromkeys([*suggest_names(wanted, known), *known]),
-            "give the path of a file of your own",
+            "use path='FILE' for your own file",
             flag="--data.path=FILE",
         )
     return TEXTS[wanted]
@@ -142,14 +148,14 @@ def find_local(remote_file: RemoteFile, root: str | None = None, download_error:
         UsageError: the file below `root` has another checksum.
     """
     searched = []
-    label, folder = ("--data.root", root) if root else ("DATA_ROOT", os.environ.get("DATA_ROOT"))
+    label, folder = ("root", root) if root else ("DATA_ROOT", os.environ.get("DATA_ROOT"))
     if folder:
         for relative_path in (remote_file.path, *remote_file.alternative_paths):
             if (path := Path(folder).expanduser() / relative_path).is_file():
                 return _verify_file(path, remote_file)
         searched.append(f"{Path(folder).expanduser() / remote_file.path} ({label}: no such file)")
     else:
-        searched.append("--data.root and DATA_ROOT (not set)")
+        searched.append("root and DATA_ROOT (not set)")
     path = cache_folder() / remote_file.path
     if path.is_file() and compute_checksum(path, remote_file) == remote_file.sha256:
         return path
@@ -157,14 +163,17 @@ def find_local(remote_file: RemoteFile, root: str | None = None, download_error:
     searched.append(
         f"{remote_file.url} ({download_error or 'not tried: prepare_data() has not run'})"
     )
-    custom_data = "a file" if remote_file.custom_data_flag.endswith("FILE") else "images"
+    argument, fallback = remote_file.custom_data_argument, remote_file.fallback_source
+    custom_path = "FILE" if argument == "path" else "FOLDER"
     raise DatasetNotFound(
-        f"the data set {remote_file.name!r} was not found; looked at: {'; '.join(searched)}; ways "
-        "out: "
-        f"run once with a network; or put the file at FOLDER/{remote_file.path} and type "
-        f"--data.root=FOLDER; or type --data.{remote_file.custom_data_flag} for {custom_data} of "
-        "your own; "
-        f"or --data.source={remote_file.fallback_source}"
+        f"the dataset {remote_file.name!r} was not found; searched: {'; '.join(searched)}",
+        [
+            f"root='FOLDER' with the file FOLDER/{remote_file.path}",
+            f"{argument}='{custom_path}' with your own data",
+            f"source={fallback!r}",
+        ],
+        f"run once with a network, or use source={fallback!r}",
+        flag=f"--data.root=FOLDER, or --data.{argument}={custom_path}, or --data.source={fallback}",
     )
 
 
@@ -178,6 +187,8 @@ def download_if_missing(source_name: str, remote_file: RemoteFile, root: str | N
             content = _verify_content(_download_bytes(remote_file), remote_file)
             with atomic_write(cache_folder() / remote_file.path) as file:
                 file.write(content)
+        except DownloadError as error:
+            return str(error)
         except (OSError, HTTPException, ValueError) as error:
             return f"{type(error).__name__}: {getattr(error, 'reason', None) or error}"
     except ValueError:  # a wrong file under DATA_ROOT: every rank raises the error in its setup
@@ -210,16 +221,16 @@ def log_once(line: str, is_warning: bool = False) -> None:
 
 def _verify_file(path: Path, remote_file: RemoteFile) -> Path:
     if (actual := compute_checksum(path, remote_file)) != remote_file.sha256:
-        inside = " inside the gzip" if remote_file.is_gzipped else ""
-        custom_data_flag = remote_file.custom_data_flag.replace("FILE", str(path)).replace(
-            "FOLDER", str(path.parent)
-        )
-        reason = f"its SHA-256{inside} is {actual}, that of the set is {remote_file.sha256}"
+        content = "the decompressed content" if remote_file.is_gzipped else "the file"
+        reason = f"the SHA-256 of {content} is {actual}, not {remote_file.sha256}"
+        argument = remote_file.custom_data_argument
+        custom_path = path if argument == "path" else path.parent
         raise UsageError(
-            f"{path} is not the data set {remote_file.name!r}: "
-            f"{reason if actual != NOT_GZIP else 'it is no whole gzip'}; if you changed the file, "
-            "type "
-            f"--data.{custom_data_flag}; if not, remove it and run again"
+            f"{path} is not the dataset {remote_file.name!r}: "
+            f"{reason if actual != NOT_GZIP else 'it is not a complete gzip file'}",
+            ["the published file", f"your own data with {argument}='{custom_path}'"],
+            "remove the file and run again",
+            flag=f"--data.{argument}={custom_path}",
         )
     return path
 
@@ -252,9 +263,9 @@ def _download_bytes(remote_file: RemoteFile) -> bytes:
             received += chunk
             bar.update(task, completed=len(received))
     if len(received) > limit:
-        raise UsageError(f"more than {limit:,} bytes arrived, the file has {remote_file.size:,}")
+        raise DownloadError(f"more than {limit:,} bytes arrived; the file has {remote_file.size:,}")
     if len(received) < length:
-        raise UsageError(f"only {len(received):,} of {length:,} bytes arrived")
+        raise DownloadError(f"only {len(received):,} of {length:,} bytes arrived")
     return bytes(received)
 
 
@@ -266,15 +277,15 @@ def _verify_content(content: bytes, remote_file: RemoteFile) -> bytes:
                     remote_file.size + 1
                 )  # bounded: a zip bomb may decompress to any size
         except (zipfile.BadZipFile, zlib.error, KeyError, RuntimeError) as error:
-            raise UsageError(
-                f"not a zip with the file {remote_file.zip_member}: {error}"
+            raise DownloadError(
+                f"the download is not a zip archive with the file {remote_file.zip_member}: {error}"
             ) from error
     decompressed = content
     if remote_file.is_gzipped:
         try:
             decompressed = gzip.GzipFile(fileobj=io.BytesIO(content)).read(remote_file.size + 1)
         except (OSError, EOFError, zlib.error) as error:
-            raise UsageError(f"not a gzip: {error}") from error
+            raise DownloadError(f"the download is not a gzip file: {error}") from error
     if hashlib.sha256(decompressed).hexdigest() != remote_file.sha256:
-        raise UsageError(f"the {len(content):,} bytes that arrived do not have the SHA-256 known")
+        raise DownloadError(f"the {len(content):,} bytes that arrived have another SHA-256")
     return content

@@ -12,7 +12,7 @@ from .downloads import RemoteFile
 from .image_formats import read_cifar_archive, read_idx
 from .image_set import ImageSet
 
-image_dataset_file = partial(RemoteFile, custom_data_flag="source=FOLDER", fallback_source="digits")
+image_dataset_file = partial(RemoteFile, custom_data_argument="source", fallback_source="digits")
 
 # Mirrors of MNIST compress it differently, so its checksums are of the decompressed files.
 # Fashion-MNIST has one canonical gzip, so its checksums are of the gzip files.

@@ -62,9 +62,11 @@ class SkippedFiles:
         self.examples.setdefault(file_type, printable(os.path.relpath(path, self.root)))
         if self.counts.total() > MAX_SKIPPED_FILES:
             raise UsageError(
-                f"{self.root} holds more than {MAX_SKIPPED_FILES:,} files that are no images, e.g. "
-                f"{self.examples[file_type]}; give the folder of the images alone: type "
-                "--data.source=FOLDER"
+                f"{self.root} holds more than {MAX_SKIPPED_FILES:,} files that are not images, "
+                f"for example {self.examples[file_type]}",
+                ["a folder that holds images only"],
+                "use source='FOLDER' with the folder of the images",
+                flag="--data.source=FOLDER",
             )
 
     def describe(self) -> str:
@@ -114,9 +116,13 @@ def read_image_folder(
         }
     if not any(paths for classes in files_by_split.values() for paths in classes.values()):
         raise MissingFileError(
-            f"no image in {folder}: allowed are files {', '.join(sorted(IMAGE_SUFFIXES))}, in it "
-            "or in "
-            f"one folder a class{_describe_skipped(skipped)}; type --data.source=FOLDER"
+            f"{folder} has no image{_describe_skipped(skipped)}",
+            [
+                f"files {', '.join(sorted(IMAGE_SUFFIXES))}, in the folder or in one subfolder "
+                "per class"
+            ],
+            "use source='FOLDER' with the folder of the images",
+            flag="--data.source=FOLDER",
         )
     names = tuple(next(iter(files_by_split.values())))
     for split, classes in files_by_split.items():
@@ -124,8 +130,10 @@ def read_image_folder(
             differing_classes = sorted(set(classes) ^ set(names))
             raise UsageError(
                 f"{folder}: the classes of {split} and {next(iter(files_by_split))} differ: "
-                f"{', '.join(differing_classes[:5])}; allowed are the same in each: type "
-                f"--data.source={split_folders['train']}, or give each the same folders"
+                f"{', '.join(differing_classes[:5])}",
+                ["the same subfolders in each split"],
+                f"give each split the same subfolders, or use source='{split_folders['train']}'",
+                flag=f"--data.source={split_folders['train']}",
             )
     reader = ImageReader(mode, resize)
     sets = {}
@@ -136,8 +144,9 @@ def read_image_folder(
         )
         if empty := [name for name, class_files in classes.items() if not class_files]:
             raise UsageError(
-                f"{folder}: no image of class {', '.join(empty)}; give each class at least one, "
-                f"or remove the class{_describe_skipped(skipped)}"
+                f"{folder}: the class {', '.join(empty)} has no image{_describe_skipped(skipped)}",
+                ["at least one image per class"],
+                "add an image, or remove the subfolder",
             )
         files = tuple(os.path.relpath(path, folder) for path in paths)
         sets[split] = ImageSet(reader.read_files(paths), labels, names, files)
@@ -157,11 +166,18 @@ def read_images(
     elif path.is_dir():
         files, root = find_images(path, skipped), path
     else:
-        raise MissingFileError(f"no file or folder {path}; type --data.predict_path=FOLDER")
+        raise MissingFileError(
+            f"predict_path={str(path)!r} does not exist",
+            ["an image file, or a folder of images"],
+            "use predict_path='FOLDER'",
+            flag="--data.predict_path=FOLDER",
+        )
     if not files:
         raise MissingFileError(
-            f"no image in {path}: allowed are files {', '.join(sorted(IMAGE_SUFFIXES))}"
-            f"{_describe_skipped(skipped)}; type --data.predict_path=FOLDER"
+            f"{path} has no image{_describe_skipped(skipped)}",
+            [f"files {', '.join(sorted(IMAGE_SUFFIXES))}"],
+            "use predict_path='FOLDER'",
+            flag="--data.predict_path=FOLDER",
         )
     files.sort(key=lambda file: natural_sort_key(str(file)))
     reader = ImageReader(mode, resize)
@@ -252,8 +268,10 @@ def _images_by_subfolder(
     for path in subfolder_paths:
         if path.name != printable(path.name):
             raise UsageError(
-                f"the name of the folder {printable(str(path))} is not UTF-8; a class needs a name "
-                "of text: rename the folder"
+                f"the name of the folder {printable(str(path))} is not UTF-8, and the folder "
+                "names a class",
+                ["a folder name in UTF-8"],
+                "rename the folder",
             )
     return {path.name: find_images(path, skipped) for path in subfolder_paths}
 
@@ -264,8 +282,9 @@ def _check_not_mixed(
     if subfolder_paths and top_level_images:
         raise UsageError(
             f"{folder} holds both images ({top_level_images[0].name}) and folders "
-            f"({subfolder_paths[0].name}); allowed "
-            "is one of the two: move the images into a folder of their class"
+            f"({subfolder_paths[0].name})",
+            ["images only", "folders only"],
+            "move the images into a folder of their class",
         )
 
 
@@ -292,8 +311,10 @@ def find_idx_files(source: Path) -> IdxFiles | None:
             names = ", ".join(name or "without a prefix" for name in sorted(sets))
             first = folder / next(name for name in sorted(sets) if name)
             raise UsageError(
-                f"{folder} holds several sets of idx files: {names}; give one of them: type "
-                f"--data.source={first}"
+                f"{folder} holds several idx datasets: {names}",
+                ["one dataset"],
+                f"use source={str(first)!r}",
+                flag=f"--data.source={first}",
             )
         if sets:
             return next(iter(sets.values()))
@@ -320,19 +341,34 @@ def read_idx_files(files: IdxFiles) -> tuple[dict[str, ImageSet], list[str]]:
     """
     splits = [split for split in ("train", "val", "test") if (split, "images") in files]
     if unpaired := [str(path) for (split, _), path in files.items() if split not in splits]:
-        raise UsageError(f"{unpaired[0]} has no images beside it; put both files into one folder")
+        raise UsageError(
+            f"{unpaired[0]} has no file of images in its folder",
+            ["a file of images for each file of labels"],
+            "put both files into one folder",
+        )
     if "train" not in splits:
         path = next(iter(files.values()))
-        raise UsageError(f"{path.parent} has no images to train: expected train-images-idx3-ubyte")
+        raise UsageError(
+            f"{path.parent} has no training images",
+            ["train-images-idx3-ubyte, gzipped or not"],
+            "add the file, or use source='FOLDER'",
+            flag="--data.source=FOLDER",
+        )
     images = {split: read_idx_images(files[split, "images"]) for split in splits}
     labelled_splits = [split for split in splits if (split, "labels") in files]
     if labelled_splits and labelled_splits != splits:
         split = next(split for split in splits if split not in labelled_splits)
-        raise UsageError(f"{files[split, 'images']} has no labels, and others have; add the labels")
+        raise UsageError(
+            f"{files[split, 'images']} has no labels, but another split has labels",
+            ["labels for all splits", "labels for no split"],
+            "add the labels",
+        )
     shapes = {tuple(array.shape[1:]) for array in images.values()}
     if len(shapes) > 1:
         raise UsageError(
-            f"the images of {' and '.join(splits)} are of different sizes: {sorted(shapes)}"
+            f"the images of {' and '.join(splits)} have different shapes: {sorted(shapes)}",
+            ["one shape for all splits"],
+            "convert the images to one shape",
         )
     if not labelled_splits:
         name = files["train", "images"].parent.name

@@ -54,10 +54,15 @@ def read_idx(path: Path, *allowed_dims: int) -> Tensor:
         with gzip.open(path) if is_gzipped else path.open("rb") as file:
             array = _parse_idx(file, path, is_gzipped)
     except (OSError, EOFError, zlib.error) as error:
-        raise UsageError(f"{path} cannot be read: {error}; fetch the file again") from None
+        raise UsageError(
+            f"{path} cannot be read: {error}", ["a complete idx file"], "download the file again"
+        ) from None
     if allowed_dims and array.dim() not in allowed_dims:
-        allowed = " or ".join(map(str, allowed_dims))
-        raise UsageError(f"{path} has {array.dim()} dimensions, not {allowed}; fetch it again")
+        raise UsageError(
+            f"{path} has {array.dim()} dimensions",
+            [" or ".join(map(str, allowed_dims))],
+            "download the file again",
+        )
     return array
 
 
@@ -69,28 +74,31 @@ def _parse_idx(file: gzip.GzipFile | object, path: Path, is_gzipped: bool) -> Te
     ]
     if header[:2] != b"\0\0" or not sizes or header[2] not in ELEMENT_TYPES:
         raise UsageError(
-            f"{path} is not an idx file of bytes: it begins with {header.hex(' ')}; expected 00 00 "
-            "08 and the number of dimensions; fetch the file again"
+            f"{path} is not an idx file of bytes: it begins with {header.hex(' ') or 'no byte'}",
+            ["00 00 08 and the number of dimensions"],
+            "download the file again",
         )
     if header[2] != 8:
         raise UsageError(
-            f"{path} holds {ELEMENT_TYPES[header[2]]}; allowed is an idx file of bytes, 0 to 255 "
-            "(it begins "
-            "with 00 00 08): convert it"
+            f"{path} holds {ELEMENT_TYPES[header[2]]}",
+            ["an idx file of bytes from 0 to 255, which begins with 00 00 08"],
+            "convert the file to bytes",
         )
     start, length = 4 + 4 * len(sizes), math.prod(sizes)
     dimensions, size = " x ".join(map(str, sizes)), path.stat().st_size
     if is_gzipped and length > 4 * size + GZIP_ALLOWANCE:
         raise UsageError(
-            f"{path} says that it unfolds to {dimensions} bytes, out of {size:,}; if that is "
-            "meant, type "
-            f"gunzip {path}"
+            f"the header of {path} states {dimensions} bytes, but the gzip file has {size:,}",
+            [f"at most {GZIP_ALLOWANCE:,} bytes plus four times the size of the gzip file"],
+            f"decompress the file first: gunzip '{path}'",
+            flag=f"gunzip '{path}'",
         )
     if length > MAX_BYTES or (not is_gzipped and start + length != size):
         raise UsageError(
-            f"{path} is not an idx file of bytes: it has {size:,} bytes, and {dimensions} after a "
-            "head "
-            f"of {start} are {start + length:,}; fetch the file again"
+            f"{path} is not an idx file of bytes: it has {size:,} bytes, but a header of {start} "
+            f"and {dimensions} are {start + length:,}",
+            [f"at most {MAX_BYTES:,} bytes, as many as the header states"],
+            "download the file again",
         )
     content, num_read = bytearray(length), 0
     view = memoryview(content)
@@ -99,11 +107,16 @@ def _parse_idx(file: gzip.GzipFile | object, path: Path, is_gzipped: bool) -> Te
     if num_read < length or read_bytes(1):
         raise UsageError(
             f"{path} is not an idx file of bytes: it has "
-            f"{'fewer' if num_read < length else 'more'} "
-            f"than the {dimensions} that it says; fetch the file again"
+            f"{'fewer' if num_read < length else 'more'} than the {dimensions} of its header",
+            ["as many bytes as the header states"],
+            "download the file again",
         )
     if not length:
-        raise UsageError(f"{path} holds {dimensions} bytes, which is no image and no label")
+        raise UsageError(
+            f"{path} is empty: its header states {dimensions} bytes",
+            ["one image or label, or more"],
+            "download the file again",
+        )
     return torch.frombuffer(content, dtype=torch.uint8).reshape(sizes)
 
 
@@ -117,7 +130,9 @@ def read_idx_images(path: Path) -> Tensor:
     if array.shape[1] in (1, 3):
         return array
     raise UsageError(
-        f"{path} holds images of {tuple(array.shape[1:])}; allowed are 1 or 3 channels"
+        f"{path} holds images of shape {tuple(array.shape[1:])}",
+        ["1 or 3 channels"],
+        "convert the images to gray or RGB",
     )
 
 
@@ -126,8 +141,10 @@ def read_cifar(content: bytes, name: str) -> tuple[Tensor, Tensor]:
     record = 1 + 3 * 32 * 32  # one label, then three color planes
     if not content or len(content) % record:
         raise UsageError(
-            f"{name} has {len(content):,} bytes, no whole number of records of {record}; fetch "
-            "the file again"
+            f"{name} has {len(content):,} bytes, which is not a multiple of the record size "
+            f"{record}",
+            ["CIFAR-10's binary records"],
+            "download the file again",
         )
     rows = torch.frombuffer(bytearray(content), dtype=torch.uint8).reshape(-1, record)
     return rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0].long()
@@ -139,7 +156,11 @@ def read_cifar_archive(path: Path) -> list[tuple[Tensor, Tensor]]:
         members = {Path(m.name).name: m for m in archive if m.isfile()}
         file_names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
         if missing := [name for name in file_names if name not in members]:
-            raise UsageError(f"{path} lacks {', '.join(missing)}; fetch the binary form again")
+            raise UsageError(
+                f"{path} lacks {', '.join(missing)}",
+                ["the binary version of CIFAR-10"],
+                "download the file again",
+            )
         batches = [read_cifar((archive.extractfile(members[n]) or io.BytesIO()).read(), n)
                 for n in file_names]  # fmt: skip
     images, labels = zip(*batches[:5], strict=True)
@@ -181,10 +202,12 @@ class ImageReader:
                 expected_format.mode,
                 expected_format.size,
             ):
+                hint, flag = self._suggest_conversion(image_format, expected_format)
                 raise UsageError(
-                    f"{path} is {image_format}, {first_path} is {expected_format}; all images "
-                    "must be of one size and "
-                    f"mode: type {self._suggest_flags(image_format, expected_format)}"
+                    f"{path} is {image_format}, but {first_path} is {expected_format}",
+                    ["images of one size and mode"],
+                    hint,
+                    flag=flag,
                 )
             if not number:
                 images = allocate_images(len(paths), image_format)
@@ -204,30 +227,41 @@ class ImageReader:
             )
         return notes
 
-    def _suggest_flags(self, image_format: ImageFormat, expected_format: ImageFormat) -> str:
-        flags = []
+    def _suggest_conversion(
+        self, image_format: ImageFormat, expected_format: ImageFormat
+    ) -> tuple[str, str]:
+        """Return a hint and the flags of the arguments that convert all images to one format."""
+        hints, flags = [], []
         if image_format.mode != expected_format.mode:
-            flags.append("--data.mode=rgb (or gray) to convert them")
+            hints.append("mode='rgb' (or mode='gray')")
+            flags.append("--data.mode=rgb")
         if image_format.size != expected_format.size:
-            flags.append(
-                f"--data.resize=[{expected_format.size[1]},{expected_format.size[0]}] (rows, "
-                "columns)"
-            )
-        return " and ".join(flags)
+            columns, rows = expected_format.size
+            hints.append(f"resize=({rows}, {columns})")
+            flags.append(f"--data.resize=[{rows},{columns}]")
+        return f"use {' and '.join(hints)}", " ".join(flags)
 
     def _read_file(self, path: Path) -> tuple[Any, ImageFormat]:
         """Return the pixels, uint8 (y x) or (y x 3), and their format."""
         if not path.is_file():  # opening a pipe would block
-            raise UsageError(f"{path} is no file; remove it")
+            raise UsageError(
+                f"{path} is not a regular file", ["files and folders"], "remove it from the folder"
+            )
         try:
             with path.open("rb") as file, warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Pillow's warnings on readable files
                 return self._decode(file, path)
         except UnsupportedImageError as error:
-            raise UsageError(f"{path} {error}") from None
+            raise UsageError(
+                f"{path} {error.problem}", error.allowed, error.hint, flag=error.flag
+            ) from None
         except Exception as error:  # Pillow's decoders raise nearly every type on damaged files
             reason = str(error) or type(error).__name__
-            raise UsageError(f"{path} is no image that can be read: {reason}; remove it") from None
+            raise UsageError(
+                f"{path} cannot be read as an image: {reason}",
+                [*PILLOW_FORMATS],
+                "remove the file, or replace it",
+            ) from None
 
     def _decode(self, file: Any, path: Path) -> tuple[Any, ImageFormat]:
         from PIL import Image, ImageOps, UnidentifiedImageError
@@ -235,14 +269,18 @@ class ImageReader:
         try:
             picture: Any = Image.open(file, formats=PILLOW_FORMATS)
         except UnidentifiedImageError:
-            raise UsageError(f"it is none of {', '.join(PILLOW_FORMATS)}") from None
+            raise UnsupportedImageError(
+                "is not an image of a known format",
+                [*PILLOW_FORMATS],
+                "remove the file, or convert it",
+            ) from None
         if self.resize and picture.format == "JPEG":
             picture.draft(None, (max(self.resize), max(self.resize)))  # decode at reduced size
         if math.prod(picture.size) > MAX_PIXELS:
             raise UnsupportedImageError(
-                f"is {picture.size[0]}x{picture.size[1]}; allowed are {MAX_PIXELS:,} pixels an "
-                "image: "
-                "make it smaller"
+                f"has {picture.size[0]}x{picture.size[1]} pixels",
+                [f"at most {MAX_PIXELS:,} pixels per image"],
+                "reduce the size of the image",
             )
         if getattr(picture, "is_animated", False) and picture.format != "MPO":  # photo, preview
             self.multi_frame_files.append(printable(path.name))
@@ -267,8 +305,8 @@ def _raw_mode(picture: Any) -> str:
     return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
 
 
-class UnsupportedImageError(ValueError):
-    """An image that Pillow can read but that is not accepted; the message follows the file name."""
+class UnsupportedImageError(UsageError):
+    """An image that is not accepted; the problem follows the file name."""
 
 
 def convert_mode(picture: Any, mode: ColorMode, image_format: ImageFormat) -> Any:
@@ -280,16 +318,17 @@ def convert_mode(picture: Any, mode: ColorMode, image_format: ImageFormat) -> An
         lossless_mode = {"1": "L", "P": "RGB", "L": "L", "RGB": "RGB"}.get(image_format.mode)
         if lossless_mode is None or image_format.note:
             raise UnsupportedImageError(
-                f"is of mode {image_format.mode}{image_format.note}; allowed are gray (L) and RGB "
-                "of 8 bits without"
-                " transparency: type --data.mode=rgb or --data.mode=gray to convert all images"
+                f"has the mode {image_format.mode}{image_format.note}",
+                ["gray (L) and RGB of 8 bits without transparency"],
+                "use mode='rgb' or mode='gray' to convert all images",
+                flag="--data.mode=rgb, or --data.mode=gray",
             )
         return picture if picture.mode == lossless_mode else picture.convert(lossless_mode)
     if picture.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N"):
         values = numpy.array(picture)
         if values.size and not 0 <= values.min() <= values.max() < 2**16:
             raise UnsupportedImageError(
-                "has pixels of 32 bits; allowed are 8 or 16: convert it first"
+                "has pixels of 32 bits", ["8 bits", "16 bits"], "convert the image"
             )
         key = picture.info.get("transparency")
         is_transparent = values == key if isinstance(key, int) else None
@@ -299,7 +338,7 @@ def convert_mode(picture: Any, mode: ColorMode, image_format: ImageFormat) -> An
         picture = Image.fromarray(values_8bit)
     elif picture.mode == "F":
         raise UnsupportedImageError(
-            "has pixels of 32-bit floats; allowed are 8 or 16 bits: convert it first"
+            "has pixels of 32-bit floats", ["8 bits", "16 bits"], "convert the image"
         )
     elif picture.has_transparency_data:
         picture = picture if picture.mode == "RGBA" else picture.convert("RGBA")
@@ -314,10 +353,11 @@ def allocate_images(count: int, image_format: ImageFormat) -> Tensor:
     shape = (count, MODE_CHANNELS[image_format.mode], image_format.size[1], image_format.size[0])
     if math.prod(shape) > MAX_BYTES:
         raise UsageError(
-            f"{count:,} images of {image_format} are {math.prod(shape) / 2**30:.0f} GiB, and a "
-            "set is kept "
-            f"in memory whole, up to {MAX_BYTES / 2**30:.0f} GiB; make them smaller: type "
-            "--data.resize=64"
+            f"{count:,} images of {image_format} take {math.prod(shape) / 2**30:.0f} GiB, and an "
+            "image set is held in memory",
+            [f"at most {MAX_BYTES / 2**30:.0f} GiB"],
+            "use resize=64 for smaller images",
+            flag="--data.resize=64",
         )
     return torch.empty(shape, dtype=torch.uint8)
 

@@ -33,8 +33,9 @@ class ImageSet(NamedTuple):
         self.check_label_range(name)
         if empty := self.empty_classes():
             raise UsageError(
-                f"{name}: no image of class {', '.join(empty)}; give each class at least one, or "
-                "remove the class"
+                f"{name}: the class {', '.join(empty)} has no image",
+                ["at least one image per class"],
+                "add an image, or remove the class",
             )
         return self
 
@@ -47,8 +48,9 @@ class ImageSet(NamedTuple):
         """Raise an error if the numbers of images and labels differ."""
         if len(self.images) != len(self.labels):
             raise UsageError(
-                f"{name} has {len(self.images):,} images and {len(self.labels):,} labels; they "
-                "must be as many: fetch both files again"
+                f"{name} has {len(self.images):,} images and {len(self.labels):,} labels",
+                ["one label per image"],
+                "download both files again",
             )
 
     def empty_classes(self) -> list[str]:
@@ -66,8 +68,9 @@ def check_labels(labels: Tensor, num_classes: int, name: str) -> None:
     if is_invalid.any():
         index = int(is_invalid.nonzero()[0])
         raise UsageError(
-            f"{name}: the label of image {index} is {int(labels[index])}; allowed are 0 to "
-            f"{num_classes - 1}, the {num_classes} classes: correct the labels"
+            f"{name}: the label of image {index} is {int(labels[index])}",
+            [f"0 to {num_classes - 1}, the indices of the {num_classes} classes"],
+            "correct the labels",
         )
 
 
@@ -94,7 +97,9 @@ def parse_class_indices(
     )
     entries = [entries] if isinstance(entries, str) else [str(entry).strip() for entry in entries]
     index_by_name = {name: number for number, name in enumerate(class_names)}
-    hint = f"type {flag}=0-{len(class_names) - 1}"
+    name, suggested = flag.lstrip("-").rpartition(".")[2], f"0-{len(class_names) - 1}"
+    allowed = [describe_classes(class_names)]
+    hint, suggestion = f"use {name}={suggested!r}", f"{flag}={suggested}"
     classes_text = classes if isinstance(classes, str) else ",".join(entries)
     indices: list[int] = []
     for entry in entries:
@@ -104,18 +109,18 @@ def parse_class_indices(
         first, _, last = entry.partition("-")
         bounds = first.strip(), (last or first).strip()
         if not all(end.isascii() and end.isdecimal() and len(end) < 20 for end in bounds):
-            raise UsageError(
-                f"{entry!r} is no class; allowed: {describe_classes(class_names)}; {hint}"
-            )
+            raise UsageError(f"{entry!r} is not a class", allowed, hint, flag=suggestion)
         is_named = all(end in index_by_name for end in bounds)
         begin, end = (index_by_name[end] for end in bounds) if is_named else map(int, bounds)
         if not begin <= end < len(class_names):
             raise UsageError(
-                f"{flag[2:]} are {classes_text}; allowed: {describe_classes(class_names)}; {hint}"
+                f"{name}={classes_text!r} is not in the classes", allowed, hint, flag=suggestion
             )
         indices += range(begin, end + 1)
     if not indices:
-        raise UsageError(f"{flag[2:]} are {classes_text}, none at all; {hint}")
+        raise UsageError(
+            f"{name}={classes_text!r} selects no class", allowed, hint, flag=suggestion
+        )
     return indices
 
 

@@ -43,9 +43,11 @@ def to_uint8(images: Tensor) -> Tensor:
     """Scale floats of any shape from [-1, 1] to bytes with rounding: inverts `to_float`."""
     if (is_non_finite := ~images.isfinite()).any():
         raise UsageError(
-            f"{is_non_finite.float().mean():.2%} of the pixels are not finite (NaN, infinite): no "
-            "picture "
-            "can be made of them; train with a lower rate, or type --trainer.callbacks+=NaNGuard"
+            f"{is_non_finite.float().mean():.2%} of the pixels are not finite (NaN or infinite), "
+            "so they are not an image",
+            ["finite numbers"],
+            "train with a lower learning rate, or add NaNGuard() to Trainer(callbacks=...)",
+            flag="--trainer.callbacks+=NaNGuard",
         )
     return images.float().add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
 
@@ -102,8 +104,11 @@ class ImageDataModule(BaseDataModule):
         check_fraction("test_fraction", test_fraction)
         if flip and source in NAMED_DATASETS and source not in FLIPPABLE:
             raise UsageError(
-                f"flip is true, and a mirrored image of {source} is none of its kind; allowed "
-                f"are {', '.join(FLIPPABLE)} and folders of your own; type --data.flip=false"
+                f"flip=True is not valid for source={source!r}: its mirrored images are not "
+                "valid samples",
+                [*FLIPPABLE, "your own folders"],
+                "use flip=False",
+                flag="--data.flip=false",
             )
         self.source, self.batch_size, self.root, self.seed = source, batch_size, root, seed
         self.flip = source in FLIPPABLE if flip is None else flip
@@ -112,15 +117,23 @@ class ImageDataModule(BaseDataModule):
         self.mode: ColorMode = mode
         self.resize, self.predict_path = _parse_resize(resize), predict_path
         if mode not in ("auto", "gray", "rgb"):
-            raise UsageError(f"mode is {mode!r}; allowed are auto, gray, rgb: type --data.mode=rgb")
+            raise UsageError(
+                f"mode={mode!r} is not a color mode",
+                ["auto", "gray", "rgb"],
+                "use mode='rgb'",
+                flag="--data.mode=rgb",
+            )
         if (
             source in NAMED_DATASETS
             and (mode != "auto" or resize is not None)
             and predict_path is None
         ):
             raise UsageError(
-                f"mode is {mode} and resize {resize}, and the images of {source} are of one form; "
-                "allowed are folders of your own: type --data.source=FOLDER, or leave both away"
+                f"mode={mode!r} and resize={resize} have no effect for source={source!r}: all "
+                "its images have one size and mode",
+                ["your own folders of images"],
+                "remove mode and resize, or use source='FOLDER'",
+                flag="--data.source=FOLDER",
             )
         self.num_classes, self.channels, self.image_size = 0, 0, (0, 0)
         self.class_names: tuple[str, ...] = ()
@@ -192,17 +205,20 @@ class ImageDataModule(BaseDataModule):
         if idx_files := find_idx_files(folder):
             if (self.mode != "auto" or self.resize) and self.predict_path is None:
                 raise UsageError(
-                    f"mode is {self.mode} and resize {self.resize}, and {folder} holds idx files, "
-                    "which are read as they are; leave both away"
+                    f"mode={self.mode!r} and resize={self.resize} have no effect for the idx "
+                    f"files in {folder}",
+                    ["folders of image files"],
+                    "remove mode and resize",
                 )
             splits, notes = read_idx_files(idx_files)
             return splits, str(folder), notes
         if not folder.is_dir():
+            sources = sort_sources_by_similarity(self.source)
             raise MissingFileError(
-                f"source {self.source!r} is neither a known set nor a folder; allowed are "
-                f"{', '.join(sort_sources_by_similarity(self.source))} or a folder of images or "
-                "idx files; type "
-                f"--data.source={sort_sources_by_similarity(self.source)[0]}"
+                f"source={self.source!r} is neither a known dataset nor a folder",
+                [*sources, "a folder of images or idx files"],
+                f"use source={sources[0]!r}",
+                flag=f"--data.source={sources[0]}",
             )
         splits, notes = read_image_folder(folder, self.mode, self.resize)
         if "all" in splits:
@@ -217,11 +233,11 @@ class ImageDataModule(BaseDataModule):
             mode = "gray" if self.channels == 1 else "rgb"
             raise UsageError(
                 f"{path} holds images of {actual_shape[1]}x{actual_shape[2]}x{actual_shape[0]} "
-                "(rows, columns, channels)"
-                ", those to train are "
-                f"{expected_shape[1]}x{expected_shape[2]}x{expected_shape[0]}; "
-                f"type --data.mode={mode}"
-                f" --data.resize=[{expected_shape[1]},{expected_shape[2]}]"
+                "(rows, columns, channels), but the training images are "
+                f"{expected_shape[1]}x{expected_shape[2]}x{expected_shape[0]}",
+                ["images of the same size and mode as in training"],
+                f"use mode={mode!r}, resize={expected_shape[1:]}",
+                flag=f"--data.mode={mode} --data.resize=[{expected_shape[1]},{expected_shape[2]}]",
             )
         log_once(f"data: {path}, {len(images.files):,} images to predict")
         for note in notes:
@@ -238,7 +254,7 @@ class ImageDataModule(BaseDataModule):
     def get_split(self, split: Split = "train") -> tuple[Tensor, Tensor]:
         """Return all images of a split as bytes, uint8 (n c y x), with their labels, int64 (n)."""
         if not self._splits:
-            raise RunError("ImageDataModule has no images yet: call setup() first")
+            raise RunError("ImageDataModule has no images before setup(); call setup('fit') first")
         return self._splits[split].images, self._splits[split].labels
 
     def train_dataloader(self) -> ResumableLoader:
@@ -294,8 +310,10 @@ class ImageDataModule(BaseDataModule):
         images, labels = self._move_split_to_device(split)
         if not len(labels):
             raise UsageError(
-                f"there are no images for {split}: val_fraction is {self.val_fraction}; type "
-                "lightning test for the test part, or train with --data.val_fraction=0.05"
+                f"there are no images for {split}: val_fraction={self.val_fraction}",
+                ["val_fraction above 0", "the test split"],
+                "use val_fraction=0.05 in training, or trainer.test(...)",
+                flag="lightning test, or lightning fit --data.val_fraction=0.05",
             )
 
         def make_batch(items: Tensor) -> tuple[Tensor, Tensor]:
@@ -330,12 +348,13 @@ def stratified_split(images: ImageSet, fraction: float, split: str) -> tuple[Ima
         (class_positions,) = (images.labels == class_index).nonzero(as_tuple=True)
         count = max(1, round(fraction * len(class_positions))) if fraction else 0
         if count >= len(class_positions):
-            alternative = ", or type --data.val_fraction=0" if split == "val" else ""
             raise UsageError(
-                f"class {name} has {len(class_positions)} "
-                f"{'image' if len(class_positions) == 1 else 'images'}, and "
-                f"none would be left to train when {count} are kept for {split}; give it at least "
-                f"3{alternative}"
+                f"the class {name} has {len(class_positions)} "
+                f"{'image' if len(class_positions) == 1 else 'images'}, and {count} of them for "
+                f"{split} would leave none for training",
+                ["3 or more images per class"],
+                "add images to the class" + (", or use val_fraction=0" if split == "val" else ""),
+                flag="--data.val_fraction=0" if split == "val" else "",
             )
         order = torch.randperm(
             len(class_positions), generator=seeded_generator(0, split, class_index)
@@ -351,7 +370,9 @@ def _parse_resize(resize: int | Sequence[int] | None) -> tuple[int, int] | None:
     rows_and_columns = (resize, resize) if isinstance(resize, int) else tuple(resize)
     if len(rows_and_columns) != 2 or not all(0 < side <= 2**12 for side in rows_and_columns):
         raise UsageError(
-            f"resize is {resize}; allowed are rows and columns from 1 to 4096: type "
-            "--data.resize=64 or --data.resize=[48,64]"
+            f"resize={resize} is not a size of images",
+            ["rows and columns from 1 to 4096"],
+            "use resize=64 or resize=(48, 64)",
+            flag="--data.resize=64, or --data.resize=[48,64]",
         )
     return rows_and_columns[0], rows_and_columns[1]

@@ -49,14 +49,15 @@ def read_examples(path: Path, prompt_field: str, answer_field: str) -> Iterator[
 
 
 def _extract_fields(row: dict[str, Any], fields: tuple[str, str], location: str) -> Iterator[str]:
-    for flag, field in zip(("prompt_field", "answer_field"), fields, strict=True):
+    for argument, field in zip(("prompt_field", "answer_field"), fields, strict=True):
         if not isinstance(row.get(field), str) or not row[field]:
             problem = "an empty" if row.get(field) == "" else "no text in" if field in row else "no"
-            other_fields = [name for name in row if name not in fields]
+            suggested_field = next((name for name in row if name not in fields), "NAME")
             raise UsageError(
-                f"{location}: {problem} field {field!r}; it has {', '.join(row) or 'nothing'}; "
-                f"type --data.{flag}={other_fields[0] if other_fields else 'NAME'} if it is "
-                "called otherwise"
+                f"{location}: {problem} field {field!r}; the fields are {', '.join(row) or 'none'}",
+                [f"an object with a text that is not empty in {field!r}"],
+                f"correct the line, or use {argument}={suggested_field!r}",
+                flag=f"--data.{argument}={suggested_field}",
             )
         yield check_text_characters(row[field], location, field)
 
@@ -171,8 +172,10 @@ class InstructionDataModule(BaseDataModule):
         examples = list(read_examples(self.path, *self.fields))
         if len(examples) < 2:
             raise UsageError(
-                f"{self.path} holds {len(examples)} examples; allowed: 2 or more, for training and "
-                "for validation; type --data.path=FILE"
+                f"{self.path} holds {len(examples)} examples",
+                ["2 or more, for training and validation"],
+                "use path='FILE' with more examples",
+                flag="--data.path=FILE",
             )
         characters = "".join(sorted({c for e in examples for c in e.prompt + e.answer}))
         tokenizer = make_tokenizer(self.tokenizer_name, characters, self.special_tokens)
@@ -209,9 +212,11 @@ class InstructionDataModule(BaseDataModule):
         ]
         if len(self.rows) < 2:
             raise UsageError(
-                f"the prompts in {self.path} fill the context of {self.context_length} tokens, "
-                "and no "
-                f"answer is left; type --data.context_length={2 * self.context_length}"
+                f"the prompts in {self.path} fill context_length={self.context_length} tokens "
+                "and leave no room for an answer",
+                ["a context that is longer than two or more of the prompts"],
+                f"use context_length={2 * self.context_length}",
+                flag=f"--data.context_length={2 * self.context_length}",
             )
         num_truncated = sum(len(tokens) > self.context_length for tokens, _ in rows)
         self.provenance = {"source": "path", "file": str(self.path), "sha256": tokenized.sha256}

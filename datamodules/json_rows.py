@@ -38,21 +38,22 @@ def holds_json_rows(path: Path) -> bool:
     if json_files and len(json_files) < len(files):
         other = next(file for file in files if file not in json_files)
         raise UsageError(
-            f"{path} holds JSON ({json_files[0].name}) and other files ({other.name}); allowed: a "
-            "folder of one kind; move the others to a folder of their own"
+            f"{path} holds JSON files ({json_files[0].name}) and other files ({other.name})",
+            ["a folder of JSON files only", "a folder of text files only"],
+            "move the other files to another folder",
         )
     return bool(json_files)
 
 
-def read_json_rows(path: Path, example: str, flag: str = "--data.path") -> Iterator[JsonRow]:
+def read_json_rows(path: Path, example: str, argument: str = "path") -> Iterator[JsonRow]:
     """Yield the objects of a file, or of all files of a folder in the order of their names.
 
     Args:
         path: a file or a folder.
         example: a valid object, shown in error messages.
-        flag: the flag of the path, shown in error messages.
+        argument: the datamodule's argument for the path, shown in error messages.
     """
-    for file in list_files(path, flag):
+    for file in list_files(path, argument):
         if file.suffix.lower() == ".json":
             yield from _iter_list(file, example)
         else:
@@ -64,8 +65,10 @@ def check_text_characters(text: str, location: str, field: str) -> str:
     if match := INVALID_CHARACTERS.search(text):
         problem = "the character" if match[0] == "\0" else "half of a character,"
         raise UsageError(
-            f"{location}: field {field!r} holds {problem} U+{ord(match[0]):04X} at position "
-            f"{match.start()}; allowed: whole characters of a text; remove it from the file"
+            f"{location}: the field {field!r} holds {problem} U+{ord(match[0]):04X} at position "
+            f"{match.start()}",
+            ["complete Unicode characters other than U+0000"],
+            "remove the character from the file",
         )
     return text
 
@@ -86,18 +89,26 @@ def _iter_lines(file: Path, example: str) -> Iterator[JsonRow]:
 
 def _iter_list(file: Path, example: str) -> Iterator[JsonRow]:
     text = _decode(file.read_bytes().removeprefix(BOM), str(file), file)
-    try:
-        parsed = _parse(text, str(file), example)
-    except ValueError as error:
-        if "Extra data" in str(error) and text.lstrip().startswith("{"):
-            yield from _iter_lines(file, example)  # JSON lines with the suffix .json
-            return
-        raise
+    if _is_json_lines(text):
+        yield from _iter_lines(file, example)
+        return
+    parsed = _parse(text, str(file), example)
     if not isinstance(parsed, list):
         parsed = [parsed]
     for number, row in enumerate(parsed, 1):
         location = f"{file}, object {number}"
         yield JsonRow(location, _check_object(row, location, example))
+
+
+def _is_json_lines(text: str) -> bool:
+    """Return whether a first object is followed by more text: JSON lines with the suffix .json."""
+    text = text.strip(" \t\r\n")
+    if not text.startswith("{"):
+        return False
+    try:
+        return json.JSONDecoder().raw_decode(text)[1] < len(text)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _decode(text: bytes, location: str, file: Path) -> str:
@@ -116,11 +127,13 @@ def _decode(text: bytes, location: str, file: Path) -> str:
     )
     is_utf16 = not text[bad_offset] or text[:2] in (b"\xff\xfe", b"\xfe\xff")
     encoding = "utf-16" if is_utf16 else "latin1"
+    command = f"iconv -f {encoding} -t utf-8 '{file}' > rows{file.suffix}"
     raise UsageError(
-        f"{error_location}: {'no text' if not text[bad_offset] else 'not UTF-8'}: byte "
-        f"0x{text[bad_offset]:02x} at "
-        f"position {bad_offset - start}; if it is {encoding}, type "
-        f"iconv -f {encoding} -t utf-8 '{file}' > rows{file.suffix}"
+        f"{error_location}: {'not a text' if not text[bad_offset] else 'not UTF-8'}: byte "
+        f"0x{text[bad_offset]:02x} at position {bad_offset - start}",
+        ["UTF-8"],
+        f"if the file is {encoding}, convert it: {command}",
+        flag=command,
     )
 
 
@@ -130,20 +143,27 @@ def _parse(text: str, location: str, example: str) -> Any:
     except json.JSONDecodeError as error:
         line = f", line {error.lineno}" if ", line " not in location else ""
         raise UsageError(
-            f"{location}{line}: not JSON: {error.msg} at column {error.colno}; write {example}"
+            f"{location}{line}: not valid JSON: {error.msg} at column {error.colno}",
+            [f"an object like {example}"],
+            "correct the line",
         ) from None
     except RecursionError:
-        raise UsageError(f"{location}: not a row: too many brackets in one another; write {example}"
-                         ) from None  # fmt: skip
+        raise UsageError(
+            f"{location}: not a row: the brackets are nested too deeply",
+            [f"an object like {example}"],
+            "correct the line",
+        ) from None
     except ValueError as error:  # a number of more than 4,300 digits
-        raise UsageError(f"{location}: not a row: {error}; write {example}") from None
+        raise UsageError(
+            f"{location}: not a row: {error}", [f"an object like {example}"], "correct the line"
+        ) from None
 
 
 def _check_object(value: Any, location: str, example: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UsageError(f"{location}: {_type_name(value)}, not an object; write {example}")
+        raise UsageError(
+            f"{location}: a value of type {type(value).__name__} is not an object",
+            [f"an object like {example}"],
+            "correct the line",
+        )
     return value
-
-
-def _type_name(value: Any) -> str:
-    return type(value).__name__

@@ -84,9 +84,9 @@ class ResumableLoader:
         if self.num_consumed % micro_batch_size:
             raise UsageError(
                 f"the checkpoint was written after {self.num_consumed} samples of epoch "
-                f"{self.epoch}, "
-                f"inside a batch of {micro_batch_size} samples of this run; "
-                "resume with the batch_size and accumulate_grad_batches it was written with"
+                f"{self.epoch}, inside a batch of {micro_batch_size} samples of this run",
+                [f"micro-batches whose size divides {self.num_consumed}"],
+                "resume with the batch_size and accumulate_grad_batches of the checkpoint",
             )
         local_batch_size = micro_batch_size // size
         while self.num_consumed < self.num_samples:
@@ -145,8 +145,10 @@ class ResumableLoader:
         keys = ("epoch", "num_consumed", "trainer_epoch")
         if not isinstance(state, dict) or any(type(state.get(key)) is not int for key in keys):
             raise UsageError(
-                f"the place in the data that was saved is {reprlib.repr(state)}; allowed: whole "
-                f"numbers of {', '.join(keys)}; choose another checkpoint: --ckpt_path FILE"
+                f"the saved position in the data is {reprlib.repr(state)}",
+                [f"integers for {', '.join(keys)}"],
+                "pass another checkpoint to trainer.fit(ckpt_path=...)",
+                flag="--ckpt_path=FILE",
             )
         self.epoch, self.num_consumed, self._trainer_epoch = (
             state["epoch"],
@@ -182,8 +184,10 @@ class EvalLoader:
         if num_samples < data_parallel.dp_size:
             raise UsageError(
                 f"{num_samples} samples cannot be evaluated on {data_parallel.dp_size} ranks: "
-                "each needs at "
-                f"least one; type --trainer.devices={max(num_samples, 1)} or fewer"
+                "each rank needs at least one",
+                [f"at most {max(num_samples, 1)} ranks"],
+                f"use Trainer(devices={max(num_samples, 1)})",
+                flag=f"--trainer.devices={max(num_samples, 1)}",
             )
         check_positive("batch_size", batch_size)
         max_local_samples = -(-num_samples // data_parallel.dp_size)  # samples of the fullest rank
@@ -208,7 +212,12 @@ class EvalLoader:
 def check_positive(name: str, value: int) -> None:
     """Raise an error if a value is not an integer of 1 or more."""
     if not isinstance(value, int) or value < 1:
-        raise UsageError(f"{name} is {value!r}; allowed are 1, 2, 3, ...: type --data.{name}=32")
+        raise UsageError(
+            f"{name}={value!r} is not a positive integer",
+            ["1, 2, 3, ..."],
+            f"use {name}=32",
+            flag=f"--data.{name}=32",
+        )
 
 
 def check_divisible(batch_size: int, num_samples: int, data_parallel: DataParallelInfo) -> None:
@@ -216,21 +225,21 @@ def check_divisible(batch_size: int, num_samples: int, data_parallel: DataParall
     check_positive("batch_size", batch_size)
     if batch_size > num_samples:
         raise UsageError(
-            f"batch_size {batch_size} is more than the {num_samples} training samples: "
-            f"type --data.batch_size={num_samples} or less"
+            f"batch_size={batch_size} is more than the {num_samples} training samples",
+            [f"at most {num_samples}"],
+            f"use batch_size={num_samples}",
+            flag=f"--data.batch_size={num_samples}",
         )
     num_parts = data_parallel.dp_size * data_parallel.accumulate
     if batch_size % num_parts:
         lower_multiple = batch_size // num_parts * num_parts
         nearest = lower_multiple or num_parts
-        suggestions = (
-            f"{lower_multiple} and {lower_multiple + num_parts}"
-            if lower_multiple
-            else f"{num_parts}"
-        )
         raise UsageError(
-            f"batch_size {batch_size} is one optimizer step of the whole world and cannot be "
-            f"split into {data_parallel.dp_size} ranks x {data_parallel.accumulate} accumulation "
-            f"steps = {num_parts} "
-            f"equal parts; nearest that can: {suggestions}; type --data.batch_size={nearest}"
+            f"batch_size={batch_size}, the samples of one optimizer step, does not divide into "
+            f"{data_parallel.dp_size} ranks x {data_parallel.accumulate} accumulated batches = "
+            f"{num_parts} equal parts",
+            [size for size in (lower_multiple, lower_multiple + num_parts) if size],
+            f"use batch_size={nearest}",
+            flag=f"--data.batch_size={nearest}",
+            label="nearest",
         )

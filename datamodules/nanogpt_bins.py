@@ -68,9 +68,10 @@ def read_nanogpt_bins(
     if not is_dtype_known and known_tokenizer.vocab_size > 1 << 16:
         raise UsageError(
             f"{files[0]} is read as uint16, which cannot hold the {known_tokenizer.vocab_size:,} "
-            "tokens of "
-            "the vocabulary; allowed: int32, uint32, or uint16 if it is that all the same; type "
-            "--data.dtype=uint32"
+            "tokens of the vocabulary",
+            ["int32", "uint32", "an explicit dtype='uint16'"],
+            "use dtype='uint32'",
+            flag="--data.dtype=uint32",
         )
     for file, array, token_range_of_file in zip(files, arrays, token_ranges, strict=True):
         check_token_range(str(file), array, token_range_of_file, known_tokenizer)
@@ -78,8 +79,7 @@ def read_nanogpt_bins(
     if known_tokenizer.tokenizer_type == "gpt2" and largest < known_tokenizer.vocab_size // 2:
         note = (
             f"no token is above {largest:,} of GPT-2's {known_tokenizer.vocab_size:,}: if they "
-            "are another "
-            f"tokenizer's, type --data.vocab_size={largest + 1} or more"
+            f"are of another tokenizer, use vocab_size={largest + 1} or more"
         )
     train, val = map(as_tensor, arrays)
     sha256 = _compute_fingerprint(files)
@@ -110,15 +110,17 @@ def _resolve_tokenizer(
     if size is not None:
         if not isinstance(size, int) or isinstance(size, bool):
             raise UsageError(
-                f"{meta_path} says that vocab_size is {reprlib.repr(size)[:80]}; allowed: a "
-                "number; "
-                f"type --data.vocab_size={largest + 1}"
+                f"{meta_path} states vocab_size={reprlib.repr(size)[:80]}",
+                ["an integer"],
+                f"use vocab_size={largest + 1}",
+                flag=f"--data.vocab_size={largest + 1}",
             )
         return NumberTokenizer(size)
     raise UsageError(
-        f"{folder} says nowhere what its tokens are, of which the largest is {largest:,}; allowed: "
-        "a meta.pkl or meta.json with vocab_size, a tokenizer.json; type --data.tokenizer=gpt2 if "
-        f"they are GPT-2's, or else --data.vocab_size={largest + 1} or more"
+        f"the tokenizer of the tokens in {folder} is not known; the largest token is {largest:,}",
+        ["a meta.pkl or meta.json with vocab_size", "a tokenizer.json", "tokenizer", "vocab_size"],
+        f"use tokenizer='gpt2' for GPT-2's tokens, or vocab_size={largest + 1} or more",
+        flag=f"--data.tokenizer=gpt2, or --data.vocab_size={largest + 1}",
     )
 
 
@@ -128,28 +130,38 @@ def _read_meta(folder: Path) -> tuple[dict[str, Any], Path]:
         meta_path = folder / name
         if not meta_path.is_file():
             continue
-        try:
-            if meta_path.stat().st_size > MAX_META_BYTES:
-                raise UsageError(f"it has more than {MAX_META_BYTES:,} bytes")
-            content = meta_path.read_bytes()
-            content_dict = (
-                json.loads(content) if name == "meta.json" else _load_meta_pickle(meta_path)
+        content, problem = _parse_meta(meta_path)
+        if problem:
+            raise UsageError(
+                f"{meta_path} does not describe tokens in nanoGPT's format: {problem}",
+                ["a dictionary with itos, vocab_size or dtype"],
+                "remove the file and use tokenizer='gpt2' for GPT-2's tokens, or "
+                "vocab_size=NUMBER for others",
+                flag="--data.tokenizer=gpt2, or --data.vocab_size=NUMBER",
             )
-            if not isinstance(content_dict, dict):
-                raise TypeError(f"{type(content_dict).__name__}, not a dictionary")
-            if not {"itos", "vocab_size", "dtype"} & content_dict.keys():
-                raise LookupError("it has neither 'itos' nor 'vocab_size' nor 'dtype'")
-            return content_dict, meta_path
-        except RecursionError:
-            reason: object = "it is nested too deep"
-        except (ValueError, TypeError, LookupError, safe_pickle.UnsafePickle) as error:
-            reason = error.args[0] if error.args else type(error).__name__
-        raise UsageError(
-            f"{meta_path} does not describe tokens as nanoGPT's does: {reason}; remove it, and "
-            "type "
-            "--data.tokenizer=gpt2 if the tokens are GPT-2's, or --data.vocab_size=NUMBER"
-        )
+        return content, meta_path
     return {}, folder / "meta.pkl"
+
+
+def _parse_meta(meta_path: Path) -> tuple[Any, str]:
+    """Return the content of a meta file and the problem that it has, or ""."""
+    if meta_path.stat().st_size > MAX_META_BYTES:
+        return None, f"it has more than {MAX_META_BYTES:,} bytes"
+    try:
+        content = (
+            json.loads(meta_path.read_bytes())
+            if meta_path.suffix == ".json"
+            else _load_meta_pickle(meta_path)
+        )
+    except RecursionError:
+        return None, "it is nested too deeply"
+    except (ValueError, TypeError, LookupError, safe_pickle.UnsafePickle) as error:
+        return None, str(error.args[0] if error.args else type(error).__name__)
+    if not isinstance(content, dict):
+        return None, f"it is a {type(content).__name__}, not a dictionary"
+    if not {"itos", "vocab_size", "dtype"} & content.keys():
+        return None, "it has neither 'itos' nor 'vocab_size' nor 'dtype'"
+    return content, ""
 
 
 def _load_meta_pickle(meta_path: Path) -> Any:
@@ -167,9 +179,10 @@ def _meta_dtype(meta: dict[str, Any], meta_path: Path) -> str:
     name = str(dtype_entry).removeprefix("numpy.") if is_plain else reprlib.repr(dtype_entry)
     if name not in get_args(TokenType):
         raise UsageError(
-            f"{meta_path} says that dtype is {name[:40]!r}; allowed: "
-            f"{', '.join(get_args(TokenType))}; "
-            "type --data.dtype=uint16"
+            f"{meta_path} states dtype={name[:40]!r}",
+            get_args(TokenType),
+            "use dtype='uint16'",
+            flag="--data.dtype=uint16",
         )
     return name
 
@@ -181,14 +194,18 @@ def _char_tokenizer(itos: Any, meta_path: Path) -> CharTokenizer:
         tokenizer = CharTokenizer(characters)
     except (LookupError, TypeError, ValueError) as error:
         raise UsageError(
-            f"{meta_path} does not name characters as nanoGPT's does: {error}; remove it if the "
-            "tokens "
-            "are GPT-2's, or give the text itself: --data.path=FILE"
+            f"itos in {meta_path} is not a table of characters: {getattr(error, 'problem', error)}",
+            ["one character for each of the indices 0, 1, 2, ..."],
+            "remove the file and use tokenizer='gpt2' for GPT-2's tokens, or use path='FILE' "
+            "with the text",
+            flag="--data.tokenizer=gpt2, or --data.path=FILE",
         ) from error
     if list(tokenizer.characters) != characters:
         raise UsageError(
-            f"{meta_path} does not sort its characters, or has longer words; give the text: "
-            f"--data.path=FILE, or type --data.vocab_size={len(characters)}"
+            f"itos in {meta_path} is not sorted, or has entries of several characters",
+            ["sorted single characters"],
+            f"use path='FILE' with the text, or vocab_size={len(characters)}",
+            flag=f"--data.path=FILE, or --data.vocab_size={len(characters)}",
         )
     return tokenizer
 
@@ -198,8 +215,9 @@ def _check_token_width(file: Path, array: np.ndarray) -> None:
     with file.open("rb") as opened:
         if opened.read(6) == b"\x93NUMPY":
             raise UsageError(
-                f"{file} is a .npy file; allowed: the numbers alone; write it again with "
-                "numpy.load(FILE).tofile(FILE)"
+                f"{file} is a .npy file with a header",
+                ["the numbers alone, without a header"],
+                "write the file again with numpy.load(FILE).tofile(FILE)",
             )
     head_tokens = array[: 1 << 20]
     if (
@@ -212,9 +230,11 @@ def _check_token_width(file: Path, array: np.ndarray) -> None:
         allowed = ("int64",) if is_64_bit else ("int32", "uint32")
         allowed = ("uint16",) if array.dtype.itemsize == 1 and head_tokens[2::4].any() else allowed
         raise UsageError(
-            f"every second number of {file} is 0 where they are read as {array.dtype}: they are "
-            "wider; "
-            f"allowed: {', '.join(allowed)}; type --data.dtype={allowed[0]}"
+            f"every second number of {file} is 0 if it is read as {array.dtype}, so its numbers "
+            "are wider",
+            allowed,
+            f"use dtype={allowed[0]!r}",
+            flag=f"--data.dtype={allowed[0]}",
         )
 
 

@@ -103,7 +103,7 @@ class PromptDataModule(BaseDataModule):
             self._snippets, size = self.corpus_text, f"snippets of {self.prompt_length} characters"
         if self.corpus_path is not None:
             self.corpus_text = "".join(
-                read_text(list_files(Path(self.corpus_path).expanduser(), "--data.corpus_path"))
+                read_text(list_files(Path(self.corpus_path).expanduser(), "corpus_path"))
             )
         self._check_size(name)
         self.provenance = {"file": str(file or ""), "sha256": self._checksum(file)}
@@ -148,16 +148,19 @@ class PromptDataModule(BaseDataModule):
             count - count % data_parallel.dp_size
         )  # equal batches: metrics compare the texts of a batch
         if not even_count:
-            problem = f"only {count} are held out" if self.rows else f"num_val_prompts is {count}"
+            problem = (
+                f"only {count} prompts are held out" if self.rows else f"num_val_prompts={count}"
+            )
             fix = (
                 "val_fraction=0.5"
                 if count < self.num_val_prompts
                 else f"num_val_prompts={data_parallel.dp_size}"
             )
             raise UsageError(
-                f"{problem}, for {data_parallel.dp_size} ranks; allowed: {data_parallel.dp_size} "
-                "or more, a prompt for each "
-                f"rank; type --data.{fix}, or --trainer.devices={count}"
+                f"{problem}, but there are {data_parallel.dp_size} ranks",
+                [f"{data_parallel.dp_size} or more, one prompt for each rank"],
+                f"use {fix}",
+                flag=f"--data.{fix}, or --trainer.devices={count}",
             )
         positions = torch.linspace(first, last - 1, even_count).long()
 
@@ -197,12 +200,13 @@ class PromptDataModule(BaseDataModule):
             unit = "prompts" if self.rows else "characters"
             count = len(self.rows) or len(self._snippets)
             raise UsageError(
-                f"{name} has {count:,} {unit}, too few to train on some and validate on others"
-                + (
-                    "; give more"
-                    if self.rows
-                    else f" of {self.prompt_length}; type --data.prompt_length=32"
-                )
+                f"{name} has {count:,} {unit}, which are too few to train and validate on"
+                + ("" if self.rows else f" prompts of prompt_length={self.prompt_length}"),
+                ["one training prompt and one validation prompt, or more"],
+                "add prompts to the file"
+                if self.rows
+                else "use prompt_length=32, or a longer text",
+                flag="" if self.rows else "--data.prompt_length=32",
             )
 
 
@@ -213,19 +217,26 @@ def read_prompt_rows(path: Path) -> list[dict[str, Any]]:
         prompt = row.get("prompt")
         if not isinstance(prompt, str) or not prompt:
             raise UsageError(
-                f'{location}: no "prompt"; each line is an object like '
-                '{"prompt": "Q: ", "answer": "A"}, whose prompt is not empty'
+                f'{location}: the row has no "prompt"',
+                ['an object like {"prompt": "Q: ", "answer": "A"} with a prompt that is not empty'],
+                "correct the line",
             )
         if prompts and row.keys() != prompts[0].keys():
             differing_columns = ", ".join(sorted(row.keys() ^ prompts[0].keys()))
             raise UsageError(
-                f"{location}: its columns are not those of the first line ({differing_columns}); "
-                "give every line the same"
+                f"{location}: its columns differ from those of the first line in "
+                f"{differing_columns}",
+                [", ".join(prompts[0])],
+                "give every line the same columns",
             )
         for name, value in row.items():
             if isinstance(value, str):
                 check_text_characters(value, location, name)
         prompts.append(row)
     if len(prompts) < 2:
-        raise UsageError(f"{path} has {len(prompts)} prompts; give 2 or more, one to validate on")
+        raise UsageError(
+            f"{path} has {len(prompts)} prompts",
+            ["2 or more, for training and validation"],
+            "add prompts",
+        )
     return prompts

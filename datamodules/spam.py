@@ -56,9 +56,11 @@ def parse_messages(lines: list[str], name: str, has_splits: bool = False) -> lis
         label, tab, text = labelled_text.partition("\t")
         if not tab or label not in LABELS:
             raise UsageError(
-                f"{name}, line {number}: {line[:40]!r} is not label<TAB>text with the label ham "
-                "or spam; write each line so; or, of a CSV or TSV file, type "
-                "--data.text_column=NAME --data.label_column=NAME"
+                f"{name}, line {number}: {line[:40]!r} is not label<TAB>text",
+                [f"the label {LABELS[0]} or {LABELS[1]}, a tab, and the text"],
+                "correct the line; or use text_column='NAME', label_column='NAME' for a CSV or "
+                "TSV file",
+                flag="--data.text_column=NAME --data.label_column=NAME",
             )
         messages.append(Message(text, LABELS.index(label), split))
     return check_both_classes(messages, name)
@@ -70,7 +72,9 @@ def check_both_classes(messages: list[Message], name: str) -> list[Message]:
     if len(counts) < 2:
         counts_text = " and ".join(f"{counts[k]} {label}" for k, label in enumerate(LABELS))
         raise UsageError(
-            f"{name} has {counts_text} messages; both kinds are needed, one message a line"
+            f"{name} has {counts_text} messages",
+            ["at least one message of each class, one per line"],
+            "add messages of the other class",
         )
     return messages
 
@@ -88,9 +92,11 @@ def messages_from_table(table: Table, name: str, spam_label: str | None) -> list
         if len(label_values) != 2 or spam_label not in label_values:
             examples = ", ".join(repr(value[:40]) for value in label_values[:5])
             raise UsageError(
-                f"{name}: the labels are {examples}{', ...' if len(label_values) > 5 else ''}; "
-                "allowed are "
-                f"two values, {spam_label!r} one of them: type --data.spam_label=VALUE"
+                f"{name}: spam_label={spam_label!r} does not fit the labels "
+                f"{examples}{', ...' if len(label_values) > 5 else ''}",
+                ["two label values, one of them spam_label"],
+                "use spam_label='VALUE' with the value that means spam",
+                flag="--data.spam_label=VALUE",
             )
     messages = []
     for line, text, label in table.entries:
@@ -98,8 +104,10 @@ def messages_from_table(table: Table, name: str, spam_label: str | None) -> list
             value = int(label.strip() == spam_label)
         elif (value := LABEL_VALUES.get(label.strip().casefold(), -1)) < 0:
             raise UsageError(
-                f"{name}, line {line}: the label is {label[:40]!r}; allowed are ham and spam, or 0 "
-                "and 1; of two other values type --data.spam_label=VALUE, the one that means spam"
+                f"{name}, line {line}: the label is {label[:40]!r}",
+                ["ham and spam", "0 and 1"],
+                "use spam_label='VALUE' with the value that means spam",
+                flag="--data.spam_label=VALUE",
             )
         messages.append(Message(text, value))
     return check_both_classes(messages, name)
@@ -200,8 +208,10 @@ class SpamDataModule(BaseDataModule):
             is_text_encoding = False
         if not is_text_encoding:
             raise UsageError(
-                f"encoding is {encoding!r}; allowed are utf-8, latin-1, utf-16 and others that "
-                "Python knows: type --data.encoding=latin-1"
+                f"encoding={encoding!r} is not a text encoding",
+                ["utf-8", "latin-1", "utf-16", "other encodings of Python"],
+                "use encoding='latin-1'",
+                flag="--data.encoding=latin-1",
             )
         self.encoding, self.spam_label = encoding, spam_label
         self.text_column = None if text_column is None else str(text_column)
@@ -236,11 +246,13 @@ class SpamDataModule(BaseDataModule):
     def _load_predict_lines(self) -> None:
         if self.predict_path is None:
             raise UsageError(
-                "there is nothing to predict: type --data.predict_path=FILE, a text file with one "
-                "message a line"
+                "SpamDataModule: predict needs a file, and predict_path is not given",
+                ["a text file with one message per line", "a CSV file"],
+                "use predict_path='FILE'",
+                flag="--data.predict_path=FILE",
             )
         path = Path(self.predict_path).expanduser()
-        text = read_text_file(path, "--data.predict_path", self.encoding)
+        text = read_text_file(path, "predict_path", self.encoding)
         suffix = path.suffix.lower()
         if suffix == ".csv" or (self.text_column is not None and suffix in (".tsv", ".tab")):
             table = read_table(text, str(path), self.text_column, has_labels=False)
@@ -249,7 +261,11 @@ class SpamDataModule(BaseDataModule):
             lines = enumerate(_split_lines(text))
             self.predict_lines = [(i, line) for i, line in lines if line.strip()]
         if not self.predict_lines:
-            raise UsageError(f"{self.predict_path} is empty: write one message a line")
+            raise UsageError(
+                f"{self.predict_path} has no message",
+                ["one message per line"],
+                "add messages to the file",
+            )
 
     def _load_messages(self) -> None:
         file, reason = resolve_file(
@@ -258,7 +274,7 @@ class SpamDataModule(BaseDataModule):
         name = str(file or "the EMBEDDED messages (forty, written for this project)")
         is_custom_file = self.path is not None
         text = read_text_file(
-            file or EMBEDDED_FILE, "--data.path", self.encoding if is_custom_file else "utf-8"
+            file or EMBEDDED_FILE, "path", self.encoding if is_custom_file else "utf-8"
         )
         table = self._parse_table(text, name, Path(name).suffix.lower()) if is_custom_file else None
         if table is not None:
@@ -289,8 +305,7 @@ class SpamDataModule(BaseDataModule):
         if table is not None and table.num_rows_outside_columns:
             log_once(
                 f"data: {table.num_rows_outside_columns:,} rows have text in columns without a "
-                "name, which is not "
-                "read",
+                "name, which is not read",
                 is_warning=True,
             )
         for split, indices in self.splits.items():
@@ -339,12 +354,13 @@ class SpamDataModule(BaseDataModule):
         ]
         if empty_splits:
             num_different = len({m.text.strip().casefold() for m in messages})
-            alternative = f", or type --data.val_fraction=0 to do without {empty_splits[0]}"
+            is_only_val = empty_splits == ["val"]
             raise UsageError(
-                f"{name}: {len(messages)} messages, of which {num_different} are different, leave "
-                "none for "
-                f"{' and '.join(empty_splits)}: copies stay together; give more different messages"
-                f"{alternative if empty_splits == ['val'] else ''}"
+                f"{name}: {len(messages)} messages, {num_different} of them different, leave "
+                f"none for {' and '.join(empty_splits)}, because equal messages stay in one split",
+                ["one or more different messages of each split"],
+                "add different messages" + (", or use val_fraction=0" if is_only_val else ""),
+                flag="--data.val_fraction=0" if is_only_val else "",
             )
 
     def _make_batch_fn(self, indices: list[int]) -> Callable[[Tensor], dict[str, Any]]:
@@ -395,8 +411,10 @@ class SpamDataModule(BaseDataModule):
         indices = self.splits[split]
         if not indices:
             raise UsageError(
-                f"there are no messages for {split}: val_fraction is {self.val_fraction}; type "
-                "lightning test for the test part, or train with --data.val_fraction=0.1"
+                f"there are no messages for {split}: val_fraction={self.val_fraction}",
+                ["val_fraction above 0", "the test split"],
+                "use val_fraction=0.1 in training, or trainer.test(...)",
+                flag="lightning test, or lightning fit --data.val_fraction=0.1",
             )
         size = self._clamp_batch_size(len(indices))
         return self.make_eval_loader(self._make_batch_fn(indices), len(indices), size)

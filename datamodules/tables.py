@@ -60,7 +60,9 @@ def read_table(
         DELIMITERS, key=lambda delimiter: _delimiter_rank(lines, delimiter, requested)
     ))  # fmt: skip
     if not rows:
-        raise UsageError(f"{name} is empty: write a header and one message a row")
+        raise UsageError(
+            f"{name} has no row", ["a header, and one message per row"], "add rows to the file"
+        )
     first = [cell.strip() for cell in rows[0][1]]
     first_cells = {cell.casefold() for cell in first}
     has_header = not first_cells & {"ham", "spam"} or bool(
@@ -76,9 +78,10 @@ def read_table(
     for line, row in rows[has_header:]:
         if len(row) <= max(column_indices):
             raise UsageError(
-                f"{name}, line {line}: the row has {len(row)} columns, and "
-                f"{columns[max(column_indices)]} "
-                f"is number {max(column_indices) + 1}; correct the row, or remove it"
+                f"{name}, line {line}: the row has {len(row)} columns, but the column "
+                f"{columns[max(column_indices)]} is number {max(column_indices) + 1}",
+                [f"{max(column_indices) + 1} or more columns"],
+                "correct the row, or remove it",
             )
         entries.append(
             Entry(line, row[column_indices[0]], row[column_indices[1]] if has_labels else "")
@@ -120,15 +123,18 @@ def _parse_rows(lines: list[str], name: str, delimiter: str) -> list[tuple[int, 
                     rows.append((start + 1, row))
                 last, start = start, reader.line_num
         except csv.Error as error:
-            raise UsageError(f"{name}, line {reader.line_num}: {error}; correct the line") from None
+            raise UsageError(
+                f"{name}, line {reader.line_num}: {error}", ["a CSV row"], "correct the line"
+            ) from None
         if rows:  # an unclosed quote puts the rest of the file into one cell
             try:
                 list(csv.reader(lines[last:], delimiter=delimiter, strict=True))
             except csv.Error as error:
                 if "end of data" in str(error):
                     raise UsageError(
-                        f"{name}, line {last + 1}: a quote is opened and never closed; close it, "
-                        "or write two for one that belongs to the text"
+                        f"{name}, line {last + 1}: a quote is opened and never closed",
+                        ["quotes in pairs, and two quotes for one inside a text"],
+                        "close the quote, or write it twice",
                     ) from None
     return rows
 
@@ -149,7 +155,8 @@ def _find_column(
     columns: list[str], requested: str | None, known_names: tuple[str, ...], name: str, role: str
 ) -> int:
     """Return the position of a column, from 0."""
-    available = ", ".join(column for column in columns if column)
+    available = [column for column in columns if column]
+    first = next(iter(available), "0")
     flag = f"--data.{role}_column"
     if requested is not None:
         matches = [index for index, column in enumerate(columns) if column == requested]
@@ -163,19 +170,25 @@ def _find_column(
         closest = suggest_names(requested, columns, 1) or [c for c in columns if c][:1]
         if not matches:
             raise UsageError(
-                f"{name} has no column {requested!r}; allowed: {available}; type "
-                f"{flag}={closest[0]}"
+                f"{name} has no column {requested!r}",
+                available,
+                f"use {role}_column={closest[0]!r}",
+                flag=f"{flag}={closest[0]}",
             )
     else:
         matches = [k for k, column in enumerate(columns) if column.casefold() in known_names]
         if not matches:
             raise UsageError(
-                f"{name} has the columns {available}; which of them holds the {role}s? type "
-                f"{flag}={next((c for c in columns if c), '0')}"
+                f"{name} has no column with a known name for the {role}s",
+                available,
+                f"use {role}_column={first!r}",
+                flag=f"{flag}={first}",
             )
     if len(matches) > 1:
         raise UsageError(
-            f"{name} has {len(matches)} columns that may hold the {role}s, number "
-            f"{', '.join(map(str, matches))} from 0; type {flag}={matches[0]}"
+            f"{name} has {len(matches)} columns that may hold the {role}s",
+            matches,
+            f"use {role}_column='{matches[0]}', a position from 0",
+            flag=f"{flag}={matches[0]}",
         )
     return matches[0]

@@ -146,7 +146,7 @@ class TextDataModule(BaseDataModule):
     def corpus(self) -> Corpus:
         """Return the tokens and their tokenizer; available after `setup`."""
         if self._corpus is None:
-            raise RunError("TextDataModule has no text yet: call setup() first")
+            raise RunError("TextDataModule has no text before setup(); call setup('fit') first")
         return self._corpus
 
     @property
@@ -210,8 +210,10 @@ class TextDataModule(BaseDataModule):
             )
         elif self.special_tokens != "as_text":
             raise UsageError(
-                f"{name} holds tokens, in which special_tokens={self.special_tokens} changes "
-                "nothing; allowed: as_text; leave --data.special_tokens away"
+                f"special_tokens={self.special_tokens!r} has no effect: {name} holds tokens, not "
+                "a text",
+                ["as_text"],
+                "remove special_tokens",
             )
         tokenizer_type = corpus.tokenizer.tokenizer_type
         unit = tokenizer_type if tokenizer_type in ("characters", "bytes") else "tokens"
@@ -234,9 +236,10 @@ class TextDataModule(BaseDataModule):
         for option in ("vocab_size", "dtype"):
             if getattr(self, option) is not None:
                 raise UsageError(
-                    f"{option} is {getattr(self, option)}, and {name} is a text, whose tokens are "
-                    "made here; allowed: a folder with train.bin and val.bin; leave "
-                    f"--data.{option} away"
+                    f"{option}={getattr(self, option)!r} has no effect: {name} is a text, not a "
+                    "folder of tokens",
+                    ["a folder with train.bin and val.bin"],
+                    f"remove {option}",
                 )
 
     def _slice_tokens(self, name: str, unit: str, corpus: Corpus) -> Corpus:
@@ -247,9 +250,11 @@ class TextDataModule(BaseDataModule):
             return corpus
         if not 0 <= self.start_token < stop <= count or corpus.val_tokens is not None:
             raise UsageError(
-                f"start_token {self.start_token} and stop_token {self.stop_token} are no part of "
-                f"the {count:,} {unit} of {name}; allowed: 0 to {count} of a text in one piece; "
-                "type --data.start_token=0"
+                f"start_token={self.start_token} and stop_token={self.stop_token} are not a part "
+                f"of the {count:,} {unit} of {name}",
+                [f"0 to {count} of a text without a separate validation file"],
+                "use start_token=0",
+                flag="--data.start_token=0",
             )
         return corpus._replace(tokens=corpus.tokens[self.start_token : stop])
 
@@ -258,18 +263,28 @@ class TextDataModule(BaseDataModule):
         count = len(train) + len(val)
         if len(val) < 2:
             raise UsageError(
-                f"val_fraction {self.val_fraction} of the {count:,} {unit} of {name} is less "
-                "than two; type --data.val_fraction=0.1, or give a longer text"
+                f"val_fraction={self.val_fraction} of the {count:,} {unit} of {name} is less "
+                "than two",
+                [f"two or more {unit} for validation"],
+                "use val_fraction=0.1, or a longer text",
+                flag="--data.val_fraction=0.1, or --data.path=FILE",
             )
         if len(train) <= self.context_length:
             max_fitting = len(train) - 1
-            advice = (
-                f"type --data.context_length={max_fitting} or less, or " if max_fitting > 0 else ""
-            )
             raise UsageError(
-                f"{name} has {count:,} {unit}, {len(train):,} of them for training: less than one "
-                f"window of context_length + 1 = {self.context_length + 1}; "
-                f"{advice}give a longer text"
+                f"{name} has {count:,} {unit}, {len(train):,} of them for training, which is "
+                f"less than one window of context_length + 1 = {self.context_length + 1}",
+                [
+                    f"a context_length of at most {max_fitting}"
+                    if max_fitting > 0
+                    else "a longer text"
+                ],
+                f"use context_length={max_fitting}, or a longer text"
+                if max_fitting > 0
+                else "use path='FILE'",
+                flag=f"--data.context_length={max_fitting}"
+                if max_fitting > 0
+                else "--data.path=FILE",
             )
 
     def _split_corpus(self, corpus: Corpus) -> tuple[Tensor, Tensor]:
@@ -311,8 +326,10 @@ class TextDataModule(BaseDataModule):
     def predict_dataloader(self) -> EvalLoader:
         """Raise an error that points to `generate`, the command for language models."""
         raise UsageError(
-            "a text has no answers to predict; a language model continues it: "
-            "type lightning generate --ckpt_path=FILE --prompt=TEXT"
+            "TextDataModule has no data for predict: a text has no labels",
+            ["generate, which continues a text"],
+            "use LanguageModel.generate(...)",
+            flag="lightning generate --ckpt_path=FILE --prompt=TEXT",
         )
 
     def _get_splits(self) -> tuple[Tensor, Tensor]:

@@ -63,34 +63,40 @@ def identify_binary(header: bytes) -> str:
     )
 
 
-def check_not_binary(path: Path, header: bytes, flag: str) -> None:
+def check_not_binary(path: Path, header: bytes, argument: str) -> None:
     """Raise an error if a file is of a known binary format.
 
     Args:
         path: the file.
         header: its first bytes.
-        flag: the flag that gave the path, e.g. --data.path.
+        argument: the datamodule's argument that gave the path, e.g. path.
 
     Raises:
         UsageError: the file has a known binary format.
     """
     if description := identify_binary(header):
         raise UsageError(
-            f"{path} is no text: it is {description}; give files of text: type {flag}=FILE"
+            f"{path} is not a text: it is {description}",
+            ["text files"],
+            f"use {argument}='FILE' with a text file",
+            flag=f"--data.{argument}=FILE",
         )
 
 
-def list_files(path: Path, flag: str = "--data.path") -> list[Path]:
+def list_files(path: Path, argument: str = "path") -> list[Path]:
     """Return the file itself, or all files below a folder that are not hidden, sorted."""
     if path.is_file():
         return [path]
     if not path.is_dir():
         siblings = [p.name for p in path.parent.glob("[!.]*")] if path.parent.is_dir() else []
         closest = suggest_names(path.name, siblings) or sorted(siblings)[:3]
-        neighbours_hint = (
-            f"nearest there: {', '.join(closest)}" if closest else "its folder is missing, too"
+        raise MissingFileError(
+            f"the file or folder {path} does not exist",
+            closest if path.parent.is_dir() else ["a path in a folder that exists"],
+            f"use {argument}='FILE'",
+            flag=f"--data.{argument}=FILE",
+            label="nearest" if closest else "allowed",
         )
-        raise MissingFileError(f"no file or folder {path}; {neighbours_hint}; type {flag}=FILE")
     files = []
     for folder, subfolders, names in os.walk(path):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
@@ -100,61 +106,83 @@ def list_files(path: Path, flag: str = "--data.path") -> list[Path]:
             # fail before the listing is complete: a wrong folder may hold millions of files
             if file.suffix.lower() in BINARY_SUFFIXES:
                 with file.open("rb") as opened:
-                    check_not_binary(file, opened.read(NUM_HEADER_BYTES), flag)
+                    check_not_binary(file, opened.read(NUM_HEADER_BYTES), argument)
             files.append(file)
     if not files:
-        raise MissingFileError(f"the folder {path} holds no files; type {flag}=FOLDER")
+        raise MissingFileError(
+            f"the folder {path} holds no files",
+            ["a folder with files that are not hidden"],
+            f"use {argument}='FOLDER'",
+            flag=f"--data.{argument}=FOLDER",
+        )
     return sorted(files)
 
 
-def read_text(files: Iterable[Path], flag: str = "--data.path") -> Iterator[str]:
+def read_text(files: Iterable[Path], argument: str = "path") -> Iterator[str]:
     """Yield the text of the files in chunks, with a line break between two files."""
     for number, file in enumerate(files):
         if number:
             yield "\n"
-        yield from _read_file(file, flag)
+        yield from _read_file(file, argument)
 
 
-def _read_file(path: Path, flag: str) -> Iterator[str]:
+def _read_file(path: Path, argument: str) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8-sig")()  # skips a byte order mark
     offset = 0  # position of the first byte not yet decoded
     with path.open("rb") as file:
         while True:
             chunk = file.read(CHUNK_BYTES)
             if not offset:
-                check_not_binary(path, chunk, flag)
+                check_not_binary(path, chunk, argument)
             if b"\0" in chunk:
                 raise UsageError(
-                    f"{path} is no text: byte 0x00 at position {file.tell() - len(chunk)} or "
-                    "after; if it is UTF-16, type "
-                    f"iconv -f utf-16 -t utf-8 '{path}' > text.txt and {flag}=text.txt"
+                    f"{path} is not a text: byte 0x00 at position {file.tell() - len(chunk)} or "
+                    "after",
+                    ["UTF-8"],
+                    f"if the file is UTF-16, convert it: {_iconv(path, 'utf-16')}; then use "
+                    f"{argument}='text.txt'",
+                    flag=_iconv(path, "utf-16"),
                 )
             try:
                 yield decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
                 raise UsageError(
                     f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at position "
-                    f"{offset + error.start}; if it is Latin-1, type "
-                    f"iconv -f latin1 -t utf-8 '{path}' > text.txt and {flag}=text.txt"
+                    f"{offset + error.start}",
+                    ["UTF-8"],
+                    f"if the file is Latin-1, convert it: {_iconv(path, 'latin1')}; then use "
+                    f"{argument}='text.txt'",
+                    flag=_iconv(path, "latin1"),
                 ) from None
             offset = file.tell() - len(decoder.getstate()[0])
             if not chunk:
                 return
 
 
-def read_text_file(path: Path, flag: str, encoding: str) -> str:
+def _iconv(path: Path, encoding: str) -> str:
+    return f"iconv -f {encoding} -t utf-8 '{path}' > text.txt"
+
+
+def read_text_file(path: Path, argument: str, encoding: str) -> str:
     """Read and decode one file; the error message gives the position of an invalid byte."""
     if path.is_dir():
-        raise UsageError(f"{path} is a folder; one file is read: type {flag}=FILE")
-    (file,) = list_files(path, flag)
+        raise UsageError(
+            f"{path} is a folder",
+            ["one file"],
+            f"use {argument}='FILE'",
+            flag=f"--data.{argument}=FILE",
+        )
+    (file,) = list_files(path, argument)
     content = file.read_bytes()
-    check_not_binary(path, content, flag)
+    check_not_binary(path, content, argument)
     codec = codecs.lookup(encoding).name
     is_multibyte = codec.startswith(("utf-16", "utf-32"))
     if not is_multibyte and (offset := content.find(b"\0")) >= 0:
         raise UsageError(
-            f"{path} is no text: byte 0x00 at position {offset}; if it is UTF-16, type "
-            "--data.encoding=utf-16"
+            f"{path} is not a text: byte 0x00 at position {offset}",
+            [f"text in the encoding {encoding}"],
+            "use encoding='utf-16' if the file is UTF-16",
+            flag="--data.encoding=utf-16",
         )
     try:
         return content.decode("utf-8-sig" if codec == "utf-8" else codec)
@@ -162,6 +190,8 @@ def read_text_file(path: Path, flag: str, encoding: str) -> str:
         name = "UTF-8" if codec == "utf-8" else codec
         byte = error.object[error.start : error.start + 1].hex()
         raise UsageError(
-            f"{path} is not {name}: byte 0x{byte} at position {error.start}; if it is Latin-1, "
-            "type --data.encoding=latin-1"
+            f"{path} is not {name}: byte 0x{byte} at position {error.start}",
+            [f"text in the encoding {encoding}"],
+            "use encoding='latin-1' if the file is Latin-1",
+            flag="--data.encoding=latin-1",
         ) from None

@@ -71,8 +71,9 @@ def write_token_file(
             raise  # the error comes from reading the text
         raise TokenCacheError(
             error.errno,
-            f"{error.strerror or error}: the tokens cannot be written to {path.parent}; allowed: a "
-            "folder with room for two to four bytes a token; set XDG_CACHE_HOME=FOLDER",
+            f"the tokens cannot be written to {path.parent}: {error.strerror or error}; allowed: "
+            "a folder with room for two to four bytes per token; set the environment variable "
+            "XDG_CACHE_HOME to such a folder",
         ) from error
     return path
 
@@ -110,16 +111,14 @@ def memmap_tokens(path: Path, token_dtype: np.dtype) -> np.ndarray:
     """Memory-map a file of tokens as an array (n), without reading it."""
     size = path.stat().st_size
     if size % token_dtype.itemsize or not size:
+        other_dtype = "uint8" if size % 2 else "uint16"
         raise UsageError(
-            f"{path} has {size} bytes and should hold {NUMBER_WORDS[token_dtype.itemsize]} for "
-            "each token: "
-            "it is cut short or of another kind; make it again, or type --data.dtype="
-            f"{'uint8' if size % 2 else 'uint16'} if that is its type"
+            f"{path} has {size} bytes, which is not a whole number of tokens of {token_dtype}",
+            [f"one or more tokens of {token_dtype.itemsize} bytes each"],
+            f"write the file again, or use dtype={other_dtype!r} if that is its type",
+            flag=f"--data.dtype={other_dtype}",
         )
     return np.memmap(path, token_dtype, "c")  # copy-on-write: the file does not change
-
-
-NUMBER_WORDS = {1: "one", 2: "two", 4: "four", 8: "eight"}
 
 
 def encode_parallel(tokenizer: Tokenizer, text: Iterable[str]) -> Iterator[np.ndarray]:
@@ -174,12 +173,13 @@ def check_token_range(
     if low >= 0 and high < tokenizer.vocab_size:
         return
     invalid_token = low if low < 0 else high
-    hint = f"--data.vocab_size={high + 1} or more" if low >= 0 else "--data.dtype=uint32"
     raise UsageError(
-        f"{name} holds the token {invalid_token:,} at place "
-        f"{int(np.argmax(array == invalid_token)):,}, and the "
-        f"vocabulary has {tokenizer.vocab_size:,}; allowed: 0 to {tokenizer.vocab_size - 1:,}; "
-        f"type {hint}"
+        f"{name} holds the token {invalid_token:,} at position "
+        f"{int(np.argmax(array == invalid_token)):,}, which is not in the vocabulary of "
+        f"{tokenizer.vocab_size:,} tokens",
+        [f"0 to {tokenizer.vocab_size - 1:,}"],
+        f"use vocab_size={high + 1} or more" if low >= 0 else "use dtype='uint32'",
+        flag=f"--data.vocab_size={high + 1}" if low >= 0 else "--data.dtype=uint32",
     )
 
 

@@ -22,7 +22,7 @@ from .tokenizers import (
 def make_tokenizer(
     name: str, characters: Iterable[str] = (), special_tokens: SpecialTokenMode = "as_text"
 ) -> Tokenizer:
-    """Build the tokenizer that `--data.tokenizer` names: characters, bytes, gpt2, or a file.
+    """Build the tokenizer of a name: characters, bytes, gpt2, or the path of a file.
 
     Args:
         name: characters, bytes, gpt2, or a path for `FileTokenizer.from_file`.
@@ -63,12 +63,12 @@ def tokenizer_from_state_dict(state: dict[str, Any]) -> Tokenizer:
                 return FileTokenizer(state["json_text"], state["eos_token"] or None, special_tokens)
     except (LookupError, TypeError, AttributeError, binascii.Error) as error:
         raise UsageError(
-            f"the state of the tokenizer {state.get('tokenizer_type')!r} is damaged: {error!r}; "
-            "use another "
-            "checkpoint"
+            f"the state of the tokenizer {state.get('tokenizer_type')!r} is damaged: {error!r}",
+            ["the result of state_dict()"],
+            "use another checkpoint",
         ) from None
     raise UsageError(
-        f"unknown tokenizer_type {state.get('tokenizer_type')!r}; known are characters, bytes, "
-        "gpt2, "
-        "file, numbers; the checkpoint was written by another version: install that one"
+        f"tokenizer_type={state.get('tokenizer_type')!r} is not known",
+        ["characters", "bytes", "gpt2", "file", "numbers"],
+        "use the version of Ravine that wrote the checkpoint",
     )

@@ -47,9 +47,10 @@ class FileTokenizer(Tokenizer):
             parsed = json.loads(json_text)
         except Exception as error:  # the library raises only Exception
             raise UsageError(
-                f"not a file of the tokenizers library: {str(error)[:200]}; allowed: a "
-                "tokenizer.json, as Hugging Face's models have; type --data.tokenizer=gpt2 for "
-                "GPT-2's"
+                f"the text is not a file of the tokenizers library: {str(error)[:200]}",
+                ["a tokenizer.json of Hugging Face"],
+                "use tokenizer='FILE', or tokenizer='gpt2' for GPT-2's",
+                flag="--data.tokenizer=FILE, or --data.tokenizer=gpt2",
             ) from None
         self.hf_tokenizer.no_truncation()
         self.hf_tokenizer.no_padding()
@@ -60,7 +61,9 @@ class FileTokenizer(Tokenizer):
         self.hf_tokenizer.encode_special_tokens = special_tokens != "allow"
         if eos_token is not None and not isinstance(eos_token, str):
             raise UsageTypeError(
-                f"eos_token is of type {type(eos_token).__name__}; allowed: the token as a text"
+                f"eos_token is of type {type(eos_token).__name__}",
+                ["the token as a str"],
+                "use eos_token='<|endoftext|>'",
             )
         eos_names = (
             [eos_token]
@@ -69,7 +72,9 @@ class FileTokenizer(Tokenizer):
         )
         if eos_token and eos_token not in special_ids:
             raise UsageError(
-                f"eos_token {eos_token!r} is no special token; known: {', '.join(special_ids)}"
+                f"eos_token={eos_token!r} is not a special token",
+                special_ids,
+                f"use eos_token={next(iter(special_ids), None)!r}",
             )
         self.eos_id = special_ids[eos_names[0]] if eos_names else None
         non_special = [
@@ -86,8 +91,9 @@ class FileTokenizer(Tokenizer):
         size = 1 + max(vocab.values(), default=-1)
         if size > max(4096, 4 * len(vocab)):  # one large id would allocate too much memory
             raise UsageError(
-                f"the largest token is {size - 1:,} among {len(vocab):,}; allowed: numbers without "
-                "large gaps; make the file again"
+                f"the largest token id is {size - 1:,}, but there are {len(vocab):,} tokens",
+                ["token ids without large gaps"],
+                "write the tokenizer file again",
             )
         steps = _pretokenizer_steps(parsed.get("pre_tokenizer"))
         byte_level = [step for step in steps if step.get("type") == "ByteLevel"]
@@ -118,10 +124,11 @@ class FileTokenizer(Tokenizer):
             )
             if num_text_bytes != num_token_bytes:
                 raise UsageError(
-                    f"{num_text_bytes - num_token_bytes} of {num_text_bytes} bytes of a text are "
-                    "in no token of this "
-                    "vocabulary; allowed: a vocabulary with all 256 bytes; type "
-                    "--data.tokenizer=bytes, or train the tokenizer with its initial alphabet"
+                    f"{num_text_bytes - num_token_bytes} of the {num_text_bytes} bytes of a text "
+                    "are in no token of the vocabulary",
+                    ["a vocabulary with all 256 bytes"],
+                    "use tokenizer='bytes', or train the tokenizer with its initial alphabet",
+                    flag="--data.tokenizer=bytes",
                 )
         return numbers
 
@@ -175,21 +182,31 @@ class FileTokenizer(Tokenizer):
             return cls(_bpe_json_from_files(*merge_files), _read_eos_token(folder), special_tokens)
         if not file.is_file():
             raise MissingFileError(
-                f"no tokenizer at {resolved_path}; allowed: characters, bytes, gpt2, a "
-                "tokenizer.json, or "
-                "a folder with one or with vocab.json and merges.txt; type --data.tokenizer=FILE"
+                f"there is no tokenizer at {resolved_path}",
+                [
+                    "characters",
+                    "bytes",
+                    "gpt2",
+                    "a tokenizer.json, or a folder with one or with vocab.json and merges.txt",
+                ],
+                "use tokenizer='FILE'",
+                flag="--data.tokenizer=FILE",
             )
         try:
             content = file.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise UsageError(
-                f"{file} is not UTF-8 at byte {error.start}; allowed: a tokenizer.json; "
-                "type --data.tokenizer=FILE"
+                f"{file} is not UTF-8 at byte {error.start}",
+                ["a tokenizer.json"],
+                "use tokenizer='FILE'",
+                flag="--data.tokenizer=FILE",
             ) from None
         try:
             return cls(content, _read_eos_token(folder), special_tokens)
-        except ValueError as error:
-            raise UsageError(f"{file}: {error}") from None
+        except UsageError as error:
+            raise UsageError(
+                f"{file}: {error.problem}", error.allowed, error.hint, flag=error.flag
+            ) from None
 
     @classmethod
     def from_merges(
@@ -265,8 +282,10 @@ def _bpe_json_from_files(vocab_file: Path, merges_file: Path) -> str:
         return _make_bpe_json({str(word): int(n) for word, n in vocab.items()}, pairs, special)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(
-            f"{vocab_file} and {merges_file.name} are no byte pair encoding: {error!r}; allowed: "
-            "GPT-2's files; type --data.tokenizer=FOLDER"
+            f"{vocab_file} and {merges_file.name} are not a byte pair encoding: {error!r}",
+            ["GPT-2's vocab.json and merges.txt"],
+            "use tokenizer='FOLDER' with these files",
+            flag="--data.tokenizer=FOLDER",
         ) from None
 
 

@@ -108,9 +108,10 @@ class Tokenizer(ABC):
         """Set the special tokens and how they are read in a text."""
         if special_tokens not in get_args(SpecialTokenMode):
             raise UsageError(
-                f"special_tokens is {special_tokens!r}; allowed: "
-                f"{', '.join(get_args(SpecialTokenMode))}; "
-                "type --data.special_tokens=as_text"
+                f"special_tokens={special_tokens!r} is not known",
+                get_args(SpecialTokenMode),
+                "use special_tokens='as_text'",
+                flag="--data.special_tokens=as_text",
             )
         self.special_ids, self.special_tokens = dict(special_ids), special_tokens  # type: ignore[assignment]
         # longest first: the longest match at a position is used
@@ -120,9 +121,11 @@ class Tokenizer(ABC):
         )
         if special_tokens != "as_text" and not special_words:
             raise UsageError(
-                f"special_tokens is {special_tokens!r}, and the tokenizer {self.tokenizer_type!r} "
-                "has no special tokens; allowed: as_text; type --data.tokenizer=gpt2 for one that "
-                "has"
+                f"special_tokens={special_tokens!r} has no effect: the tokenizer "
+                f"{self.tokenizer_type!r} has no special tokens",
+                ["as_text"],
+                "remove special_tokens, or use tokenizer='gpt2'",
+                flag="--data.tokenizer=gpt2",
             )
         self._set_unsplittable(special_words if special_tokens != "as_text" else [])
 
@@ -141,9 +144,13 @@ class Tokenizer(ABC):
             if self.special_tokens == "error":
                 around = text[max(0, match.start() - 20) : match.end() + 20]
                 raise UsageError(
-                    f"the special token {match[0]!r} stands in the text, here: {around!r}; "
-                    "type --data.special_tokens=allow to read it as one token, or as_text as "
-                    "other text"
+                    f"the text holds the special token {match[0]!r}, here: {around!r}",
+                    [
+                        "allow, which reads it as one token",
+                        "as_text, which reads it as ordinary text",
+                    ],
+                    "use special_tokens='allow'",
+                    flag="--data.special_tokens=allow, or --data.special_tokens=as_text",
                 )
             yield text[start : match.start()]
             yield match[0]
@@ -205,7 +212,11 @@ class CharTokenizer(Tokenizer):
         self.set_special_tokens({}, "as_text")
         self.characters = "".join(sorted(set(characters)))
         if not self.characters:
-            raise UsageError("a tokenizer needs at least one character: give it a text")
+            raise UsageError(
+                "CharTokenizer: there are no characters",
+                ["one or more characters"],
+                "pass a text to CharTokenizer(...)",
+            )
         self.char_codes = code_points(
             self.characters
         )  # ascending, since Python sorts by code point
@@ -218,7 +229,7 @@ class CharTokenizer(Tokenizer):
         indices = np.searchsorted(self.char_codes, points).clip(max=self.vocab_size - 1)
         unknown = np.flatnonzero(self.char_codes[indices] != points)
         if len(unknown):
-            raise UsageError(self._describe_unknown(text, int(unknown[0])))
+            raise self._unknown_character_error(text, int(unknown[0]))
         return indices
 
     def decode_list(self, token_ids: Sequence[int]) -> str:
@@ -233,17 +244,16 @@ class CharTokenizer(Tokenizer):
         """Return the vocabulary."""
         return {"tokenizer_type": self.tokenizer_type, "characters": self.characters}
 
-    def _describe_unknown(self, text: str, position: int) -> str:
+    def _unknown_character_error(self, text: str, position: int) -> UsageError:
         character = text[position]
         swapped = character.swapcase()
         case_hint = f"; {swapped!r} is" if swapped in self.characters else ""
         known_excerpt = self.characters[:100] + ("..." if self.vocab_size > 100 else "")
-        return (
-            f"character {character!r} (U+{ord(character):04X}) at position {position} of the text "
-            "is "
-            f"not among the {self.vocab_size} characters known from training, "
-            f"{known_excerpt!r}{case_hint}; "
-            "leave it out, or train on a text that has it"
+        return UsageError(
+            f"the character {character!r} (U+{ord(character):04X}) at position {position} of the "
+            f"text is not in the vocabulary{case_hint}",
+            [f"the {self.vocab_size} characters {known_excerpt!r}"],
+            "remove it from the text, or train on a text that has it",
         )
 
 
@@ -295,10 +305,10 @@ class BPETokenizer(Tokenizer):
             self.ranked_tokens
         ):
             raise UsageError(
-                f"{len(self.ranked_tokens)} pieces of which {len(set(self.ranked_tokens))} are "
-                "different; "
-                "allowed: different pieces, and among them all 256 bytes; give the pieces of a "
-                "byte pair encoding in the order of their ranks"
+                f"BPETokenizer: {len(self.ranked_tokens)} tokens were given, "
+                f"{len(set(self.ranked_tokens))} of them different",
+                ["different tokens, among them all 256 single bytes"],
+                "pass the tokens of a byte pair encoding in the order of their ranks",
             )
         self.set_special_tokens({ENDOFTEXT: self.eos_id}, special_tokens)
         self.token_bytes = torch.tensor([*map(len, ranked_tokens), 0])
@@ -380,11 +390,14 @@ def load_gpt2_tokenizer(special_tokens: SpecialTokenMode = "as_text") -> BPEToke
     except (OSError, ValueError) as error:  # no network or folder; wrong checksum
         searched = os.environ.get("TIKTOKEN_CACHE_DIR", "TIKTOKEN_CACHE_DIR (not set)")
         raise DatasetNotFound(
-            f"the pieces of GPT-2's tokenizer were not found; looked at: {searched}; {cache_dir}; "
-            "the "
-            f"network ({type(error).__name__}); ways out: run once with a network; or set "
-            "TIKTOKEN_CACHE_DIR to a folder where tiktoken has kept them; or type "
-            "--data.tokenizer=bytes"
+            f"the tokens of GPT-2 were not found; searched: {searched}; {cache_dir}; the network "
+            f"({type(error).__name__})",
+            [
+                "a first run with a network",
+                "TIKTOKEN_CACHE_DIR set to a folder with tiktoken's files",
+            ],
+            "run once with a network, or use tokenizer='bytes'",
+            flag="--data.tokenizer=bytes",
         ) from error
     ranked_tokens = [encoding.decode_single_token_bytes(n) for n in range(encoding.eot_token)]
     return BPETokenizer(ranked_tokens, special_tokens)
@@ -404,8 +417,10 @@ class NumberTokenizer(Tokenizer):
         """Set the vocabulary size."""
         if not 1 <= vocab_size <= 1 << 24:
             raise UsageError(
-                f"vocab_size is {vocab_size}; allowed: 1 to {1 << 24:,}; "
-                "type --data.vocab_size=50257"
+                f"vocab_size={vocab_size} is not a vocabulary size",
+                [f"1 to {1 << 24:,}"],
+                "use vocab_size=50257",
+                flag="--data.vocab_size=50257",
             )
         self.set_special_tokens({}, "as_text")
         self.token_bytes = torch.zeros(vocab_size, dtype=torch.int64)
@@ -416,13 +431,15 @@ class NumberTokenizer(Tokenizer):
         for word in token_texts:
             if not (word.isascii() and word.isdigit() and len(word) < 11):
                 raise UsageError(
-                    f"{word[:40]!r} is no token number, and this model knows no texts; allowed: "
-                    f"numbers from 0 to {self.vocab_size - 1}, separated by spaces; type '17 4'"
+                    f"{word[:40]!r} is not a token id, and the text of the tokens is not known",
+                    [f"ids from 0 to {self.vocab_size - 1}, separated by spaces"],
+                    "write ids like '17 4'",
                 )
             if int(word) >= self.vocab_size:
                 raise UsageError(
-                    f"token {word} is outside the vocabulary of {self.vocab_size}; allowed: 0 to "
-                    f"{self.vocab_size - 1}"
+                    f"token {word} is not in the vocabulary of {self.vocab_size} tokens",
+                    [f"0 to {self.vocab_size - 1}"],
+                    f"use an id from 0 to {self.vocab_size - 1}",
                 )
         return np.array([int(word) for word in token_texts] or [0] * bool(text), dtype=np.int64)
 

@@ -429,7 +429,6 @@ def test_a_folder_missing_from_packages_is_caught(scratch: Path) -> None:
 PLAIN_ERRORS = {
     "callbacks/optimizers/plan.py": {"TypeError"},
     "callbacks/checkpointing/exact_resume.py": {"TypeError"},
-    "datamodules/nanogpt_bins.py": {"TypeError"},
     "lightning_modules/plots/diffusion.py": {"RuntimeError"},
     "lightning_modules/generation/kv_cache.py": {"RuntimeError"},
 }

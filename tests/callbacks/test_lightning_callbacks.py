@@ -355,7 +355,7 @@ def test_other_loaders_keep_their_batches_and_the_steps_are_counted() -> None:
 def test_a_factor_that_a_batch_cannot_be_split_by_is_refused_before_the_first_step() -> None:
     scheduler = GradientAccumulationScheduler({0: 1, 1: 3})
     trainer = Trainer(**QUIET, max_epochs=2, callbacks=[scheduler, plan()])
-    with pytest.raises(ValueError, match="cannot be split into 1 ranks x 3"):
+    with pytest.raises(ValueError, match="does not divide into 1 ranks x 3"):
         trainer.fit(Late(), datamodule=Data())
     assert trainer.global_step == 0
 

@@ -27,6 +27,7 @@ from ravine.datamodules.downloads import (
     find_local,
     resolve_source,
 )
+from ravine.errors import UsageError
 
 CONTENT = b"To be, or not to be\n" * 500
 DATA_ROOT = os.environ.get("DATA_ROOT")  # before the fixture below takes it away
@@ -117,10 +118,13 @@ def test_a_gzip_is_checked_by_what_is_inside_and_kept_as_it_came(serve: Serve) -
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        (CONTENT, "not a gzip"),
-        (gzip.compress(CONTENT)[:-20], "not a gzip"),
-        (gzip.compress(CONTENT[1:]), "do not have the SHA-256 known"),
-        (gzip.compress(bytes(10**7)), "do not have the SHA-256 known"),  # unfolds to far too much
+        (CONTENT, "not a gzip file"),
+        (gzip.compress(CONTENT)[:-20], "not a gzip file"),
+        (gzip.compress(CONTENT[1:]), "bytes that arrived have another SHA-256"),
+        (
+            gzip.compress(bytes(10**7)),
+            "bytes that arrived have another SHA-256",
+        ),  # unfolds to far too much
     ],
     ids=["plain", "cut", "another", "bomb"],
 )
@@ -140,17 +144,23 @@ def test_a_zip_gives_the_file_of_the_exact_name(serve: Serve) -> None:
     ("answer", "reason"),
     [
         ({"body": CONTENT[:4000], "length": len(CONTENT)}, "only 4,000 of 10,000 bytes arrived"),
-        ({"body": CONTENT[:4000]}, "4,000 bytes that arrived do not have the SHA-256"),
-        ({"body": CONTENT[:-1] + b"X"}, "10,000 bytes that arrived do not have the SHA-256"),
+        ({"body": CONTENT[:4000]}, "4,000 bytes that arrived have another SHA-256"),
+        ({"body": CONTENT[:-1] + b"X"}, "10,000 bytes that arrived have another SHA-256"),
         ({"body": b""}, "0 bytes that arrived"),
-        ({"body": CONTENT * 100}, "more than 20,000 bytes arrived, the file has 10,000"),
+        ({"body": CONTENT * 100}, "more than 20,000 bytes arrived; the file has 10,000"),
         ({"body": b"gone", "status": 404}, "HTTPError: Not Found"),
-        ({"body": CONTENT, "member": "play"}, "not a zip with the file play"),
-        ({"body": zip_bytes(other=CONTENT), "member": "play"}, "not a zip with the file play"),
-        ({"body": zip_bytes(play=CONTENT)[:60], "member": "play"}, "not a zip with the file play"),
+        ({"body": CONTENT, "member": "play"}, "not a zip archive with the file play"),
+        (
+            {"body": zip_bytes(other=CONTENT), "member": "play"},
+            "not a zip archive with the file play",
+        ),
+        (
+            {"body": zip_bytes(play=CONTENT)[:60], "member": "play"},
+            "not a zip archive with the file play",
+        ),
         (
             {"body": zip_bytes(play=bytes(10**7)), "member": "play"},
-            "10,001 bytes that arrived do not",
+            "10,001 bytes that arrived have another",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -170,7 +180,7 @@ def test_a_bad_download_leaves_nothing(
 def test_a_damaged_zip_leaves_nothing(serve: Serve, tmp_path: Path) -> None:
     body = bytearray(zip_bytes(play=os.urandom(5000)))
     body[2000] ^= 1
-    assert "not a zip with the file play" in download_if_missing(
+    assert "not a zip archive with the file play" in download_if_missing(
         "play", serve(bytes(body), member="play")
     )
     assert left_behind(tmp_path) == []
@@ -269,10 +279,11 @@ def test_another_file_under_data_root_is_never_taken_for_the_set(
     there.write_bytes(CONTENT + b"edited")
     gone = source("https://nowhere.invalid/play")
     assert download_if_missing(wanted, gone, str(tmp_path)) == ""
-    with pytest.raises(ValueError) as error:  # noqa: PT011 - the text follows
+    with pytest.raises(UsageError) as error:
         resolve_source(wanted, gone, str(tmp_path))
-    for part in (f"{there} is not the data set 'play'", gone.sha256, f"--data.path={there}"):
+    for part in (f"{there} is not the dataset 'play'", gone.sha256, f"path='{there}'"):
         assert part in str(error.value)
+    assert error.value.flag == f"--data.path={there}"
     assert there.read_bytes() == CONTENT + b"edited"
 
 
@@ -281,12 +292,14 @@ def test_one_message_names_the_places_and_the_ways_out(tmp_path: Path) -> None:
     with pytest.raises(DatasetNotFound) as error:
         resolve_source("play", gone, download_error="URLError: no network")
     assert str(error.value) == (
-        "the data set 'play' was not found; looked at: --data.root and DATA_ROOT (not set); "
+        "the dataset 'play' was not found; searched: root and DATA_ROOT (not set); "
         f"{tmp_path}/cache/ravine/plays/play.txt (cache: no such file); "
-        "https://nowhere.invalid/play (URLError: no network); ways out: run once with a network; "
-        "or put the file at FOLDER/plays/play.txt and type --data.root=FOLDER; "
-        "or type --data.path=FILE for a file of your own; or --data.source=embedded"
+        "https://nowhere.invalid/play (URLError: no network); allowed: root='FOLDER' with the file "
+        "FOLDER/plays/play.txt, path='FILE' with your own data, source='embedded'; "
+        "run once with a network, or use source='embedded'"
     )
+    flags = "--data.root=FOLDER, or --data.path=FILE, or --data.source=embedded"
+    assert error.value.flag == flags
 
 
 def test_auto_falls_back_and_says_why_and_embedded_asks_nobody(
@@ -302,7 +315,9 @@ def test_auto_falls_back_and_says_why_and_embedded_asks_nobody(
 
 
 def test_an_unknown_source_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"'plya' is not one of play, auto, embedded; type "):
+    with pytest.raises(
+        ValueError, match=r"'plya' is not a known dataset; allowed: play, auto, embedded"
+    ):
         resolve_source("plya", source(""))
 
 

@@ -40,7 +40,9 @@ def test_a_gzipped_set_is_known_by_what_is_inside(tmp_path: Path) -> None:
     path.write_bytes(gzip.compress(b"other labels")[:-9])
     (tmp_path / "mnist").mkdir()
     path.rename(tmp_path / source.path)
-    with pytest.raises(ValueError, match=r"not the data set 'mnist': it is no whole gzip; if you"):
+    with pytest.raises(
+        ValueError, match=r"not the dataset 'mnist': it is not a complete gzip file;"
+    ):
         find_local(source, str(tmp_path))
 
 
@@ -61,5 +63,5 @@ def test_the_true_mnist_is_found_unzipped_and_in_torchvisions_folders(tmp_path: 
     (tmp_path / "b/mnist" / real.stem).write_bytes(gzip.decompress(real.read_bytes()))
     assert find_local(source, str(tmp_path / "b")).suffix == ""
     (tmp_path / "b/mnist" / real.stem).write_bytes(b"\0\0\x08\x01\0\0\0\x01\0")
-    with pytest.raises(ValueError, match="is not the data set 'mnist'"):
+    with pytest.raises(ValueError, match="is not the dataset 'mnist'"):
         find_local(source, str(tmp_path / "b"))

@@ -15,6 +15,7 @@ from PIL import Image
 from ravine.datamodules.image_datasets import read_named_dataset
 from ravine.datamodules.image_folders import read_image_folder
 from ravine.datamodules.image_formats import ImageReader, read_cifar, read_idx
+from ravine.errors import UsageError
 
 RANDOM = numpy.random.RandomState(0)
 
@@ -31,17 +32,20 @@ def idx(array: numpy.ndarray) -> bytes:
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (b"", "is not an idx file of bytes: it begins with ;"),
-        (b"\0\0\x0d\x01" + b"\0" * 8, "holds float32; allowed is an idx file of bytes"),
-        (idx(numpy.zeros((2, 3)))[:-1], "it has 17 bytes, and 2 x 3 after a head of 12 are 18"),
-        (idx(numpy.zeros((2, 3))) + b"x", "it has 19 bytes, and 2 x 3 after a head of 12 are 18"),
+        (b"", "is not an idx file of bytes: it begins with no byte; allowed: 00 00 08"),
+        (b"\0\0\x0d\x01" + b"\0" * 8, "holds float32; allowed: an idx file of bytes"),
+        (idx(numpy.zeros((2, 3)))[:-1], "it has 17 bytes, but a header of 12 and 2 x 3 are 18"),
+        (idx(numpy.zeros((2, 3))) + b"x", "it has 19 bytes, but a header of 12 and 2 x 3 are 18"),
         (b"\0\0\x08\0", "is not an idx file of bytes: it begins with 00 00 08 00"),
-        (b"\0\0\x08\x03", "it has 4 bytes, and 0 x 0 x 0 after a head of 16 are 16"),
-        (idx(numpy.zeros((0, 4, 4))), "holds 0 x 4 x 4 bytes, which is no image and no label"),
-        (gzip.compress(idx(numpy.zeros((2, 3)))[:-1]), "it has fewer than the 2 x 3 that it says"),
+        (b"\0\0\x08\x03", "it has 4 bytes, but a header of 16 and 0 x 0 x 0 are 16"),
+        (idx(numpy.zeros((0, 4, 4))), "is empty: its header states 0 x 4 x 4 bytes"),
+        (gzip.compress(idx(numpy.zeros((2, 3)))[:-1]), "it has fewer than the 2 x 3 of its header"),
         (gzip.compress(idx(numpy.zeros((2, 3)))) + b"\n<x>", "cannot be read: Not a gzipped file"),
         (gzip.compress(idx(numpy.zeros((2, 3))))[:-9], "cannot be read: Compressed file ended"),
-        (gzip.compress(b"\0\0\x08\x01\x7f\xff\xff\xff"), "says that it unfolds to 2147483647 by"),
+        (
+            gzip.compress(b"\0\0\x08\x01\x7f\xff\xff\xff"),
+            "states 2147483647 bytes, but the gzip file has",
+        ),
     ],
 )
 def test_what_is_no_idx_file_is_refused(content: bytes, why: str, tmp_path: Path) -> None:
@@ -66,7 +70,9 @@ def test_cifar_is_read_from_its_records_and_its_archive(tmp_path: Path) -> None:
     assert (len(train.images), len(test.images)) == (50, 10)
     assert torch.equal(train.images[40:], test.images)
     assert torch.equal(test.labels, labels)
-    with pytest.raises(ValueError, match=r"3,072 bytes, no whole number of records of 3073"):
+    with pytest.raises(
+        ValueError, match=r"3,072 bytes, which is not a multiple of the record size 3073"
+    ):
         read_cifar(bytes(3072), "x")
 
 
@@ -107,9 +113,11 @@ def test_one_odd_image_is_refused_and_the_refusal_says_what_helps(
     for i in range(3):
         photo().save(tmp_path / f"{i}.png")
     MIXED[kind](tmp_path / "1.png")
-    fix = r"resize=\[8,8\]" if kind == "another size" else "mode=rgb"
-    with pytest.raises(ValueError, match=rf"/1\.png is .*type --data\.{fix}"):
+    fix = r"resize=\(8, 8\)" if kind == "another size" else "mode='rgb'"
+    with pytest.raises(UsageError, match=rf"/1\.png (is|has) .*; use {fix}") as error:
         read_image_folder(tmp_path)
+    flag = "--data.resize=[8,8]" if kind == "another size" else "--data.mode=rgb"
+    assert error.value.flag.startswith(flag)
     for mode, channels in (("rgb", 3), ("gray", 1)):
         found = read_image_folder(tmp_path, mode, (8, 8)).splits["all"]
         assert found.images.shape == (3, channels, 8, 8)
@@ -158,8 +166,10 @@ def test_of_several_frames_the_first_is_read_and_the_file_is_named(tmp_path: Pat
 
 def test_a_file_that_would_start_a_program_or_exhaust_memory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "0.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
-    with pytest.raises(ValueError, match=r"0\.png is no image that can be read: it is none of PNG"):
+    with pytest.raises(ValueError, match=r"0\.png is not an image of a known format; allowed: PNG"):
         read_image_folder(tmp_path)
     Image.new("1", (6000, 6000)).save(tmp_path / "0.png")
-    with pytest.raises(ValueError, match=r"0\.png is 6000x6000; allowed are 25,000,000 pixels"):
+    with pytest.raises(
+        ValueError, match=r"0\.png has 6000x6000 pixels; allowed: at most 25,000,000"
+    ):
         read_image_folder(tmp_path)

@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from ravine.datamodules.image_set import ImageSet, parse_class_indices
+from ravine.errors import UsageError
 
 
 def test_a_label_beyond_the_classes_is_refused() -> None:
     images, names = torch.zeros(3, 1, 2, 2, dtype=torch.uint8), ("a", "b")
-    with pytest.raises(ValueError, match="the label of image 1 is 7; allowed are 0 to 1"):
+    with pytest.raises(ValueError, match="the label of image 1 is 7; allowed: 0 to 1"):
         ImageSet(images, torch.tensor([0, 7, 1]), names).validated("x")
-    with pytest.raises(ValueError, match="the label of image 2 is -1; allowed are 0 to 1"):
+    with pytest.raises(ValueError, match="the label of image 2 is -1; allowed: 0 to 1"):
         ImageSet(images, torch.tensor([0, 1, -1]), names).validated("x")
     with pytest.raises(ValueError, match="3 images and 2 labels"):
         ImageSet(images, torch.tensor([0, 1]), names).validated("x")
@@ -26,10 +27,11 @@ def test_classes_are_meant_by_name_or_by_number() -> None:
     assert parse_class_indices([1, "cat"], names, "--labels") == [1, 0]
     years = ("1990", "2000", "2010")  # a name of digits means the class of that name
     assert parse_class_indices("2000,1990-2010,1", years, "--labels") == [1, 0, 1, 2, 1]
-    said = r"'cow' is no class; allowed: 0 cat, 1 dog, 2 T-shirt, 3 ankle boot; type --labels=0-3"
-    with pytest.raises(ValueError, match=said):
+    said = "'cow' is not a class; allowed: 0 cat, 1 dog, 2 T-shirt, 3 ankle boot; use labels='0-3'"
+    with pytest.raises(UsageError, match=said) as error:
         parse_class_indices("cow", names, "--labels")
-    with pytest.raises(ValueError, match="labels are 4; allowed: 0 cat"):
+    assert error.value.flag == "--labels=0-3"
+    with pytest.raises(ValueError, match="labels='4' is not in the classes; allowed: 0 cat"):
         parse_class_indices("4", names, "--labels")
-    with pytest.raises(ValueError, match=r"'999.*' is no class"):
+    with pytest.raises(ValueError, match=r"'999.*' is not a class"):
         parse_class_indices("9" * 5000, names, "--labels")

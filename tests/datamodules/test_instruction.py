@@ -110,18 +110,21 @@ def test_a_tuned_model_answers_and_stops(sums: Path) -> None:
 BAD: list[tuple[list[Any], str]] = [
     (
         [{"prompt": "a"}],
-        "line 1: no field 'answer'; it has prompt; type --data.answer_field=NAME if",
+        "line 1: no field 'answer'; the fields are prompt; allowed: an object with a text",
     ),
     (
         [{"prompt": "a", "answer": "b"}, {"prompt": "a", "completion": "b"}],
-        "line 3: no field 'answer'; it has prompt, completion; type --data.answer_field=completion",
+        "correct the line, or use answer_field='completion'",
     ),
     ([{"prompt": "", "answer": "b"}], "line 1: an empty field 'prompt'"),
     ([{"prompt": 3, "answer": "b"}], "line 1: no text in field 'prompt'"),
-    (['{"prompt": "a",'], "line 1: not JSON: "),
-    (["[1, 2]"], "line 1: list, not an object"),
+    (['{"prompt": "a",'], "line 1: not valid JSON: "),
+    (["[1, 2]"], "line 1: a value of type list is not an object"),
     ([], "holds 0 examples; allowed: 2 or more"),
-    ([{"prompt": "a" * 40, "answer": "b"}] * 3, "no answer is left; type --data.context_length=32"),
+    (
+        [{"prompt": "a" * 40, "answer": "b"}] * 3,
+        "no room for an answer; allowed: a context that is longer than two",
+    ),
 ]
 
 
@@ -134,6 +137,7 @@ def test_a_bad_line_is_named(rows: list[Any], message: str, tmp_path: Path) -> N
 
 def test_a_missing_file_is_told() -> None:
     with pytest.raises(
-        FileNotFoundError, match=r"no file or folder nowhere.jsonl; .*type --data.path=FILE"
+        FileNotFoundError,
+        match=r"the file or folder nowhere\.jsonl does not exist; .*use path='FILE'",
     ):
         data_of(Path("nowhere.jsonl"))

@@ -44,7 +44,9 @@ def test_every_suffix_and_a_folder_give_the_same_rows(tmp_path: Path) -> None:
 def test_a_folder_of_json_and_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_text(LINES)
     (tmp_path / "readme.txt").write_text("about the questions")
-    with pytest.raises(ValueError, match=r"holds JSON \(q.jsonl\) and other files \(readme.txt\)"):
+    with pytest.raises(
+        ValueError, match=r"holds JSON files \(q.jsonl\) and other files \(readme.txt\)"
+    ):
         PromptDataModule(tmp_path).setup("fit")
     assert not holds_json_rows(tmp_path / "readme.txt")
 
@@ -53,22 +55,29 @@ GOOD = '{"prompt": "p", "answer": "a"}'
 BAD: dict[str, tuple[bytes, str]] = {
     "half of an emoji": (
         rb'{"prompt": "laugh ", "answer": "ha \ud83d"}',
-        "line 3: field 'answer' holds half of a character, U+D83D at position 3",
+        "line 3: the field 'answer' holds half of a character, U+D83D at position 3",
     ),
-    "a second half": (rb'{"prompt": "\ude00", "answer": "a"}', "line 3: field 'prompt' holds half"),
+    "a second half": (
+        rb'{"prompt": "\ude00", "answer": "a"}',
+        "line 3: the field 'prompt' holds half",
+    ),
     "NUL as an escape": (
         rb'{"prompt": "p", "answer": "a\u0000bcd"}',
-        "line 3: field 'answer' holds the character U+0000 at position 1",
+        "line 3: the field 'answer' holds the character U+0000 at position 1",
     ),
-    "NUL": (b'{"prompt": "p", "answer": "a\0b"}', "line 3: no text: byte 0x00 at position 28"),
+    "NUL": (b'{"prompt": "p", "answer": "a\0b"}', "line 3: not a text: byte 0x00 at position 28"),
     "Latin-1": (
         '{"prompt": "café ", "answer": "a"}'.encode("latin1"),
-        "line 3: not UTF-8: byte 0xe9 at position 15; if it is latin1, type iconv -f latin1",
+        "line 3: not UTF-8: byte 0xe9 at position 15; allowed: UTF-8; "
+        "if the file is latin1, convert it: iconv -f latin1",
     ),
-    "deep": (b'{"prompt": ' + b"[" * 100_000, "line 3: not a row: too many brackets"),
+    "deep": (
+        b'{"prompt": ' + b"[" * 100_000,
+        "line 3: not a row: the brackets are nested too deeply",
+    ),
     "digits": (b'{"n": ' + b"9" * 5_000 + b"}", "line 3: not a row: Exceeds the limit"),
-    "list": (b"[1, 2]", "line 3: list, not an object; write {"),
-    "no JSON": (b'{"prompt": "a",', "line 3: not JSON: "),
+    "list": (b"[1, 2]", "line 3: a value of type list is not an object; allowed: an object like {"),
+    "no JSON": (b'{"prompt": "a",', "line 3: not valid JSON: "),
 }
 
 
@@ -94,12 +103,12 @@ def test_a_bad_object_of_a_list_is_named_by_its_number_and_a_bad_byte_by_its_lin
 ) -> None:
     path = tmp_path / "rows.json"
     for written, message in {
-        f'[{GOOD}, {{"prompt": "\\ud83d", "answer": "a"}}]'.encode(): "object 2: field 'prompt'",
-        f"[{GOOD},\n 7]".encode(): "object 2: int, not an object",
-        f'[{GOOD},\n {{"prompt": }}]'.encode(): "line 2: not JSON: Expecting value at column 13",
+        f'[{GOOD}, {{"prompt": "\\ud83d", "answer": "a"}}]'.encode(): "object 2: the field",
+        f"[{GOOD},\n 7]".encode(): "object 2: a value of type int is not an object",
+        f'[{GOOD},\n {{"prompt": }}]'.encode(): "line 2: not valid JSON: Expecting value at",
         f'[{GOOD},\n {{"prompt": "é"}}]'.encode("latin1"): "line 2: not UTF-8: byte 0xe9",
-        b"[" * 100_000: ": not a row: too many brackets",
-        b'"text"': "object 1: str, not an object",
+        b"[" * 100_000: ": not a row: the brackets are nested",
+        b'"text"': "object 1: a value of type str is not an object",
     }.items():
         path.write_bytes(written)
         with pytest.raises(ValueError) as error:  # noqa: PT011 - the text follows

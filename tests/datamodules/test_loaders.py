@@ -88,7 +88,9 @@ def test_a_position_loaded_after_the_iterator_was_made_counts() -> None:
 def test_a_position_inside_a_batch_of_this_run_is_refused() -> None:
     one = loader(DataParallelInfo(0, 1, 1))
     one.load_state_dict({"epoch": 0, "num_consumed": 18, "trainer_epoch": 0})
-    with pytest.raises(ValueError, match=r"after 18 samples .* accumulate_grad_batches it was"):
+    with pytest.raises(
+        ValueError, match=r"after 18 samples .* accumulate_grad_batches of the checkpoint$"
+    ):
         next(iter(one))
 
 
@@ -121,15 +123,14 @@ def test_evaluation_covers_every_sample_once_with_equal_batches(size: int, batch
 @pytest.mark.parametrize(
     ("batch", "share", "text"),
     [
-        (10, DataParallelInfo(0, 4, 1), "4 ranks x 1 accumulation steps = 4 equal parts; "
-                             "nearest that can: "
-                             "8 and 12; type --data.batch_size=8"),
-        (2, DataParallelInfo(0, 2, 2), "nearest that can: 4; type --data.batch_size=4"),
-        (101, DataParallelInfo(), "batch_size 101 is more than the 100 training samples: "
-                       "type --data.batch_size=100 or less"),
-        (0, DataParallelInfo(), "batch_size is 0; allowed are 1, 2, 3, ...: "
-                       "type --data.batch_size=32"),
-        (-3, DataParallelInfo(), "batch_size is -3; allowed"),
+        (10, DataParallelInfo(0, 4, 1), "4 ranks x 1 accumulated batches = 4 equal parts; "
+                             "nearest: 8, 12; use batch_size=8"),
+        (2, DataParallelInfo(0, 2, 2), "nearest: 4; use batch_size=4"),
+        (101, DataParallelInfo(), "batch_size=101 is more than the 100 training samples; "
+                       "allowed: at most 100; use batch_size=100"),
+        (0, DataParallelInfo(), "batch_size=0 is not a positive integer; allowed: 1, 2, 3, ...; "
+                       "use batch_size=32"),
+        (-3, DataParallelInfo(), "batch_size=-3 is not a positive integer; allowed"),
     ],
 )  # fmt: skip
 def test_a_batch_that_cannot_be_shared_is_refused(
@@ -141,7 +142,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(
 
 
 def test_fewer_samples_than_ranks_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"2 samples .* 3 ranks.*type --trainer\.devices=2"):
+    with pytest.raises(ValueError, match=r"2 samples .* 3 ranks.*; use Trainer\(devices=2\)$"):
         EvalLoader(lambda i: i, 2, 4, DataParallelInfo(0, 3))
 
 
@@ -246,5 +247,5 @@ def test_new_loaders_every_epoch_go_on_with_the_order() -> None:
 @pytest.mark.parametrize("state", [3, {}, {"epoch": 0, "num_consumed": "x", "trainer_epoch": 0}])
 def test_a_place_of_another_form_is_refused_in_words(state):
     loader = ResumableLoader(EpochSampler(0, 8), lambda items: items, num_samples=8, batch_size=4)
-    with pytest.raises(ValueError, match="the place in the data that was saved is"):
+    with pytest.raises(ValueError, match="the saved position in the data is"):
         loader.load_state_dict(state)

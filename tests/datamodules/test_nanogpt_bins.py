@@ -72,28 +72,28 @@ def test_type_and_vocabulary_are_those_of_flags_or_meta_file(
 
 
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-    ({}, {}, "says nowhere what its tokens are, of which the largest is 9,999; allowed: a meta.pkl "
-     "or meta.json with vocab_size, a tokenizer.json; type --data.tokenizer=gpt2 if they are "
-     "GPT-2's, or else --data.vocab_size=10000 or more"),
-    ({}, {"vocab_size": 9_999}, "train.bin holds the token 9,999 at place 4,000, and the "
-     "vocabulary has 9,999; allowed: 0 to 9,998; type --data.vocab_size=10000 or more"),
+    ({}, {}, "is not known; the largest token is 9,999; allowed: a meta.pkl or meta.json with "
+     "vocab_size, a tokenizer.json, tokenizer, vocab_size; use tokenizer='gpt2' for GPT-2's "
+     "tokens, or vocab_size=10000 or more"),
+    ({}, {"vocab_size": 9_999}, "train.bin holds the token 9,999 at position 4,000, which is not "
+     "in the vocabulary of 9,999 tokens; allowed: 0 to 9,998; use vocab_size=10000 or more"),
     ({"meta": {"vocab_size": 50}}, {}, "holds the token 9,999"),
     ({"kind": "int32"}, {"vocab_size": 10_000}, "every second number of"),
-    ({"kind": "int64"}, {"vocab_size": 10_000}, "allowed: int64; type --data.dtype=int64"),
-    ({"kind": "int32", "meta": {"vocab_size": 9, "dtype": "int8"}}, {}, "dtype is 'int8'; "),
+    ({"kind": "int64"}, {"vocab_size": 10_000}, "allowed: int64; use dtype='int64'"),
+    ({"kind": "int32", "meta": {"vocab_size": 9, "dtype": "int8"}}, {}, "states dtype='int8'; "),
     ({"largest": -1, "kind": "int32"}, {"vocab_size": 10, "dtype": "int32"},
      "holds the token -1 at"),
-    ({"meta": {"vocab_size": "ten"}}, {}, "vocab_size is 'ten'; allowed: a number"),
+    ({"meta": {"vocab_size": "ten"}}, {}, "states vocab_size='ten'; allowed: an integer"),
     ({"meta": {"names": 1}}, {}, "it has neither 'itos' nor 'vocab_size' nor 'dtype'"),
-    ({"meta": {"itos": {0: "ab", 1: "c"}}}, {}, "type --data.vocab_size=2"),
-    ({}, {"vocab_size": 0}, "vocab_size is 0; allowed: 1 to"),
-    ({}, {"vocab_size": 10_000, "dtype": "uint32"}, "has 8002 bytes and should hold four for each"),
+    ({"meta": {"itos": {0: "ab", 1: "c"}}}, {}, "or vocab_size=2"),
+    ({}, {"vocab_size": 0}, "vocab_size=0 is not a vocabulary size; allowed: 1 to"),
+    ({}, {"vocab_size": 10_000, "dtype": "uint32"}, "8002 bytes, which is not a whole"),
     ({"kind": "uint32", "largest": 100_000}, {"vocab_size": 100_001}, "read as uint16, which "
      "cannot hold the 100,001 tokens of the vocabulary"),
     ({"kind": "uint32", "largest": 100_000, "meta": {"vocab_size": 100_001}}, {}, "as uint16"),
-    ({"kind": "int64"}, {"vocab_size": 10_000, "dtype": "uint32"}, "type --data.dtype=int64"),
-    ({"kind": "uint16", "largest": 200}, {"vocab_size": 201, "dtype": "uint8"}, "dtype=uint16"),
-    ({"kind": "uint8", "largest": 9}, {"vocab_size": 10}, "should hold two for each"),
+    ({"kind": "int64"}, {"vocab_size": 10_000, "dtype": "uint32"}, "; use dtype='int64'"),
+    ({"kind": "uint16", "largest": 200}, {"vocab_size": 201, "dtype": "uint8"}, "dtype='uint16'"),
+    ({"kind": "uint8", "largest": 9}, {"vocab_size": 10}, "whole number of tokens of uint16"),
 ]  # fmt: skip
 
 
@@ -115,7 +115,7 @@ def test_damaged_meta_files_and_numpy_files_are_refused(tmp_path: Path) -> None:
     place = folder(tmp_path / "bins")
     for content in (b"", b"\x80", b"cos\nsystem\n.", pickle.dumps([1]), b"(" * 10_000, b"I9" * 9):
         (place / "meta.pkl").write_bytes(content)
-        with pytest.raises(ValueError, match="does not describe tokens as nanoGPT's does"):
+        with pytest.raises(ValueError, match="does not describe tokens in nanoGPT's format"):
             data_of(place)
     (place / "meta.pkl").unlink()
     for text in ("[", "[" * 100_000, "7", '{"vocab_size": 1e400}'):
@@ -149,9 +149,11 @@ def test_a_meta_file_may_name_numpy_s_type_itself(tmp_path: Path) -> None:
 def test_options_without_effect_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("a text of some length " * 9)
     for how in ({"vocab_size": 50}, {"dtype": "int32"}):
-        with pytest.raises(ValueError, match="is a text, whose tokens are made here"):
+        with pytest.raises(
+            ValueError, match=r"has no effect: .* is a text, not a folder of tokens"
+        ):
             data_of(tmp_path / "text.txt", **how)
-    with pytest.raises(ValueError, match="special_tokens=allow changes nothing"):
+    with pytest.raises(ValueError, match="special_tokens='allow' has no effect"):
         data_of(folder(tmp_path / "bins"), vocab_size=10_000, special_tokens="allow")
 
 
@@ -222,7 +224,9 @@ def test_an_array_is_a_corpus(kind: Any, tmp_path: Path) -> None:
     assert len(str(text).split()) == 5
     with pytest.raises(ValueError, match="tokens holds the token 9,999"):
         TextDataModule.from_tokens(array, 9_999, context_length=8)
-    with pytest.raises(ValueError, match=r"tokens are float64 of shape \(3,\); allowed: whole"):
+    with pytest.raises(
+        ValueError, match=r"of type float64 and shape \(3,\) .*; allowed: .* integers"
+    ):
         TextDataModule.from_tokens(np.ones(3), 9, context_length=8)
 
 
@@ -240,7 +244,7 @@ def test_a_student_s_folder_is_trained_on_or_refused_by_the_command(
     ]  # fmt: skip
     assert main(words) == 2
     error = capsys.readouterr().err
-    assert "or else --data.vocab_size=10000 or more" in error
+    assert "type: --data.tokenizer=gpt2, or --data.vocab_size=10000\n" in error
     assert "Traceback" not in error
     assert main([*words, "--data.vocab_size=10000"]) == 0
     assert "4,001 tokens, 10,000 different" in capsys.readouterr().out

@@ -150,7 +150,7 @@ def test_without_files_and_network_auto_takes_the_embedded_messages(
     assert data.provenance["source"] == "embedded"
     assert "'sms' was not found" in capsys.readouterr().out
     assert len(data.train_dataloader()) == 1  # 27 messages: a batch of 64 takes all of them
-    with pytest.raises(FileNotFoundError, match=r"--data\.source=embedded"):
+    with pytest.raises(FileNotFoundError, match=r"use source='embedded'$"):
         spam_data(source="sms")
 
 
@@ -219,30 +219,31 @@ def test_a_stock_trainer_fits_tests_and_predicts(tmp_path: Path) -> None:
 
 
 BAD = [
-    (b"", {}, "bad.tsv has 0 ham and 0 spam messages; both kinds are needed"),
-    (b"ham\tyes\nham\tno\n", {}, "bad.tsv has 2 ham and 0 spam messages; both kinds are needed"),
-    (b"ham\tyes\njunk\tno\n", {}, r"bad.tsv, line 2: 'junk\tno' is not label<TAB>text with the "
-     "label ham or spam; write each line so; or, of a CSV or TSV file, type --data.text_column"),
+    (b"", {}, "bad.tsv has 0 ham and 0 spam messages; allowed: at least one message of each"),
+    (b"ham\tyes\nham\tno\n", {}, "bad.tsv has 2 ham and 0 spam messages; allowed: at least"),
+    (b"ham\tyes\njunk\tno\n", {}, r"bad.tsv, line 2: 'junk\tno' is not label<TAB>text; allowed: "
+     "the label ham or spam, a tab, and the text; correct the line; or use text_column='NAME'"),
     (b"ham yes\n", {}, "bad.tsv, line 1: 'ham yes' is not label<TAB>text"),
     (b"ham\tcaf\xe9\n", {}, "bad.tsv is not UTF-8: byte 0xe9 at position 7"),
-    (b"ham\ta\nspam\tb\n", {}, "2 messages, of which 2 are different, leave none for val and"),
-    (b"ham\ta\nspam\tb\n" * 10, {}, "bad.tsv: 20 messages, of which 2 are different, leave none"),
-    (b"ham\ta\nham\tb\nspam\tc\nspam\td\n", {}, "leave none for val: copies stay together; give "
-     "more different messages, or type --data.val_fraction=0 to do without val"),
-    (b"\x89PNG\r\n\x1a\n", {}, "bad.tsv is no text: it is a PNG image; give files of text: type "
-     "--data.path=FILE"),
-    (b"ham\ta\0b\n", {}, "bad.tsv is no text: byte 0x00 at position 5; if it is UTF-16, type "
-     "--data.encoding=utf-16"),
-    (b"", {"encoding": "latin-9000"}, "encoding is 'latin-9000'; allowed are utf-8, latin-1"),
-    (b"", {"encoding": "zip"}, "encoding is 'zip'; allowed are utf-8, latin-1"),
-    (b"", {"batch_size": 0}, "batch_size is 0; allowed are"),
-    (b"", {"batch_size": "some"}, "batch_size is 'some'; allowed are"),
-    (b"", {"test_fraction": 0.0}, "test_fraction is 0.0 and val_fraction 0.1; allowed are"),
-    (b"", {"val_fraction": -0.1}, "type --data.test_fraction=0.2 --data.val_fraction=0.1"),
-    (b" \n\n", {"stage": "predict", "predict_path": "bad.tsv"}, "bad.tsv is empty: write one"),
-    (b"", {"stage": "predict"}, "nothing to predict: type --data.predict_path=FILE"),
-    (b"\xff", {"stage": "predict", "predict_path": "bad.tsv"}, "0xff at position 0; if it is"),
-    (b"", {"stage": "predict", "predict_path": "."}, "is a folder; one file is read: type"),
+    (b"ham\ta\nspam\tb\n", {}, "2 messages, 2 of them different, leave none for val and"),
+    (b"ham\ta\nspam\tb\n" * 10, {}, "bad.tsv: 20 messages, 2 of them different, leave none"),
+    (b"ham\ta\nham\tb\nspam\tc\nspam\td\n", {}, "leave none for val, because "
+     "equal messages stay in one split"),
+    (b"ham\ta\nham\tb\nspam\tc\nspam\td\n", {}, "add different messages, or use val_fraction=0"),
+    (b"\x89PNG\r\n\x1a\n", {}, "bad.tsv is not a text: it is a PNG image; allowed: text files; "
+     "use path='FILE'"),
+    (b"ham\ta\0b\n", {}, "bad.tsv is not a text: byte 0x00 at position 5; allowed: text in the "
+     "encoding utf-8; use encoding='utf-16' if"),
+    (b"", {"encoding": "latin-9000"}, "encoding='latin-9000' is not a text encoding; allowed:"),
+    (b"", {"encoding": "zip"}, "encoding='zip' is not a text encoding; allowed: utf-8, latin-1"),
+    (b"", {"batch_size": 0}, "batch_size=0 is not a positive integer; allowed: 1"),
+    (b"", {"batch_size": "some"}, "batch_size='some' is not a positive integer"),
+    (b"", {"test_fraction": 0.0}, "test_fraction=0.0 is not a fraction of the data; "),
+    (b"", {"val_fraction": -0.1}, "val_fraction=-0.1 is not a fraction of the data; "),
+    (b" \n\n", {"stage": "predict", "predict_path": "bad.tsv"}, "bad.tsv has no message; "),
+    (b"", {"stage": "predict"}, "predict needs a file, and predict_path is not given"),
+    (b"\xff", {"stage": "predict", "predict_path": "bad.tsv"}, "0xff at position 0; allowed: "),
+    (b"", {"stage": "predict", "predict_path": "."}, "is a folder; allowed: one file; use pr"),
 ]  # fmt: skip
 
 
@@ -260,9 +261,9 @@ def test_bad_input_ends_before_the_first_step_in_one_message(
 
 def test_a_missing_file_names_its_neighbours() -> None:
     written()
-    with pytest.raises(FileNotFoundError, match=r"nearest there: messages\.tsv; type --data\.path"):
+    with pytest.raises(FileNotFoundError, match=r"nearest: messages\.tsv; use path='FILE'$"):
         spam_data(Path("mesages.tsv"))
-    with pytest.raises(FileNotFoundError, match=r"type --data\.predict_path=FILE"):
+    with pytest.raises(FileNotFoundError, match=r"use predict_path='FILE'$"):
         spam_data(stage="predict", predict_path="mesages.tsv")
 
 
@@ -281,7 +282,7 @@ KAGGLE = "v1,v2,,,\r\n" + "".join(
 
 
 def test_kaggles_spam_csv_is_read_by_its_columns(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ValueError, match=r"not UTF-8: byte 0xa3 .* type --data\.encoding=latin-1"):
+    with pytest.raises(ValueError, match=r"not UTF-8: byte 0xa3 .* use encoding='latin-1' if"):
         csv_data(KAGGLE.encode("latin-1"), "spam.csv")
     data = csv_data(KAGGLE.encode("latin-1"), "spam.csv", encoding="latin-1")
     assert texts(data)[:2] == [("see you, at 0", 0), ("WIN \xa3000 now", 1)]
@@ -315,10 +316,10 @@ def test_any_table_is_read_by_columns(delimiter: str, header: Any) -> None:
 def test_other_labels_are_read_if_an_argument_names_that_of_spam() -> None:
     rows = "".join(f"ok,a{i}\njunk,b{i}\n" for i in range(4))
     content = "target,text\n" + rows
-    with pytest.raises(ValueError, match=r"line 2: the label is 'ok'; .* type --data.spam_label"):
+    with pytest.raises(ValueError, match=r"line 2: the label is 'ok'; .*; use spam_label="):
         csv_data(content)
     assert [label for _, label in texts(csv_data(content, spam_label="junk"))] == [0, 1] * 4
-    with pytest.raises(ValueError, match=r"the labels are 'junk', 'ok'; allowed are two values, "):
+    with pytest.raises(ValueError, match=r"spam_label='x' .* 'junk', 'ok'; allowed: two"):
         csv_data(content, spam_label="x")
     digits = "spam,message\n" + "".join(f"{i % 2},text {i}\n" for i in range(8))
     assert [label for _, label in texts(csv_data(digits))] == [0, 1] * 4
@@ -327,15 +328,15 @@ def test_other_labels_are_read_if_an_argument_names_that_of_spam() -> None:
 
 
 BAD_TABLES = [
-    ("a,b\nham,x\n", {}, "has the columns a, b; which of them holds the texts? type --data.text_c"),
-    ("text,b\nx,ham\n", {}, "has the columns text, b; which of them holds the labels? type"),
-    ("text,label\nx,ham\n", {"text_column": "txt"}, "no column 'txt'; allowed: text, label; type "
-     "--data.text_column=text"),
-    ("text,text,label\nx,y,ham\n", {}, "has 2 columns that may hold the texts, number 0, 1 from 0"),
-    ("label,text\nham,x\nham\n", {}, "line 3: the row has 1 columns, and text is number 2"),
+    ("a,b\nham,x\n", {}, "no column with a known name for the texts; allowed: a, b; use text_col"),
+    ("text,b\nx,ham\n", {}, "a known name for the labels; allowed: text, b; use label_column="),
+    ("text,label\nx,ham\n", {"text_column": "txt"}, "no column 'txt'; allowed: text, label; use "
+     "text_column='text'"),
+    ("text,text,label\nx,y,ham\n", {}, "may hold the texts; allowed: 0, 1; use text_column='0'"),
+    ("label,text\nham,x\nham\n", {}, "the row has 1 columns, but the column text is number 2"),
     ('label,text\nham,x\nham,"y\nspam,z\n', {}, "line 3: a quote is opened and never closed"),
-    ("label,text\n,x\n", {}, "line 2: the label is ''; allowed are ham and spam, or 0 and 1"),
-    ("", {}, "mail.csv is empty: write a header and one message a row"),
+    ("label,text\n,x\n", {}, "line 2: the label is ''; allowed: ham and spam, 0 and 1; use"),
+    ("", {}, "mail.csv has no row; allowed: a header, and one message per row"),
     ("label,text\nham,x\n", {}, "mail.csv has 1 ham and 0 spam messages"),
 ]  # fmt: skip
 
@@ -382,7 +383,7 @@ def test_a_rare_class_is_in_every_part_or_a_line_names_the_part(
 
 def test_a_part_without_messages_says_how_to_get_them() -> None:
     data = spam_data(written(), val_fraction=0.0)
-    with pytest.raises(ValueError, match=r"no messages for val: .*--data.val_fraction=0\.1"):
+    with pytest.raises(ValueError, match=r"no messages for val: .*; use val_fraction=0\.1"):
         data.val_dataloader()
 
 

@@ -89,7 +89,7 @@ def test_special_tokens_are_read_as_chosen() -> None:
         assert int(allowed.token_bytes[allowed.encode(text)].sum()) == len("".join(parts).encode())
         refused = made("error")
         assert refused.encode("<|endof").equal(plain.encode("<|endof"))
-        with pytest.raises(ValueError, match=r"the special token '<\|endoftext\|>' stands in the"):
+        with pytest.raises(ValueError, match=r"holds the special token '<\|endoftext\|>', here"):
             refused.encode(text)
         again = tokenizer_from_state_dict(
             json.loads(json.dumps(allowed.state_dict()))
@@ -158,7 +158,7 @@ def test_the_data_module_and_the_checkpoint_carry_the_choice(
         TextDataModule(
             tmp_path / "text.txt", tokenizer=str(tmp_path / "t"), special_tokens="error"
         ).setup("fit")
-    with pytest.raises(ValueError, match="'characters' has no special tokens"):
+    with pytest.raises(ValueError, match="'characters' has no special tokens; allowed: as_text"):
         TextDataModule(tmp_path / "text.txt", special_tokens="allow").setup("fit")
     rows = json.dumps({"prompt": f"a{END}", "answer": "b"})
     (tmp_path / "rows.jsonl").write_text(f"{rows}\n" * 3)

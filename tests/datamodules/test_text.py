@@ -219,48 +219,52 @@ def test_the_mark_that_windows_puts_in_front_is_no_character(tmp_path: Path) -> 
 
 
 def test_to_predict_a_text_is_to_continue_it(poem: Path) -> None:
-    with pytest.raises(ValueError, match="type lightning generate --ckpt_path=FILE"):
+    with pytest.raises(ValueError, match=r"a text has no labels; .*; use LanguageModel\.generate"):
         text_data(poem).predict_dataloader()
 
 
 GOOD = b"a text long enough for a window or two, and then some more of it. " * 4
 BAD = [
-    (b"", {}, "bad.txt is empty: give a text of at least one window, --data.path=FILE"),
+    (b"", {}, "bad.txt is empty; allowed: a text of at least one window; use path='FILE'"),
     (
         b"caf\xe9",
         {},
-        "bad.txt is not UTF-8: byte 0xe9 at position 3; if it is Latin-1, type "
-        "iconv -f latin1 -t utf-8 'bad.txt' > text.txt and --data.path=text.txt",
+        "bad.txt is not UTF-8: byte 0xe9 at position 3; allowed: UTF-8; if the file is Latin-1, "
+        "convert it: iconv -f latin1 -t utf-8 'bad.txt' > text.txt; then use path='text.txt'",
     ),
     (GOOD + "é".encode()[:1], {}, f"byte 0xc3 at position {len(GOOD)}"),
-    (b"GIF89a\x00\x01", {}, "bad.txt is no text: it is a GIF image"),
-    (b"GIF\x00\x01", {}, "bad.txt is no text: byte 0x00"),
-    ("text".encode("utf-16"), {}, "if it is UTF-16, type iconv -f utf-16"),
+    (b"GIF89a\x00\x01", {}, "bad.txt is not a text: it is a GIF image"),
+    (b"GIF\x00\x01", {}, "bad.txt is not a text: byte 0x00"),
+    ("text".encode("utf-16"), {}, "if the file is UTF-16, convert it: iconv -f utf-16"),
     (
         b"too short at all",
         {},
-        "bad.txt has 16 characters, 14 of them for training: less than one "
-        "window of context_length + 1 = 17; type --data.context_length=13 or less, "
-        "or give a longer text",
+        "bad.txt has 16 characters, 14 of them for training, which is less than one "
+        "window of context_length + 1 = 17; allowed: a context_length of at most 13; "
+        "use context_length=13, or a longer text",
     ),
     (
         b"xyz",
         {"val_fraction": 0.9},
-        "less than one window of context_length + 1 = 17; give a longer text",
+        "less than one window of context_length + 1 = 17; allowed: a longer text; use path=",
     ),
     (
         GOOD,
         {"val_fraction": 0.001},
-        "val_fraction 0.001 of the 264 characters of bad.txt is less "
-        "than two; type --data.val_fraction=0.1, or give a longer text",
+        "val_fraction=0.001 of the 264 characters of bad.txt is less than two; allowed: two or "
+        "more characters for validation; use val_fraction=0.1, or a longer text",
     ),
     (
         GOOD,
         {"context_length": 0},
-        "context_length is 0; allowed are 1, 2, 3, ...: type --data.context_length=32",
+        "context_length=0 is not a positive integer; allowed: 1, 2, 3, ...; use context_length=32",
     ),
-    (GOOD, {"batch_size": -1}, "batch_size is -1; allowed are"),
-    (GOOD, {"val_fraction": 1.0}, "val_fraction is 1.0; allowed is a number between 0 and 1"),
+    (GOOD, {"batch_size": -1}, "batch_size=-1 is not a positive integer; allowed: "),
+    (
+        GOOD,
+        {"val_fraction": 1.0},
+        "val_fraction=1.0 is not a fraction of the data; allowed: a number between 0 and 1; use",
+    ),
 ]
 
 
@@ -279,9 +283,11 @@ def test_bad_input_ends_before_the_first_step_in_one_message(
 
 
 def test_a_missing_path_names_its_neighbours(poem: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nearest there: poem\.txt; type --data\.path="):
+    with pytest.raises(FileNotFoundError, match=r"nearest: poem\.txt; use path='FILE'$"):
         text_data(tmp_path / "peom.txt")
-    with pytest.raises(FileNotFoundError, match="its folder is missing, too"):
+    with pytest.raises(
+        FileNotFoundError, match="does not exist; allowed: a path in a folder that exists"
+    ):
         text_data(tmp_path / "no/poem.txt")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no files"):
@@ -341,7 +347,9 @@ def test_a_file_of_tokens_that_is_cut_short_is_refused(tmp_path: Path) -> None:
     folder = nanogpt(tmp_path / "bins", {"itos": dict(enumerate(sorted(set(POEM))))})
     with (folder / "train.bin").open("ab") as file:
         file.write(b"!")
-    with pytest.raises(ValueError, match=r"train.bin has \d+ bytes and should hold two for each"):
+    with pytest.raises(
+        ValueError, match=r"train.bin has \d+ bytes, which is not a whole number of tokens"
+    ):
         text_data(folder)
 
 
@@ -375,7 +383,7 @@ def test_a_part_of_a_text_has_the_tokens_between_and_the_whole_texts_vocabulary(
     assert torch.equal(part.corpus.tokens, whole.corpus.tokens[300:500])
     assert part.tokenizer.state_dict() == whole.tokenizer.state_dict()
     with pytest.raises(
-        ValueError, match=r"start_token 9 and stop_token 601 are no part of the 600 characters"
+        ValueError, match=r"start_token=9 and stop_token=601 are not a part of the 600 characters"
     ):
         TextDataModule(
             tmp_path / "text.txt", context_length=4, start_token=9, stop_token=601

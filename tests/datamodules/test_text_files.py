@@ -17,11 +17,11 @@ def test_a_folder_of_anything_ends_at_the_first_file_that_is_no_text(tmp_path: P
     assert [p.name for p in files] == ["a.txt", "b.png", "c.md"]
     assert "".join(read_text(files)).startswith("text\ntext under")
     for name, head, kind in (
-        ("c.png", b"\x89PNG\r\n\x1a\n", "it is a PNG image; give files of text: type --data.path"),
+        ("c.png", b"\x89PNG\r\n\x1a\n", "it is a PNG image; allowed: text files; use path='FILE'"),
         ("c.docx", b"PK\x03\x04", "it is a zip archive"),
         ("c", b"\x1f\x8b\x08", "it is a gzip; gunzip it;"),
     ):
         (tmp_path / name).write_bytes(head)
-        with pytest.raises(ValueError, match=f"/{name} is no text: {kind}"):
+        with pytest.raises(ValueError, match=f"/{name} is not a text: {kind}"):
             list(read_text(list_files(tmp_path)))
         (tmp_path / name).unlink()

@@ -146,7 +146,7 @@ def test_an_error_of_local_rank_0_ends_all_ranks_with_its_text(ranks, path):
     missing = path.with_name("missing.txt")
     first, second = ranks(failing, 2, missing, path.parent / "cache", {}, "error")
     assert first[1] == second[1]
-    assert "no file or folder" in first[1]
+    assert "does not exist" in first[1]
 
 
 def test_ctrl_c_while_local_rank_0_tokenizes_ends_all_ranks(ranks, path):
@@ -164,7 +164,7 @@ def test_a_cache_that_is_full_or_cannot_be_written_is_done_without_or_told(ranks
         first, second = ranks(failing, 2, path, cache, {"max_chars_in_memory": 1000}, what)
         assert (first[0], second[0]) == ("TokenCacheError", "PreparationError")
         assert "the tokens cannot be written to" in first[1]
-        assert first[1].endswith("set XDG_CACHE_HOME=FOLDER")
+        assert "set the environment variable XDG_CACHE_HOME" in first[1]
         assert first[1] in second[1]
 
 

@@ -9,7 +9,10 @@ from ravine.datamodules.tokenizer_factory import tokenizer_from_state_dict
 
 STATES: list[tuple[dict[str, Any], str]] = [
     ({"tokenizer_type": "gpt2"}, "tokenizer 'gpt2' is damaged: KeyError"),
-    ({"tokenizer_type": "gpt2", "ranked_tokens": "YQ== YQ=="}, "2 pieces of which 1 are different"),
+    (
+        {"tokenizer_type": "gpt2", "ranked_tokens": "YQ== YQ=="},
+        "2 tokens were given, 1 of them different",
+    ),
     ({"tokenizer_type": "gpt2", "ranked_tokens": "!"}, "damaged: .*Only base64 data is allowed"),
     (
         {"tokenizer_type": "gpt2", "ranked_tokens": "YQ\u00e9=="},
@@ -18,7 +21,7 @@ STATES: list[tuple[dict[str, Any], str]] = [
     ({"tokenizer_type": "gpt2", "ranked_tokens": 3}, "tokenizer 'gpt2' is damaged: AttributeError"),
     (
         {"tokenizer_type": "gpt2", "ranked_tokens": " ".join(["YQ=="] * 300)},
-        "300 pieces of which 1 are different",
+        "300 tokens were given, 1 of them different",
     ),
     ({"tokenizer_type": "characters"}, "tokenizer 'characters' is damaged: KeyError"),
     (
@@ -27,7 +30,7 @@ STATES: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"tokenizer_type": "numbers", "vocab_size": 2**40},
-        "vocab_size is 1099511627776; allowed: 1 to",
+        "vocab_size=1099511627776 is not a vocabulary size; allowed: 1 to",
     ),
     (
         {"tokenizer_type": "numbers", "vocab_size": "many"},
@@ -43,13 +46,16 @@ STATES: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"tokenizer_type": "file", "json_text": from_merges().json_text, "eos_token": ["a"]},
-        "eos_token is of type list; allowed: the token as a text",
+        "eos_token is of type list; allowed: the token as a str",
     ),
     (
         {"tokenizer_type": "file", "json_text": "[" * 10**5, "eos_token": ""},
         "not a file of the tokenizers library",
     ),
-    ({"tokenizer_type": ["gpt2"]}, r"unknown tokenizer_type \['gpt2'\]; known are"),
+    (
+        {"tokenizer_type": ["gpt2"]},
+        r"tokenizer_type=\['gpt2'\] is not known; allowed: characters, bytes",
+    ),
 ]
 
 

@@ -80,18 +80,20 @@ def test_files_of_the_library_and_older_ones_are_read(tmp_path: Path) -> None:
         (tmp_path / "bad.json").write_text(bad)
         with pytest.raises(ValueError, match=message):
             FileTokenizer.from_file(tmp_path / "bad.json")
-    with pytest.raises(FileNotFoundError, match=r"no tokenizer at .*allowed: characters, bytes"):
+    with pytest.raises(
+        FileNotFoundError, match=r"there is no tokenizer at .*; allowed: characters, bytes"
+    ):
         FileTokenizer.from_file(tmp_path / "nowhere")
 
 
 def test_a_vocabulary_that_lacks_bytes_does_not_drop_them() -> None:
     vocabulary = {n: bytes([n]) for n in range(128)}
     tokenizer = FileTokenizer.from_merges(vocabulary, [], special_tokens="as_text")
-    with pytest.raises(ValueError, match="2 of 3 bytes of a text are in no token"):
+    with pytest.raises(ValueError, match="2 of the 3 bytes of a text are in no token"):
         tokenizer.encode("aé")
-    with pytest.raises(ValueError, match="2 of 15 bytes of a text are in no token"):
+    with pytest.raises(ValueError, match="2 of the 15 bytes of a text are in no token"):
         FileTokenizer.from_merges(vocabulary, [], [END]).encode(f"é{END}")
     with pytest.raises(
-        ValueError, match="special_tokens is 'allow', and the tokenizer 'file' has no"
+        ValueError, match="special_tokens='allow' has no effect: the tokenizer 'file' has no"
     ):
         FileTokenizer(tokenizer.json_text, None, "allow")

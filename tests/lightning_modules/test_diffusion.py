@@ -550,7 +550,7 @@ def test_a_label_beyond_the_classes_is_never_taken_for_one_that_is_withheld() ->
     images = data()
     images.setup("fit")
     images.get_split("train")[1][7] = 10
-    with pytest.raises(ValueError, match=r"the label of image 7 is 10; allowed are 0 to 9"):
+    with pytest.raises(ValueError, match=r"the label of image 7 is 10; allowed: 0 to 9"):
         Diffusion(class_conditional=True, **TINY).configure_from_data(images)
     Diffusion(**TINY).configure_from_data(images)  # it looks at no labels
 

@@ -786,11 +786,14 @@ def test_rewards_of_prompts_in_a_file_compare_with_the_corpus_beside_it(base, tm
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ('{"prompt": "a"}\n{"prompt": }\n', "line 2: not JSON"),
-        ('{"prompt": "a"}\n{"text": "b"}\n', 'line 2: no "prompt"'),
-        ('{"prompt": "a"}\n{"prompt": ""}\n', 'line 2: no "prompt"'),
-        ('{"prompt": "a"}\n{"prompt": "b", "x": 1}\n', r"line 2: its columns .*\(x\)"),
-        ('{"prompt": "a"}\n', "has 1 prompts; give 2 or more"),
+        ('{"prompt": "a"}\n{"prompt": }\n', "line 2: not valid JSON"),
+        ('{"prompt": "a"}\n{"text": "b"}\n', 'line 2: the row has no "prompt"'),
+        ('{"prompt": "a"}\n{"prompt": ""}\n', 'line 2: the row has no "prompt"'),
+        (
+            '{"prompt": "a"}\n{"prompt": "b", "x": 1}\n',
+            "line 2: its columns differ from those of the first line in x;",
+        ),
+        ('{"prompt": "a"}\n', "has 1 prompts; allowed: 2 or more"),
     ],
 )
 def test_a_line_that_is_no_prompt_is_named(lines: str, message: str, tmp_path) -> None:
@@ -847,14 +850,14 @@ def test_fewer_held_out_prompts_than_ranks_are_refused(base: str, tmp_path) -> N
     prompts.trainer = ranked(0, 4)
     prompts.setup("fit")
     with pytest.raises(
-        ValueError, match=r"is 3, for 4 ranks; allowed: 4 .*--data\.num_val_prompts=4"
+        ValueError, match=r"=3, but there are 4 ranks; allowed: 4 .*; use num_val_prompts=4$"
     ):
         prompts.val_dataloader()
     (tmp_path / "few.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
     few = PromptDataModule(tmp_path / "few.jsonl")
     few.trainer = ranked(0, 2)
     few.setup("fit")
-    with pytest.raises(ValueError, match=r"only 1 are held out.*--data\.val_fraction=0\.5"):
+    with pytest.raises(ValueError, match=r"only 1 prompts are held out.*; use val_fraction=0\.5$"):
         few.val_dataloader()
 
 
