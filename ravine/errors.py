@@ -7,20 +7,13 @@ import difflib
 from collections.abc import Iterable
 
 
-class UsageError(ValueError):
-    """An input or setting of the user that is not valid.
-
-    raise UsageError(
-        "Transformer: num_heads=5 does not divide d_model=128", [4, 8], hint="use 4 or 8"
-    )
-    """
-
-    exit_status = 2
+class _ErrorParts(Exception):
+    """The parts of an error message: problem, allowed values, hint, and the flag of the hint."""
 
     def __init__(
         self,
         problem: str,
-        allowed: Iterable[object] = (),
+        allowed: Iterable[object] | str = (),
         hint: str = "",
         *,
         flag: str = "",
@@ -30,17 +23,32 @@ class UsageError(ValueError):
 
         Args:
             problem: the given value, and why it cannot be used.
-            allowed: the values that can be used, nearest first.
+            allowed: the values that can be used, nearest first, or one phrase.
             hint: one thing to do, in a Python script.
             flag: the same as arguments of the command line, which shows it instead of `hint`.
             label: the word before the allowed values.
         """
         self.problem, self.hint, self.flag, self.label = problem, hint, flag, label
-        self.allowed = [str(name) for name in allowed]
+        values = allowed.splitlines() if isinstance(allowed, str) else allowed
+        self.allowed = [str(value) for value in values]
         names = f"{label}: {', '.join(self.allowed)}" if self.allowed else ""
         super().__init__(
             "; ".join(sentence for sentence in (problem, names, hint or flag) if sentence)
         )
+
+
+class UsageError(_ErrorParts, ValueError):
+    """An input or setting of the user that is not valid.
+
+    raise UsageError(
+        "Transformer: num_heads=5 does not divide d_model=128",
+        [4, 8],
+        hint="use num_heads=4",
+        flag="--model.num_heads=4",
+    )
+    """
+
+    exit_status = 2
 
 
 class UsageTypeError(UsageError, TypeError):
@@ -51,7 +59,7 @@ class MissingFileError(UsageError, FileNotFoundError):
     """A file or folder that does not exist."""
 
 
-class RunError(RuntimeError):
+class RunError(_ErrorParts, RuntimeError):
     """An error during a run with valid input: exit status 1, no traceback."""
 
     exit_status = 1

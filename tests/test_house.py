@@ -8,6 +8,7 @@ import importlib.util
 import re
 import subprocess
 import tomllib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -457,3 +458,220 @@ def test_errors_written_for_the_user_are_of_the_classes_that_the_command_line_kn
 def test_names_are_suggested_by_one_function() -> None:
     users = [p.relative_to(ROOT).as_posix() for p in sources(ROOT) if "difflib" in p.read_text()]
     assert users == ["ravine/errors.py"]
+
+
+LIBRARY = ("lightning_modules", "datamodules", "callbacks", "strategies")
+COMMAND_WORDS = re.compile(
+    r"(?<![-\w])--[a-z]"  # a flag
+    r"|\b(lightning|ravine) (fit|validate|test|predict|generate|export)\b"
+    r"|(^|[;:,] |\bor |\bthen )type( |$)"  # an instruction to type
+)
+# Strings that still speak of the command line outside of a `flag`: at most so many a file.
+FLAGS_IN_TEXT: dict[str, int] = {
+    "callbacks/base.py": 1,
+    "callbacks/checkpointing/checkpoint.py": 1,
+    "callbacks/checkpointing/ema.py": 2,
+    "callbacks/checkpointing/exact_resume.py": 4,
+    "callbacks/checkpointing/graceful_stop.py": 1,
+    "callbacks/checkpointing/run_comparison.py": 3,
+    "callbacks/checks/monitored_metrics.py": 1,
+    "callbacks/checks/run_checks.py": 2,
+    "callbacks/frechet/callback.py": 5,
+    "callbacks/frechet/inception.py": 1,
+    "callbacks/generation/rollout_table.py": 1,
+    "callbacks/generation/samples.py": 2,
+    "callbacks/lora/callback.py": 5,
+    "callbacks/lora/inject.py": 8,
+    "callbacks/lora/layers.py": 1,
+    "callbacks/monitoring/plots.py": 1,
+    "callbacks/monitoring/progress.py": 1,
+    "callbacks/optimizers/composite.py": 1,
+    "callbacks/optimizers/lr_schedules.py": 3,
+    "callbacks/optimizers/optimizer_errors.py": 1,
+    "callbacks/optimizers/param_groups.py": 1,
+    "callbacks/optimizers/plan.py": 2,
+    "callbacks/optimizers/state_codec.py": 6,
+    "callbacks/quantization/callback.py": 9,
+    "callbacks/quantization/layers.py": 1,
+    "callbacks/stability/gradient_clipping.py": 1,
+    "callbacks/stability/metric_alert.py": 1,
+    "callbacks/stability/nan_guard.py": 2,
+    "callbacks/transforms/base.py": 3,
+    "callbacks/transforms/compile.py": 2,
+    "callbacks/transforms/layer_mixins.py": 1,
+    "callbacks/transforms/layer_selection.py": 1,
+    "callbacks/transforms/pretrained.py": 8,
+    "datamodules/images.py": 1,
+    "datamodules/tables.py": 1,
+    "datamodules/tokenizer_json.py": 4,
+    "lightning_modules/diffusion.py": 8,
+    "lightning_modules/diffusion_core/denoiser.py": 1,
+    "lightning_modules/diffusion_core/image_grid.py": 1,
+    "lightning_modules/diffusion_core/noise_schedules.py": 1,
+    "lightning_modules/diffusion_core/sampling.py": 6,
+    "lightning_modules/generation/decoding.py": 4,
+    "lightning_modules/generation/sampling.py": 2,
+    "lightning_modules/generation/stop_strings.py": 1,
+    "lightning_modules/image_classifier.py": 6,
+    "lightning_modules/language_model.py": 7,
+    "lightning_modules/nn/moe.py": 1,
+    "lightning_modules/nn/transformer.py": 10,
+    "lightning_modules/nn/unet.py": 1,
+    "lightning_modules/pretrained/gpt2.py": 4,
+    "lightning_modules/reinforce.py": 1,
+    "lightning_modules/rl/advantages.py": 8,
+    "lightning_modules/rl/base_model.py": 12,
+    "lightning_modules/rl/kl.py": 3,
+    "lightning_modules/rl/rewards/base.py": 4,
+    "lightning_modules/rl/rewards/builtin.py": 4,
+    "lightning_modules/rl/rewards/custom.py": 1,
+    "lightning_modules/rl/rollout.py": 2,
+    "lightning_modules/rl/validation.py": 7,
+    "lightning_modules/spam_classifier.py": 1,
+    "lightning_modules/task_module.py": 2,
+    "strategies/activation_checkpointing.py": 1,
+    "strategies/checkpoint/atomic_io.py": 5,
+    "strategies/checkpoint/saving.py": 1,
+    "strategies/checkpoint/state_dict.py": 1,
+    "strategies/context_parallel.py": 6,
+    "strategies/data_parallel.py": 3,
+    "strategies/device_mesh.py": 8,
+    "strategies/expert_parallel.py": 4,
+    "strategies/fsdp/original_parameters.py": 4,
+    "strategies/fsdp/sharded_optimizer.py": 3,
+    "strategies/fsdp/sharded_parameter.py": 3,
+    "strategies/fsdp/step_unit.py": 1,
+    "strategies/fsdp/torch_attributes.py": 1,
+    "strategies/mesh_strategy.py": 1,
+    "strategies/parallel_module.py": 1,
+    "strategies/pipeline_parallel.py": 3,
+    "strategies/pipeline_stages.py": 2,
+    "strategies/sharding_errors.py": 1,
+    "strategies/stock_callbacks.py": 1,
+    "strategies/tensor_parallel.py": 4,
+    "strategies/zero1.py": 2,
+}
+# Errors that have a flag and no hint: at most so many a file.
+FLAGS_WITHOUT_HINT: dict[str, int] = {}
+
+
+def is_flag_scope(node: ast.AST) -> bool:
+    """Return whether `node` names a command-line flag: an argument, a variable or a function.
+
+    `flag=...`, `resume_flag = ...`, `flags += ...`, `flags.append(...)`, `def flag_of(...)`.
+    """
+    if isinstance(node, ast.keyword):
+        names = [node.arg or ""]
+    elif isinstance(node, ast.FunctionDef):
+        names = [node.name]
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        names = [last_name(node.func.value)]
+    elif isinstance(node, ast.Assign):
+        names = [last_name(n) for target in node.targets for n in ast.walk(target)]
+    elif isinstance(node, ast.AnnAssign | ast.AugAssign | ast.NamedExpr):
+        names = [last_name(node.target)]
+    elif isinstance(node, ast.arguments):
+        names = [argument.arg for argument in (*node.args, *node.kwonlyargs)]
+    else:
+        return False
+    return any({"flag", "flags"} & {*name.lower().split("_")} for name in names)
+
+
+def strings_outside_flags(node: ast.AST) -> list[ast.Constant]:
+    """Return the string constants of a tree that no flag holds, docstrings excluded."""
+    if is_flag_scope(node) or (isinstance(node, ast.Expr) and word(node.value)):
+        return []
+    found = [node] if isinstance(node, ast.Constant) and word(node) else []
+    return found + [c for child in ast.iter_child_nodes(node) for c in strings_outside_flags(child)]
+
+
+def library_trees(root: Path) -> Iterator[tuple[str, ast.Module]]:
+    """Yield the files of LIBRARY with their relative paths."""
+    for path in sources(root):
+        name = path.relative_to(root).as_posix()
+        if name.startswith(tuple(f"{folder}/" for folder in LIBRARY)):
+            yield name, ast.parse(path.read_text())
+
+
+def flags_in_text(root: Path) -> dict[str, list[int]]:
+    """Lines of strings that name a flag or a command outside of an argument `flag=`, by file.
+
+    A script has no command line. The command line shows `flag`, and a script shows `hint`.
+    """
+    found: dict[str, list[int]] = {}
+    for name, tree in library_trees(root):
+        for constant in strings_outside_flags(tree):
+            if COMMAND_WORDS.search(str(constant.value)):
+                found.setdefault(name, []).append(constant.lineno)
+    return found
+
+
+def flags_without_hint(root: Path) -> dict[str, list[int]]:
+    """Lines of errors that say what to type on the command line, and not what to do in a script."""
+    bases = {
+        node.name: {last_name(base) for base in node.bases}
+        for path in sources(root)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    }
+    errors = {"UsageError", "RunError"}
+    for _ in range(5):  # deeper than any hierarchy
+        errors |= {name for name, above in bases.items() if above & errors}
+    found: dict[str, list[int]] = {}
+    for name, tree in library_trees(root):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and last_name(node.func) in errors:
+                keywords = {keyword.arg for keyword in node.keywords}
+                if "flag" in keywords and "hint" not in keywords and len(node.args) < 3:
+                    found.setdefault(name, []).append(node.lineno)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("check", "allowed"),
+    [(flags_in_text, FLAGS_IN_TEXT), (flags_without_hint, FLAGS_WITHOUT_HINT)],
+)
+def test_library_errors_speak_to_a_script_and_keep_flags_apart(
+    check: Callable[[Path], dict[str, list[int]]], allowed: dict[str, int]
+) -> None:
+    found = check(ROOT)
+    assert {n: lines for n, lines in found.items() if len(lines) > allowed.get(n, 0)} == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "faults"),
+    [
+        ("raise UsageError('b is 0; type --model.b=1')", 1),
+        ("raise UsageError('b is 0', hint=f'--data.b={b}')", 1),
+        ("print(f'type a narrower {b}')", 1),
+        ("print('next: lightning test')", 1),
+        ("raise UsageError('b is 0', hint='use b=1', flag='--model.b=1')", 0),
+        ("resume_flag = '--ckpt_path=last'", 0),
+        ("flags = []\nflags.append(f'--model.b={b}')\nflags += ['--b']", 0),
+        ("def to_flag(b):\n    return f'--data.{b}'", 0),
+        ("class A:\n    '''lightning fit --config a'''", 0),
+        ("print('a value of another type, or 2 - 1 --')", 0),
+    ],
+)
+def test_a_flag_in_the_text_of_a_library_error_is_caught(
+    scratch: Path, text: str, faults: int
+) -> None:
+    (scratch / "callbacks" / "bad.py").write_text(text + "\n")
+    assert sum(map(len, flags_in_text(scratch).values())) == faults
+
+
+@pytest.mark.parametrize(
+    ("text", "faults"),
+    [
+        ("class OwnError(UsageError): ...\nraise OwnError('b is 0', flag='--model.b=1')", 1),
+        ("raise RunError('b is 0', [1], flag='--model.b=1')", 1),
+        ("raise UsageError('b is 0', [1], 'use b=1', flag='--model.b=1')", 0),
+        ("raise UsageError('b is 0', hint='use b=1', flag='--model.b=1')", 0),
+        ("raise UsageError('b is 0', [1])", 0),
+    ],
+)
+def test_a_flag_without_a_hint_for_a_script_is_caught(
+    scratch: Path, text: str, faults: int
+) -> None:
+    (scratch / "strategies" / "bad.py").write_text(text + "\n")
+    assert sum(map(len, flags_without_hint(scratch).values())) == faults

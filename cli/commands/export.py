@@ -46,7 +46,9 @@ def run_argv(argv: list[str]) -> int:
         paths = _save_export(module, path, arguments, should_merge, method)
     except SafetensorError as error:  # not an OSError, and its message does not name the file
         problem = f"{arguments['folder']} cannot be written: {error}"
-        raise CheckpointError(f"{problem}; make room, then type the same again", 1) from error
+        raise CheckpointError(
+            problem, hint="free disk space, then run the same command again", exit_status=1
+        ) from error
     print(f"written: {paths}")
     return 0
 
