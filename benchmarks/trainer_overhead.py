@@ -1,12 +1,12 @@
 """What a training step costs under a trainer, beside the same step in a bare loop.
 
 python benchmarks/trainer_overhead.py             bare, stock and ours in turns: a row for each net
-python benchmarks/trainer_overhead.py --parts     ours without one of its parts: a row for each part
+python benchmarks/trainer_overhead.py --parts     ours, and ours without each of its parts
 
-All ways take turns in one process: some steps of one way, the clock stops, as many steps of the
-next, in an order drawn anew each round. Each way has a thread of its own, and only one runs at a
-time. `bare again` is the A/A control. A row holds seconds on the wall a step: processor seconds
-would count a thread that waits for another.
+Each way runs in a process of its own, and only one runs at a time: some steps of one way, then as
+many steps of the next, in an order drawn anew each round. One process for all would share a memory
+allocator: its state, which depends on the other ways, changes a step by up to 20 %. `bare again` is
+the A/A control. A row holds processor seconds a step of the whole process, with its threads.
 
 `ours` has everything on: bar, CSV, TensorBoard, checkpoints, a log line every 50 steps. `stock` is
 Lightning's Trainer with its own bar, its checkpoints and the same two loggers.
@@ -16,14 +16,16 @@ import argparse
 import contextlib
 import io
 import logging
+import multiprocessing
 import os
 import random
 import tempfile
-import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from multiprocessing.connection import Connection
 from typing import Any
 
 import lightning as L
@@ -53,7 +55,6 @@ from ravine.datamodules import TextDataModule
 from ravine.lightning_modules import LanguageModel
 
 WARM = 50  # steps of each before the first turn
-BARE = ("bare", "bare again")
 
 
 class Mlp(L.LightningModule):
@@ -154,42 +155,19 @@ class Transformers:
         return [OptimizerPlan(optimizer, schedule=self.schedule), GradientClipping(1.0)]
 
 
-class Turns(Callback):
-    """After each turn of the trainer, one of each bare loop; keeps the seconds of a step of all."""
-
-    def __init__(self, loops: list[Iterator[None]], turn: int, turns: int) -> None:
-        self.loops, self.turn, self.turns = dict(zip(BARE, loops, strict=True)), turn, turns
-        self.times: Times = {name: [] for name in ("ours", *BARE)}
-
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        done = trainer.global_step - WARM
-        if done < 0 or done % self.turn:
-            return
-        if done:
-            self.times["ours"].append((time.perf_counter() - self.start_s) / self.turn)
-        for name, loop in list(self.loops.items())[:: 1 if done // self.turn % 2 else -1]:
-            start_s = time.perf_counter()
-            for _ in range(self.turn if done else WARM):
-                next(loop)
-            if done:
-                self.times[name].append((time.perf_counter() - start_s) / self.turn)
-        trainer.should_stop = len(self.times["ours"]) == self.turns
-        self.start_s = time.perf_counter()
-
-
 class Screen(io.StringIO):
     """A terminal for the progress bar; its output is discarded."""
 
 
 class Turn(Callback):
-    """Lets the steps of one way run in turns; each way runs in a thread of its own."""
+    """Lets the steps of one way run in turns, as the other end of the connection asks for them.
 
-    def __init__(self, steps: int) -> None:
-        self.steps, self.is_warm = steps, True
-        self.seconds: list[float] = []
-        self.may_run, self.has_run = threading.Semaphore(0), threading.Semaphore(0)
-        self.done, self.ended = 0, False
-        self.error: BaseException | None = None
+    After each turn it sends the seconds of a step, None after the steps to warm up.
+    """
+
+    def __init__(self, steps: int, connection: Connection) -> None:
+        self.steps, self.connection = steps, connection
+        self.done, self.is_warm, self.start_s = 0, False, 0.0
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         if self.step():
@@ -198,55 +176,47 @@ class Turn(Callback):
     def step(self) -> bool:
         """Count a step; at the end of a turn wait for the next. Returns whether all is done."""
         self.done += 1
-        if self.done < (WARM if self.is_warm else self.steps):
+        if self.done < (self.steps if self.is_warm else WARM):
             return False
-        if not self.is_warm:
-            self.seconds.append((time.perf_counter() - self.start_s) / self.steps)
-        if not self.ended:
-            self.has_run.release()
-            self.may_run.acquire()
-        self.done, self.is_warm, self.start_s = 0, False, time.perf_counter()
-        return self.ended
+        seconds = (time.process_time() - self.start_s) / self.steps
+        self.connection.send(seconds if self.is_warm else None)
+        goes_on = self.connection.recv()
+        self.done, self.is_warm, self.start_s = 0, True, time.process_time()
+        return not goes_on
 
-    def start(self, run: Callable[[], None]) -> threading.Thread:
-        """Run a way in a thread, which waits for its first turn."""
 
-        def wait_and_run() -> None:
-            self.may_run.acquire()
-            try:
-                run()
-            except BaseException as error:
-                self.error = error
-            finally:
-                self.has_run.release()
-
-        thread = threading.Thread(target=wait_and_run)
-        thread.start()
-        return thread
-
-    def take(self) -> None:
-        """Let the way run for one turn, or to its end."""
-        self.may_run.release()
-        self.has_run.acquire()
-        if self.error is not None:
-            raise self.error
+def run_way(way: Callable[[Turn], None], steps: int, connection: Connection) -> None:
+    """Run a way in this process when its first turn comes; send the text of an error."""
+    connection.recv()
+    try:
+        with contextlib.redirect_stdout(Screen()), contextlib.redirect_stderr(Screen()):
+            way(Turn(steps, connection))
+    except Exception:
+        connection.send(traceback.format_exc())
 
 
 def in_turns(ways: dict[str, Callable[[Turn], None]], steps: int, turns: int) -> Times:
-    """Seconds a step of each way, by turn; the first turn of each is lost."""
-    turn_of = {name: Turn(steps) for name in ways}
-    threads = [turn_of[name].start(partial(way, turn_of[name])) for name, way in ways.items()]
+    """Seconds a step of each way, by turn."""
+    fork = multiprocessing.get_context("fork")
+    connections, processes = {}, []
+    for name, way in ways.items():
+        connections[name], other_end = fork.Pipe()
+        processes.append(fork.Process(target=run_way, args=(way, steps, other_end), daemon=True))
+        processes[-1].start()
+    times: Times = {name: [] for name in ways}
     order = random.Random(0)
-    try:
-        for _ in range(turns + 1):
-            for name in order.sample(list(ways), len(ways)):
-                turn_of[name].take()
-    finally:
-        for turn, thread in zip(turn_of.values(), threads, strict=True):
-            turn.ended = True
-            turn.may_run.release()
-            thread.join()
-    return {name: turn.seconds for name, turn in turn_of.items()}
+    for _ in range(turns + 1):
+        for name in order.sample(list(ways), len(ways)):
+            connections[name].send(True)
+            answer = connections[name].recv()
+            if isinstance(answer, str):
+                raise RuntimeError(f"{name}: {answer}")
+            if answer is not None:
+                times[name].append(answer)
+    for connection, process in zip(connections.values(), processes, strict=True):
+        connection.send(False)
+        process.join()
+    return times
 
 
 def bare(net: Any, turn: Turn) -> None:
@@ -297,14 +267,15 @@ def stock(net: Any, turns: Callback) -> None:
         net.under(trainer)
 
 
-CASES: dict[str, Callable[[Any, Turns], None]] = {"ours": run_ravine}
-CASES |= {f"ours without {part}": partial(run_ravine, without=part) for part in PARTS}
 WAYS: dict[str, Callable[[Any, Turn], None]] = {
     "bare": bare,
     "bare again": bare,
     "stock": stock,
     "ours": run_ravine,
     f"ours without {FAST_LOOP}": partial(run_ravine, without=FAST_LOOP),
+}
+PART_WAYS = {name: WAYS[name] for name in ("bare", "bare again", "ours")} | {
+    f"ours without {part}": partial(run_ravine, without=part) for part in PARTS
 }
 
 
@@ -319,19 +290,12 @@ def main(turns: int, net: str, parts: bool) -> None:
         "MLP 64-128-10, batch 64": Mlps((64, 128, 10), 64, turn=50),
     }
     for name, made in ((name, made) for name, made in nets.items() if net in name):
-        if not parts:
-            ways = {label: partial(way, made) for label, way in WAYS.items()}
-            with contextlib.redirect_stdout(Screen()), contextlib.redirect_stderr(Screen()):
-                times = in_turns(ways, made.turn, turns)
-            what = f"a training step of the {name}"
-            compare("trainer_overhead", what, times, ["lightning"])
-            continue
-        for label in CASES:
-            clock = Turns([made.bare(), made.bare()], made.turn, turns)
-            with contextlib.redirect_stdout(Screen()):
-                CASES[label](made, clock)
-            what = f"a training step of the {name} under the trainer, {label}"
-            compare("trainer_overhead", what, clock.times, ["lightning"])
+        chosen = PART_WAYS if parts else WAYS
+        times = in_turns(
+            {label: partial(way, made) for label, way in chosen.items()}, made.turn, turns
+        )
+        what = f"a training step of the {name}" + ", by parts" * parts
+        compare("trainer_overhead", what, times, ["lightning"])
 
 
 if __name__ == "__main__":
