@@ -182,8 +182,8 @@ def _describe_error(error: BaseException | None) -> tuple[str, Any] | None:
     if isinstance(error, KeyboardInterrupt):
         return "interrupt", None
     if isinstance(error, UsageError):
-        parts = ("problem", "allowed", "hint", "flag", "label")
-        return "usage", {name: getattr(error, name) for name in parts}
+        fields = ("problem", "allowed", "hint", "flag", "label")
+        return "usage", {name: getattr(error, name) for name in fields}
     text = str(error.args[0] if isinstance(error, LookupError) and error.args else error)
     return "failed", text or type(error).__name__
 

@@ -356,11 +356,12 @@ def test_three_lines_of_python_draw_what_the_command_draws(
     assert torch.equal(read("mine.png")[2:58:7, 60:116:7], pictures.images[1, 0])
 
 
+LABELS = "\n  allowed: 0 to 9\n  type: --labels=0-9\n"
 REFUSED = {
-    "--labels=10": "labels are 10; allowed: 0 to 9; type --labels=0-9",
-    "--labels=3,5-3": "labels are 3,5-3; allowed: 0 to 9; type --labels=0-9",
-    "--labels=0-99999999999": "labels are 0-99999999999; allowed: 0 to 9; type --labels=0-9",
-    "--labels=seven": "'seven' is no class; allowed: 0 to 9; type --labels=0-9",
+    "--labels=10": "labels='10' is not in the classes" + LABELS,
+    "--labels=3,5-3": "labels='3,5-3' is not in the classes" + LABELS,
+    "--labels=0-99999999999": "labels='0-99999999999' is not in the classes" + LABELS,
+    "--labels=seven": "'seven' is not a class" + LABELS,
     "--guidance_scale=-1": "guidance_scale is -1.0; allowed: 0 (none) or more; "
     "type --guidance_scale=0.5",
     "--num_steps=0": "num_steps is 0; allowed: 1 or more; type --num_steps=50",
