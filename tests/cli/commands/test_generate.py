@@ -101,7 +101,7 @@ def test_a_text_ends_before_its_stop(checkpoint: str) -> None:
 REFUSED = {
     "": "generate needs a trained model",
     "--ckpt_path=X --prompt=": "a prompt is empty; allowed: any text; type --prompt='ROMEO:'",
-    "--ckpt_path=X --prompt=A": "character 'A' (U+0041) at position 0 of the text is not among",
+    "--ckpt_path=X --prompt=A": "character 'A' (U+0041) at position 0 of the text is not in",
     "--ckpt_path=X --temperature=-1": "temperature is -1.0; allowed: 0 (the most probable token)",
     "--ckpt_path=X --temperature=warm": "--temperature is 'warm', not a number",
     "--ckpt_path=X --top_k=40": "top_k is 40, and there are 29 different tokens; allowed: 1 to 29",
