@@ -20,9 +20,8 @@ from .generation.predictions import PredictionTable
 from .generation.rollout_table import RolloutTable
 from .generation.samples import GenerateSamples
 from .lora import LoRA, lora_disabled
-from .monitoring.loss_plot import LossPlot
 from .monitoring.memory import MemoryMonitor
-from .monitoring.plots import MetricPlot
+from .monitoring.plots import LossPlot, MetricPlot
 from .monitoring.progress import ProgressBar
 from .monitoring.summary import Summary
 from .monitoring.throughput import Throughput

@@ -26,7 +26,7 @@ from ravine.callbacks.checkpointing.exact_resume import ExactResume
 from ravine.callbacks.checkpointing.graceful_stop import GracefulStop
 from ravine.callbacks.checks.run_checks import RunChecks
 from ravine.callbacks.generation.predictions import PredictionTable
-from ravine.callbacks.monitoring.loss_plot import LossPlot
+from ravine.callbacks.monitoring.plots import LossPlot
 from ravine.callbacks.monitoring.progress import ProgressBar
 from ravine.callbacks.stability.rank_watchdog import RankWatchdog
 from ravine.callbacks.stability.token_weighted_loss import TokenWeightedLoss

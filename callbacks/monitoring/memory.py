@@ -7,7 +7,6 @@ Weights, gradients and optimizer state are counted on this rank, so a sharded ru
 Activations are not counted; the measured peak at the end includes them.
 """
 
-import resource
 import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -70,11 +69,13 @@ def _sum_usage(tensors: Iterable[Tensor]) -> MemoryUsage:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the peak bytes that were allocated on a GPU, or resident in this process."""
+    """Return the peak bytes in use so far: of the device, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size if sys.platform == "darwin" else size * 1024
+    import resource  # does not exist on Windows
+
+    max_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return max_rss if sys.platform == "darwin" else 1024 * max_rss
 
 
 class MemoryMonitor(Callback):

@@ -8,7 +8,6 @@ source. The device is synchronized only at the ends of a window, never in a step
 """
 
 import re
-import sys
 import time
 from typing import Any
 
@@ -18,6 +17,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from ravine.strategies.share import DataParallelInfo
 
+from .memory import peak_memory_bytes
 from .progress import count_units, get_log_interval
 
 # Dense bf16 or fp16 FLOP/s by a part of the device's name; longer names come first.
@@ -73,16 +73,6 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has completed all submitted work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Return the peak bytes in use so far: of the device, or of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # does not exist on Windows
-
-    max_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return max_rss if sys.platform == "darwin" else 1024 * max_rss
 
 
 class Throughput(L.Callback):

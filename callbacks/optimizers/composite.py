@@ -10,9 +10,6 @@ in the list and belongs to one member. The plan's rules choose the member (`rout
 it is the last member.
 """
 
-import dis
-import functools
-import inspect
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +23,7 @@ from ravine.errors import UsageError, UsageTypeError
 from ravine.strategies.checkpoint.atomic_io import CheckpointError
 from ravine.strategies.fsdp.optimizer_probe import needs_closure
 
+from .closures import LossOnlyClosure, takes_closure
 from .optimizer_errors import wrap_optimizer_errors
 from .state_codec import PackedState, pack_state, unpack_state
 
@@ -42,24 +40,6 @@ class RuleGroups(NamedTuple):
 
 # Maps new parameters, and the settings passed with them, to the groups of each rule.
 GroupRouter = Callable[[list[Tensor], ParamGroup], list[RuleGroups]]
-
-
-def takes_closure(optimizer: Optimizer) -> bool:
-    """Whether `step` has a `closure` argument and uses it; many classes ignore theirs."""
-    return _class_takes_closure(type(optimizer))
-
-
-@functools.cache  # it takes 0.1 ms and runs in every training step
-def _class_takes_closure(cls: type[Optimizer]) -> bool:
-    step = inspect.unwrap(cls.step)
-    if "closure" not in inspect.signature(cls.step).parameters:
-        return False
-    code = getattr(step, "__code__", None)
-    if code is None or "closure" not in (*code.co_varnames, *code.co_cellvars):
-        return True  # compiled or renamed: the bytecode does not show the use
-    loaded = (i.argval for i in dis.get_instructions(code) if i.opname.startswith("LOAD"))
-    # an instruction loads one local variable, or two since Python 3.13
-    return any("closure" in (name if isinstance(name, tuple) else (name,)) for name in loaded)
 
 
 class _NoGradient(BaseException):
@@ -431,7 +411,7 @@ class CompositeOptimizer(Optimizer):
                 with torch.enable_grad():
                     loss = closure()
             if _has_gradient(groups):
-                again = None if closure is None else _LossOnlyClosure(loss, groups)
+                again = None if closure is None else LossOnlyClosure(loss, groups)
                 for member in self.optimizers:
                     with wrap_optimizer_errors(member):
                         if again is not None and takes_closure(member):
@@ -540,34 +520,3 @@ def _empty_state() -> dict[str, Any]:
 def _is_empty_state(values: dict[str, Any]) -> bool:
     step = values.get("step") if len(values) == 1 else None
     return isinstance(step, Tensor) and step.ndim == 0 and step.item() == 0
-
-
-class _LossOnlyClosure:
-    """A closure for one of several members; it returns the loss computed before the step.
-
-    The gradients are those at the weights before the step. A member that evaluates the loss twice
-    or at other weights would compute a wrong step, so the closure raises UsageError.
-    """
-
-    def __init__(self, loss: Any, groups: list[ParamGroup]) -> None:
-        self.loss = loss
-        self.gradients = [(p, p.grad) for group in groups for p in group["params"]]
-
-    def for_optimizer(self, member: Optimizer) -> Callable[[], Any]:
-        """Return the closure for one member."""
-        param_ids = {id(p) for group in member.param_groups for p in group["params"]}
-        seen = [(p, p._version, gradient) for p, gradient in self.gradients if id(p) in param_ids]
-        calls = [0]
-
-        def closure() -> Any:
-            calls[0] += 1
-            moved = any(p._version != v or p.grad is not g for p, v, g in seen)
-            if calls[0] > 1 or moved:
-                raise UsageError(
-                    f"{type(member).__name__} computes the loss several times a step, or at other "
-                    "weights, which is not possible with other optimizers beside it; leave them "
-                    "out, or take an optimizer such as AdamW"
-                )
-            return self.loss
-
-        return closure

@@ -1,10 +1,9 @@
-"""What a run shows: a bar or lines, curves, samples, a table of predictions."""
+"""What a run shows: a bar or lines, samples, a table of predictions."""
 
 import csv
 import io
 import re
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,9 @@ from external_modules.two_optimizers import TwoOptimizers
 from rich.console import Console
 from torch.utils.data import DataLoader
 
-from ravine.callbacks import GenerateSamples, LossPlot, PredictionTable, ProgressBar
+from ravine.callbacks import GenerateSamples, PredictionTable, ProgressBar
 from ravine.callbacks.generation.predictions import print_table
-from ravine.callbacks.monitoring import plots as plots_module
 from ravine.callbacks.monitoring import progress as progress_module
-from ravine.callbacks.monitoring.loss_plot import save_loss_plot
 from ravine.callbacks.monitoring.progress import count_total_steps, count_units, format_duration
 from ravine.cli.trainer import Trainer
 
@@ -165,74 +162,6 @@ def test_time_is_written_as_on_a_clock() -> None:
         "1:00:00",
         "10:01:01",
     ]
-
-
-def test_the_plot_has_means_of_the_training_and_all_validations() -> None:
-    plot = LossPlot()
-    trainer(plot, max_epochs=3, accumulate_grad_batches=2).fit(NetInInit())
-    curves = plot.state_dict()
-    assert [step for step, _ in curves["train"]] == [1, 2, 3, 4, 5, 6]
-    assert [step for step, _ in curves["val"]] == [2, 4, 6]
-    picture = Path("runs/netininit/version_0/loss.png").read_bytes()
-    assert picture.startswith(b"\x89PNG")
-
-
-def test_the_first_point_is_the_mean_loss_of_the_first_optimizer_step() -> None:
-    plot = LossPlot()
-    module = NetInInit(lr=0.0)
-    module.log = lambda *args, **kwargs: None  # type: ignore
-    with torch.no_grad():
-        losses = [module.training_step(batch, 0) for batch in module.train_dataloader()]
-    run = trainer(plot, max_epochs=1, accumulate_grad_batches=2, log_every_n_steps=1)
-    run.fit(module)
-    expected = [float((a + b) / 2) for a, b in (losses[:2], losses[2:])]
-    assert [value for _, value in plot.state_dict()["train"]] == pytest.approx(expected)
-
-
-def test_a_continued_run_draws_the_whole_curve() -> None:
-    once, cut, rest = LossPlot(), LossPlot(), LossPlot()
-    trainer(once, max_epochs=4).fit(NetInInit())
-    torch.manual_seed(0)
-    run = trainer(cut, max_epochs=2)
-    run.fit(NetInInit())
-    run.save_checkpoint("half.ckpt")
-    trainer(rest, max_epochs=4).fit(NetInInit(), ckpt_path="half.ckpt")
-    steps = [[step for step, _ in plot.state_dict()["train"]] for plot in (once, rest)]
-    assert steps[0] == steps[1] == list(range(1, 17))
-    assert [s for s, _ in rest.state_dict()["val"]] == [4, 8, 12, 16]
-
-
-def test_a_long_curve_is_thinned_and_stays_even(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plots_module, "MAX_POINTS", 20)
-    plot = LossPlot()
-    trainer(plot, max_steps=90, log_every_n_steps=1, limit_val_batches=0).fit(NetInInit())
-    steps = [step for step, _ in plot.state_dict()["train"]]
-    assert len(steps) <= 20
-    assert steps[-1] > 80
-    assert {b - a for a, b in pairwise(steps)} <= {7, 8}  # 1, doubled whenever it grows too long
-
-
-def test_the_picture_names_its_axes_and_takes_a_log_scale_when_it_is_needed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from matplotlib.figure import Figure
-
-    seen: list[Any] = []
-    real = Figure.add_subplot
-    monkeypatch.setattr(
-        Figure,
-        "add_subplot",
-        lambda self, *a, **k: seen.append(real(self, *a, **k)) or seen[-1],
-    )
-    for start, scale in ((10.0, "log"), (2.0, "linear"), (float("nan"), "linear")):
-        curves = {"train": [(1, start), (2, 1.0)], "val": [(2, 1.5)]}
-        save_loss_plot(curves, tmp_path / "loss.png", "loss in nats (mean per token)", interval=5)
-        axes = seen[-1]
-        assert axes.get_yscale() == scale
-        assert axes.get_xlabel() == "optimizer step"
-        assert axes.get_ylabel() == "loss in nats (mean per token)"
-        legend = [text.get_text() for text in axes.get_legend().get_texts()]
-        assert legend == ["training (mean of 5 steps)", "validation (best 1.5 at step 2)"]
 
 
 def test_samples_are_kept_for_each_validation_and_the_last_is_printed(

@@ -19,7 +19,8 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 from ravine.callbacks import ExactResume, GradientClipping, LRSchedule, OptimizerPlan, ParamRule
-from ravine.callbacks.optimizers.composite import CompositeOptimizer, takes_closure
+from ravine.callbacks.optimizers.closures import takes_closure
+from ravine.callbacks.optimizers.composite import CompositeOptimizer
 from ravine.callbacks.optimizers.optimizer_errors import OptimizerError
 from ravine.callbacks.optimizers.param_groups import RuleParams, build_optimizer
 from ravine.cli import error_report

@@ -1,4 +1,4 @@
-"""Alarm, curves and table work on whatever logs and shows what they look at, or say what to do."""
+"""MetricAlert warns once of a metric below its bound, and refuses a module that logs none."""
 
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ import torch
 from external_modules.net_in_configure_model import NetInConfigureModel
 from external_modules.net_in_init import NetInInit
 from external_modules.two_optimizers import TwoOptimizers
+from scripted_module import Scripted, fit
 
 from ravine.callbacks import MetricAlert, MetricPlot, RolloutTable
 from ravine.cli.trainer import Trainer
@@ -16,37 +17,6 @@ from ravine.datamodules import PromptDataModule, TextDataModule
 from ravine.datamodules.text import python_docs_text
 from ravine.lightning_modules import CharacterFraction, LanguageModel, Reinforce
 from ravine.lightning_modules.nn import Transformer
-
-
-class Scripted(NetInInit):
-    """Logs what it is told to, a value a step, and shows two texts."""
-
-    def __init__(self, **values: list[float]) -> None:
-        super().__init__(batch_size=32)
-        self.values, self.at = values, 0
-
-    def training_step(self, batch, batch_idx):
-        for name, row in self.values.items():
-            self.log(f"train/{name}", row[min(self.at, len(row) - 1)])
-        self.at += 1
-        return super().training_step(batch, batch_idx)
-
-    def last_samples(self) -> list[dict[str, Any]]:
-        return [{"prompt": "O", "text": f" [bold]\x1b[31m\nline {self.at}", "reward": 0.5}] * 9
-
-
-def fit(
-    module: L.LightningModule,
-    callback: L.Callback,
-    folder: Path,
-    steps: int,
-    data: L.LightningDataModule | None = None,
-    **how: Any,
-) -> str:
-    options = {"log_every_n_steps": 1, "limit_val_batches": 0, "accelerator": "cpu"} | how
-    trainer = Trainer(max_steps=steps, callbacks=[callback], default_root_dir=folder, **options)
-    trainer.fit(module, data)
-    return str(trainer.log_dir)
 
 
 def test_the_alarm_rings_once_when_texts_die_and_says_when_they_live_again(
@@ -109,61 +79,6 @@ def test_an_alarm_on_a_metric_that_nobody_logs_is_refused(tmp_path: Path) -> Non
     alarm = MetricAlert(min_value={"train/frac_unique_texts": 0.5, "train/distnct": 0.5})
     with pytest.raises(ValueError, match="monitors 'train/distnct', and no metric of that name"):
         fit(Scripted(frac_unique_texts=[1.0]), alarm, tmp_path, 2)
-
-
-def test_a_curve_that_is_missing_is_said(tmp_path: Path, capsys) -> None:
-    fit(Scripted(reward=[0.1]), MetricPlot(["train/reward", "train/e"]), tmp_path, 2)
-    assert "MetricPlot: Scripted logs no train/e\n" in capsys.readouterr().out
-
-
-def test_curves_are_drawn_and_continue(tmp_path: Path) -> None:
-    curves = MetricPlot(["train/reward", "val/reward"])
-    folder = fit(Scripted(reward=[0.1, 0.2, 0.3]), curves, tmp_path, 3)
-    assert (Path(folder) / "curves.png").stat().st_size > 5000
-    kept = curves.state_dict()["train/reward"]
-    assert [step for step, _ in kept] == [1, 2, 3]
-    assert [value for _, value in kept] == pytest.approx([0.1, 0.2, 0.3])
-    again = MetricPlot(["train/reward"])
-    again.load_state_dict(curves.state_dict())
-    assert again.state_dict()["train/reward"] == kept
-
-
-def test_the_table_shows_first_due_and_last_and_commands_no_terminal(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = fit(Scripted(), RolloutTable(every_n_steps=3, num_samples=2), tmp_path, 5)
-    said = capsys.readouterr().out
-    for step in (1, 3, 5):
-        assert f"written in step {step}" in said
-    assert "written in step 2" not in said
-    assert "\x1b[31m" not in said
-    assert "[bold]" in said
-    written = (Path(folder) / "rollouts.txt").read_text()
-    assert written.count("reward 0.5") == 6
-    with pytest.raises(ValueError, match="every_n_steps is 0"):
-        RolloutTable(every_n_steps=0)
-
-
-class Validated(Scripted):
-    """Writes in validations too."""
-
-    def validation_step(self, batch: Any, index: int) -> None:
-        self.rows = [{"text": "of a validation", "reward": 0.5}]
-
-    def training_step(self, batch: Any, index: int) -> Any:
-        self.rows = [{"text": "of a step", "reward": 0.5}]
-        return super().training_step(batch, index)
-
-    def last_samples(self) -> list[dict[str, Any]]:
-        return self.rows
-
-
-def test_the_last_table_shows_the_last_step_and_no_validation(tmp_path: Path) -> None:
-    table = RolloutTable(every_n_steps=10)
-    folder = fit(Validated(), table, tmp_path, 2, limit_val_batches=1)
-    written = (Path(folder) / "rollouts.txt").read_text()
-    assert written.count("of a step") == 2
-    assert "of a validation" not in written
 
 
 def certain(self: Transformer, tokens: torch.Tensor, *cache: Any) -> torch.Tensor:

@@ -1,0 +1,65 @@
+"""Closures of an optimizer step: which classes use one, and one for several optimizers.
+
+A closure computes the loss and its gradients. An optimizer such as LBFGS calls it several times in
+a step; most classes ignore it.
+"""
+
+import dis
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch.optim import Optimizer
+
+from ravine.errors import UsageError
+
+
+def takes_closure(optimizer: Optimizer) -> bool:
+    """Whether `step` has a `closure` argument and uses it; many classes ignore theirs."""
+    return _class_takes_closure(type(optimizer))
+
+
+@functools.cache  # it takes 0.1 ms and runs in every training step
+def _class_takes_closure(cls: type[Optimizer]) -> bool:
+    step = inspect.unwrap(cls.step)
+    if "closure" not in inspect.signature(cls.step).parameters:
+        return False
+    code = getattr(step, "__code__", None)
+    if code is None or "closure" not in (*code.co_varnames, *code.co_cellvars):
+        return True  # compiled or renamed: the bytecode does not show the use
+    loaded = (i.argval for i in dis.get_instructions(code) if i.opname.startswith("LOAD"))
+    # an instruction loads one local variable, or two since Python 3.13
+    return any("closure" in (name if isinstance(name, tuple) else (name,)) for name in loaded)
+
+
+class LossOnlyClosure:
+    """A closure for one of several members; it returns the loss computed before the step.
+
+    The gradients are those at the weights before the step. A member that evaluates the loss twice
+    or at other weights would compute a wrong step, so the closure raises UsageError.
+    """
+
+    def __init__(self, loss: Any, groups: list[dict[str, Any]]) -> None:
+        """Store the loss and the current gradients."""
+        self.loss = loss
+        self.gradients = [(p, p.grad) for group in groups for p in group["params"]]
+
+    def for_optimizer(self, member: Optimizer) -> Callable[[], Any]:
+        """Return the closure for one member."""
+        param_ids = {id(p) for group in member.param_groups for p in group["params"]}
+        seen = [(p, p._version, gradient) for p, gradient in self.gradients if id(p) in param_ids]
+        calls = [0]
+
+        def closure() -> Any:
+            calls[0] += 1
+            moved = any(p._version != v or p.grad is not g for p, v, g in seen)
+            if calls[0] > 1 or moved:
+                raise UsageError(
+                    f"{type(member).__name__} computes the loss several times a step, or at other "
+                    "weights, which is not possible with other optimizers beside it; leave them "
+                    "out, or take an optimizer such as AdamW"
+                )
+            return self.loss
+
+        return closure
