@@ -76,7 +76,7 @@ RUNS: dict[str, dict[str, Tensor]] = {
     "ravine from (3, 2): SignSGD": {
         "constant 0.1": path(ravine, (3.03, 2.03), sign, 200),
         "0.1 x 0.98^k": path(
-            ravine, (3.03, 2.03), sign, 200, LRSchedule("geometric", decay_factor=0.98)
+            ravine, (3.03, 2.03), sign, 200, LRSchedule("exponential", decay_factor=0.98)
         ),
     },
     "coupled ravine from (3, 1): Newton": {
@@ -95,8 +95,8 @@ SCHEDULES = {
     "wsd": LRSchedule("wsd", warmup=20, cooldown=0.3),
     "step": LRSchedule("step", period=60, decay_factor=0.5),
     "inverse_sqrt": LRSchedule("inverse_sqrt", warmup=20),
-    "geometric": LRSchedule("geometric", decay_factor=0.98),
-    "restarts": LRSchedule("restarts", period=50, warmup=20),
+    "exponential": LRSchedule("exponential", decay_factor=0.98),
+    "cosine_restarts": LRSchedule("cosine_restarts", period=50, warmup=20),
 }
 
 

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from ravine.errors import UsageError
 
 ScheduleKind = Literal[
-    "constant", "linear", "cosine", "wsd", "step", "inverse_sqrt", "geometric", "restarts"
+    "constant", "linear", "cosine", "wsd", "step", "inverse_sqrt", "exponential", "cosine_restarts"
 ]
 
 
@@ -33,8 +33,8 @@ class LRSchedule:
         warmup: the number of optimizer steps with a linearly rising rate.
         final_fraction: the lowest rate, as a fraction of the peak rate.
         cooldown: wsd only: the fraction of the run, at its end, with a linearly falling rate.
-        period: step and restarts only: optimizer steps between two drops, or in one cosine.
-        decay_factor: step and geometric only: the factor of one drop, or of one optimizer step.
+        period: step and cosine_restarts only: optimizer steps between two drops, or in one cosine.
+        decay_factor: step and exponential only: the factor of one drop, or of one optimizer step.
         warmup_from_zero: rise as k / warmup; the first step then has the rate 0.
     """
 
@@ -63,43 +63,58 @@ class LRSchedule:
 
     def validate(self, total_steps: float) -> None:
         """Raise UsageError if the schedule does not fit a run of `total_steps` optimizer steps."""
+        name = f"LRSchedule({self.kind!r})"
         if self.needs_total_steps and math.isinf(total_steps):
             raise UsageError(
-                f"schedule {self.kind!r} needs the length of the run, and this one has no end; "
-                "type --trainer.max_steps=1000, or in the config schedule: {kind: constant}"
+                f"{name} depends on the length of the run, and this run has no end",
+                hint="pass max_steps=1000 to Trainer, or use LRSchedule('constant')",
+                flag="--trainer.max_steps=1000, or in the config schedule: {kind: constant}",
             )
         if not 0 <= self.warmup < total_steps:
             fitting = 0 if math.isinf(total_steps) else int(total_steps // 10)
             longer = f"--trainer.max_steps={2 * self.warmup}, or " if self.warmup > 0 else ""
             raise UsageError(
-                f"schedule: warmup={self.warmup}, but the run has {total_steps:g} optimizer steps; "
-                f"allowed: 0 to {total_steps - 1:g}; type {longer}in the config "
-                f"schedule: {{warmup: {fitting}}}"
+                f"{name}: warmup={self.warmup} does not fit into the run, which has "
+                f"{total_steps:g} optimizer steps",
+                [f"0 to {total_steps - 1:g}"],
+                hint=f"use warmup={fitting}",
+                flag=f"{longer}in the config schedule: {{warmup: {fitting}}}",
             )
         if self.warmup_from_zero and not self.warmup:
             raise UsageError(
-                "schedule: warmup_from_zero is true, and warmup is 0; allowed: 1 step or more; in "
-                "the config schedule: {warmup: 100, warmup_from_zero: true}"
+                f"{name}: warmup_from_zero=True needs a warmup, and warmup is 0",
+                ["warmup of 1 step or more"],
+                hint="use warmup=100",
+                flag="in the config schedule: {warmup: 100, warmup_from_zero: true}",
             )
         fractions = {"final_fraction": self.final_fraction, "decay_factor": self.decay_factor}
-        for name, fraction in fractions.items():
+        for argument, fraction in fractions.items():
             if not 0 <= fraction <= 1:
                 raise UsageError(
-                    f"schedule: {name}={fraction}; allowed: 0 to 1, a share of the peak learning "
-                    f"rate; in the config schedule: {{{name}: 0.1}}"
+                    f"{name}: {argument}={fraction} is not a fraction of the peak learning rate",
+                    ["0 to 1"],
+                    hint=f"use {argument}=0.1",
+                    flag=f"in the config schedule: {{{argument}: 0.1}}",
                 )
         falling = self.warmup + self.cooldown * total_steps
         if self.kind == "wsd" and not (0 < self.cooldown <= 1 and falling <= total_steps):
+            longest = f"{1 - self.warmup / total_steps:.2f}"
             raise UsageError(
-                f"schedule 'wsd': warmup={self.warmup} and cooldown={self.cooldown} do not fit "
-                f"into {total_steps:g} optimizer steps; in the config schedule: {{cooldown: "
-                f"{1 - self.warmup / total_steps:.2f}}} or less"
+                f"{name}: warmup={self.warmup} and cooldown={self.cooldown} do not fit into "
+                f"{total_steps:g} optimizer steps",
+                [f"cooldown of {longest} or less"],
+                hint=f"use cooldown={longest}",
+                flag=f"in the config schedule: {{cooldown: {longest}}}",
             )
-        if self.kind in ("step", "restarts") and not 0 < self.period <= total_steps - self.warmup:
+        num_decay_steps = total_steps - self.warmup
+        if self.kind in ("step", "cosine_restarts") and not 0 < self.period <= num_decay_steps:
+            fitting = f"{max(1, num_decay_steps // 4):g}"
             raise UsageError(
-                f"schedule {self.kind!r}: period={self.period} never happens in the "
-                f"{total_steps - self.warmup:g} optimizer steps after the warm-up; in the config "
-                f"schedule: {{period: {max(1, (total_steps - self.warmup) // 4):g}}}"
+                f"{name}: period={self.period} does not occur in the {num_decay_steps:g} "
+                "optimizer steps after the warmup",
+                [f"1 to {num_decay_steps:g}"],
+                hint=f"use period={fitting}",
+                flag=f"in the config schedule: {{period: {fitting}}}",
             )
 
 
@@ -195,6 +210,6 @@ SCHEDULE_SHAPES: dict[str, Callable[[float, float, LRSchedule], float]] = {
     "wsd": _wsd,
     "step": _step,
     "inverse_sqrt": _inverse_sqrt,
-    "geometric": _exponential,
-    "restarts": _cosine_restarts,
+    "exponential": _exponential,
+    "cosine_restarts": _cosine_restarts,
 }

@@ -168,7 +168,7 @@ def test_a_learning_rate_set_in_the_last_group_holds_for_what_was_added_with_it(
 
 
 def test_a_schedule_multiplies_the_rate_of_an_added_group_from_where_it_is():
-    schedule = LRSchedule("geometric", decay_factor=0.5)
+    schedule = LRSchedule("exponential", decay_factor=0.5)
     _, module = fitted(OptimizerPlan(partial(SGD, lr=0.8), schedule=schedule), Unfreeze(lr=0.1))
     assert module.seen[1] == [0.4]
     assert module.seen[2:5] == [[0.2, 0.1], [0.1, 0.05], [0.05, 0.025]]
@@ -177,7 +177,7 @@ def test_a_schedule_multiplies_the_rate_of_an_added_group_from_where_it_is():
 
 
 def test_a_rate_that_a_callback_sets_in_an_added_group_stays_in_force_under_a_schedule():
-    schedule = LRSchedule("geometric", decay_factor=0.5)
+    schedule = LRSchedule("exponential", decay_factor=0.5)
     callback = BackboneFinetuning(1, lambda epoch: 10.0, backbone_initial_lr=0.01, verbose=False)
     _, module = fitted(OptimizerPlan(partial(SGD, lr=64.0), schedule=schedule), callback, epochs=3)
     assert [rates[1] for rates in module.seen[2:]] == pytest.approx([0.01, 0.005, 0.1, 0.05])

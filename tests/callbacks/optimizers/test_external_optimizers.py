@@ -655,7 +655,7 @@ def test_an_error_of_a_constructor_becomes_one_sentence(factory, words):
 
 
 def test_without_a_learning_rate_there_is_nothing_to_schedule():
-    plan = OptimizerPlan(NoRate, schedule=LRSchedule("geometric"))
+    plan = OptimizerPlan(NoRate, schedule=LRSchedule("exponential"))
     with pytest.raises(ValueError, match="keeps no number 'lr'"):
         fitted(plan)
 
@@ -669,7 +669,7 @@ def test_rules_that_share_a_tensor_for_lr_have_each_their_own():
     trainer, _ = fitted(OptimizerPlan(rules=rules), steps=2)
     rates = [float(group["lr"]) for group in trainer.optimizers[0].param_groups]
     assert rates == pytest.approx([2e-3, 3e-3])
-    schedule = LRSchedule("geometric", decay_factor=0.5)
+    schedule = LRSchedule("exponential", decay_factor=0.5)
     trainer, _ = fitted(OptimizerPlan(rules=rules, schedule=schedule), steps=2)
     rates = [float(group["lr"]) for group in trainer.optimizers[0].param_groups]
     assert rates == pytest.approx([5e-4, 7.5e-4])

@@ -1,11 +1,13 @@
 """Schedules: closed forms, one row a shape; and the runs that they do not fit."""
 
 import math
+import re
 from typing import get_args
 
 import pytest
 
 from ravine.callbacks.optimizers.lr_schedules import SCHEDULE_SHAPES, LRSchedule, ScheduleKind
+from ravine.errors import UsageError
 
 # shape, arguments, {step: factor} in a run of 100 optimizer steps
 CLOSED_FORMS = [
@@ -18,9 +20,9 @@ CLOSED_FORMS = [
     ("wsd", {"warmup": 10, "cooldown": 0.4}, {10: 1, 60: 1, 80: 0.5, 100: 0}),
     ("step", {"period": 30, "decay_factor": 0.1}, {29: 1, 30: 0.1, 60: 0.01, 99: 0.001}),
     ("inverse_sqrt", {"warmup": 16}, {15: 1, 16: 1, 64: 0.5}),
-    ("geometric", {"decay_factor": 0.98}, {0: 1, 1: 0.98, 10: 0.98**10}),
-    ("geometric", {"decay_factor": 0.5, "final_fraction": 0.125}, {3: 0.125, 50: 0.125}),
-    ("restarts", {"period": 20, "final_fraction": 0.5}, {0: 1, 10: 0.75, 20: 1, 30: 0.75}),
+    ("exponential", {"decay_factor": 0.98}, {0: 1, 1: 0.98, 10: 0.98**10}),
+    ("exponential", {"decay_factor": 0.5, "final_fraction": 0.125}, {3: 0.125, 50: 0.125}),
+    ("cosine_restarts", {"period": 20, "final_fraction": 0.5}, {0: 1, 10: 0.75, 20: 1, 30: 0.75}),
 ]
 
 
@@ -68,30 +70,53 @@ def test_a_cosine_from_zero_is_the_courses():
 
 
 @pytest.mark.parametrize(
-    ("schedule", "length", "message"),
+    ("schedule", "length", "message", "flag"),
     [
         (
             LRSchedule("cosine"),
             math.inf,
-            "type --trainer.max_steps=1000, or in the config schedule",
+            "this run has no end; pass max_steps=1000 to Trainer, or use",
+            "--trainer.max_steps=1000, or in the config schedule: {kind: constant}",
         ),
-        (LRSchedule("constant", warmup=100), 100, "0 to 99; type --trainer.max_steps=200, or in"),
-        (LRSchedule(warmup=-1), 100, "0 to 99; type in the config schedule: {warmup: 10}"),
-        (LRSchedule(warmup=-1), math.inf, "type in the config schedule: {warmup: 0}"),
-        (LRSchedule(warmup_from_zero=True), 100, "warmup is 0; allowed: 1 step or more"),
-        (LRSchedule("wsd", warmup=50, cooldown=0.6), 100, "{cooldown: 0.50} or less"),
-        (LRSchedule("step", period=200), 100, "period=200 never happens"),
-        (LRSchedule("restarts", period=0), 100, "period=0 never happens"),
+        (
+            LRSchedule("constant", warmup=100),
+            100,
+            "has 100 optimizer steps; allowed: 0 to 99; use warmup=10",
+            "--trainer.max_steps=200, or in the config schedule: {warmup: 10}",
+        ),
+        (LRSchedule(warmup=-1), 100, "allowed: 0 to 99; use warmup=10", "{warmup: 10}"),
+        (LRSchedule(warmup=-1), math.inf, "use warmup=0", "{warmup: 0}"),
+        (
+            LRSchedule(warmup_from_zero=True),
+            100,
+            "warmup is 0; allowed: warmup of 1 step or more; use warmup=100",
+            "{warmup: 100, warmup_from_zero: true}",
+        ),
+        (
+            LRSchedule("wsd", warmup=50, cooldown=0.6),
+            100,
+            "allowed: cooldown of 0.50 or less; use cooldown=0.50",
+            "{cooldown: 0.50}",
+        ),
+        (
+            LRSchedule("step", period=200),
+            100,
+            "period=200 does not occur in the 100 optimizer steps after the warmup; "
+            "allowed: 1 to 100; use period=25",
+            "{period: 25}",
+        ),
+        (LRSchedule("cosine_restarts", period=0), 100, "period=0 does not occur", "{period: 25}"),
     ],
 )
-def test_a_schedule_that_does_not_fit_the_run_is_refused(schedule, length, message):
-    with pytest.raises(ValueError, match=message):
+def test_a_schedule_that_does_not_fit_the_run_is_refused(schedule, length, message, flag):
+    with pytest.raises(UsageError, match=re.escape(message)) as error:
         schedule.validate(length)
+    assert error.value.flag.endswith(flag)
 
 
 @pytest.mark.parametrize(
     ("name", "share"), [("final_fraction", -3.0), ("final_fraction", 2.0), ("decay_factor", 1e30)]
 )
 def test_a_share_of_the_rate_is_between_none_and_all_of_it(name, share):
-    with pytest.raises(ValueError, match=rf"schedule: {name}=.*; allowed: 0 to 1"):
+    with pytest.raises(ValueError, match=rf"{name}=.* peak learning rate; allowed: 0 to 1; use"):
         LRSchedule("cosine", **{name: share}).validate(100)

@@ -482,7 +482,7 @@ def test_each_rule_has_its_optimizer_rate_and_decay_and_all_share_the_schedule()
         ParamRule("embedding", optimizer=partial(AdamW, lr=0.1), lr_scale=2.0),
         ParamRule(optimizer=partial(AdamW, lr=0.1, weight_decay=0.3), decay="matrices"),
     ]
-    plan = OptimizerPlan(rules=rules, schedule=LRSchedule("geometric", decay_factor=0.5))
+    plan = OptimizerPlan(rules=rules, schedule=LRSchedule("exponential", decay_factor=0.5))
     trainer, _ = trained(plan, steps=1, module=Everything())
     assert [type(member) for member in trainer.optimizers[0].optimizers] == [SGD, AdamW, AdamW]
     assert trainer.optimizers[0].labels == ["hidden_matrix", "embedding", "rest", "rest"]
