@@ -13,8 +13,8 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -31,6 +31,7 @@ from ravine.strategies.shards import (
     update_state_dict,
 )
 
+from ..base import OptimizerStepCallback, find_callbacks
 from ..checks.run_checks import add_run_checks
 from ..optimizers.composite import CompositeOptimizer
 from ..optimizers.schedule_free import has_train_eval_modes
@@ -44,7 +45,7 @@ def use_raw_weights(module: nn.Module, raw: dict[str, Tensor]) -> None:
             to_local(weight).copy_(shard_like(raw[name], weight))
 
 
-class EMA(Callback):
+class EMA(OptimizerStepCallback):
     """Keep an average (EMA) of the trainable weights, and use it for everything but training.
 
     Validation, samples, checkpoints and the model after `fit` have the average. Example:
@@ -76,11 +77,11 @@ class EMA(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a second average for the evaluation: another EMA, or that of an optimizer."""
         add_run_checks(trainer, pl_module, stage)
-        averages = [c for c in trainer.callbacks if isinstance(c, EMA)]  # pyright: ignore[reportAttributeAccessIssue]
+        averages = find_callbacks(trainer, EMA)
         if len(averages) > 1:
             decays = " and ".join(f"EMA(decay={ema.decay})" for ema in averages)
             raise UsageError(f"one average a run: there are {decays}; leave one of them out")
-        for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+        for callback in find_callbacks(trainer, L.Callback):
             list_schedule_free: Any = getattr(callback, "schedule_free_optimizers", None)
             if stage == "fit" and list_schedule_free is not None:
                 check_single_average(list_schedule_free())
@@ -95,6 +96,7 @@ class EMA(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Continue the average of a checkpoint, or start at the loaded and sharded weights."""
+        super().on_train_start(trainer, pl_module)
         self._load_average(pl_module)
         self._swap(pl_module, use_average=False)
         if not self.averaged or self.num_updates != trainer.global_step:
@@ -109,13 +111,11 @@ class EMA(Callback):
         if any(parameter.requires_grad for parameter in self._frozen_params):
             self._track_weights(pl_module)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
+    def on_optimizer_step_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any
     ) -> None:
-        """Update the average after an optimizer step, and not after other micro-batches."""
-        if trainer.global_step == self.num_updates:
-            return
-        self.num_updates = trainer.global_step
+        """Update the average."""
+        self.num_updates = self.step
         decay = (
             min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
             if self.warmup

@@ -34,6 +34,7 @@ from ravine.strategies.checkpoint.atomic_io import (
 from ravine.strategies.checkpoint.plain_values import to_plain
 from ravine.strategies.stock_callbacks import check_stock_callbacks
 
+from ..base import find_callbacks
 from ..checkpointing.batch_seeds import find_generators
 from ..hooks import restore_hook
 from ..stock_callbacks.finetuning import (
@@ -85,9 +86,9 @@ class RunChecks(Callback):
         if stage == "fit":
             postpone_freezing(trainer, pl_module)
             enable_searches(trainer)
-            for callback in _get_callbacks(trainer):
-                if isinstance(callback, SpikeDetection):  # its load_state_dict uses this name
-                    callback.running = callback.running_mean  # pyright: ignore[reportAttributeAccessIssue]
+            for callback in find_callbacks(trainer, SpikeDetection):
+                # its load_state_dict uses this name
+                callback.running = callback.running_mean  # pyright: ignore[reportAttributeAccessIssue]
             _check_hyperparameters(trainer, pl_module)
         elif stage == "predict":
             _check_predict_step(pl_module)
@@ -95,9 +96,9 @@ class RunChecks(Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Move after a GradientAccumulationScheduler, which must get the trainer unchanged."""
         schedulers = [
-            c for c in _get_callbacks(trainer) if c is find_accumulation_scheduler(trainer)
+            c for c in find_callbacks(trainer, Callback) if c is find_accumulation_scheduler(trainer)
         ]
-        remaining = [c for c in _get_callbacks(trainer) if c is not self and c not in schedulers]
+        remaining = [c for c in find_callbacks(trainer, Callback) if c is not self and c not in schedulers]
         trainer.callbacks = [*schedulers, self, *remaining]  # pyright: ignore[reportAttributeAccessIssue]
         unfreeze_params(pl_module, self._trainable_names)
 
@@ -153,7 +154,7 @@ class RunChecks(Callback):
         if not self._checks_pending:
             return
         self._checks_pending = False
-        owners = [*_get_callbacks(trainer), module, getattr(trainer, "datamodule", None)]
+        owners = [*find_callbacks(trainer, Callback), module, getattr(trainer, "datamodule", None)]
         checks = [check for owner in owners if (check := _find_check(owner)) is not None]
         if not checks:
             return
@@ -191,7 +192,7 @@ def _find_save_error(trainer: L.Trainer, module: L.LightningModule) -> Exception
     if not _saves_checkpoints(trainer):
         return None
     data = getattr(trainer, "datamodule", None)
-    owners = [owner for owner in (*_get_callbacks(trainer), module, data) if _is_user_object(owner)]
+    owners = [owner for owner in (*find_callbacks(trainer, Callback), module, data) if _is_user_object(owner)]
     restores = [snapshot_value(vars(owner), {}) for owner in owners if isinstance(owner, Callback)]
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     try:
@@ -257,10 +258,10 @@ def _saves_checkpoints(trainer: L.Trainer) -> bool:
 
 def add_run_checks(trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
     """Add a RunChecks to the trainer unless it has one; called in the `setup` of callbacks."""
-    if not any(isinstance(callback, RunChecks) for callback in _get_callbacks(trainer)):
+    if not find_callbacks(trainer, RunChecks):
         checks = RunChecks()
         # Lightning iterates over the old list in this hook, so `setup` is called here
-        trainer.callbacks = [checks, *_get_callbacks(trainer)]  # pyright: ignore[reportAttributeAccessIssue]
+        trainer.callbacks = [checks, *find_callbacks(trainer, Callback)]  # pyright: ignore[reportAttributeAccessIssue]
         checks.setup(trainer, module, stage)
 
 
@@ -327,10 +328,6 @@ def get_first_batch(loader: Any) -> Any:
             iterator._shutdown_workers()
         for restore in restores:
             restore()
-
-
-def _get_callbacks(trainer: L.Trainer) -> list[Callback]:
-    return trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _find_check(owner: Any) -> Any:

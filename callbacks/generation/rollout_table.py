@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ravine.errors import UsageError
 
+from ..base import OptimizerStepCallback
 from ..checks.run_checks import add_run_checks
 from ..monitoring.media_logging import get_run_dir
 from .predictions import sanitize
@@ -20,7 +21,7 @@ from .predictions import sanitize
 RolloutRow = dict[str, Any]
 
 
-class RolloutTable(L.Callback):
+class RolloutTable(OptimizerStepCallback):
     """Prints generated texts and rewards at the first step, at an interval, and at the end.
 
     Example: `Trainer(callbacks=[RolloutTable(every_n_steps=10, num_samples=3)])`. They are printed
@@ -39,7 +40,7 @@ class RolloutTable(L.Callback):
             if value < 1:
                 raise UsageError(f"RolloutTable: {name} is {value}; allowed: 1 or more; type 10")
         self.every_n_steps, self.num_samples = every_n_steps, num_samples
-        self.step, self.last_shown_step = 0, -1
+        self.last_shown_step = -1
         self.folder: Path | None = None
         self.rows: list[RolloutRow] = []  # of the last training step, not of a validation
 
@@ -54,7 +55,8 @@ class RolloutTable(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the run's folder, for which all ranks must call `get_run_dir`."""
-        self.step, self.folder = trainer.global_step, get_run_dir(trainer)
+        super().on_train_start(trainer, pl_module)
+        self.folder = get_run_dir(trainer)
 
     def on_train_batch_end(
         self,
@@ -64,10 +66,15 @@ class RolloutTable(L.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Print the samples of the step if a table is due."""
-        stepped, self.step = trainer.global_step != self.step, trainer.global_step
+        """Keep the samples of the micro-batch."""
         self.rows = pl_module.last_samples()[: self.num_samples]  # pyright: ignore[reportCallIssue]
-        if stepped and (self.step == 1 or self.step % self.every_n_steps == 0):
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_optimizer_step_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any
+    ) -> None:
+        """Print the samples if a table is due."""
+        if self.step == 1 or self.step % self.every_n_steps == 0:
             self._print_rollouts(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

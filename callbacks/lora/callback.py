@@ -20,6 +20,7 @@ from ravine.errors import RunError, UsageError
 from ravine.strategies.materialize import deferred_values, iter_value_blocks
 from ravine.strategies.shards import has_gradient
 
+from ..base import find_callbacks
 from ..transforms.base import Transform, frozen_names
 from ..transforms.layer_selection import (
     Patterns,
@@ -127,7 +128,7 @@ class LoRA(Transform):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Register the phase and find the file of the base weights."""
-        pretrained = [c for c in trainer.callbacks if isinstance(c, Pretrained)]  # pyright: ignore[reportAttributeAccessIssue]
+        pretrained = find_callbacks(trainer, Pretrained)
         self.base["file"] = pretrained[0].path if pretrained else None
         # frozen weights may be missing; `check_checkpoint` checks the rest
         pl_module.strict_loading = False

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ravine.errors import UsageError
 
+from ..base import OptimizerStepCallback
 from ..checks.run_checks import add_run_checks
 from .media_logging import get_run_dir
 from .progress import count_total_steps, get_log_interval
@@ -25,13 +26,12 @@ MAX_POINTS = 2000  # maximum of points in a curve; beyond that every second one 
 NUM_COLUMNS = 3  # panels in a row
 
 
-class RecordedCurves(L.Callback, ABC):
+class RecordedCurves(OptimizerStepCallback, ABC):
     """Curves of a run that are saved in checkpoints and plotted at the end of the run."""
 
     def __init__(self) -> None:
         """Start with empty curves."""
         self.curves: dict[str, Curve] = {}
-        self.step = 0
         self.run_dir: Path | None = None
 
     @abstractmethod
@@ -62,7 +62,8 @@ class RecordedCurves(L.Callback, ABC):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the run's folder, for which all ranks must call `get_run_dir`."""
-        self.step, self.run_dir = trainer.global_step, get_run_dir(trainer)
+        super().on_train_start(trainer, pl_module)
+        self.run_dir = get_run_dir(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw the curves on rank 0."""
@@ -141,8 +142,13 @@ class LossPlot(RecordedCurves):
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
             self.losses.append(loss.detach() if loss.requires_grad else loss)
-        before, self.step = self.step, trainer.global_step
-        if self.step == before or self.step % self.interval or not self.losses:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_optimizer_step_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any
+    ) -> None:
+        """Add the mean of the losses since the last point, if a point is due."""
+        if self.step % self.interval or not self.losses:
             return
         mean = torch.stack(self.losses).mean() * trainer.accumulate_grad_batches
         self.losses.clear()
@@ -190,18 +196,12 @@ class MetricPlot(RecordedCurves):
         super().on_train_start(trainer, pl_module)
         self.is_new_run, self.is_checked = not self.curves, False
 
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: STEP_OUTPUT,
-        batch: Any,
-        batch_idx: int,
+    def on_optimizer_step_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any
     ) -> None:
         """Keep the values on their device, which needs no synchronization."""
-        stepped, self.step = trainer.global_step != self.step, trainer.global_step
-        first = stepped and not self.is_checked
-        if not first and not (stepped and self.step % get_log_interval(trainer) == 0):
+        first = not self.is_checked
+        if not first and self.step % get_log_interval(trainer):
             return
         metrics = trainer.callback_metrics
         if first and self.metrics is not None:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from ravine.errors import UsageError
 from ravine.strategies.share import DataParallelInfo
 
+from ..base import OptimizerStepCallback
 from ..stock_callbacks.gradient_accumulation import (
     count_optimizer_steps,
     find_accumulation_scheduler,
@@ -59,7 +60,7 @@ def count_total_steps(trainer: L.Trainer) -> int | None:
     return min(ends, default=None)
 
 
-class ProgressBar(LightningProgressBar):
+class ProgressBar(OptimizerStepCallback, LightningProgressBar):
     """Shows the progress of a run; values are read every `refresh_rate` optimizer steps.
 
     Example: `Trainer(callbacks=[ProgressBar(refresh_rate=50)])`.
@@ -77,7 +78,6 @@ class ProgressBar(LightningProgressBar):
         self.bar: Progress | None = None
         self.task_id = TaskID(0)
         self.total_steps: int | None = None
-        self.step = 0  # optimizer steps of the run so far
         self.last_reading = (0, 0.0)  # step and time of the last reading
 
     def disable(self) -> None:
@@ -102,22 +102,16 @@ class ProgressBar(LightningProgressBar):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the timer and the bar."""
-        self.step = trainer.global_step
+        super().on_train_start(trainer, pl_module)
         self.start_reading = self.last_reading = (self.step, time.perf_counter())
         self._start_bar("training", count_total_steps(trainer))
 
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: STEP_OUTPUT,
-        batch: Any,
-        batch_idx: int,
+    def on_optimizer_step_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any
     ) -> None:
         """Read the loss and show it, at the interval of the bar or of the log lines."""
-        if not self.enabled or trainer.global_step == self.step:
+        if not self.enabled:
             return
-        self.step = trainer.global_step
         if self.bar is None:
             if self.step == self.total_steps or self.step % get_log_interval(trainer) == 0:
                 self.print(

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from ravine.strategies.share import DataParallelInfo
 
+from ..base import OptimizerStepCallback
 from .memory import peak_memory_bytes
 from .progress import count_units, get_log_interval
 
@@ -75,7 +76,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class Throughput(L.Callback):
+class Throughput(OptimizerStepCallback):
     """Logs units per second, MFU, peak memory and the fraction of time waiting for data.
 
     Example: `Trainer(callbacks=[Throughput()])`. The module names its unit in `unit` and counts the
@@ -87,7 +88,6 @@ class Throughput(L.Callback):
         """Start without measurements."""
         self.peak_flops: tuple[float, str] | None = None
         self.windows: list[dict[str, float]] = []  # the logged rows
-        self.step = 0  # optimizer steps so far
         self._start_window(0.0)
 
     def _start_window(self, now: float) -> None:
@@ -103,7 +103,7 @@ class Throughput(L.Callback):
             flops, source = self.peak_flops
             pl_module.print(f"peak for MFU: {flops / 1e12:.3g} TFLOP/s ({source})")
         synchronize(device)
-        self.step = trainer.global_step
+        super().on_train_start(trainer, pl_module)
         self._start_window(time.perf_counter())
 
     def on_train_batch_start(
@@ -121,12 +121,17 @@ class Throughput(L.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Count the units of the batch, and log at the end of a window."""
+        """Count the units of the batch."""
         self.num_units += count_units(pl_module, batch)
-        stepped, self.step = trainer.global_step != self.step, trainer.global_step
-        if stepped and self.step % get_log_interval(trainer) == 0:
-            self._log_window(trainer, pl_module)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self.step_end = time.perf_counter()
+
+    def on_optimizer_step_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any
+    ) -> None:
+        """Log at the end of a window."""
+        if self.step % get_log_interval(trainer) == 0:
+            self._log_window(trainer, pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Pause the timer."""

@@ -14,13 +14,14 @@ from lightning.pytorch.utilities import rank_zero_only
 from ravine.errors import UsageError
 from ravine.lightning_compat import sets_learning_rate
 
+from ..base import find_callbacks
 from .composite import CompositeOptimizer
 
 
 def find_lr_finders(trainer: Any) -> list[LearningRateFinder]:
     """Return the trainer's finders that set the learning rate instead of only suggesting it."""
-    callbacks = [c for c in trainer.callbacks if isinstance(c, LearningRateFinder)]
-    return [finder for finder in callbacks if sets_learning_rate(finder)]
+    finders = find_callbacks(trainer, LearningRateFinder)
+    return [finder for finder in finders if sets_learning_rate(finder)]
 
 
 def get_suggested_lr(trainer: Any) -> float | None:

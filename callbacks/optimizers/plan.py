@@ -23,6 +23,7 @@ from ravine.errors import UsageError
 from ravine.lightning_compat import attached_trainer, stops_after_search
 from ravine.strategies.shards import full_module
 
+from ..base import find_callbacks
 from ..checks.run_checks import add_run_checks
 from ..hooks import override_hook, restore_hook
 from ..stock_callbacks.gradient_accumulation import count_optimizer_steps
@@ -471,4 +472,4 @@ def _check_eps(optimizer: Optimizer) -> None:
 
 def attached_plans(trainer: L.Trainer) -> list[OptimizerPlan]:
     """Return the plans of the trainer; only the last one is used."""
-    return [c for c in trainer.callbacks if isinstance(c, OptimizerPlan)]  # pyright: ignore[reportAttributeAccessIssue]
+    return find_callbacks(trainer, OptimizerPlan)

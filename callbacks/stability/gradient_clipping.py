@@ -31,6 +31,7 @@ from ravine.errors import UsageError
 from ravine.lightning_compat import should_update_logs
 from ravine.strategies.shards import to_local
 
+from ..base import find_callbacks
 from ..checks.run_checks import add_run_checks
 from ..hooks import override_hook, restore_hook
 from .nan_guard import NonFiniteError, SkippedSteps
@@ -189,7 +190,7 @@ class GradientClipping(Callback):
         add_run_checks(trainer, pl_module, stage)
         if stage != "fit":
             return
-        clippings = [c for c in trainer.callbacks if isinstance(c, GradientClipping)]  # pyright: ignore[reportAttributeAccessIssue]
+        clippings = find_callbacks(trainer, GradientClipping)
         if self is not clippings[-1]:
             if trainer.is_global_zero:
                 line = f"{self} is not used: {clippings[-1]} stands after it"

@@ -7,6 +7,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from ravine.errors import UsageError
 
+from ..base import OptimizerStepCallback
 from ..checks.run_checks import add_run_checks
 from ..monitoring.progress import get_log_interval
 
@@ -15,7 +16,7 @@ DEFAULT_MIN_VALUES = {"train/frac_unique_texts": 0.5}
 DEFAULT_MIN_FRACTIONS = {"train/jaccard_distance_mean": 0.5, "train/frac_in_vocab": 0.25}
 
 
-class MetricAlert(L.Callback):
+class MetricAlert(OptimizerStepCallback):
     """Prints a line when a logged metric falls below a bound, and another when it has recovered.
 
     Example: `Trainer(callbacks=[MetricAlert(min_fraction_of_first={"train/frac_in_vocab":
@@ -44,7 +45,6 @@ class MetricAlert(L.Callback):
         self.first_values: dict[str, float] = {}
         self.events: list[dict[str, Any]] = []  # step, metric, value, bound
         self.active: list[str] = []
-        self.step = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Add RunChecks, which looks for the metrics before the first step."""
@@ -76,22 +76,11 @@ class MetricAlert(L.Callback):
         )
         self.active = list(state_dict["active"])
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Store the optimizer step at which the run starts."""
-        self.step = trainer.global_step
-
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: STEP_OUTPUT,
-        batch: Any,
-        batch_idx: int,
+    def on_optimizer_step_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any
     ) -> None:
         """Check the metrics after the first step, and every log interval."""
-        stepped, self.step = trainer.global_step != self.step, trainer.global_step
-        is_first = not self.first_values
-        if not stepped or not (is_first or self.step % get_log_interval(trainer) == 0):
+        if self.first_values and self.step % get_log_interval(trainer):
             return
         metrics = trainer.callback_metrics
         watched = {*self.min_value, *self.min_fraction_of_first}

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from ravine.lightning_compat import replace_method, restore_method
 
+from ..base import find_callbacks
 from ..transforms.base import register_transform, unregister_transform
 
 TRAINABLE_KEY = "trainable_parameters"
@@ -21,7 +22,7 @@ TRAINABLE_KEY = "trainable_parameters"
 
 def find_finetuning_callbacks(trainer: Any) -> list[BaseFinetuning]:
     """Return the trainer's callbacks that unfreeze layers."""
-    return [callback for callback in trainer.callbacks if isinstance(callback, BaseFinetuning)]
+    return find_callbacks(trainer, BaseFinetuning)
 
 
 def postpone_freezing(trainer: L.Trainer, module: L.LightningModule) -> None:

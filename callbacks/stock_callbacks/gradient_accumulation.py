@@ -15,11 +15,12 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from ravine.lightning_compat import combined_loader, combined_mode, data_fetcher
 
+from ..base import find_callbacks
+
 
 def find_accumulation_scheduler(trainer: L.Trainer) -> GradientAccumulationScheduler | None:
     """Return the trainer's GradientAccumulationScheduler, if it has one."""
-    callbacks: Any = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
-    return next((c for c in callbacks if isinstance(c, GradientAccumulationScheduler)), None)
+    return next(iter(find_callbacks(trainer, GradientAccumulationScheduler)), None)
 
 
 def check_accumulation_factors(trainer: L.Trainer) -> None:

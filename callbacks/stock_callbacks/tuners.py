@@ -14,34 +14,34 @@ from lightning.pytorch.utilities.parsing import lightning_setattr
 
 from ravine.lightning_compat import batch_size_attribute, replace_method, restore_method
 
+from ..base import find_callbacks
+
 BATCH_SIZE_KEY = "found_batch_size"
 SEARCH_METHODS = {LearningRateFinder: "lr_find", BatchSizeFinder: "scale_batch_size"}
 
 
 def enable_searches(trainer: Any) -> None:
     """Restore the search methods of all callbacks."""
-    for callback in trainer.callbacks:
-        for callback_type, method in SEARCH_METHODS.items():
-            if isinstance(callback, callback_type):
-                restore_method(callback, method)
+    for callback_type, method in SEARCH_METHODS.items():
+        for callback in find_callbacks(trainer, callback_type):
+            restore_method(callback, method)
 
 
 def disable_searches(trainer: Any) -> None:
     """Disable the searches of all callbacks in a resumed run."""
-    for callback in trainer.callbacks:
-        for callback_type, method in SEARCH_METHODS.items():
-            if isinstance(callback, callback_type):
-                replace_method(callback, method, lambda *args: None)
-                rank_zero_only(print)(
-                    f"{type(callback).__name__} does not search: the resumed run keeps the values "
-                    "of its checkpoint"
-                )
+    for callback_type, method in SEARCH_METHODS.items():
+        for callback in find_callbacks(trainer, callback_type):
+            replace_method(callback, method, lambda *args: None)
+            rank_zero_only(print)(
+                f"{type(callback).__name__} does not search: the resumed run keeps the values "
+                "of its checkpoint"
+            )
 
 
 def save_batch_size(trainer: Any, checkpoint: dict[str, Any]) -> None:
     """Save the batch size that a search found, under the name of its attribute."""
-    for callback in trainer.callbacks:
-        if isinstance(callback, BatchSizeFinder) and callback.optimal_batch_size is not None:
+    for callback in find_callbacks(trainer, BatchSizeFinder):
+        if callback.optimal_batch_size is not None:
             checkpoint[BATCH_SIZE_KEY] = {
                 batch_size_attribute(callback): callback.optimal_batch_size
             }
@@ -49,8 +49,7 @@ def save_batch_size(trainer: Any, checkpoint: dict[str, Any]) -> None:
 
 def restore_batch_size(trainer: Any, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
     """Set the saved batch size on a module whose trainer has a BatchSizeFinder."""
-    for callback in trainer.callbacks:
-        if isinstance(callback, BatchSizeFinder):
-            for name, value in checkpoint.get(BATCH_SIZE_KEY, {}).items():
-                lightning_setattr(module, name, value)
-                callback.optimal_batch_size = value
+    for callback in find_callbacks(trainer, BatchSizeFinder):
+        for name, value in checkpoint.get(BATCH_SIZE_KEY, {}).items():
+            lightning_setattr(module, name, value)
+            callback.optimal_batch_size = value
