@@ -39,6 +39,7 @@ from ravine.lightning_compat import (
     start_method,
     without_profiling,
 )
+from ravine.strategies.bfloat16 import has_fast_bfloat16
 from ravine.strategies.checkpoint.atomic_io import AtomicCheckpointIO
 from ravine.strategies.gradient_readers import (
     can_free_gradients_early,
@@ -399,12 +400,12 @@ def default_precision(accelerator: Any) -> str:
     """Return bf16-mixed if the device has instructions for it, else 32-true, which is faster."""
     on_cpu = accelerator == "cpu" or isinstance(accelerator, CPUAccelerator)
     if torch.cuda.is_available() and not on_cpu:
-        is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        device_type = "cuda"
     elif torch.backends.mps.is_available() and not on_cpu:
-        is_fast = False
+        device_type = "mps"
     else:
-        is_fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16-mixed" if is_fast else "32-true"
+        device_type = "cpu"
+    return "bf16-mixed" if has_fast_bfloat16(device_type) else "32-true"
 
 
 def check_logger_installed(logger: Logger | LoggerName) -> None:

@@ -7,7 +7,7 @@ merge(net)                                       # plain layers with W + s B A
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
@@ -284,18 +284,13 @@ def lora_layers(module: nn.Module) -> dict[str, Adapter]:
 def lora_disabled(module: nn.Module) -> Iterator[None]:
     """Disable all adapters inside the context: the module computes the base model.
 
-    Parameters of `train_also` keep their trained values. Code that must not import callbacks sets
-    `lora_enabled` on the layers that have it.
+    Parameters of `train_also` keep their trained values. Code that must not import callbacks calls
+    `lora_disabled()` of the layers that have it.
     """
-    layers = list(lora_layers(module).values())
-    before = [layer.lora_enabled for layer in layers]
-    for layer in layers:
-        layer.lora_enabled = False
-    try:
+    with ExitStack() as stack:
+        for layer in lora_layers(module).values():
+            stack.enter_context(layer.lora_disabled())
         yield
-    finally:
-        for layer, enabled in zip(layers, before, strict=True):
-            layer.lora_enabled = enabled
 
 
 @torch.no_grad()

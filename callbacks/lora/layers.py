@@ -19,6 +19,8 @@ Axes: o outputs, r rank, p blocks (`num_blocks`).
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -33,7 +35,7 @@ from ..transforms.layer_mixins import LayerMixin, add_mixin, matmul_dtype
 
 
 class Adapter(LayerMixin):
-    """Base of adapted layers; `lora_enabled = False` disables the adapter of one layer."""
+    """Base of adapted layers; `lora_disabled()` disables the adapter of one layer."""
 
     class_prefix = "LoRA"
     keep_dtype = ("lora_a", "lora_b")
@@ -53,6 +55,15 @@ class Adapter(LayerMixin):
     def lora_shapes(self, rank: int, num_blocks: int) -> list[tuple[int, ...]]:
         """Return the shapes of the tensors in `lora_param_names`."""
         raise NotImplementedError
+
+    @contextmanager
+    def lora_disabled(self) -> Iterator[None]:
+        """Disable the adapter inside the context: the layer computes its base layer."""
+        previous, self.lora_enabled = self.lora_enabled, False
+        try:
+            yield
+        finally:
+            self.lora_enabled = previous
 
     def lora_delta_weights(self) -> dict[str, Tensor]:
         """Return s B A in float64 by weight name, in the shape of that weight."""

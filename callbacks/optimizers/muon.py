@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from ravine.errors import UsageError
+from ravine.strategies.bfloat16 import has_fast_bfloat16
 from ravine.strategies.shards import to_local
 
 from .distributed_matrix_op import apply_to_full_matrices
@@ -232,10 +233,8 @@ def resolve_iteration_dtype(name: IterationDtype, device: torch.device) -> torch
     """Return the dtype of the iteration; `auto` avoids bfloat16 on CPUs that emulate it slowly."""
     if name != "auto":
         return getattr(torch, name)
-    if device.type == "cpu":
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if fast else torch.float32
-    return torch.bfloat16
+    is_emulated = device.type == "cpu" and not has_fast_bfloat16("cpu")
+    return torch.float32 if is_emulated else torch.bfloat16
 
 
 class Muon(OptimizerPlan):

@@ -12,7 +12,7 @@ Axes: g prompts, b samples, t positions, n new tokens, v vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -156,9 +156,9 @@ def logprob_gap(logprobs: Tensor, rollout: Rollout) -> Tensor:
 def disable_adapters(net: nn.Module) -> Iterator[None]:
     """Disable the low-rank adapters of a net: it then computes what the base model computes.
 
-    An adapter is a module with a flag `lora_enabled`, as the LoRA callback creates them.
+    An adapter is a module with a method `lora_disabled`, as the LoRA callback creates them.
     """
-    adapters: list[Any] = [m for m in net.modules() if hasattr(m, "lora_enabled")]
+    adapters: list[Any] = [m for m in net.modules() if hasattr(m, "lora_disabled")]
     if not adapters:
         raise UsageError(
             "reference: lora asks the net with its adapters switched off, and it has none; add "
@@ -172,11 +172,7 @@ def disable_adapters(net: nn.Module) -> Iterator[None]:
             "so that it would not stay what it was; type --model.reference=frozen_copy, or leave "
             "train_also out"
         )
-    previous = [adapter.lora_enabled for adapter in adapters]
-    for adapter in adapters:
-        adapter.lora_enabled = False
-    try:
+    with ExitStack() as stack:
+        for adapter in adapters:
+            stack.enter_context(adapter.lora_disabled())
         yield
-    finally:
-        for adapter, flag in zip(adapters, previous, strict=True):
-            adapter.lora_enabled = flag

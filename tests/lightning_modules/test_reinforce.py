@@ -14,6 +14,7 @@ import torch
 from ranks import furthest, whole
 
 from ravine.callbacks import ExactResume, GradientClipping, LoRA
+from ravine.callbacks.lora import inject_lora, lora_layers
 from ravine.cli import loading
 from ravine.datamodules import PromptDataModule, TextDataModule
 from ravine.datamodules.text import python_docs_text
@@ -768,11 +769,12 @@ def test_a_reference_that_would_learn_is_refused(base) -> None:
 
 
 def test_adapters_are_switched_on_again_whatever_happens() -> None:
-    net = torch.nn.Linear(1, 1)
-    net.requires_grad_(False).lora_enabled = True  # type: ignore[assignment]
-    with pytest.raises(KeyError, match="False"), disable_adapters(net):
-        raise KeyError(net.lora_enabled)
-    assert net.lora_enabled
+    net = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))
+    inject_lora(net, ["0", "1"], rank=1)
+    layers = lora_layers(net).values()
+    with pytest.raises(KeyError, match=r"\[False, False\]"), disable_adapters(net):
+        raise KeyError([layer.lora_enabled for layer in layers])
+    assert all(layer.lora_enabled for layer in layers)
 
 
 def test_rewards_of_prompts_in_a_file_compare_with_the_corpus_beside_it(base, tmp_path) -> None:
