@@ -53,9 +53,9 @@ def override_hook(
     current_owner = hook_owner(trainer, module, name)
     if current_owner is not None and current_owner is not owner:
         raise UsageError(
-            f"{type(current_owner).__name__} and {type(owner).__name__} both decide {name}: keep "
-            "one of"
-            " the two in trainer.callbacks"
+            f"{type(current_owner).__name__} and {type(owner).__name__} both override {name}",
+            ["one callback that overrides it"],
+            hint=f"remove {type(owner).__name__}() from Trainer(callbacks=...)",
         )
     if name in _get_overrides(module):
         _reset_hook(module, name)

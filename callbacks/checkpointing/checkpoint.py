@@ -103,11 +103,13 @@ class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         if self.monitor not in trainer.callback_metrics and self.monitor != DEFAULT_MONITOR:
-            names = sorted(trainer.callback_metrics)
-            nearest = sort_by_similarity(str(self.monitor), names)[:3]
+            logged = sort_by_similarity(str(self.monitor), trainer.callback_metrics)[:3]
             raise UsageError(
-                f"Checkpoint: no metric {self.monitor!r} was logged by the end of the validation; "
-                f"there are {', '.join(nearest) or 'none'}; set monitor to one of them"
+                f"Checkpoint: monitor={self.monitor!r} is not logged by the end of the validation",
+                logged or ["none"],
+                hint=f"use monitor={logged[0]!r}" if logged else f"log {self.monitor!r}",
+                flag=f"--trainer.callbacks.monitor={logged[0]}" if logged else "",
+                label="logged",
             )
         if should_accumulate(trainer):
             self._save_deferred = True
@@ -123,9 +125,11 @@ class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
         """Save the last step; raise NonFiniteError if a weight is not finite."""
         if not self._is_saved(trainer) and not self._save_and_prune(trainer, has_metric=False):
             raise NonFiniteError(
-                f"the weights went to infinity by step {trainer.global_step}, the end of the run; "
-                f"newest whole checkpoint: {self.last_model_path or 'none'}; lower the learning "
-                "rate, or see where it begins: --trainer.callbacks+=NaNGuard"
+                f"a weight is not finite at step {trainer.global_step}, the end of the run; "
+                f"newest checkpoint with finite weights: {self.last_model_path or 'none'}",
+                hint="use a lower learning rate, or add NaNGuard() to Trainer(callbacks=...) to "
+                "find the first tensor",
+                flag="--trainer.callbacks+=NaNGuard",
             )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

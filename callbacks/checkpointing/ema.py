@@ -62,7 +62,12 @@ class EMA(OptimizerStepCallback):
     def __init__(self, decay: float = 0.999, warmup: bool = True) -> None:
         """Set the decay; the average spans about 1 / (1 - decay) optimizer steps."""
         if not 0 <= decay < 1:
-            raise UsageError(f"EMA: decay={decay} is outside [0, 1); set e.g. 0.999")
+            raise UsageError(
+                f"EMA: decay={decay} is outside [0, 1)",
+                ["0 or more, below 1"],
+                hint="use decay=0.999",
+                flag="--trainer.callbacks.decay=0.999",
+            )
         self.decay = decay
         self.warmup = warmup
         self.num_updates = 0
@@ -80,7 +85,10 @@ class EMA(OptimizerStepCallback):
         averages = find_callbacks(trainer, EMA)
         if len(averages) > 1:
             decays = " and ".join(f"EMA(decay={ema.decay})" for ema in averages)
-            raise UsageError(f"one average a run: there are {decays}; leave one of them out")
+            raise UsageError(
+                f"EMA: a run can have one average of the weights, and there are {decays}",
+                hint="remove one EMA() from Trainer(callbacks=...)",
+            )
         for callback in find_callbacks(trainer, L.Callback):
             list_schedule_free: Any = getattr(callback, "schedule_free_optimizers", None)
             if stage == "fit" and list_schedule_free is not None:
@@ -134,7 +142,7 @@ class EMA(OptimizerStepCallback):
         if self.averaged:
             self._swap(pl_module, use_average=True)
         elif not trainer.sanity_checking:
-            rank_zero_warn("EMA has averaged nothing yet: the raw weights are evaluated")
+            rank_zero_warn("EMA has no average yet: the raw weights are evaluated")
 
     on_test_start = on_predict_start = on_validation_start
 
@@ -171,8 +179,10 @@ class EMA(OptimizerStepCallback):
         if (saved := checkpoint.get("ema")) is not None:
             if problem := _find_average_problem(saved):
                 raise CheckpointError(
-                    f"the average in the checkpoint cannot be used: {problem}; choose another "
-                    "checkpoint: --ckpt_path FILE, or use its weights alone: Pretrained(path)"
+                    f"EMA: the average in the checkpoint cannot be used: {problem}",
+                    hint="pass another ckpt_path, or load only its weights with Pretrained(path)",
+                    flag="--ckpt_path=FILE, or --trainer.callbacks+=Pretrained "
+                    "--trainer.callbacks.path=FILE",
                 )
             self.num_updates, self._saved_raw, self.using_average = (
                 saved["num_updates"],
@@ -187,15 +197,17 @@ class EMA(OptimizerStepCallback):
         for name, weight in named_tracked(module, self._saved_raw):
             if name not in self._saved_raw:
                 raise UsageError(
-                    f"EMA: the checkpoint does not know {name}; it was written with other "
-                    "trainable parameters; resume it with the callbacks that it was trained with"
+                    f"EMA: the checkpoint has no average of {name}, because it was written with "
+                    "other trainable parameters",
+                    hint="use the callbacks of the run that wrote the checkpoint",
                 )
             raw = self._saved_raw[name]
             if raw.shape != weight.shape or dtype_kind_mismatches({name: weight}, {name: raw}):
                 raise CheckpointError(
-                    f"EMA: the raw weight {name} of the checkpoint is {raw.dtype} of shape "
-                    f"{list(raw.shape)}, and here {weight.dtype} of {list(weight.shape)}; choose "
-                    "another checkpoint: --ckpt_path FILE"
+                    f"EMA: the raw weight {name} is {raw.dtype} of shape {list(raw.shape)} in the "
+                    f"checkpoint, and {weight.dtype} of shape {list(weight.shape)} in this model",
+                    hint="pass another ckpt_path",
+                    flag="--ckpt_path=FILE",
                 )
             self.averaged[name] = weight.detach().clone()
             to_local(self.averaged[name]).copy_(shard_like(self._saved_raw[name], weight))
@@ -229,14 +241,14 @@ def _find_average_problem(saved: Any) -> str:
     if type(saved.get("num_updates")) is not int:
         return f"its number of updates is {saved.get('num_updates')!r}"
     non_tensors = [name for name, value in saved["raw"].items() if not isinstance(value, Tensor)]
-    return f"{non_tensors[0]} is no tensor" if non_tensors else ""
+    return f"{non_tensors[0]} is not a tensor" if non_tensors else ""
 
 
 def check_single_average(names: list[str]) -> None:
     """Raise UsageError if an optimizer keeps separate weights for evaluation."""
     if names:
         raise UsageError(
-            f"EMA and {names[0]} would both decide which weights are evaluated: {names[0]} keeps "
-            "an average of its own; allowed: one of the two; take EMA out of trainer.callbacks, or "
-            "choose an optimizer such as AdamW"
+            f"EMA: the optimizer {names[0]} keeps its own average of the weights for evaluation",
+            ["one average: of EMA or of the optimizer"],
+            hint="remove EMA() from Trainer(callbacks=...), or use an optimizer such as AdamW",
         )

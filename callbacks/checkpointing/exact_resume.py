@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
 from ravine.checkpoint_format import check_format, record_format
-from ravine.errors import UsageError
+from ravine.errors import UsageError, sort_by_similarity
 from ravine.lightning_compat import (
     after_resuming_at_epoch_end,
     after_resuming_within_epoch,
@@ -83,6 +83,10 @@ from .run_comparison import (
 # First key of `hash_seed`, by the use of the seed; -4 and below are not used.
 VALIDATION_STREAM, FETCH_STREAM, STEP_STREAM = -1, -2, -3
 ACCEPTABLE_DIFFERENCES = ("EMA", "data", "optimizer")
+OTHER_FILE_HINT = "pass another ckpt_path, or load only its weights with Pretrained(path)"
+OTHER_FILE_FLAG = (
+    "--ckpt_path=FILE, or --trainer.callbacks+=Pretrained --trainer.callbacks.path=FILE"
+)
 ResumePoint = Literal["start", "epoch end", "step end", "before validation", "after validation"]
 
 
@@ -112,10 +116,12 @@ class ExactResume(Callback):
         """Set the permitted differences; the seed is that of `seed_everything`."""
         self.accept = [accept] if isinstance(accept, str) else list(accept or ())
         if unknown := [key for key in self.accept if key not in ACCEPTABLE_DIFFERENCES]:
+            name = sort_by_similarity(str(unknown[0]), ACCEPTABLE_DIFFERENCES)[0]
             raise UsageError(
-                f"ExactResume: accept={unknown[0]!r}; allowed: "
-                f"{', '.join(ACCEPTABLE_DIFFERENCES)}; "
-                f"type --trainer.callbacks.accept=[{ACCEPTABLE_DIFFERENCES[0]}]"
+                f"ExactResume: accept={unknown[0]!r} is not a difference that can be accepted",
+                ACCEPTABLE_DIFFERENCES,
+                hint=f"use accept=[{name!r}]",
+                flag=f"--trainer.callbacks.accept=[{name}]",
             )
         self._saved_run: dict[str, Any] = {}  # the run's properties in the checkpoint
         # of a checkpoint with EMA that is resumed without EMA
@@ -217,8 +223,8 @@ class ExactResume(Callback):
         if should_accumulate(trainer):
             rank_zero_warn(
                 f"the checkpoint at step {trainer.global_step} is written between two micro-batches"
-                " of one optimizer step and lacks their gradients: going on from it is not exact;"
-                " make val_check_interval a multiple of accumulate_grad_batches"
+                " of one optimizer step and lacks their gradients, so a resume from it is not exact;"
+                " use a val_check_interval that is a multiple of accumulate_grad_batches"
             )
         states = checkpoint.get("optimizer_states", [])
         numbered = getattr(
@@ -274,8 +280,9 @@ class ExactResume(Callback):
         saved_run = checkpoint.get("exact_resume", {})
         if problem := find_malformed_resume_record(saved_run):
             raise CheckpointError(
-                f"no training can go on from this checkpoint: {problem}; choose another one:"
-                " --ckpt_path FILE, or use its weights alone: Pretrained(path)"
+                f"training cannot resume from this checkpoint: {problem}",
+                hint=OTHER_FILE_HINT,
+                flag=OTHER_FILE_FLAG,
             )
         problem = dtype_kind_mismatches(module.state_dict(), checkpoint.get("state_dict", {}))
         if states is not None and not problem:  # sharded files are checked on reading
@@ -290,19 +297,21 @@ class ExactResume(Callback):
             problem = f"{non_finite_name or 'a tensor of another rank'} is not finite"
         if problem:
             raise CheckpointError(
-                f"no training can go on from this checkpoint: {problem}; choose an earlier one:"
-                " --ckpt_path FILE, or begin anew without --ckpt_path"
+                f"training cannot resume from this checkpoint: {problem}",
+                hint="pass an earlier file as ckpt_path, or start a new run without ckpt_path",
+                flag="--ckpt_path=FILE of an earlier step, or no --ckpt_path",
             )
         try:
             counts = deepcopy(checkpoint["loops"]["fit_loop"])
             normalize_progress(counts)
             if not isinstance(counts.get("state_dict", {}).get("combined_loader", []), list):
-                raise TypeError("the places of the loaders are no list")
+                raise TypeError("the states of the loaders are not a list")
         except (LookupError, TypeError, AttributeError) as error:
             raise CheckpointError(
-                "no training can go on from this checkpoint: its loops, which count epochs and"
-                f" batches, are incomplete ({type(error).__name__}: {error}); choose another one:"
-                " --ckpt_path FILE, or use its weights alone: Pretrained(path)"
+                "training cannot resume from this checkpoint: its counts of epochs and batches are "
+                f"incomplete ({type(error).__name__}: {error})",
+                hint=OTHER_FILE_HINT,
+                flag=OTHER_FILE_FLAG,
             ) from error
 
     def _compare_optimizers(self, trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
@@ -366,9 +375,8 @@ class ExactResume(Callback):
         for train_loader in train_loaders:
             if isinstance(train_loader, Iterator) and not isinstance(train_loader, Stateful):
                 print_rank_zero(
-                    f"the training data are an iterator ({type(train_loader).__name__}): a "
-                    "resumed run "
-                    "takes whatever it yields next, and is not exact; hand over an iterable"
+                    f"the training data are an iterator ({type(train_loader).__name__}), which "
+                    "cannot be rewound, so a resume is not exact; use an iterable such as a list"
                 )
         if not any(keeps_position):
             can_skip_all = is_prefetching(fetcher) and fetcher.length is not None
@@ -397,7 +405,7 @@ class ExactResume(Callback):
         fetcher = data_fetcher(trainer)
         assert fetcher is not None
         print_rank_zero(
-            f"the data cannot be skipped: {num_done} batches are read again to reach their place"
+            f"the data cannot be skipped: {num_done} batches are read again to reach the position"
         )
         for batch in range(num_done):
             self._seed_fetch(trainer, batch + 1 if fetcher.length is None else batch)

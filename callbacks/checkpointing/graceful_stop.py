@@ -156,7 +156,7 @@ class GracefulStop(Callback):
                 os.write(2, f"\nstopped by {signal.Signals(signum).name}{note}\n".encode())
             raise SignalInterrupt(signum)
         self._signum = signum
-        text = "\nstopping after this step, with a checkpoint; once more: at once\n"
+        text = "\nstopping after this step with a checkpoint; a second signal stops at once\n"
         os.write(2, text.encode())  # print is not reentrant
 
     def _install_handlers(self, trainer: L.Trainer) -> None:
@@ -202,7 +202,7 @@ class GracefulStop(Callback):
             save_on_all_ranks(trainer, saved_path)
         stopped = SignalInterrupt(self._signum, saved_path)
         name = signal.Signals(self._signum).name
-        hint = f"go on with --ckpt_path {saved_path}" if saved_path else "nothing was saved"
+        hint = f"resume with ckpt_path={saved_path}" if saved_path else "nothing was saved"
         rank_zero_info(f"stopped by {name} at step {step}; {hint}")
         self._signum = 0
         environment = getattr(trainer.strategy, "cluster_environment", None)

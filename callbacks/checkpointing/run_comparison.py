@@ -46,13 +46,13 @@ def print_rank_zero(text: str) -> None:
     print(text)
 
 
-def raise_mismatch(problem: str, accept_key: str, remedy: str = "") -> None:
+def raise_mismatch(problem: str, accept_key: str, remedy: str, remedy_flag: str = "") -> None:
     """Raise UsageError, and name the value of `accept` that permits the difference."""
-    prefix = f"{remedy}; or " if remedy else ""
+    accept_flag = f"--trainer.callbacks+=ExactResume --trainer.callbacks.accept=[{accept_key}]"
     raise UsageError(
-        f"{problem}; {prefix}if it is meant, type --trainer.callbacks+=ExactResume "
-        f"--trainer.callbacks.accept=[{accept_key}] (in Python: "
-        f"ExactResume(accept=[{accept_key!r}]))"
+        problem,
+        hint=f"{remedy}, or accept the difference with ExactResume(accept=[{accept_key!r}])",
+        flag=f"{remedy_flag}, or {accept_flag}" if remedy_flag else accept_flag,
     )
 
 
@@ -111,27 +111,30 @@ def compare_callbacks(
     current = list_training_callbacks(trainer)
     if "ema" in checkpoint and "EMA" not in accept and not has_callback(trainer, "EMA"):
         raise_mismatch(
-            "the run of the checkpoint had EMA, which is missing here: the file's weights are the "
-            "average, and the optimizer's state belongs to the raw weights",
+            "EMA was in the run of the checkpoint and is missing in this run; the weights in the "
+            "file are the average, and the state of the optimizer belongs to the raw weights",
             "EMA",
-            "give EMA again: --trainer.callbacks+=EMA",
+            "add EMA() to Trainer(callbacks=...)",
+            "--trainer.callbacks+=EMA",
         )
     if checkpoint.get("optimizer_plan") and not has_callback(trainer, "OptimizerPlan"):
         members = " + ".join(checkpoint["optimizer_plan"])
         raise UsageError(
-            f"the optimizers of the checkpoint's run ({members}) were a callback's, which is "
-            "missing here; give the callbacks of that run again: --config RUN/config.yaml before "
-            "--ckpt_path, or --trainer.callbacks+=OptimizerPlan ..."
+            f"the optimizers of the checkpoint ({members}) belong to an OptimizerPlan, which is "
+            "missing in this run",
+            hint="add the OptimizerPlan(...) of that run to Trainer(callbacks=...)",
+            flag="--config=RUN/config.yaml before --ckpt_path, or --trainer.callbacks+=OptimizerPlan "
+            "with its arguments",
         )
     saved = checkpoint.get("exact_resume", {}).get("callbacks")
     if saved is None:
         return
     for name in sorted({*saved} - {*current} - {"EMA"}):
         print_rank_zero(
-            f"{name} was in the run of the checkpoint and is missing here: it acts no more"
+            f"{name} was in the run of the checkpoint and is missing in this run"
         )
     for name in sorted({*current} - {*saved}):
-        print_rank_zero(f"{name} was not in the run of the checkpoint: it begins here")
+        print_rank_zero(f"{name} was not in the run of the checkpoint: it starts in this run")
 
 
 def has_callback(trainer: Any, name: str) -> bool:
@@ -146,9 +149,9 @@ def compare_data(trainer: L.Trainer, saved: RunProperties, accept: Collection[st
     current = fingerprint_data(trainer)
     changed = [key for key in saved if key in current and saved[key] != current[key]]
     for key in changed:
-        text = f"{key}: {shorten(saved[key])} in the checkpoint, {shorten(current[key])} here"
+        text = f"{key}: {shorten(saved[key])} in the checkpoint, {shorten(current[key])} in this run"
         if "data" not in accept:
-            raise_mismatch(f"the training data have changed ({text})", "data", "give the same data")
+            raise_mismatch(f"the training data have changed ({text})", "data", "use the same data")
         print_rank_zero(f"the training data have changed, which is accepted ({text})")
 
 
@@ -162,12 +165,11 @@ def compare_ranks_and_accumulation(
     order = (
         "the order of the data continues, and each rank draws other random numbers"
         if has_resumable_order
-        else "in this epoch some samples may come twice, or not at all"
+        else "in this epoch some samples may be read twice, or not at all"
     )
     print_rank_zero(
-        f"the checkpoint was written by {ranks} ranks x {accumulate} micro-batches of a step, and "
-        "this "
-        f"run has {trainer.world_size} x {trainer.accumulate_grad_batches}: {order}"
+        f"the run of the checkpoint has {ranks} ranks x {accumulate} micro-batches of a step, and "
+        f"this run has {trainer.world_size} x {trainer.accumulate_grad_batches}: {order}"
     )
 
 
@@ -176,11 +178,12 @@ def compare_optimizers(current: list[str], saved: list[str], accept: Collection[
     if current == saved:
         return True
     text = (
-        f"the checkpoint has the state of {' + '.join(saved)}, and this run {' + '.join(current)}"
+        f"the checkpoint has the state of {' + '.join(saved)}, and this run uses "
+        f"{' + '.join(current)}"
     )
     if "optimizer" not in accept:
-        raise_mismatch(text, "optimizer", "give the same optimizer")
-    print_rank_zero(f"{text}: its state begins anew, which is accepted")
+        raise_mismatch(text, "optimizer", "use the same optimizer")
+    print_rank_zero(f"{text}: its state starts anew, which is accepted")
     return False
 
 

@@ -6,6 +6,7 @@ have another source: a step that cannot be tried, or a user-defined hook or call
 """
 
 import inspect
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import CodeType, FunctionType
@@ -16,7 +17,7 @@ from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, Mode
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
-from ravine.errors import sort_by_similarity
+from ravine.errors import UsageError, sort_by_similarity
 
 LOGGING_NAMES = {"log", "log_dict", "callback_metrics"}  # names in the code of a function that logs
 KNOWN_PACKAGES = ("ravine.", "lightning.", "torch.", "builtins.")
@@ -44,6 +45,7 @@ class MonitoredMetric(NamedTuple):
     owner_name: str
     names: tuple[str, ...]
     argument: str  # argument of the owner that selects another metric
+    is_scheduler: bool = False  # whether the owner is a learning-rate scheduler of the module
 
 
 def find_monitored_metrics(trainer: Any) -> list[MonitoredMetric]:
@@ -73,6 +75,7 @@ def find_monitored_metrics(trainer: Any) -> list[MonitoredMetric]:
                     type(scheduler_config.scheduler).__name__,
                     (scheduler_config.monitor,),
                     "monitor",
+                    is_scheduler=True,
                 )
             )
     return requirements
@@ -83,8 +86,8 @@ def find_missing_metric(
     module: L.LightningModule,
     validation_batches: Callable[[], list[Any] | None],
     training_batch: Callable[[], Any],
-) -> str | None:
-    """Return the error text for a metric that nothing logs; None if each is or may be logged.
+) -> UsageError | None:
+    """Return the error for a metric that nothing logs; None if each is or may be logged.
 
     Args:
         trainer: the trainer of the callbacks and schedulers
@@ -114,7 +117,7 @@ def find_missing_metric(
         return None
     names |= tried
     unmet = select_unmet(unmet, names)
-    return format_missing_metric(unmet[0], names, trainer, module) if unmet else None
+    return missing_metric_error(unmet[0], names, trainer, module) if unmet else None
 
 
 def needs_validation_trial(trainer: Any) -> bool:
@@ -133,18 +136,36 @@ def select_unmet(requirements: list[MonitoredMetric], names: set[str]) -> list[M
     ]
 
 
-def format_missing_metric(
+def missing_metric_error(
     requirement: MonitoredMetric, names: set[str], trainer: Any, module: L.LightningModule
-) -> str:
-    """Return the error text for a required metric that is not logged."""
+) -> UsageError:
+    """Return the error for a required metric that is not logged."""
+    owner, module_name = requirement.owner_name, type(module).__name__
     wanted = " and ".join(repr(name) for name in requirement.names)
-    near = sort_by_similarity(requirement.names[0], names)[:6]
-    where = "" if trainer.enable_validation else ", and this fit has no validation"
-    return (
-        f"{requirement.owner_name} monitors {wanted}, and no metric of that name is logged by "
-        f"{type(module).__name__}{where}; there are: {', '.join(near) or 'none'}; type "
-        f"--trainer.callbacks.{requirement.argument}={near[0] if near else 'NAME'}, or log it"
+    logged = sort_by_similarity(requirement.names[0], names)[:6]
+    where = "" if trainer.enable_validation else "; this fit has no validation"
+    hint, flag = f"log {wanted} in {module_name}", ""
+    if logged and requirement.is_scheduler:
+        hint = f"use 'monitor': {logged[0]!r} in {module_name}.configure_optimizers"
+    elif logged:
+        value = example_value(requirement.argument, logged[0])
+        hint = f"use {owner}({requirement.argument}={value!r})"
+        text = shlex.quote(str(value).replace("'", ""))
+        flag = f"--trainer.callbacks.{requirement.argument}={text}"
+    return UsageError(
+        f"{owner} monitors {wanted}, which {module_name} does not log{where}",
+        logged or ["none"],
+        hint,
+        flag=flag,
+        label="logged",
     )
+
+
+def example_value(argument: str, metric: str) -> Any:
+    """Return a value of a callback's argument that selects the metric."""
+    bounds = {metric: 0.5}
+    values = {"monitor": metric, "min_value": bounds, "min_fraction_of_first": bounds}
+    return values.get(argument, [metric])
 
 
 def try_validation(trainer: Any, module: L.LightningModule, batches: list[Any]) -> set[str] | None:

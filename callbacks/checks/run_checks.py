@@ -59,6 +59,8 @@ from ..stock_callbacks.tuners import (
 from . import monitored_metrics
 from .preserve_state import preserve_state, snapshot_value
 
+SERIALIZABLE_VALUES = ("tensors", "numbers", "text", "lists", "dicts")
+
 
 class RunChecks(Callback):
     """Call every `check(trainer, module, batch)` once, before the first training step.
@@ -68,7 +70,7 @@ class RunChecks(Callback):
         class Scores(L.Callback):
             def check(self, trainer, module, batch):
                 if not hasattr(module, "score"):
-                    raise UsageError("Scores needs a module with a method score()")
+                    raise UsageError("Scores: the module has no method score")
     """
 
     supports_accumulation_schedule = True
@@ -173,7 +175,7 @@ def _find_validation_error(trainer: L.Trainer, module: L.LightningModule) -> Exc
     """Return the error of the validation step on one batch, or of a metric that nothing logs."""
     with preserve_state(trainer, module):
         try:
-            problem = monitored_metrics.find_missing_metric(
+            return monitored_metrics.find_missing_metric(
                 trainer,
                 module,
                 lambda: get_first_validation_batches(trainer, module),
@@ -181,7 +183,6 @@ def _find_validation_error(trainer: L.Trainer, module: L.LightningModule) -> Exc
             )
         except Exception as error:
             return error
-    return None if problem is None else UsageError(problem)
 
 
 def _find_save_error(trainer: L.Trainer, module: L.LightningModule) -> Exception | None:
@@ -206,9 +207,9 @@ def _find_save_error(trainer: L.Trainer, module: L.LightningModule) -> Exception
                     check_serializable(value, f"{key} of {type(owner).__name__}")
     except CheckpointError as error:
         return UsageError(
-            f"the first checkpoint could not be written: {error.args[0].partition(';')[0]}; "
-            "allowed: tensors, numbers, text, lists and dicts; convert it in state_dict or in "
-            "on_save_checkpoint"
+            f"a checkpoint cannot be written: {error.problem}",
+            SERIALIZABLE_VALUES,
+            hint="convert it in state_dict or on_save_checkpoint",
         )
     finally:
         for restore in restores:
@@ -268,13 +269,22 @@ def add_run_checks(trainer: L.Trainer, module: L.LightningModule, stage: str) ->
 def raise_on_all_ranks(trainer: L.Trainer, error: Exception | None) -> None:
     """Raise on every rank if one rank has an error: the other ranks would wait for it."""
     if trainer.world_size > 1 and dist.is_initialized():
-        texts: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(texts, None if error is None else str(error))
-        failures = [(rank, text) for rank, text in enumerate(texts) if text is not None]
+        parts: list[dict[str, Any] | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, None if error is None else _error_parts(error))
+        failures = [(rank, part) for rank, part in enumerate(parts) if part is not None]
         if error is None and failures:
-            raise UsageError(f"on rank {failures[0][0]}: {failures[0][1]}")
+            rank, part = failures[0]
+            raise UsageError(**part | {"problem": f"on rank {rank}: {part['problem']}"})
     if error is not None:
         raise error
+
+
+def _error_parts(error: Exception) -> dict[str, Any]:
+    """Return the parts of an error as arguments of UsageError."""
+    if not isinstance(error, UsageError):
+        return {"problem": str(error)}
+    names = ("problem", "allowed", "hint", "flag", "label")
+    return {name: getattr(error, name) for name in names}
 
 
 def get_first_validation_batches(trainer: L.Trainer, module: L.LightningModule) -> list[Any] | None:
@@ -358,9 +368,9 @@ def check_serializable_hyperparameters(owner: str, hyperparameters: dict[str, An
             check_serializable(to_plain(value), str(key))
         except CheckpointError as error:
             raise UsageError(
-                f"{owner}: hyperparameter {error.args[0].partition(';')[0]}, which a checkpoint "
-                "cannot hold; allowed: tensors, numbers, text, paths, lists and dicts; type "
-                f"self.save_hyperparameters(ignore=[{str(key)!r}]), or give it as text"
+                f"{owner}: a checkpoint cannot hold the hyperparameter: {error.problem}",
+                ["paths", *SERIALIZABLE_VALUES],
+                hint=f"use self.save_hyperparameters(ignore=[{str(key)!r}]), or pass it as text",
             ) from error
 
 
@@ -375,8 +385,12 @@ def _check_predict_step(module: L.LightningModule) -> None:
     try:
         inspect.signature(module.forward).bind(None)
     except TypeError as error:
+        can_generate = callable(getattr(module, "generate", None))
         raise UsageError(
-            f"{name} has no predict_step, and its forward takes more than a batch ({error}); "
-            "allowed: a module with predict_step(batch, batch_idx); "
-            "give it one, or use `lightning generate` if it has a method generate()"
+            f"{name} has no predict_step, and its forward needs more than a batch ({error})",
+            ["a module with predict_step(batch, batch_idx)"],
+            hint=f"call {name}.generate()"
+            if can_generate
+            else f"define predict_step(batch, batch_idx) in {name}",
+            flag="lightning generate" if can_generate else "",
         ) from error

@@ -96,9 +96,12 @@ class FrechetDistance(L.Callback):
             ("batch_size", batch_size, 1),
         ):
             if value < least:
+                example = 1000 if name == "num_samples" else least
                 raise UsageError(
-                    f"FrechetDistance: {name} is {value}; allowed: {least} or more; type "
-                    f"--trainer.callbacks.{name}={1000 if name == 'num_samples' else least}"
+                    f"FrechetDistance: {name}={value} is too small",
+                    [f"{least} or more"],
+                    hint=f"use {name}={example}",
+                    flag=f"--trainer.callbacks.{name}={example}",
                 )
         self.extractor, self.weights = extractor, weights
         self.layer: FeatureLayer = layer
@@ -118,23 +121,29 @@ class FrechetDistance(L.Callback):
         self._real_statistics = None
         if not callable(getattr(pl_module, "generate_images", None)):
             raise UsageError(
-                "FrechetDistance needs a module with a method generate_images(index, labels), and "
-                f"{type(pl_module).__name__} has none; take FrechetDistance out of "
-                "trainer.callbacks"
+                f"FrechetDistance: {type(pl_module).__name__} has no method generate_images",
+                ["a module with a method generate_images(index, labels)"],
+                hint="remove FrechetDistance() from Trainer(callbacks=...)",
             )
         data: Any = getattr(trainer, "datamodule", None)
         if not callable(getattr(data, "get_split", None)):
             raise UsageError(
-                'FrechetDistance needs a datamodule with a method get_split("train"), and '
-                f"{type(data).__name__ if data else 'none'} is given; type --data=ImageDataModule"
+                f"FrechetDistance: {type(data).__name__} has no method get_split"
+                if data
+                else "FrechetDistance: this fit has no datamodule",
+                ["a datamodule with a method get_split('train')"],
+                hint="pass datamodule=ImageDataModule() to trainer.fit",
+                flag="--data=ImageDataModule",
             )
         require_validation(trainer, "FrechetDistance", stage)
         for split in ("train", "test"):
             if (count := len(data.get_split(split)[0])) < 2:
                 raise UsageError(
-                    f"FrechetDistance: the {split} part has {count} image{'s' * (count != 1)}, and "
-                    "a covariance needs 2; allowed: parts of 2 images or more; add images, type "
-                    "--data.test_fraction=0.5, or take FrechetDistance out of trainer.callbacks"
+                    f"FrechetDistance: the {split} split has {count} image{'s' * (count != 1)}, "
+                    "too few for a covariance",
+                    ["splits of 2 images or more"],
+                    hint="use more images, or ImageDataModule(test_fraction=0.5)",
+                    flag="--data.test_fraction=0.5",
                 )
         if self.extractor is None:
             self._weights_file, self._weights_sha256 = locate_inception_weights(
@@ -143,8 +152,8 @@ class FrechetDistance(L.Callback):
             if self._weights_sha256 != WEIGHTS_SHA256:
                 rank_zero_warn(
                     f"{self._weights_file} is not the published InceptionV3 (SHA-256 "
-                    f"{self._weights_sha256[:8]}, "
-                    f"not {WEIGHTS_SHA256[:8]}): published distances use other features"
+                    f"{self._weights_sha256[:8]}, not {WEIGHTS_SHA256[:8]}), so its distances do "
+                    "not compare with published ones"
                 )
         else:
             self._weights_sha256 = fingerprint_tensors(*self.extractor.state_dict().values())
@@ -162,8 +171,10 @@ class FrechetDistance(L.Callback):
             features = extractor(validate_images(images, 2, type(module).__name__).to(pool.device))
             if features.shape[1:] != real.mean.shape:
                 raise UsageError(
-                    f"FrechetDistance: samples have features {tuple(features.shape[1:])} and the "
-                    f"data's images {tuple(real.mean.shape)}; sample images of the data's size"
+                    f"FrechetDistance: the features of samples have the shape "
+                    f"{tuple(features.shape[1:])}, and those of the data {tuple(real.mean.shape)}",
+                    hint=f"return images with the size of the data from "
+                    f"{type(module).__name__}.generate_images",
                 )
 
     def logged_metrics(self, trainer: L.Trainer) -> set[str]:
@@ -313,31 +324,27 @@ class FrechetDistance(L.Callback):
         d = len(real.mean)
         if min(self.num_samples, train) <= d:
             rank_zero_warn(
-                f"FrechetDistance: {min(self.num_samples, train)} images and {d} features: the "
-                "covariance "
-                f"cannot have full rank, and the distance says less; type "
-                f"--trainer.callbacks.num_samples={4 * d}"
+                f"FrechetDistance: the covariance of {min(self.num_samples, train)} images in {d} "
+                "features cannot have full rank, so the distance is less accurate; use "
+                f"num_samples={4 * d}"
             )
         if test < self.num_samples:
             rank_zero_warn(
-                f"FrechetDistance: the baseline is of {test} real test images and the distance of "
-                f"{self.num_samples} samples: they are not alike; type "
-                f"--trainer.callbacks.num_samples={test}"
+                f"FrechetDistance: the baseline uses {test} real test images and the distance "
+                f"uses {self.num_samples} samples, so they do not compare; use num_samples={test}"
             )
         baselines = real.baselines[:, 0]
         if not baselines.mean() > 0:
             rank_zero_warn(
-                "FrechetDistance: the real images are no distance apart (are they all equal?): "
-                f"{self.metric_name}_over_baseline is not logged"
+                "FrechetDistance: the distance between real images is 0 (they may all be equal), "
+                f"so {self.metric_name}_over_baseline is not logged"
             )
         draws = f" ({len(baselines)} draws, {baselines.min():.4g} to {baselines.max():.4g})"
-        accuracy_note = "" if real.accuracy.isnan() else f", right on {real.accuracy:.2%} of them"
+        accuracy_note = "" if real.accuracy.isnan() else f"; the extractor classifies {real.accuracy:.2%} of them correctly"
         rank_zero_info(
-            f"{self.metric_name}: {d} features, weights {self._weights_sha256[:8]}; "
-            f"{min(self.num_samples, test):,} real "
-            f"test images are {baselines.mean():.4g}{draws if len(baselines) > 1 else ''} away "
-            "from "
-            f"{train:,} to train{accuracy_note}"
+            f"{self.metric_name}: {d} features, weights {self._weights_sha256[:8]}; the distance "
+            f"of {min(self.num_samples, test):,} real test images from {train:,} training images "
+            f"is {baselines.mean():.4g}{draws if len(baselines) > 1 else ''}{accuracy_note}"
         )
 
 
@@ -368,4 +375,6 @@ def save_statistics(path: Path, statistics: RealStatistics) -> None:
         with atomic_write(path) as file:
             file.write(save(tensors))  # save_file raises an error of its own type on a full disk
     except OSError as error:
-        rank_zero_warn(f"FrechetDistance: the real images' statistics are not kept: {error}")
+        rank_zero_warn(
+            f"FrechetDistance: the statistics of the real images cannot be cached: {error}"
+        )

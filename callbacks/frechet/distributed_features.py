@@ -62,8 +62,10 @@ class FeatureExtractorPool:
             sums.add(block)
         if not sums.outer_sum.isfinite().all():
             raise UsageError(
-                f"{type(self.extractor).__name__} gave features that are not finite; a distance "
-                "cannot be measured in them: give another extractor, or weights that are whole"
+                f"FrechetDistance: {type(self.extractor).__name__} returns features that are not "
+                "finite",
+                ["finite features"],
+                hint="use another extractor, or weights that are finite",
             )
         return sums, torch.cat(kept) if kept else first[:0].clone()
 
@@ -81,8 +83,10 @@ class FeatureExtractorPool:
             features = self.extractor(images(index).to(self.device))  # (b d)
             if features.dim() != 2 or len(features) != len(index):
                 raise UsageError(
-                    f"{type(self.extractor).__name__} made {tuple(features.shape)} of "
-                    f"{len(index)} images; features must be (images, numbers of each)"
+                    f"FrechetDistance: {type(self.extractor).__name__} returns features of shape "
+                    f"{tuple(features.shape)} for {len(index)} images",
+                    [f"the shape ({len(index)}, number of features)"],
+                    hint="use an extractor that returns one vector for each image",
                 )
             short = self.batch_size - len(index)
             padded = nn.functional.pad(features, (0, 0, 0, short)).contiguous()
@@ -125,12 +129,15 @@ def validate_images(images: Any, n: int, module_name: str) -> Tensor:
     if not isinstance(images, Tensor) or images.dtype != torch.uint8 or len(shape) != 4:
         description = f"{images.dtype} of shape {shape}" if shape else type(images).__name__
         raise UsageError(
-            f"generate_images of {module_name} gave {description}; it must give uint8 images "
-            "(n c y x): round them with ravine.datamodules.images.to_uint8"
+            f"FrechetDistance: {module_name}.generate_images returns {description}",
+            ["uint8 images (n c y x)"],
+            hint="round the images with ravine.datamodules.images.to_uint8",
         )
     if len(images) != n:
         raise UsageError(
-            f"generate_images of {module_name} gave {len(images)} images of {n} asked for"
+            f"FrechetDistance: {module_name}.generate_images returns {len(images)} images for {n} "
+            "indices",
+            hint="return one image for each index",
         )
     return images
 

@@ -38,8 +38,9 @@ def locate_inception_weights(
         path = Path(weights_path).expanduser()
         if not path.is_file():
             raise MissingFileError(
-                f"no file {path}; give InceptionV3's weights in torch-fidelity's layout, "
-                f"{WEIGHTS_FILE}: {WEIGHTS_URL}"
+                f"FrechetDistance: the file {path} does not exist",
+                [f"weights of InceptionV3 in torch-fidelity's layout, such as {WEIGHTS_FILE}"],
+                hint=f"download {WEIGHTS_URL}",
             )
         return path, compute_sha256(path)
     hub = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_FILE
@@ -49,20 +50,21 @@ def locate_inception_weights(
     if verified_path is None:
         is_first_rank = trainer is None or trainer.local_rank == 0
         download_error = (
-            _download(hub) if is_first_rank else "was tried by the first rank of this machine"
+            _download(hub) if is_first_rank else "tried by the first rank of this machine"
         )
     if trainer is not None:
         trainer.strategy.barrier("weights of InceptionV3")
     verified_path = verified_path or _find_verified(candidates)
     if verified_path is None:
-        tried = "; ".join(str(path) for path in candidates)
         raise MissingFileError(
-            f"InceptionV3's weights were not found; looked at: {tried}; {WEIGHTS_URL} "
-            f"({download_error}); "
-            "ways "
-            f"out: run once with a network; or put {WEIGHTS_FILE} at {hub}; or type "
-            "--trainer.callbacks.weights=FILE; or measure in features of your own: "
-            "--trainer.callbacks.extractor=ClassifierFeatures"
+            f"FrechetDistance: the weights of InceptionV3 do not exist locally, and the download "
+            f"of {WEIGHTS_URL} failed ({download_error})",
+            candidates,
+            hint=f"copy {WEIGHTS_FILE} to {hub}, pass weights=FILE, or pass "
+            "extractor=ClassifierFeatures(CHECKPOINT)",
+            flag="--trainer.callbacks.weights=FILE, or "
+            "--trainer.callbacks.extractor=ClassifierFeatures",
+            label="searched",
         )
     return verified_path, WEIGHTS_SHA256
 
@@ -110,8 +112,9 @@ class Inception(nn.Module):
         except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, AttributeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UsageError(
-                f"{path} holds no InceptionV3 in torch-fidelity's layout ({reason}); fetch "
-                f"{WEIGHTS_URL}"
+                f"FrechetDistance: {path} is not an InceptionV3 in torch-fidelity's layout "
+                f"({reason})",
+                hint=f"download {WEIGHTS_URL}",
             ) from None
 
     def forward(self, images: Tensor) -> Tensor:

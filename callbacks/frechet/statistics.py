@@ -102,7 +102,9 @@ def frechet_distance(moments: Moments, reference: Gaussian) -> Tensor:
 def _check_count(count: int) -> None:
     if count < 2:
         raise UsageError(
-            f"a distance of {count} images is not defined; allowed: 2 or more; give more"
+            f"FrechetDistance: the covariance of {count} image{'s' * (count != 1)} is not defined",
+            ["2 images or more"],
+            hint="use more images",
         )
 
 

@@ -25,8 +25,9 @@ class SaveFigures(L.Callback):
         add_run_checks(trainer, pl_module, stage)
         if not callable(getattr(pl_module, "make_figures", None)):
             raise UsageError(
-                "SaveFigures needs a module with a method make_figures(), and "
-                f"{type(pl_module).__name__} has none; take SaveFigures out of trainer.callbacks"
+                f"SaveFigures: {type(pl_module).__name__} has no method make_figures",
+                ["a module with a method make_figures(datamodule)"],
+                hint="remove SaveFigures() from Trainer(callbacks=...)",
             )
 
     def check(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:

@@ -53,9 +53,10 @@ class PredictionTable(L.Callback):
             elif isinstance(row, tuple) and names is not None:
                 if len(row) != len(names):
                     raise UsageError(
-                        f"PredictionTable: predict_step of {type(pl_module).__name__} gave a row "
-                        f"of {len(row)} values, and its `prediction_columns` are {len(names)}: "
-                        f"{', '.join(names)}; give each row one value a column"
+                        f"PredictionTable: {type(pl_module).__name__}.predict_step returns a row "
+                        f"of {len(row)} values for {len(names)} prediction_columns: "
+                        f"{', '.join(names)}",
+                        hint=f"return {len(names)} values in each row",
                     )
                 self.rows.append(dict(zip(names, row, strict=True)))
 

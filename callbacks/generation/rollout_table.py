@@ -38,7 +38,12 @@ class RolloutTable(OptimizerStepCallback):
         """Set the interval and the number of samples."""
         for name, value in (("every_n_steps", every_n_steps), ("num_samples", num_samples)):
             if value < 1:
-                raise UsageError(f"RolloutTable: {name} is {value}; allowed: 1 or more; type 10")
+                raise UsageError(
+                    f"RolloutTable: {name}={value} is too small",
+                    ["1 or more"],
+                    hint=f"use {name}=10",
+                    flag=f"--trainer.callbacks.{name}=10",
+                )
         self.every_n_steps, self.num_samples = every_n_steps, num_samples
         self.last_shown_step = -1
         self.folder: Path | None = None
@@ -49,8 +54,9 @@ class RolloutTable(OptimizerStepCallback):
         add_run_checks(trainer, pl_module, stage)
         if not callable(getattr(pl_module, "last_samples", None)):
             raise UsageError(
-                f"RolloutTable needs a module with a method last_samples(), and "
-                f"{type(pl_module).__name__} has none; take RolloutTable out of trainer.callbacks"
+                f"RolloutTable: {type(pl_module).__name__} has no method last_samples",
+                ["a module with a method last_samples()"],
+                hint="remove RolloutTable() from Trainer(callbacks=...)",
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -87,7 +93,7 @@ class RolloutTable(OptimizerStepCallback):
         if not trainer.is_global_zero or not rows:
             return
         self.last_shown_step = self.step
-        text_table = format_rollout_table(rows, f"written in step {self.step}")
+        text_table = format_rollout_table(rows, f"samples of step {self.step}")
         module.print(text_table)
         if self.folder:
             with (self.folder / "rollouts.txt").open("a", encoding="utf-8") as file:

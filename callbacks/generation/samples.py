@@ -1,6 +1,7 @@
 """GenerateSamples: generate text or images after each validation, and save or log them."""
 
 import inspect
+import shlex
 from typing import Any
 
 import lightning as L
@@ -32,9 +33,9 @@ class GenerateSamples(L.Callback):
         add_run_checks(trainer, pl_module, stage)
         if not callable(getattr(pl_module, "generate", None)):
             raise UsageError(
-                f"GenerateSamples needs a module with a method generate(), and "
-                f"{type(pl_module).__name__} has none; take GenerateSamples out of "
-                "trainer.callbacks"
+                f"GenerateSamples: {type(pl_module).__name__} has no method generate",
+                ["a module with a method generate()"],
+                hint="remove GenerateSamples() from Trainer(callbacks=...)",
             )
         require_validation(trainer, "GenerateSamples", stage)
         check_generate_arguments(pl_module, self.arguments)
@@ -83,12 +84,15 @@ def check_generate_arguments(module: Any, arguments: dict[str, Any]) -> None:
         names = [name for name in signature.parameters if name != "on_text"]
         unknown = [name for name in arguments if name not in signature.parameters]
         near = suggest_names(unknown[0], names, 1) if unknown else []
+        value = arguments[unknown[0]] if near else None
         raise UsageError(
-            f"GenerateSamples: generate() of {type(module).__name__}: {error}; allowed: "
-            f"{', '.join(names)}; "
-            + (
-                f"type --trainer.callbacks.arguments.{near[0]}=..."
-                if near
-                else "change --trainer.callbacks.arguments"
-            )
+            f"GenerateSamples: {type(module).__name__}.generate does not accept the arguments: "
+            f"{error}",
+            names,
+            hint=f"use GenerateSamples({{{near[0]!r}: {value!r}}})"
+            if near
+            else "change the arguments of GenerateSamples",
+            flag=f"--trainer.callbacks.arguments.{near[0]}={shlex.quote(str(value))}"
+            if near
+            else "",
         ) from error

@@ -33,6 +33,7 @@ from ..transforms.layer_selection import (
 from ..transforms.pretrained import Pretrained
 from .inject import (
     DEFAULT_RANK,
+    MAX_LISTED,
     check_alpha_and_dropout,
     find_adaptable_layers,
     inject_lora,
@@ -96,7 +97,12 @@ class LoRA(Transform):
         """Check the arguments that do not depend on the net."""
         check_alpha_and_dropout(alpha, dropout)
         if dtype is not None and dtype not in DTYPE_NAMES:
-            raise UsageError(f"LoRA: no dtype {dtype!r}; allowed: {', '.join(DTYPE_NAMES)}")
+            raise UsageError(
+                f"LoRA: dtype={dtype!r} is not supported",
+                DTYPE_NAMES,
+                hint="use dtype='float32'",
+                flag="--trainer.callbacks.dtype=float32",
+            )
         self.arguments: dict[str, Any] = {
             "targets": None if targets is None else as_list(targets),
             "rank": rank,
@@ -145,9 +151,15 @@ class LoRA(Transform):
         if targets is None:
             targets = default_lora_targets(module)
         if not targets:
+            names = list(find_adaptable_layers(module))
             raise UsageError(
-                f"LoRA: {type(module).__name__} has no hidden matrix; name the layers to adapt: "
-                "type --trainer.callbacks.targets=NAME"
+                f"LoRA: {type(module).__name__} has no hidden matrix",
+                names[:MAX_LISTED],
+                hint=f"use targets=[{names[0]!r}]"
+                if names
+                else "remove LoRA() from Trainer(callbacks=...)",
+                flag=f"--trainer.callbacks.targets={names[0]}" if names else "",
+                label="layers that can be adapted",
             )
         kwargs = dict(self.arguments)
         kwargs["targets"], kwargs["seed"] = targets, int(os.environ.get("PL_GLOBAL_SEED", 0))
@@ -159,8 +171,8 @@ class LoRA(Transform):
         if trained and not self.arguments["train_also"]:
             more = f" and {len(trained) - 4} more" if len(trained) > 4 else ""
             self._messages.append(
-                f"LoRA: {', '.join(trained[:4])}{more} trained already beside frozen layers: "
-                "they train as they are"
+                f"LoRA: {', '.join(trained[:4])}{more} stay trainable without an adapter, because "
+                "other layers were frozen before"
             )
 
     def on_load_checkpoint(
@@ -185,8 +197,11 @@ class LoRA(Transform):
         """Raise UsageError for a checkpoint without adapters, or with another base."""
         if (saved := checkpoint.get("lora")) is None:
             raise UsageError(
-                "the checkpoint holds no adapters, it was not trained with LoRA; to start from its"
-                " weights: Pretrained(path), --trainer.callbacks+=Pretrained"
+                "LoRA: the checkpoint has no adapters, because it was not trained with LoRA",
+                hint="to start from its weights, add Pretrained(path) to Trainer(callbacks=...) "
+                "instead of ckpt_path",
+                flag="--trainer.callbacks+=Pretrained --trainer.callbacks.path=FILE, without "
+                "--ckpt_path",
             )
         state, optional_names = checkpoint.get("state_dict", {}), set()
         if not saved["frozen"]:
@@ -194,14 +209,21 @@ class LoRA(Transform):
         missing = module.state_dict().keys() - state.keys() - optional_names
         if state and missing:
             raise UsageError(
-                f"the checkpoint lacks {', '.join(sorted(missing)[:3])}, which train here; resume "
-                "it with the callbacks that it was trained with"
+                f"LoRA: the checkpoint lacks {', '.join(sorted(missing)[:3])}, which this run "
+                "trains",
+                hint="use the callbacks of the run that wrote the checkpoint",
             )
         if not saved["frozen"] and saved["base"]["sha256"] != self.base["sha256"]:
             raise UsageError(
-                f"the adapters belong to other weights: {_describe_base(saved['base'])}, and here "
-                "are "
-                f"{_describe_base(self.base)}; give Pretrained the former"
+                f"LoRA: the adapters of the checkpoint belong to {_describe_base(saved['base'])}, "
+                f"and this run has {_describe_base(self.base)}",
+                hint=f"add Pretrained({saved['base']['file']!r}) to Trainer(callbacks=...)"
+                if saved["base"]["file"]
+                else "use the base weights with which the adapters were trained",
+                flag="--trainer.callbacks+=Pretrained "
+                f"--trainer.callbacks.path={saved['base']['file']}"
+                if saved["base"]["file"]
+                else "",
             )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -228,10 +250,11 @@ class LoRA(Transform):
         if optimized_ids and len(idle) == sum(not layer.lora_is_copy for layer in layers.values()):
             name = type(pl_module).__name__
             raise UsageError(
-                f"LoRA: no optimizer of {name} holds an adapter: it was made in "
-                "__init__, before them, or names other parameters; give it self.parameters() in "
-                "configure_optimizers, or type --trainer.callbacks+=OptimizerPlan "
-                "--trainer.callbacks.optimizer=AdamW"
+                f"LoRA: no optimizer of {name} has the parameters of an adapter; it was created "
+                "in __init__, before the adapters, or has other parameters",
+                hint="pass self.parameters() to the optimizer in configure_optimizers, or add "
+                "OptimizerPlan(AdamW) to Trainer(callbacks=...)",
+                flag="--trainer.callbacks+=OptimizerPlan --trainer.callbacks.optimizer=AdamW",
             )
 
     def on_train_batch_start(
@@ -318,9 +341,10 @@ class LoRA(Transform):
             more = f" and {len(idle) - 3} more" if len(idle) > 3 else ""
             names = ",".join(idle[:6])
             raise RunError(
-                f"LoRA: the adapter of {', '.join(idle[:3])}{more} gets no gradient {when}: its "
-                "layer runs under torch.no_grad(), or its output is detached; take that away, or "
-                f"type --trainer.callbacks.exclude=[{names}], or leave LoRA out"
+                f"LoRA: the adapter of {', '.join(idle[:3])}{more} gets no gradient {when}; its "
+                "layer runs under torch.no_grad(), or its output is detached",
+                hint=f"remove torch.no_grad() and detach(), or use exclude={idle[:6]}",
+                flag=f"--trainer.callbacks.exclude=[{names}]",
             )
 
     def _check_all_called(self, module: nn.Module, when: str) -> None:
@@ -330,10 +354,10 @@ class LoRA(Transform):
         if uncalled:
             more = f" and {len(uncalled) - 3} more" if len(uncalled) > 3 else ""
             raise RunError(
-                f"LoRA: the adapter of {', '.join(uncalled[:3])}{more} was never called {when}: "
-                "the "
-                "code reads the layer's weight instead of calling the layer, or skips it; adapt "
-                f"another layer; type --trainer.callbacks.exclude={uncalled[0]}"
+                f"LoRA: the adapter of {', '.join(uncalled[:3])}{more} was never called {when}; "
+                "the module reads the layer's weight instead of calling the layer, or skips it",
+                hint=f"use exclude=[{uncalled[0]!r}]",
+                flag=f"--trainer.callbacks.exclude={uncalled[0]}",
             )
 
 
@@ -369,7 +393,7 @@ def _rank_messages(module: nn.Module, names: list[str]) -> list[str]:
         return []
     more = f" and {len(reduced) - 6} more" if len(reduced) > 6 else ""
     return [
-        f"LoRA: rank {DEFAULT_RANK}, but {', '.join(reduced[:6])}{more}: the thinner side of the "
+        f"LoRA: rank {DEFAULT_RANK}, but {', '.join(reduced[:6])}{more}, the smaller side of the "
         "layer"
     ]
 
@@ -379,7 +403,10 @@ def fingerprint_weights(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in module.named_parameters():
         if parameter.is_meta and deferred_values(parameter) is None:
-            raise UsageError(f"LoRA: {name} has no numbers yet: it is on the device meta")
+            raise UsageError(
+                f"LoRA: {name} has no values yet, because it is on the meta device",
+                hint="create the module on a device with values",
+            )
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
         for block in iter_value_blocks(parameter):
             raw = block.cpu().contiguous().reshape(-1).view(torch.uint8)

@@ -145,9 +145,19 @@ def find_trained_params(
 def check_alpha_and_dropout(alpha: float, dropout: float) -> None:
     """Raise UsageError for values of alpha or dropout that disable the adapters."""
     if not 0 < alpha < math.inf:
-        raise UsageError(f"LoRA: alpha={alpha} is no scale; allowed: above 0; set e.g. 16")
+        raise UsageError(
+            f"LoRA: alpha={alpha} is not a positive number",
+            ["above 0"],
+            hint="use alpha=16",
+            flag="--trainer.callbacks.alpha=16",
+        )
     if not 0 <= dropout < 1:
-        raise UsageError(f"LoRA: dropout={dropout} is outside [0, 1); set e.g. 0.05")
+        raise UsageError(
+            f"LoRA: dropout={dropout} is outside [0, 1)",
+            ["0 or more, below 1"],
+            hint="use dropout=0.05",
+            flag="--trainer.callbacks.dropout=0.05",
+        )
 
 
 def _select_layers(
@@ -161,21 +171,31 @@ def _select_layers(
                 or any(matches_pattern(pattern, layer_name) for layer_name in layers)
             ):
                 continue
-            type_name, allowed = type(layer).__name__, ", ".join(k.__name__ for k in ADAPTER_TYPES)
             near = closest_names(name, list(layers))
             if isinstance(layer, NonDynamicallyQuantizableLinear):
                 near = [name.rpartition(".")[0]]  # the attention layer that reads the weight
-            hint = f"; nearest: {', '.join(near)}; type --trainer.callbacks.targets={near[0]}"
+            types = ", ".join(layer_type.__name__ for layer_type in ADAPTER_TYPES)
             raise UsageError(
-                f"LoRA.targets: {pattern!r} hits {name}, a {type_name}, which takes no adapter by "
-                f"itself; allowed: {allowed}{hint if layers else ', of which there is none here'}"
+                f"LoRA: targets={pattern!r} matches {name}, a {type(layer).__name__}, which cannot "
+                f"have an adapter (only {types})",
+                near or ["none: the module has no such layer"],
+                hint=f"use targets=[{near[0]!r}]"
+                if near
+                else "remove LoRA() from Trainer(callbacks=...)",
+                flag=f"--trainer.callbacks.targets={near[0]}" if near else "",
+                label="nearest",
             )
     names = select_names(targets, list(layers), "LoRA.targets")
     excluded = set(select_names(exclude, names, "LoRA.exclude"))
     if excluded.issuperset(names):
-        reason = "exclude leaves no layer of targets; type a narrower exclude"
         raise UsageError(
-            f"LoRA: {reason if names else 'targets is empty; name the layers to adapt'}"
+            f"LoRA: exclude={as_list(exclude)} excludes all layers of targets"
+            if names
+            else "LoRA: targets selects no layer",
+            list(layers)[:MAX_LISTED],
+            hint="use fewer patterns in exclude" if names else "use targets=None for the defaults",
+            flag="" if names else "--trainer.callbacks.targets=null",
+            label="layers",
         )
     return [name for name in names if name not in excluded]
 
@@ -192,8 +212,8 @@ def _select_params(patterns: Patterns, parameters: Mapping[str, Tensor]) -> list
         ):
             if not parameters[name].is_floating_point():
                 raise UsageError(
-                    f"LoRA.train_also: {owner} is quantized, and bits do not train; give "
-                    f"Quantization exclude: [{owner}]"
+                    f"LoRA: train_also selects {owner}, which is quantized and cannot be trained",
+                    hint=f"use Quantization(exclude=[{owner!r}])",
                 )
             names.append(name)
     return names
@@ -203,9 +223,11 @@ def _check_copy_pairs(names: Sequence[str], copies: Mapping[str, str]) -> None:
     if (pair := find_partly_changed_copy(names, copies)) is not None:
         copy, original = pair
         raise UsageError(
-            f"LoRA: {copy} is a frozen copy of {original}, and other layers of it would be adapted;"
-            " code that pairs their parameters (a momentum teacher) would pair wrong ones; name "
-            f"the layers of both: type --trainer.callbacks.targets=[{original}.*,{copy}.*]"
+            f"LoRA: {copy} is a frozen copy of {original}, and targets selects different layers in "
+            "the two, so code that pairs their parameters (a momentum teacher) would fail",
+            ["the same layers of both"],
+            hint=f"use targets=['{original}.*', '{copy}.*']",
+            flag=f"--trainer.callbacks.targets=[{original}.*,{copy}.*]",
         )
 
 
@@ -213,17 +235,17 @@ def _check_ranks(bad_ranks: Mapping[str, tuple[int, tuple[int, int]]]) -> None:
     """Raise UsageError for explicit ranks that do not fit, with the names of these layers."""
     if not bad_ranks:
         return
-    problems = [
-        f"rank {rank} for {name}, a map from {sizes[0]} to {sizes[1]}; allowed: 1 to {min(sizes)}"
-        for name, (rank, sizes) in bad_ranks.items()
-    ]
-    fits = {name: min(max(rank, 1), *sizes) for name, (rank, sizes) in bad_ranks.items()}
-    example = ", ".join(f"{name}: {rank}" for name, rank in list(fits.items())[:MAX_LISTED])
-    more = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
+    listed = list(bad_ranks.items())[:MAX_LISTED]
+    problems = [f"rank={rank} for {name} ({d_in} to {d_out})" for name, (rank, (d_in, d_out)) in listed]
+    fits = {name: min(max(rank, 1), *sizes) for name, (rank, sizes) in listed}
+    example = ", ".join(f"{name}: {rank}" for name, rank in fits.items())
+    more = f" and {len(bad_ranks) - MAX_LISTED} more" if len(bad_ranks) > MAX_LISTED else ""
     raise UsageError(
-        f"LoRA: {'; '.join(problems[:MAX_LISTED])}{more}; type "
-        f"--trainer.callbacks.ranks='{{{example}}}', or "
-        "leave rank out: 8, and less where a layer is thinner"
+        f"LoRA: a rank is not between 1 and the smaller side of its layer: {', '.join(problems)}"
+        f"{more}",
+        [f"1 to {min(sizes)} for {name}" for name, (_, sizes) in listed],
+        hint=f"use ranks={fits}, or rank=None for {DEFAULT_RANK} or the smaller side",
+        flag=f"--trainer.callbacks.ranks='{{{example}}}'",
     )
 
 
@@ -233,21 +255,32 @@ def _check_layer(
     """Return input and output size of the layer's linear map; raise if it cannot be adapted."""
     type_name = type(layer).__name__
     if isinstance(layer, Adapter):
-        raise UsageError(f"LoRA: {name} has an adapter already; make a new module")
+        raise UsageError(
+            f"LoRA: {name} already has an adapter", hint="use a new module, or call merge_lora first"
+        )
     check_plain_layer(name, layer, next(k for k in ADAPTER_TYPES if isinstance(layer, k)), "LoRA")
     if num_blocks < 1 or type(rank) is not int:
         argument, value = ("num_blocks", num_blocks) if num_blocks < 1 else ("rank", rank)
-        raise UsageError(f"LoRA: {argument}={value!r} for {name}; allowed: whole numbers from 1")
+        raise UsageError(
+            f"LoRA: {argument}={value!r} is not valid for {name}",
+            ["integers from 1"],
+            hint=f"use {argument}=1",
+        )
     if isinstance(layer, nn.MultiheadAttention):
         if not layer._qkv_same_embed_dim:
             raise UsageError(
-                f"LoRA: {name} has keys or values of another width than its queries; allowed: "
-                "attention of one width; type --trainer.callbacks.exclude=" + name
+                f"LoRA: {name} has keys or values of another width than its queries",
+                ["attention with one width"],
+                hint=f"use exclude=[{name!r}]",
+                flag=f"--trainer.callbacks.exclude={name}",
             )
         if dropout or num_blocks != 1:
             raise UsageError(
-                f"LoRA: {name} is a {type_name}, whose adapter is added to its weights: no dropout "
-                "before it, and its q, k, v are split anyway; type --trainer.callbacks.dropout=0"
+                f"LoRA: {name} is a {type_name}, whose adapter is added to its weights and already "
+                f"splits q, k, v; dropout={dropout} and num_blocks={num_blocks} are not supported",
+                ["dropout=0 and num_blocks=1"],
+                hint="use dropout=0" if dropout else f"remove {name} from num_blocks",
+                flag="--trainer.callbacks.dropout=0" if dropout else "",
             )
         sizes = (layer.embed_dim, layer.embed_dim)
     elif isinstance(layer, nn.Conv2d):
@@ -256,21 +289,28 @@ def _check_layer(
     elif isinstance(layer, nn.Embedding):
         if layer.max_norm is not None:
             raise UsageError(
-                f"LoRA: {name} rescales its rows (max_norm), so a change of them is not low-rank; "
-                f"type --trainer.callbacks.exclude={name}"
+                f"LoRA: {name} rescales its rows (max_norm), so their change is not low-rank",
+                ["an embedding without max_norm"],
+                hint=f"use exclude=[{name!r}]",
+                flag=f"--trainer.callbacks.exclude={name}",
             )
         sizes = (layer.num_embeddings, layer.embedding_dim)
     else:
         linear = cast(nn.Linear, layer)
         sizes = (linear.in_features, linear.out_features // num_blocks)
         if linear.out_features % num_blocks:
+            divisors = [n for n in range(1, 9) if linear.out_features % n == 0]
             raise UsageError(
-                f"LoRA.num_blocks: {num_blocks} parts do not divide the {linear.out_features} "
-                f"outputs of {name}; type a divisor"
+                f"LoRA: num_blocks={num_blocks} does not divide the {linear.out_features} outputs "
+                f"of {name}",
+                [*divisors, "or another divisor"],
+                hint=f"use num_blocks={{{name!r}: {divisors[-1]}}}",
             )
     if num_blocks != 1 and not isinstance(layer, nn.Linear):
         raise UsageError(
-            f"LoRA.num_blocks: {name} is a {type_name}; only a Linear holds several maps"
+            f"LoRA: num_blocks={num_blocks} for {name}, a {type_name}, is not supported",
+            ["Linear layers"],
+            hint=f"remove {name} from num_blocks",
         )
     return sizes
 

@@ -101,10 +101,11 @@ class Adapter(LayerMixin):
             current, saved = getattr(self, name), state_dict.get(prefix + name)
             if saved is not None and saved.shape != current.shape:
                 raise UsageError(
-                    f"the adapter of {prefix[:-1]} is {tuple(saved.shape)} in the checkpoint and "
-                    f"{tuple(current.shape)} here (rank {self.lora_rank}); allowed: the rank, "
-                    "split "
-                    "and targets it was trained with; type --trainer.callbacks.rank=RANK"
+                    f"LoRA: the adapter of {prefix[:-1]} has the shape {tuple(saved.shape)} in the "
+                    f"checkpoint and {tuple(current.shape)} in this run (rank {self.lora_rank})",
+                    ["rank, num_blocks and targets of the run that wrote the checkpoint"],
+                    hint="use the rank of the checkpoint",
+                    flag="--trainer.callbacks.rank=RANK",
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
-from ravine.errors import UsageError
+from ravine.errors import UsageError, sort_by_similarity
 
 from ..base import OptimizerStepCallback
 from ..checks.run_checks import add_run_checks
@@ -225,12 +225,20 @@ class MetricPlot(RecordedCurves):
         wanted = [n for n in self.metrics or () if n[:4] != "val/"]
         missing = [n for n in wanted if n not in metrics]
         if missing and missing == wanted:
+            logged = sorted(metrics)
+            near = sort_by_similarity(missing[0], logged)[0] if logged else ""
             raise UsageError(
-                f"MetricPlot: {type(module).__name__} logs none of {', '.join(missing)}, but "
-                f"{', '.join(sorted(metrics)) or 'nothing'}; type --trainer.callbacks.metrics=[...]"
+                f"MetricPlot: {type(module).__name__} logs none of {', '.join(missing)}",
+                logged or ["none: the module logs no metric"],
+                hint=f"use metrics=[{near!r}]"
+                if near
+                else "remove MetricPlot() from Trainer(callbacks=...)",
+                flag=f"--trainer.callbacks.metrics=[{near}]" if near else "",
             )
         if missing:
-            module.print(f"MetricPlot: {type(module).__name__} logs no {', '.join(missing)}")
+            module.print(
+                f"MetricPlot: {type(module).__name__} does not log {', '.join(missing)}"
+            )
 
 
 def save_loss_plot(curves: dict[str, Any], path: Path, label: str, interval: int) -> None:

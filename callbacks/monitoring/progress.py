@@ -71,7 +71,10 @@ class ProgressBar(OptimizerStepCallback, LightningProgressBar):
         super().__init__()
         if refresh_rate < 1:
             raise UsageError(
-                f"refresh_rate is {refresh_rate}; allowed are 1, 2, 3, ...: type refresh_rate: 10"
+                f"ProgressBar: refresh_rate={refresh_rate} is too small",
+                ["1 or more"],
+                hint="use refresh_rate=10",
+                flag="--trainer.callbacks.refresh_rate=10",
             )
         self.refresh_rate = refresh_rate
         self.enabled = True

@@ -56,9 +56,9 @@ class LossOnlyClosure:
             moved = any(p._version != v or p.grad is not g for p, v, g in seen)
             if calls[0] > 1 or moved:
                 raise UsageError(
-                    f"{type(member).__name__} computes the loss several times a step, or at other "
-                    "weights, which is not possible with other optimizers beside it; leave them "
-                    "out, or take an optimizer such as AdamW"
+                    f"{type(member).__name__} computes the loss several times in a step, or at "
+                    "other weights, which is not possible together with other optimizers",
+                    hint="use it as the only optimizer, or use AdamW",
                 )
             return self.loss
 

@@ -183,21 +183,31 @@ class CompositeOptimizer(Optimizer):
             ValueError: a parameter is already in another group, or no rule takes it.
         """
         if not isinstance(param_group, dict):
-            raise UsageTypeError(f"param_group is a {type(param_group).__name__}; give a dict")
+            raise UsageTypeError(
+                f"add_param_group: param_group is a {type(param_group).__name__}",
+                ["a dict"],
+                hint="pass {'params': [...]}",
+            )
         raw_params = param_group["params"]
         if isinstance(raw_params, set):
-            raise UsageTypeError("param_group['params'] is a set, which has no order; give a list")
+            raise UsageTypeError(
+                "add_param_group: param_group['params'] is a set, which has no order",
+                ["a list of tensors"],
+                hint="pass a list",
+            )
         raw_params = [raw_params] if isinstance(raw_params, Tensor) else list(raw_params)
         parameters = [p[1] if isinstance(p, tuple) else p for p in raw_params]
         if non_tensors := [type(p).__name__ for p in parameters if not isinstance(p, Tensor)]:
             raise UsageTypeError(
-                f"param_group['params'] holds a {non_tensors[0]}; give tensors only"
+                f"add_param_group: param_group['params'] contains a {non_tensors[0]}",
+                ["tensors"],
+                hint="pass a list of tensors",
             )
         grouped_ids = {id(p) for group in self.param_groups for p in group["params"]}
         if any(id(p) in grouped_ids for p in parameters):
             raise UsageError(
-                "some parameters appear in more than one parameter group; leave out those that "
-                "are trained already"
+                "add_param_group: some parameters appear in more than one parameter group",
+                hint="remove the parameters that are trained already",
             )
         settings = {k: v for k, v in param_group.items() if k not in ("params", "param_names")}
         first = len(self._group_owners)
@@ -267,7 +277,7 @@ class CompositeOptimizer(Optimizer):
         self._stateless += [p for group in groups for p in group["params"]]
 
     def drop_remote_params(self) -> None:
-        """Drop parameters of other pipeline ranks (`elsewhere`) and keep the group structure."""
+        """Drop parameters of other pipeline ranks and keep the group structure."""
         for group in self.param_groups:
             remote = [p for p in group["params"] if getattr(p, "is_remote", False)]
             group["params"] = [p for p in group["params"] if not getattr(p, "is_remote", False)]
@@ -372,9 +382,10 @@ class CompositeOptimizer(Optimizer):
             except LookupError as error:
                 name = type(member).__name__
                 raise CheckpointError(
-                    f"the checkpoint lacks what {name} saves ({type(error).__name__}: {error}): it "
-                    "was written by another version or by another optimizer; go on with that one, "
-                    "or start a new run from the weights alone"
+                    f"the checkpoint lacks state of {name} ({type(error).__name__}: {error}); "
+                    "another version or another optimizer wrote it",
+                    hint="resume with the optimizer of that run, or start a new run from the "
+                    "weights with Pretrained(path)",
                 ) from error
         self._last_groups.clear()
         self._returned_groups.clear()
@@ -387,11 +398,12 @@ class CompositeOptimizer(Optimizer):
         saved_sizes = [len(group["params"]) for group in saved]
         if current_sizes != saved_sizes:
             more = len(saved_sizes) > len(current_sizes)
-            reason = "; parameters that were added during the run are missing here" if more else ""
+            reason = "; parameters that were added during that run are missing here" if more else ""
             raise UsageError(
-                f"the saved optimizer has groups of {saved_sizes} parameters and this one of "
-                f"{current_sizes}"
-                f"{reason}; build it as the run did, or start a new run from the weights alone"
+                f"the saved optimizer has groups of {saved_sizes} parameters, and this optimizer "
+                f"has groups of {current_sizes}{reason}",
+                hint="create the optimizer as in that run, or start a new run from the weights "
+                "with Pretrained(path)",
             )
 
     @torch.no_grad()
@@ -458,9 +470,10 @@ class CompositeOptimizer(Optimizer):
         for member, extra in zip(self.optimizers, saved.get("members", []), strict=False):
             if any(isinstance(leaf, DTensor) for leaf in tree_leaves(extra)):
                 raise CheckpointError(
-                    f"{type(member).__name__} keeps tensors outside of its state, and this run's "
-                    "parameters are sharded: such a run could not be continued; type "
-                    "--trainer.strategy ddp",
+                    f"{type(member).__name__} keeps tensors outside of its state; with sharded "
+                    "parameters such a run cannot be resumed",
+                    hint="use Trainer(strategy='ddp')",
+                    flag="--trainer.strategy=ddp",
                     exit_status=1,
                 )
 

@@ -58,7 +58,7 @@ class ElementwiseOptimizer(Optimizer):
             gradients: the gradients, with the shapes of `weights`.
             states: one list for each name in `state_names`, then one for each name in `scalars`.
         """
-        raise NotImplementedError(f"{type(self).__name__} needs an update()")
+        raise NotImplementedError(f"{type(self).__name__} does not define the method update")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -109,9 +109,11 @@ def check_not_sparse(optimizer: Optimizer, parameter: Tensor) -> None:
     """Raise UsageError for a sparse gradient, as `nn.Embedding(sparse=True)` produces it."""
     if parameter.grad is not None and parameter.grad.is_sparse:
         raise UsageError(
-            f"{type(optimizer).__name__} takes no sparse gradients, and a weight of shape "
-            f"{tuple(parameter.shape)} has one; allowed: torch.optim.SparseAdam, SGD and Adagrad; "
-            "make the embedding with sparse=False, or give it to one of these by a rule"
+            f"{type(optimizer).__name__} does not support sparse gradients, and a weight of shape "
+            f"{tuple(parameter.shape)} has one",
+            ["torch.optim.SparseAdam", "SGD", "Adagrad"],
+            hint="create the embedding with sparse=False, or add a ParamRule with one of these "
+            "optimizers",
         )
 
 

@@ -46,9 +46,11 @@ def check_single_lr(
     if len({round(rate, 12) for rate in lrs}) > 1:
         text = ", ".join(f"{rate:g}" for rate in sorted(lrs))
         raise UsageError(
-            "LearningRateFinder searches one learning rate, and the plan's optimizers have "
-            f"{text}; allowed: one rate, with lr_scale in the rules; leave LearningRateFinder "
-            "out of trainer.callbacks, or give the optimizers one lr"
+            f"LearningRateFinder: the optimizers of the plan have the learning rates {text}, and "
+            "the search finds one",
+            ["one learning rate, with lr_scale in the rules"],
+            hint="use one lr for all optimizers, or remove LearningRateFinder() from "
+            "Trainer(callbacks=...)",
         )
 
 

@@ -157,7 +157,12 @@ class MuonOptimizer(Optimizer):
             ("coefficients", coefficients, ITERATIONS),
         ):
             if value not in allowed:
-                raise UsageError(f"Muon: {argument}={value!r}; allowed: {', '.join(allowed)}")
+                raise UsageError(
+                    f"Muon: {argument}={value!r} does not exist",
+                    allowed,
+                    hint=f"use {argument}={next(iter(allowed))!r}",
+                    flag=f"--trainer.callbacks.{argument}={next(iter(allowed))}",
+                )
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -173,14 +178,17 @@ class MuonOptimizer(Optimizer):
             for p in group["params"]:
                 if p.is_complex():
                     raise UsageError(
-                        f"Muon takes matrices of real numbers, not {p.dtype} of shape "
-                        f"{tuple(p.shape)}; give it to AdamW"
+                        f"Muon does not support {p.dtype}, the dtype of a parameter of shape "
+                        f"{tuple(p.shape)}",
+                        ["matrices of real numbers"],
+                        hint="use AdamW for this parameter",
                     )
                 if p.ndim < 2 or p.shape[0] % group["num_blocks"]:
                     raise UsageError(
-                        "Muon takes matrices whose rows divide by "
-                        f"num_blocks={group['num_blocks']}, not a tensor of shape "
-                        f"{tuple(p.shape)}; give it to AdamW"
+                        f"Muon does not support a parameter of shape {tuple(p.shape)} with "
+                        f"num_blocks={group['num_blocks']}",
+                        ["matrices whose number of rows is divisible by num_blocks"],
+                        hint="use AdamW for this parameter",
                     )
 
     @torch.no_grad()

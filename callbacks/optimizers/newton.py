@@ -58,8 +58,10 @@ class NewtonOptimizer(Optimizer):
         size = sum(p.numel() for p in self._all_parameters())
         if size > MAX_PARAMS or len(self.param_groups) > 1:
             raise UsageError(
-                f"Newton takes one group of at most {MAX_PARAMS} numbers, since a step costs two "
-                f"gradients for each; this is {size} in {len(self.param_groups)}; take LBFGS"
+                f"Newton computes two gradients for each number in a step, and here are {size} "
+                f"numbers in {len(self.param_groups)} groups",
+                [f"one group of at most {MAX_PARAMS} numbers"],
+                hint="use torch.optim.LBFGS",
             )
 
     def _all_parameters(self) -> list[Tensor]:
@@ -95,8 +97,10 @@ class NewtonOptimizer(Optimizer):
         solution, solve_info = torch.linalg.solve_ex(hessian, slope)
         if solve_info:
             raise UsageError(
-                f"Newton: the curvature is zero in some direction, and damping is "
-                f"{group['damping']}; set e.g. damping=1e-3"
+                f"Newton: damping={group['damping']} is too small, because the curvature is zero "
+                "in some direction",
+                hint="use damping=1e-3",
+                flag="--trainer.callbacks.damping=1e-3",
             )
         _unflatten_into(start - group["lr"] * solution, parameters)
         return losses_seen[-1]

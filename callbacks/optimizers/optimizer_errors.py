@@ -42,20 +42,24 @@ def wrap_optimizer_errors(optimizer: Optimizer, action: str = "in its step") -> 
             or _is_raised_by_ravine(error)
         ):
             raise
-        raise OptimizerError(format_optimizer_error(optimizer, error, action)) from error
+        raise make_optimizer_error(optimizer, error, action) from error
 
 
-def format_optimizer_error(optimizer: Optimizer, error: Exception, action: str) -> str:
-    """Return one line with the optimizer, its exception and a hint."""
+def make_optimizer_error(optimizer: Optimizer, error: Exception, action: str) -> OptimizerError:
+    """Return an error with the optimizer, its exception and a hint."""
     parameters = (p for group in optimizer.param_groups for p in group["params"])
-    is_sharded = any(isinstance(p, DTensor) for p in parameters)
-    hint = (
-        "it cannot step sharded parameters; type --trainer.strategy ddp, or take AdamW"
-        if is_sharded
-        else "take another optimizer, or give it other parameters by a rule; RAVINE_TRACEBACK=1 "
-        "shows where"
+    problem = f"{type(optimizer).__name__} failed {action}: {format_exception(error)}"
+    if any(isinstance(p, DTensor) for p in parameters):
+        return OptimizerError(
+            f"{problem}; it does not support sharded parameters",
+            hint="use Trainer(strategy='ddp'), or AdamW",
+            flag="--trainer.strategy=ddp",
+        )
+    return OptimizerError(
+        problem,
+        hint="use another optimizer, or other parameters by a ParamRule; RAVINE_TRACEBACK=1 in "
+        "the environment shows the traceback",
     )
-    return f"{type(optimizer).__name__} failed {action}: {format_exception(error)}; {hint}"
 
 
 def format_exception(error: BaseException) -> str:

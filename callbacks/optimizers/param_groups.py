@@ -149,8 +149,10 @@ def check_lr(lr: Any, optimizer: Optimizer) -> None:
         return
     if not isinstance(lr, int | float | Tensor) or not 0 <= lr < math.inf:
         raise UsageError(
-            f"{type(optimizer).__name__}: lr is {lr!r}; allowed: a finite number, 0 or more; type "
-            "0.001 in its place, or lr: 1.0e-3 in a config"
+            f"{type(optimizer).__name__}: lr={lr!r} is not a learning rate",
+            ["a finite number, 0 or more"],
+            hint="use lr=0.001",
+            flag="in the config lr: 0.001",
         )
 
 
@@ -173,8 +175,10 @@ def call_factory(factory: OptimizerFactory | None, parameters: Sequence[Any]) ->
                 closest = suggest_names(keyword, allowed, least=0.3) or allowed
                 raise UsageError(
                     f"{optimizer_type.__name__ if optimizer_type else 'the optimizer'} has no "
-                    f"argument {keyword!r}; "
-                    f"nearest: {', '.join(closest)}"
+                    f"argument {keyword!r}",
+                    closest,
+                    hint=f"use {closest[0]}={keywords[keyword]!r}",
+                    label="nearest",
                 )
     assert factory is not None  # OptimizerPlan checks it
     try:
@@ -188,14 +192,15 @@ def call_factory(factory: OptimizerFactory | None, parameters: Sequence[Any]) ->
             if k not in signature or signature[k].default != v
         ]
         name = optimizer_type.__name__ if optimizer_type is not None else "the optimizer"
+        problem, hint = _explain_error(error, parameters)
         raise UsageError(
-            f"{name} refuses {', '.join(changed_args) or 'this'}: "
-            f"{_explain_error(error, parameters)}"
+            f"{name} refuses {', '.join(changed_args) or 'its arguments'}: {problem}", hint=hint
         ) from error
     if not isinstance(getattr(built, "param_groups", None), list):
         raise UsageError(
-            f"{type(built).__name__} is no torch.optim.Optimizer: it has no param_groups; give a "
-            "class, or a function of the parameters that returns one"
+            f"OptimizerPlan: {type(built).__name__} has no param_groups, so it is not an optimizer",
+            ["a class of optimizers", "a function of the parameters that returns an optimizer"],
+            hint="use optimizer=torch.optim.AdamW",
         )
     return built
 
@@ -208,8 +213,8 @@ def _constructor_parameters(cls: type | None) -> dict[str, inspect.Parameter]:
         return {}
 
 
-def _explain_error(error: Exception, parameters: Sequence[Any]) -> str:
-    """Return the text of a constructor's error with a hint for common causes."""
+def _explain_error(error: Exception, parameters: Sequence[Any]) -> tuple[str, str]:
+    """Return the text of a constructor's error, and a hint for common causes."""
     at = optimizer_errors.find_user_frame(error)
     plain = type(error) is ValueError or isinstance(error, UsageError)
     where = f" (at {at})" if at and not plain else ""
@@ -218,15 +223,15 @@ def _explain_error(error: Exception, parameters: Sequence[Any]) -> str:
     wants_model = wants_model or "'parameters'" in str(error) or "'modules'" in str(error)
     if wants_model:
         return (
-            f"{message}{where}; it wants the model, and a plan gives it parameters: make it in the "
-            "module's configure_optimizers, without a plan"
+            f"{message}{where}; it needs the model, and a plan passes the parameters",
+            "create it in the module's configure_optimizers, without a plan",
         )
     if plain:
-        return message
+        return message, ""
     return (
-        f"{message}{where}; it is called with {len(parameters)} parameters or groups of them: set "
-        "its"
-        " arguments, or give a function of the parameters that makes it"
+        f"{message}{where}; it was called with {len(parameters)} parameters or groups",
+        "pass its arguments with functools.partial, or use a function of the parameters that "
+        "creates it",
     )
 
 

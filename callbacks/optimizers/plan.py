@@ -74,13 +74,16 @@ class OptimizerPlan(Callback):
         for number, rule in enumerate(rules, 1):
             if rule.optimizer is None and optimizer is None:
                 raise UsageError(
-                    f"rule {number} ({rule.label}) names no optimizer and neither does the plan; "
-                    "set `optimizer` in the rule or beside `rules`"
+                    f"OptimizerPlan: rule {number} ({rule.label}) has no optimizer, and neither "
+                    "has the plan",
+                    hint="pass optimizer=AdamW to the ParamRule or to OptimizerPlan",
+                    flag="--trainer.callbacks.optimizer=AdamW",
                 )
         if optimizer is None and not rules:
             raise UsageError(
-                f"{type(self).__name__} needs an optimizer; type "
-                "--trainer.callbacks.optimizer=AdamW, or give rules"
+                f"{type(self).__name__} needs an optimizer or rules",
+                hint="pass optimizer=torch.optim.AdamW",
+                flag="--trainer.callbacks.optimizer=AdamW",
             )
         self.rules = [
             replace(r, optimizer=r.optimizer or optimizer) for r in rules or (ParamRule(),)
@@ -142,9 +145,11 @@ class OptimizerPlan(Callback):
         if stage != "fit" or self is not attached_plans(trainer)[-1]:
             return
         if not pl_module.automatic_optimization:
+            name = type(self).__name__
             raise UsageError(
-                f"{type(pl_module).__name__} steps its own optimizers (manual optimization), so "
-                f"{type(self).__name__} has nothing to replace; leave it out of the callbacks"
+                f"{name}: {type(pl_module).__name__} steps its own optimizers (manual "
+                "optimization), which a plan cannot replace",
+                hint=f"remove {name}() from Trainer(callbacks=...)",
             )
         self._total_steps = float("inf")
         if trainer.max_steps >= 0 or trainer.max_epochs == -1:  # else the loaders determine it
@@ -314,7 +319,10 @@ class OptimizerPlan(Callback):
         assigned = zip(self.rules, assign_params(module, self.rules), strict=True)
         assigned = [(rule, named) for rule, named in assigned if named]
         if not assigned:
-            raise UsageError(f"{type(module).__name__} has no trainable parameter: nothing to do")
+            raise UsageError(
+                f"{type(self).__name__}: {type(module).__name__} has no trainable parameter",
+                hint="call requires_grad_(True) on the parameters to train",
+            )
         labels = [rule.label for rule, _ in assigned]
         return [
             RuleParams(rule, label if labels.count(label) == 1 else f"{label} {number}", named)
@@ -324,11 +332,12 @@ class OptimizerPlan(Callback):
     def _log_replaced_optimizers(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         name, console = str(self), Console()
         for other in attached_plans(trainer)[:-1]:
-            console.print(f"{other} is not used: {name} stands after it", soft_wrap=True)
+            console.print(f"{other} is not used, because {name} comes after it", soft_wrap=True)
         module_hook = type(module).configure_optimizers
         if not module_hook.__module__.startswith(("ravine.", "lightning.")):
             console.print(
-                f"{module_hook.__qualname__} is not called: {name} takes its place", soft_wrap=True
+                f"{module_hook.__qualname__} is not called, because {name} replaces it",
+                soft_wrap=True,
             )
 
     def _log_schedule_rescaling(self, trainer: L.Trainer) -> None:
@@ -346,10 +355,10 @@ class OptimizerPlan(Callback):
                 self.schedule.factor(step, n) for n in (saved_total_steps, self._total_steps)
             )
             text = (
-                f"schedule {self.schedule.kind!r}: from {saved_total_steps:g} optimizer steps in "
-                "the "
-                f"checkpoint to {self._total_steps:g} here; at step {step} the learning rate goes "
-                f"from {old_factor:.3g} to {new_factor:.3g} of its peak"
+                f"LRSchedule({self.schedule.kind!r}): the run of the checkpoint has "
+                f"{saved_total_steps:g} optimizer steps, and this run has {self._total_steps:g}; "
+                f"at step {step} the learning rate changes from {old_factor:.3g} to "
+                f"{new_factor:.3g} of its peak"
             )
             Console().print(text, soft_wrap=True, highlight=False)
 
@@ -360,11 +369,10 @@ class OptimizerPlan(Callback):
             and self._saved_optimizer_names != self._optimizer_names
         ):
             raise UsageError(
-                f"the checkpoint was trained with {' + '.join(self._saved_optimizer_names)}, this "
-                "run "
-                f"uses {' + '.join(self._optimizer_names)}, whose state is another; resume with "
-                "the "
-                "former, or start a new run from the weights alone"
+                f"the checkpoint has the optimizers {' + '.join(self._saved_optimizer_names)}, and "
+                f"this run has {' + '.join(self._optimizer_names)}",
+                hint="use the optimizers of the checkpoint, or start a new run from its weights "
+                "with Pretrained(path)",
             )
         if self._optimizer_names:
             self._saved_optimizer_names = []
@@ -377,8 +385,9 @@ class OptimizerPlan(Callback):
             lrs = [group.get("lr") for group in member.param_groups]
             if acts_on_lr and not all(isinstance(lr, int | float | Tensor) for lr in lrs):
                 raise UsageError(
-                    f"{name} keeps no number 'lr' in its param_groups, which lr_scale and schedule "
-                    "act on; leave both out, or give it one"
+                    f"{name} has no number 'lr' in its param_groups, which lr_scale and schedule "
+                    "change",
+                    hint="remove lr_scale and schedule",
                 )
             _check_eps(member)
             if needs_closure(member):
@@ -388,7 +397,7 @@ class OptimizerPlan(Callback):
         self, trainer: L.Trainer, name: str, composite: CompositeOptimizer
     ) -> None:
         obstacles = {
-            "other optimizers beside it": len(composite.optimizers) > 1,
+            "other optimizers": len(composite.optimizers) > 1,
             "gradient accumulation": trainer.accumulate_grad_batches > 1,
             "a gradient scaler": getattr(trainer.precision_plugin, "scaler", None) is not None,
             "several ranks": trainer.world_size > 1 and not composite.needs_full_gradient,
@@ -396,8 +405,10 @@ class OptimizerPlan(Callback):
         }
         if conflicts := [obstacle for obstacle, is_present in obstacles.items() if is_present]:
             raise UsageError(
-                f"{name} computes the loss several times a step, which is not possible with "
-                f"{', '.join(conflicts)}; leave that out, or take an optimizer such as AdamW"
+                f"{name} computes the loss several times in a step, which is not possible with "
+                f"{', '.join(conflicts)}",
+                hint="use an optimizer such as AdamW",
+                flag="--trainer.callbacks.optimizer=AdamW",
             )
 
 
@@ -407,12 +418,12 @@ def _check_gradients_reduced(
     """Raise UsageError for parameters frozen at DDP setup: DDP does not reduce their gradients."""
     names = {id(p): name for name, p in module.named_parameters()}
     if late := [
-        names.get(id(p), "one of no module") for p in parameters if id(p) not in initially_trainable
+        names.get(id(p), "a parameter outside of the module") for p in parameters if id(p) not in initially_trainable
     ]:
         raise UsageError(
-            f"parameters that are trained from now on ({', '.join(late[:3])}): with ddp their "
-            "gradients would differ from rank to rank, since they were frozen at the start; train "
-            "on one process, or leave them trainable at the start with a learning rate of 0"
+            f"add_param_group: {', '.join(late[:3])} had requires_grad=False at the start of the "
+            "run, so ddp does not reduce these gradients over the ranks",
+            hint="train in one process, or keep them trainable from the start with lr=0",
         )
 
 
@@ -449,9 +460,9 @@ class ReadOnlyLRs:
 
     def _unavailable_message(self, use: str) -> str:
         return (
-            f"{self._module} uses self.lr_schedulers(){use}, and {self._owner} has replaced its "
-            "optimizers and schedulers; allowed: get_last_lr(); leave the use out, or give the "
-            f"schedule to {self._owner}: schedule=LRSchedule('cosine')"
+            f"{self._module} uses self.lr_schedulers(){use}, and {self._owner} replaces its "
+            "optimizers and schedulers; allowed: get_last_lr(); pass "
+            f"schedule=LRSchedule('cosine') to {self._owner}"
         )
 
 
@@ -464,9 +475,11 @@ def _check_eps(optimizer: Optimizer) -> None:
         half = any(p.dtype == torch.float16 for p in group["params"])
         if half and isinstance(eps, float) and eps and not float(torch.tensor(eps).half()):
             raise UsageError(
-                f"{type(optimizer).__name__}: eps={eps:g} is 0 in float16, so that weights turn to "
-                "NaN (0 / 0); allowed: 6e-8 or more; type --trainer.callbacks.optimizer.eps=1e-4, "
-                "of AdaGrad --trainer.callbacks.eps=1e-4, or --trainer.precision=16-mixed"
+                f"{type(optimizer).__name__}: eps={eps:g} is 0 in float16, so weights become NaN "
+                "(0 / 0)",
+                ["6e-8 or more"],
+                hint="use eps=1e-4, or Trainer(precision='16-mixed')",
+                flag="--trainer.precision=16-mixed, or --trainer.callbacks.optimizer.eps=1e-4",
             )
 
 

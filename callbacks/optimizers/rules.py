@@ -23,6 +23,8 @@ DecayFilter = Literal["none", "matrices", "all"]
 OptimizerFactory = Callable[[Iterable], Optimizer]
 NamedParam = tuple[str, nn.Parameter]
 
+REST_HINT = "add a last rule ParamRule('rest', optimizer=AdamW)"
+REST_FLAG = "in the config a last rule {kind: rest, optimizer: AdamW}"
 HEAD_NAMES = ("head", "lm_head")  # attribute names of the Linear that computes the predictions
 
 
@@ -119,11 +121,11 @@ def assign_params(module: nn.Module, rules: Sequence[ParamRule]) -> list[list[Na
             params_by_rule[rule_index].append((name, parameter))
     for number, (rule, named_params) in enumerate(zip(rules, params_by_rule, strict=True), 1):
         if not named_params and rule.label != "rest":  # a `rest` rule may be empty
-            raise UsageError(_unmatched_rule_error(number, rule, kind_of))
+            raise _unmatched_rule_error(number, rule, kind_of)
         _check_matrices_only(number, rule, named_params, kind_of)
     if unassigned:
         raise UsageError(
-            f"no rule takes {', '.join(unassigned)}; add a last rule {{kind: rest, optimizer: ...}}"
+            f"OptimizerPlan: no rule matches {', '.join(unassigned)}", hint=REST_HINT, flag=REST_FLAG
         )
     return params_by_rule
 
@@ -141,8 +143,10 @@ def assign_added_params(
         rule_index = next((i for i, r in enumerate(rules) if r.matches(kind, name)), None)
         if rule_index is None:
             raise UsageError(
-                f"no rule takes {name or 'a parameter of no module'} ({kind}), which "
-                "add_param_group brings; add a last rule {kind: rest, optimizer: ...}"
+                f"add_param_group: no rule of the plan matches "
+                f"{name or 'a parameter outside of the module'} ({kind})",
+                hint=REST_HINT,
+                flag=REST_FLAG,
             )
         params_by_rule[rule_index].append((name, parameter))
     for number, (rule, named_params) in enumerate(zip(rules, params_by_rule, strict=True), 1):
@@ -154,15 +158,18 @@ def assign_added_params(
     ]
 
 
-def _unmatched_rule_error(number: int, rule: ParamRule, kind_of: dict[str, str]) -> str:
+def _unmatched_rule_error(number: int, rule: ParamRule, kind_of: dict[str, str]) -> UsageError:
     if rule.pattern != "*":
-        near = suggest_names(rule.pattern, kind_of, least=0.1, dotted=True)
-        hint = f"nearest names: {', '.join(near) or ', '.join(kind_of)}"
+        label = "nearest names"
+        candidates = suggest_names(rule.pattern, kind_of, least=0.1, dotted=True) or [*kind_of]
     else:
-        hint = f"kinds here: {', '.join(dict.fromkeys(kind_of.values()))}"
-    return (
-        f"rule {number} ({rule.label}) takes no trainable parameter that an earlier rule left; "
-        f"{hint}; change the rule or leave it out"
+        label, candidates = "kinds in this module", [*dict.fromkeys(kind_of.values())]
+    return UsageError(
+        f"OptimizerPlan: rule {number} ({rule.label}) matches no trainable parameter that earlier "
+        "rules left",
+        candidates,
+        hint="change the rule, or remove it",
+        label=label,
     )
 
 
@@ -184,11 +191,13 @@ def _check_matrices_only(
     misplaced = [f"{n} ({kind_of[n]})" for n, p in named_params if kind_of[n] not in allowed]
     if misplaced:
         raise UsageError(
-            f"rule {number} ({rule.label}) sends {', '.join(misplaced)} to "
-            f"{optimizer_type.__name__}, which is "
-            "for hidden matrices and convolutions; set kind: hidden_matrix and give the others "
-            "to a rule {kind: rest, optimizer: AdamW}, or allow_embeddings: true for embeddings "
-            "and heads"
+            f"OptimizerPlan: rule {number} ({rule.label}) assigns {', '.join(misplaced)} to "
+            f"{optimizer_type.__name__}",
+            ["hidden matrices", "convolutions", "with allow_embeddings also embeddings and heads"],
+            hint="use kind='hidden_matrix' in this rule, and a last rule "
+            "ParamRule('rest', optimizer=AdamW)",
+            flag="in the config {kind: hidden_matrix}, and a last rule "
+            "{kind: rest, optimizer: AdamW}",
         )
 
 

@@ -235,9 +235,10 @@ class _StateCodec:
     def _unsupported_error(self, value: Any, name: str, reason: str) -> CheckpointError:
         type_name = f"{type(value).__module__}.{type(value).__qualname__}"
         return CheckpointError(
-            f"{self.name} keeps a {type_name} in {name}, {reason}: such a run could not be "
-            f"continued; give {self.name} a state_dict() of tensors and plain values, or take "
-            "another optimizer",
+            f"{self.name} keeps a {type_name} in {name}, {reason}; such a run cannot be resumed",
+            ["tensors and plain values"],
+            hint=f"define a state_dict() of tensors and plain values in {self.name}, or use another "
+            "optimizer",
             exit_status=1,
         )
 
@@ -290,8 +291,10 @@ class _StateCodec:
         is_valid = is_valid and (tag != "enum" or issubclass(target, enum.Enum))
         if not is_valid or (tag == "object" and not self._is_rebuildable(target)):
             raise CheckpointError(
-                f"the checkpoint's state of {self.name} names {path}, which is no class of its "
-                "package; resume with the optimizer and the package version that wrote it"
+                f"the state of {self.name} in the checkpoint refers to {path}, which is not a "
+                "class of the optimizer's package",
+                hint="resume with the optimizer and the version of its package that wrote the "
+                "checkpoint",
             )
         return target
 

@@ -21,6 +21,7 @@ from ..transforms.layer_mixins import check_not_sharded, check_plain_layer
 from ..transforms.layer_selection import (
     Patterns,
     as_list,
+    closest_names,
     find_frozen_copies,
     find_hidden_layers,
     is_submodule_of,
@@ -68,11 +69,26 @@ class Quantization(Transform):
     ) -> None:
         """Check and store the arguments."""
         if scheme not in ("nf4", "int8"):
-            raise UsageError(f"Quantization: no scheme {scheme!r}; allowed: nf4, int8")
+            raise UsageError(
+                f"Quantization: scheme={scheme!r} does not exist",
+                ["nf4", "int8"],
+                hint="use scheme='nf4'",
+                flag="--trainer.callbacks.scheme=nf4",
+            )
         if backend not in ("torch", "bitsandbytes"):
-            raise UsageError(f"Quantization: no backend {backend!r}; allowed: torch, bitsandbytes")
+            raise UsageError(
+                f"Quantization: backend={backend!r} does not exist",
+                ["torch", "bitsandbytes"],
+                hint="use backend='torch'",
+                flag="--trainer.callbacks.backend=torch",
+            )
         if backend == "bitsandbytes" and scheme != "nf4":
-            raise UsageError("Quantization: bitsandbytes is for nf4 here; type backend: torch")
+            raise UsageError(
+                f"Quantization: backend='bitsandbytes' does not support scheme={scheme!r}",
+                ["nf4"],
+                hint="use backend='torch'",
+                flag="--trainer.callbacks.backend=torch",
+            )
         self.arguments: dict[str, Any] = {
             "scheme": scheme,
             "targets": None if targets is None else as_list(targets),
@@ -95,13 +111,16 @@ class Quantization(Transform):
         device = trainer.strategy.root_device.type
         if self.backend == "bitsandbytes" and device != "cuda":
             raise UsageError(
-                f"Quantization: the kernels of bitsandbytes need CUDA, and this run is on {device};"
-                " the bits are the same; type --trainer.callbacks.backend=torch"
+                f"Quantization: backend='bitsandbytes' needs CUDA, and this run is on {device}",
+                ["backend='torch', which computes the same codes"],
+                hint="use backend='torch'",
+                flag="--trainer.callbacks.backend=torch",
             )
         if self.backend == "bitsandbytes" and find_spec("bitsandbytes") is None:
             raise UsageError(
-                "Quantization: bitsandbytes is not installed; type pip install 'ravine[quant]', or "
-                "--trainer.callbacks.backend=torch"
+                "Quantization: the package bitsandbytes is not installed",
+                hint="install ravine[quant], or use backend='torch'",
+                flag="pip install 'ravine[quant]', or --trainer.callbacks.backend=torch",
             )
         pl_module.strict_loading = False  # a float checkpoint has weights instead of codes
         super().setup(trainer, pl_module, stage)
@@ -116,8 +135,9 @@ class Quantization(Transform):
         super().on_fit_start(trainer, pl_module)
         if not any(parameter.requires_grad for parameter in pl_module.parameters()):
             raise UsageError(
-                f"Quantization: nothing is left to train in this {type(pl_module).__name__}; add "
-                "adapters: type --trainer.callbacks+=LoRA"
+                f"Quantization: {type(pl_module).__name__} has no trainable parameter left",
+                hint="add LoRA() to Trainer(callbacks=...)",
+                flag="--trainer.callbacks+=LoRA",
             )
         if trainer.is_global_zero and self.errors:
             Console().print(make_error_table(self.errors, self.arguments["scheme"]))
@@ -137,7 +157,10 @@ class Quantization(Transform):
         partial = not checkpoint.get("lora", {"frozen": True})["frozen"]
         if state and missing and not partial:
             raise UsageError(
-                f"the checkpoint lacks {', '.join(sorted(missing)[:3])}; allowed: one of this model"
+                f"Quantization: the checkpoint lacks {', '.join(sorted(missing)[:3])}",
+                ["a checkpoint of this model"],
+                hint="pass another ckpt_path",
+                flag="--ckpt_path=FILE",
             )
 
 
@@ -175,8 +198,13 @@ def quantize_module(
         names = [name for name in layers if name in hidden]
         if not names:
             raise UsageError(
-                f"Quantization: {type(module).__name__} has no hidden matrix; name the layers: "
-                "type --trainer.callbacks.targets=NAME"
+                f"Quantization: {type(module).__name__} has no hidden matrix",
+                list(layers)[:MAX_LISTED],
+                hint=f"use targets=[{next(iter(layers))!r}]"
+                if layers
+                else "remove Quantization() from Trainer(callbacks=...)",
+                flag=f"--trainer.callbacks.targets={next(iter(layers))}" if layers else "",
+                label="layers that can be quantized",
             )
     else:
         _check_target_types(module, targets, layers)
@@ -184,7 +212,12 @@ def quantize_module(
     excluded = select_names(exclude, names, "Quantization.exclude")
     names = [name for name in names if name not in excluded]
     if not names:
-        raise UsageError("Quantization: no layer is left to round; type a narrower exclude")
+        raise UsageError(
+            f"Quantization: exclude={as_list(exclude)} excludes all layers of targets",
+            list(layers)[:MAX_LISTED],
+            hint="use fewer patterns in exclude",
+            label="layers",
+        )
     for name in names:
         _check_layer(module, name, layers[name])
     if not allow_frozen_copies:
@@ -210,9 +243,16 @@ def _check_target_types(module: nn.Module, targets: Patterns, layers: dict[str, 
             continue
         for name, layer in module.named_modules():
             if name and matches_pattern(pattern, name):
+                near = closest_names(name, list(layers))
                 raise UsageError(
-                    f"Quantization.targets: {pattern!r} hits {name}, a {type(layer).__name__}; "
-                    f"allowed: Linear layers that are called, here {', '.join(list(layers)[:4])}"
+                    f"Quantization: targets={pattern!r} matches {name}, a {type(layer).__name__}, "
+                    "and only Linear layers that are called can be quantized",
+                    near or ["none: the module has no such layer"],
+                    hint=f"use targets=[{near[0]!r}]"
+                    if near
+                    else "remove Quantization() from Trainer(callbacks=...)",
+                    flag=f"--trainer.callbacks.targets={near[0]}" if near else "",
+                    label="nearest",
                 )
 
 
@@ -224,19 +264,24 @@ def _check_no_frozen_copies(module: nn.Module, names: list[str]) -> None:
             if any(is_submodule_of(name, module_name) for name in names)
         ]
         if hit:
+            patterns = [f"{name}*" for name in hit]
             raise UsageError(
-                f"Quantization: {copy} is a frozen copy of {original}; code that pairs their "
-                "parameters (a momentum teacher) would read quantized bits as weights; type "
-                f"--trainer.callbacks.exclude=[{','.join(f'{name}*' for name in hit)}], or for a "
-                "fixed reference --trainer.callbacks.allow_frozen_copies=true"
+                f"Quantization: {copy} is a frozen copy of {original}, and code that pairs their "
+                "parameters (a momentum teacher) would read codes as weights",
+                hint=f"use exclude={patterns}, or for a fixed reference allow_frozen_copies=True",
+                flag=f"--trainer.callbacks.exclude=[{','.join(patterns)}], or for a fixed "
+                "reference --trainer.callbacks.allow_frozen_copies=true",
             )
 
 
 def _check_layer(module: nn.Module, name: str, layer: nn.Linear) -> None:
     if isinstance(layer, QuantizedLinear):
-        raise UsageError(f"Quantization: {name} is quantized already; make a new module")
+        raise UsageError(f"Quantization: {name} is already quantized", hint="use a new module")
     if hasattr(layer, "lora_enabled"):
-        raise UsageError(f"Quantization: {name} has an adapter already; round first, then adapt")
+        raise UsageError(
+            f"Quantization: {name} already has an adapter",
+            hint="quantize first, then call inject_lora",
+        )
     check_plain_layer(name, layer, nn.Linear, "Quantization")
     if deferred_values(layer.weight) is None:  # deferred values are checked when they are quantized
         check_finite_weight(name, layer.weight)
@@ -248,8 +293,11 @@ def _check_layer(module: nn.Module, name: str, layer: nn.Linear) -> None:
     ]
     if sharing:
         raise UsageError(
-            f"Quantization: {name} shares its weight with {sharing[0]}: bits in one of them would "
-            f"save nothing; type --trainer.callbacks.exclude={name}"
+            f"Quantization: {name} shares its weight with {sharing[0]}, so quantizing it would "
+            "save no memory",
+            ["layers with their own weight"],
+            hint=f"use exclude=[{name!r}]",
+            flag=f"--trainer.callbacks.exclude={name}",
         )
 
 

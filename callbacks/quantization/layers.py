@@ -106,13 +106,15 @@ class QuantizedLinear(LayerMixin, nn.Linear):
         for name in QUANT_PARAM_NAMES[:2]:
             saved, current = state_dict.get(prefix + name), getattr(self, name)
             if saved is not None and (saved.shape, saved.dtype) != (current.shape, current.dtype):
+                other = "int8" if self.scheme == "nf4" else "nf4"
                 raise UsageError(
-                    f"{prefix}{name} is {saved.dtype} {tuple(saved.shape)} in the checkpoint and "
-                    f"{current.dtype} {tuple(current.shape)} here ({self.scheme}, "
-                    f"double_quant={self.double_quant}); "
-                    "allowed: the scheme and double_quant that it was saved with; type "
-                    "--trainer.callbacks.scheme=nf4, or int8, or "
-                    "--trainer.callbacks.double_quant=false"
+                    f"Quantization: {prefix}{name} is {saved.dtype} {tuple(saved.shape)} in the "
+                    f"checkpoint and {current.dtype} {tuple(current.shape)} in this run "
+                    f"(scheme={self.scheme!r}, double_quant={self.double_quant})",
+                    ["scheme and double_quant of the run that wrote the checkpoint"],
+                    hint=f"use scheme={other!r}, or double_quant={not self.double_quant}",
+                    flag=f"--trainer.callbacks.scheme={other}, or "
+                    f"--trainer.callbacks.double_quant={str(not self.double_quant).lower()}",
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -191,7 +193,9 @@ class DeferredTensor:
 def check_finite_weight(name: str, weight: Tensor) -> None:
     """Raise UsageError for a weight with inf or NaN."""
     if first_non_finite([(name, weight)]):
-        raise UsageError(f"Quantization: the weight of {name} has inf or nan; start from another")
+        raise UsageError(
+            f"Quantization: the weight of {name} is not finite", hint="use other weights"
+        )
 
 
 @torch.no_grad()

@@ -158,18 +158,28 @@ class GradientClipping(Callback):
         """Check and set the bound and the patience."""
         if max_norm is not None and max_value is not None:
             raise UsageError(
-                f"GradientClipping: max_norm={max_norm} and max_value={max_value}; set one of them"
+                f"GradientClipping: max_norm={max_norm} and max_value={max_value} exclude each "
+                "other",
+                ["max_norm or max_value"],
+                hint="remove max_value",
+                flag="--trainer.callbacks.max_value=null",
             )
         for name, bound in (("max_norm", max_norm), ("max_value", max_value)):
             if bound is not None and not bound > 0:
                 raise UsageError(
-                    f"GradientClipping: {name}={bound} must be positive; set e.g. {name}=1.0"
+                    f"GradientClipping: {name}={bound} is not positive",
+                    ["above 0"],
+                    hint=f"use {name}=1.0",
+                    flag=f"--trainer.callbacks.{name}=1.0",
                 )
         self.max_norm = 1.0 if max_norm is None and max_value is None else max_norm
         self.max_value = max_value
         if patience is not None and patience < 0:
             raise UsageError(
-                f"GradientClipping: patience={patience} is negative; set 0 to look at nothing"
+                f"GradientClipping: patience={patience} is negative",
+                ["0 (no check) or more"],
+                hint="use patience=0",
+                flag="--trainer.callbacks.patience=0",
             )
         self.patience = patience
         self.skipped_steps = SkippedSteps()
@@ -193,18 +203,23 @@ class GradientClipping(Callback):
         clippings = find_callbacks(trainer, GradientClipping)
         if self is not clippings[-1]:
             if trainer.is_global_zero:
-                line = f"{self} is not used: {clippings[-1]} stands after it"
+                line = f"{self} is not used, because {clippings[-1]} comes after it"
                 Console().print(line, soft_wrap=True)
             return
         if trainer.gradient_clip_val is not None:
             raise UsageError(
                 f"gradients would be clipped twice: by {self} and by gradient_clip_val="
-                f"{trainer.gradient_clip_val}; leave out --trainer.gradient_clip_val"
+                f"{trainer.gradient_clip_val}",
+                ["one of the two"],
+                hint="remove gradient_clip_val from Trainer",
+                flag="--trainer.gradient_clip_val=null",
             )
         if not pl_module.automatic_optimization:
             raise UsageError(
-                f"{type(pl_module).__name__} steps its own optimizers (manual optimization), where "
-                "GradientClipping is never asked; call self.clip_gradients in its training_step"
+                f"GradientClipping: {type(pl_module).__name__} steps its own optimizers (manual "
+                "optimization), where no callback can clip",
+                hint="call self.clip_gradients in its training_step, and remove "
+                "GradientClipping() from Trainer(callbacks=...)",
             )
 
         def configure_gradient_clipping(
@@ -310,9 +325,12 @@ class GradientClipping(Callback):
         if self.skipped_steps.num_consecutive >= patience:
             raise NonFiniteError(
                 f"the gradient was not finite in {patience} optimizer steps in a row, up to step "
-                f"{step}; set a lower lr, or add the callback NaNGuard to see where it begins"
+                f"{step}",
+                hint="use a lower learning rate, or add NaNGuard() to Trainer(callbacks=...) to "
+                "find the first tensor",
+                flag="--trainer.callbacks+=NaNGuard",
             )
         if self.skipped_steps.num_consecutive == 1:  # one warning for a series of skipped steps
-            rank_zero_warn(f"optimizer step {step} is left out: its gradient is not finite")
+            rank_zero_warn(f"optimizer step {step} is skipped: its gradient is not finite")
         for p in parameters:
             p.grad = None  # optimizers skip parameters without a gradient

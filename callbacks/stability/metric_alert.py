@@ -5,7 +5,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from ravine.errors import UsageError
+from ravine.errors import UsageError, sort_by_similarity
 
 from ..base import OptimizerStepCallback
 from ..checks.run_checks import add_run_checks
@@ -21,8 +21,8 @@ class MetricAlert(OptimizerStepCallback):
 
     Example: `Trainer(callbacks=[MetricAlert(min_fraction_of_first={"train/frac_in_vocab":
     0.25})])`. The metrics are read every log interval. By default they are those of a policy, of
-    which the module must log
-    one: fraction of distinct samples, mean distance between samples, fraction of real words.
+    which the module must log one: fraction of distinct samples, mean distance between samples,
+    fraction of real words.
 
     Args:
         min_value: smallest value of each metric.
@@ -34,7 +34,7 @@ class MetricAlert(OptimizerStepCallback):
         min_value: dict[str, float] | None = None,
         min_fraction_of_first: dict[str, float] | None = None,
     ) -> None:
-        """Set the bounds, and start without an active alarm."""
+        """Set the bounds, and start without an active alert."""
         self.requested = {
             *(min_value or {}),
             *(min_fraction_of_first or {}),
@@ -65,11 +65,11 @@ class MetricAlert(OptimizerStepCallback):
         return "MetricAlert"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the first values, the past alarms and the active ones."""
+        """Return the first values, the past alerts and the active ones."""
         return {"first_values": self.first_values, "events": self.events, "active": self.active}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the first values and the alarms."""
+        """Restore the first values and the alerts."""
         self.first_values, self.events = (
             dict(state_dict["first_values"]),
             list(state_dict["events"]),
@@ -87,11 +87,16 @@ class MetricAlert(OptimizerStepCallback):
         values = {name: float(metrics[name]) for name in sorted(watched & metrics.keys())}
         missing = watched if not values else self.requested - values.keys()
         if missing:
-            logged = ", ".join(sorted(metrics)) or "nothing"
+            name = type(pl_module).__name__
+            logged = sorted(metrics)
+            near = sort_by_similarity(min(missing), logged)[0] if logged else ""
             raise UsageError(
-                f"MetricAlert watches {', '.join(sorted(missing))}, and "
-                f"{type(pl_module).__name__} logs {logged}; name metrics of its own: "
-                "--trainer.callbacks.min_value='{NAME: 0.5}', or leave MetricAlert out"
+                f"MetricAlert: {name} does not log {', '.join(sorted(missing))}",
+                logged or ["none: the module logs no metric"],
+                hint=f"use min_value={{{near!r}: 0.5}}"
+                if near
+                else "remove MetricAlert() from Trainer(callbacks=...)",
+                flag=f"--trainer.callbacks.min_value='{{{near}: 0.5}}'" if near else "",
             )
         self.first_values = values | self.first_values
         for name, value in values.items():
@@ -112,11 +117,10 @@ class MetricAlert(OptimizerStepCallback):
         self.active.append(name)
         self.events.append({"step": self.step, "metric": name, "value": value, "bound": bound})
         first_value_note = (
-            f" (it began at {self.first_values[name]:.3g})" if min_fraction is not None else ""
+            f" (at first {self.first_values[name]:.3g})" if min_fraction is not None else ""
         )
         module.print(
-            f"step {self.step}: {name} is {value:.3g}, below {bound:.3g}{first_value_note}: what "
-            "is sampled has "
-            "degenerated; a lower learning rate, a divergence penalty (kl.beta) or another reward "
-            "may keep it alive"
+            f"step {self.step}: {name} is {value:.3g}, below {bound:.3g}{first_value_note}: the "
+            "samples have degenerated; a lower learning rate, a KL penalty (kl.beta) or another "
+            "reward may prevent it"
         )

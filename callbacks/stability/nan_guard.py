@@ -46,9 +46,10 @@ class SkippedSteps:
             )
             raise NonFiniteError(
                 f"{prefix}the gradient was not finite in the last {self.num_consecutive} of "
-                f"{self.num_steps} optimizer steps, up to step {step}, the end of the run; lower "
-                "the "
-                "learning rate, or see where it begins: --trainer.callbacks+=NaNGuard"
+                f"{self.num_steps} optimizer steps, up to step {step}, the end of the run",
+                hint="use a lower learning rate, or add NaNGuard() to Trainer(callbacks=...) to "
+                "find the first tensor",
+                flag="--trainer.callbacks+=NaNGuard",
             )
 
 
@@ -71,7 +72,10 @@ class NaNGuard(Callback):
         """Set the number of steps that may be skipped."""
         if max_skips < 0:
             raise UsageError(
-                f"NaNGuard: max_skips={max_skips} is negative; set 0 to stop at the first"
+                f"NaNGuard: max_skips={max_skips} is negative",
+                ["0 (stop at the first) or more"],
+                hint="use max_skips=0",
+                flag="--trainer.callbacks.max_skips=0",
             )
         self.max_skips = max_skips
         self.num_skipped = 0
@@ -143,8 +147,11 @@ class NaNGuard(Callback):
         self.num_skipped += 1
         if self.num_skipped > self.max_skips:
             raise NonFiniteError(
-                f"{where}, after {self.max_skips} skipped steps; the weights are those of the step "
-                "before it; lower the learning rate, or clip: --trainer.callbacks+=GradientClipping"
+                f"{where}, after {self.max_skips} skipped steps; the weights are those before "
+                "this step",
+                hint="use a lower learning rate, or add GradientClipping() to "
+                "Trainer(callbacks=...)",
+                flag="--trainer.callbacks+=GradientClipping",
             )
         rank_zero_warn(f"{where}: step skipped ({self.num_skipped} of {self.max_skips})")
 

@@ -61,7 +61,10 @@ class RankWatchdog(Callback):
         """Set the limit."""
         if limit_s <= 0:
             raise UsageError(
-                f"RankWatchdog: limit_s={limit_s} is not positive; set seconds, as 300"
+                f"RankWatchdog: limit_s={limit_s} is not a positive time",
+                ["seconds above 0"],
+                hint="use limit_s=300",
+                flag="--trainer.callbacks.limit_s=300",
             )
         self.limit_s = limit_s
         self._group: Any = None
@@ -165,8 +168,10 @@ class RankWatchdog(Callback):
                 return
         raise RankMismatchError(
             f"the training loader has {min(sized)} batches on rank {shortest} and {max(sized)} on"
-            f" rank {longest}: every rank must take the same number; give each rank a part of equal"
-            f" length, or set limit_train_batches={min(sized)}"
+            f" rank {longest}, and every rank must take the same number of steps",
+            hint=f"pass limit_train_batches={min(sized)} to Trainer, or give each rank a shard of "
+            "equal length",
+            flag=f"--trainer.limit_train_batches={min(sized)}",
         )
 
     def _run_watch_loop(self, thread_id: int) -> None:
@@ -230,8 +235,8 @@ class RankWatchdog(Callback):
         if not ranks_outside:
             calls = "; ".join(f"rank {r} in {reports[r][6]}" for r in sorted(ranks_waiting)[:4])
             return (
-                f"all ranks wait in collectives for {seconds:.0f} s, which do not match: {calls};"
-                " let every rank call the same collectives in the same order"
+                f"all ranks have waited for {seconds:.0f} s in collectives that do not match: "
+                f"{calls}; call the same collectives in the same order on every rank"
             )
         outside_text = "; ".join(
             f"rank {r} is in {reports[r][6]}" for r in sorted(ranks_outside)[:4]
@@ -240,7 +245,7 @@ class RankWatchdog(Callback):
         return (
             f"{outside_text} and does not reach the collective in which rank {first} has waited for"
             f" {seconds:.0f} s, at batch {reports[first][2]} of epoch {reports[first][1]}; if it"
-            f" needs longer, set RankWatchdog(limit_s=...), {self.limit_s:g} s now"
+            f" needs longer, use RankWatchdog(limit_s={2 * self.limit_s:g})"
         )
 
     def _end_job(self, store: Any, text: str) -> None:
@@ -280,10 +285,9 @@ def describe_ended_loader(positions: dict[int, StepPosition], between_steps: boo
             if state == LOADER_ENDED and other_epoch == epoch and is_ahead:
                 return (
                     f"the training loader of rank {rank} ended epoch {epoch} after {batches}"
-                    f" batches, and that of rank {other_rank} goes on: every rank must take the "
-                    "same"
-                    f" number; give each rank a part of equal length, or set"
-                    f" limit_train_batches={batches}"
+                    f" batches, and that of rank {other_rank} continues; every rank must take the"
+                    " same number of steps; give each rank a shard of equal length, or pass"
+                    f" limit_train_batches={batches} to Trainer"
                 )
     return ""
 

@@ -51,10 +51,11 @@ class TokenWeightedLoss(Callback):
         trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore
         self._weight_sum, self._scale, self._count_terms, self._num_parts = None, 0.0, None, 0
         if hasattr(pl_module, "num_loss_terms") and not pl_module.automatic_optimization:
+            name = type(pl_module).__name__
             raise UsageError(
-                f"{type(pl_module).__name__} has `num_loss_terms` and steps its own optimizers "
-                "(manual optimization), which TokenWeightedLoss cannot weigh; leave "
-                "`num_loss_terms` away"
+                f"TokenWeightedLoss: {name} has num_loss_terms and steps its own optimizers "
+                "(manual optimization), where losses cannot be weighted",
+                hint=f"remove num_loss_terms from {name}",
             )
 
     def on_train_batch_start(

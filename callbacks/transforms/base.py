@@ -12,6 +12,8 @@ The module records applied phases with their plain arguments. A second trainer w
 skips them, and one with other transforms raises UsageError.
 """
 
+import json
+import shlex
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,7 +25,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.tensor import DTensor
 
-from ravine.errors import MissingFileError, RunError, UsageError
+from ravine.errors import MissingFileError, RunError, UsageError, sort_by_similarity
 from ravine.strategies.materialize import collect_deferred_values, materialize_params
 
 from ..hooks import hook_owner, is_attached, override_hook, restore_hook
@@ -82,23 +84,33 @@ def register_transform(
     """
     name, state = type(owner).__name__, _get_state(module)
     if phase not in PHASES:
-        raise UsageError(f"{name}: no phase {phase!r}; phases are {', '.join(PHASES)}")
+        raise UsageError(
+            f"{name}: phase={phase!r} does not exist",
+            PHASES,
+            hint=f"use phase={sort_by_similarity(phase, PHASES)[0]!r}",
+        )
     if phase in state.applied:
         if state.applied[phase] == config_key:
             return
         raise UsageError(
-            f"{name}: {phase} was applied to this {type(module).__name__} with"
-            f" {state.applied[phase]}, now it is asked for with {config_key}: make a new module"
+            f"{name}: {phase!r} was applied to this {type(module).__name__} with "
+            f"{state.applied[phase]}, and now it is requested with {config_key}",
+            hint=f"create a new {type(module).__name__}",
         )
     later_phases = [done for done in state.applied if PHASES.index(done) > PHASES.index(phase)]
     if later_phases:
         raise UsageError(
-            f"{name}: {phase} comes before {later_phases[0]}, which was already applied to this"
-            f" {type(module).__name__}: make a new module, or use both in one trainer"
+            f"{name}: {phase!r} must come before {later_phases[0]!r}, which was already applied to "
+            f"this {type(module).__name__}",
+            hint=f"create a new {type(module).__name__}, or use both callbacks in one Trainer",
         )
     other = state.pending.get(phase)
     if other is not None and other.owner is not owner and is_attached(trainer, other.owner):
-        raise UsageError(f"{type(other.owner).__name__} and {name} both {phase}: keep one of them")
+        raise UsageError(
+            f"{type(other.owner).__name__} and {name} both belong to the phase {phase!r}",
+            ["one callback of each phase"],
+            hint=f"remove {name}() from Trainer(callbacks=...)",
+        )
     state.pending[phase] = _PendingTransform(function, owner, config_key, accepts_meta_params)
     _wrap_configure_model(trainer, module, owner)
 
@@ -132,8 +144,10 @@ def _apply_pending(trainer: L.Trainer, module: L.LightningModule) -> None:
             continue
         if sharded:
             raise UsageError(
-                f"{type(pending.owner).__name__}: {name} shards its parameters in configure_model,"
-                f" too early for {phase}: leave it to --trainer.strategy zero3"
+                f"{type(pending.owner).__name__}: {name} shards its parameters in configure_model, "
+                f"which is too early for the phase {phase!r}",
+                hint=f"remove the sharding from {name}, and pass strategy='zero3' to Trainer",
+                flag="--trainer.strategy=zero3",
             )
         if not pending.accepts_meta_params:
             materialize_module(module)
@@ -148,8 +162,10 @@ def _apply_pending(trainer: L.Trainer, module: L.LightningModule) -> None:
     shards_by_itself = hasattr(strategy, "parallelize_module")  # as in MeshStrategy
     if isinstance(strategy, ModelParallelStrategy) and not shards_by_itself and not sharded:
         raise UsageError(
-            f"{type(strategy).__name__} shards nothing by itself and neither does {name}: each rank"
-            " would train alone; use --trainer.strategy zero3"
+            f"{type(strategy).__name__} does not shard parameters, and neither does {name}, so "
+            "each rank would train alone",
+            hint="pass strategy='zero3' to Trainer",
+            flag="--trainer.strategy=zero3",
         )
 
 
@@ -161,9 +177,11 @@ def materialize_module(module: torch.nn.Module) -> None:
 def check_applied(module: L.LightningModule, phase: str, owner: L.Callback) -> None:
     """Raise RunError if a registered phase is not applied when the run starts."""
     if phase not in _get_state(module).applied:
+        name = type(module).__name__
         raise RunError(
-            f"{type(owner).__name__}: {phase} was registered and not applied; something replaced"
-            f" {type(module).__name__}.configure_model after setup"
+            f"{type(owner).__name__}: {phase!r} was not applied, because {name}.configure_model "
+            "was replaced after setup",
+            hint=f"do not assign {name}.configure_model after setup",
         )
 
 
@@ -183,22 +201,25 @@ def apply_saved_transforms(module: L.LightningModule, checkpoint: dict[str, Any]
     ):
         if phase not in PHASES:
             raise UsageError(
-                f"the checkpoint's net was changed in a phase {phase!r}; known: "
-                f"{', '.join(PHASES)}; read it with the version that wrote it"
+                f"the checkpoint has a transform of the phase {phase!r}, which does not exist",
+                PHASES,
+                hint="read it with the version of Ravine that wrote it",
             )
         if phase == "load" and not has_adapters_only:
             continue
         if saved["class"] not in known:
             raise UsageError(
-                f"the checkpoint was trained with {saved['class']}; known: {', '.join(known)}; "
-                "import the file that defines it first"
+                f"the checkpoint was trained with {saved['class']}, which is not imported",
+                known,
+                hint=f"import the file that defines {saved['class']} first",
             )
         transform = known[saved["class"]](**saved["arguments"])
         transform.transform(module)
         if getattr(transform, "load_error", None) is not None:
             raise MissingFileError(
-                f"the adapters belong to the weights in {saved['arguments']['path']}, and from "
-                f"{Path.cwd()} there is no such file; go where they were trained, or copy it here"
+                f"the adapters belong to the weights in {saved['arguments']['path']}, and this "
+                f"file does not exist in {Path.cwd()}",
+                hint="change to the folder in which they were trained, or copy the file",
             )
         transform.check_checkpoint(module, checkpoint)
         _get_state(module).applied[phase] = transform.config_key()
@@ -219,22 +240,27 @@ def check_saved_transforms(module: L.LightningModule, checkpoint: dict[str, Any]
         name, saved_arguments = saved[phase]["class"], saved[phase]["arguments"]
         if phase not in state.applied:
             raise UsageError(
-                f"the checkpoint was trained with {name}, which is not here; give it as it was,"
-                f" with {saved_arguments}; type --trainer.callbacks+={name}"
+                f"the checkpoint was trained with {name}, which is missing in this run",
+                hint=f"add {name}({_format_arguments(saved_arguments)}) to Trainer(callbacks=...)",
+                flag=f"--trainer.callbacks+={name} {_format_flags(saved_arguments)}".rstrip(),
             )
         current = state.applied[phase]
         current = current if isinstance(current, dict) else {}
         changed = [key for key in current if saved_arguments.get(key) != current[key]]
         if changed:
-            saved_text = ", ".join(f"{key}={saved_arguments.get(key)}" for key in changed)
-            current_text = ", ".join(f"{key}={current[key]}" for key in changed)
+            saved_changed = {key: saved_arguments.get(key) for key in changed}
+            saved_text = ", ".join(f"{key}={value!r}" for key, value in saved_changed.items())
+            current_text = ", ".join(f"{key}={current[key]!r}" for key in changed)
             raise UsageError(
-                f"{name} was trained with {saved_text}, here is {current_text}; give the former"
+                f"{name}: the checkpoint was trained with {saved_text}, and this run has "
+                f"{current_text}",
+                hint=f"use {name}({saved_text})",
+                flag=_format_flags(saved_changed),
             )
     if "adapt" in saved and "quantize" in state.applied and "quantize" not in saved:
         raise UsageError(
-            "the checkpoint's adapters belong to weights that were not quantized; take"
-            " Quantization out of trainer.callbacks"
+            "the adapters of the checkpoint belong to weights that were not quantized",
+            hint="remove Quantization() from Trainer(callbacks=...)",
         )
     if not state.state_names or not set(RENAMING_PHASES) & state.applied.keys():
         return
@@ -244,10 +270,25 @@ def check_saved_transforms(module: L.LightningModule, checkpoint: dict[str, Any]
     )
     if unknown:
         raise UsageError(
-            f"the checkpoint has {', '.join(unknown[:3])}, and this {type(module).__name__} has "
-            "not;"
-            " give it the sizes that it was trained with"
+            f"the checkpoint has {', '.join(unknown[:3])}, which this {type(module).__name__} "
+            "does not have",
+            hint="use the sizes with which the checkpoint was trained",
         )
+
+
+def _format_arguments(arguments: dict[str, Any]) -> str:
+    """Return arguments of a callback as Python, without empty ones, which are the defaults."""
+    return ", ".join(f"{k}={v!r}" for k, v in arguments.items() if v not in (None, [], {}))
+
+
+def _format_flags(arguments: dict[str, Any]) -> str:
+    """Return arguments of the last callback as flags of the command line, without empty ones."""
+    texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in arguments.items()}
+    return " ".join(
+        f"--trainer.callbacks.{key}={shlex.quote(text)}"
+        for key, text in texts.items()
+        if text not in ("null", "[]", "{}")
+    )
 
 
 def _float_weight_name(name: str) -> str:

@@ -41,8 +41,10 @@ class Compile(Transform):
         """Check and store the arguments."""
         if backend != "inductor" and mode != "default":
             raise UsageError(
-                f"Compile: mode={mode!r} is a mode of inductor, and backend={backend!r} has none; "
-                "type --trainer.callbacks.mode=default, or --trainer.callbacks.backend=inductor"
+                f"Compile: mode={mode!r} is not available with backend={backend!r}",
+                ["mode='default'", "backend='inductor'"],
+                hint="use mode='default'",
+                flag="--trainer.callbacks.mode=default, or --trainer.callbacks.backend=inductor",
             )
         self.mode, self.blocks, self.backend = mode, blocks, backend
         self._runs_in_pieces = False
@@ -71,10 +73,16 @@ class Compile(Transform):
                 submodule for submodule in submodules if any(True for _ in submodule.parameters())
             ]
         if not submodules:
-            reason = "no net with blocks (a ModuleDict or ModuleList)" if self.blocks else "no net"
+            name = type(module).__name__
+            if self.blocks:
+                raise UsageError(
+                    f"Compile: {name} has no blocks (a ModuleDict or ModuleList)",
+                    hint="use blocks=False",
+                    flag="--trainer.callbacks.blocks=false",
+                )
             raise UsageError(
-                f"Compile: {type(module).__name__} has {reason}; "
-                + ("type --trainer.callbacks.blocks=false" if self.blocks else "leave it out")
+                f"Compile: {name} has no submodule with parameters",
+                hint="remove Compile() from Trainer(callbacks=...)",
             )
         mode = None if self.backend != "inductor" else self.mode
         compile_kwargs: Any = {"mode": mode, "backend": self.backend, "dynamic": False}

@@ -73,8 +73,9 @@ def check_not_sharded(module: nn.Module, caller: str) -> None:
     for name, parameter in module.named_parameters():
         if isinstance(parameter, DTensor):
             raise UsageError(
-                f"{caller}: {name} is spread over ranks already; do it to the whole module, before "
-                "the strategy shards it (as a callback in trainer.callbacks)"
+                f"{caller}: {name} is already sharded over ranks",
+                ["a module that is not sharded"],
+                hint="call it before the strategy shards the module, or use the callback",
             )
 
 
@@ -90,16 +91,17 @@ def check_plain_layer(
     weight = layer._parameters.get(key)
     reason = None
     if layer_class.forward is not layer_type.forward:
-        reason = f"is a {layer_class.__name__}, which computes in a way of its own"
+        reason = f"is a {layer_class.__name__}, which has its own forward"
     elif weight is None and not hasattr(layer, "dequantize"):
-        reason = "makes its weight anew at each use (weight_norm, another parametrization, pruning)"
+        reason = "computes its weight at each use (weight_norm, a parametrization, pruning)"
     elif isinstance(weight, UninitializedParameter):
         reason = "has no weight before its first input (a lazy layer)"
     elif weight is not None and weight.is_meta and deferred_values(weight) is None:
-        reason = "has no numbers yet: it is on the device meta"
+        reason = "has no values yet, because it is on the meta device"
     if reason:
         raise UsageError(
-            f"{caller}: {name} {reason}; allowed: a plain {layer_type.__name__} that holds its "
-            "weight; "
-            f"type --trainer.callbacks.exclude={name}"
+            f"{caller}: {name} {reason}",
+            [f"a {layer_type.__name__} that stores its weight"],
+            hint=f"use exclude=[{name!r}]",
+            flag=f"--trainer.callbacks.exclude={name}",
         )

@@ -39,10 +39,13 @@ def select_names(patterns: Patterns, names: Sequence[str], argument: str) -> lis
     """
     for pattern in as_list(patterns):
         if not any(matches_pattern(pattern, name) for name in names):
-            near = ", ".join(closest_names(pattern, names))
+            near, key = closest_names(pattern, names), argument.rpartition(".")[2]
             raise UsageError(
-                f"{argument}: {pattern!r} matches nothing; nearest: {near}; "
-                f"type --trainer.callbacks.{argument.rpartition('.')[2]}=NAME"
+                f"{argument}: {pattern!r} matches no layer",
+                near,
+                hint=f"use {key}=[{near[0]!r}]" if near else f"remove {key}",
+                flag=f"--trainer.callbacks.{key}={near[0]}" if near else "",
+                label="nearest",
             )
     return [
         name
@@ -53,8 +56,7 @@ def select_names(patterns: Patterns, names: Sequence[str], argument: str) -> lis
 
 def closest_names(pattern: str, names: Sequence[str], count: int = 4) -> list[str]:
     """Return names similar to the pattern, compared with full names and with their ends."""
-    near = suggest_names(pattern, names, count, least=0, dotted=True)
-    return near or ["nothing: there is no such layer"]
+    return suggest_names(pattern, names, count, least=0, dotted=True)
 
 
 def find_hidden_layers(module: nn.Module) -> list[str]:

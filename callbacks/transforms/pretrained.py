@@ -56,8 +56,11 @@ class Pretrained(Transform):
         """Register the phase; raise UsageError if the module cannot read weights."""
         if not self._is_checkpoint and not callable(getattr(pl_module, "load_pretrained", None)):
             raise UsageError(
-                f"{type(pl_module).__name__} has no method load_pretrained(path); give it one, or "
-                "a checkpoint (.ckpt), or take Pretrained out of trainer.callbacks"
+                f"Pretrained: {self.path} is not a checkpoint (.ckpt), and "
+                f"{type(pl_module).__name__} has no method load_pretrained",
+                ["a .ckpt file", "a module with a method load_pretrained(path)"],
+                hint="pass a .ckpt file as path",
+                flag="--trainer.callbacks.path=FILE.ckpt",
             )
         super().setup(trainer, pl_module, stage)
 
@@ -67,7 +70,9 @@ class Pretrained(Transform):
         try:
             if self._is_checkpoint and not Path(self.path).is_file():
                 raise MissingFileError(
-                    f"no checkpoint {self.path}; type --trainer.callbacks.path=FILE"
+                    f"Pretrained: the checkpoint {self.path} does not exist",
+                    hint="pass an existing file as path",
+                    flag="--trainer.callbacks.path=FILE",
                 )
             if not _can_defer_loading(module, self._is_checkpoint):
                 materialize_module(module)
@@ -91,8 +96,10 @@ class Pretrained(Transform):
                 name = next(filter(None, non_finite_names), None)
         if name:
             raise UsageError(
-                f"{self.path} cannot be trained on: {name} is not finite; allowed: weights without"
-                " NaN and infinity; type --trainer.callbacks.path=FILE"
+                f"Pretrained: {name} in {self.path} is not finite",
+                ["weights without NaN and infinity"],
+                hint="pass another path",
+                flag="--trainer.callbacks.path=FILE",
             )
 
     @property
@@ -139,13 +146,18 @@ def load_weights(module: L.LightningModule, path: str) -> None:
     if changed:
         names = [checkpoint["transforms"][phase]["class"] for phase in sorted(changed)]
         raise UsageError(
-            f"{path} was changed by {' and '.join(names)}; allowed: plain weights; type "
-            f"lightning export --merge --ckpt_path={path} --folder=FOLDER"
+            f"Pretrained: the weights in {path} were changed by {' and '.join(names)}",
+            ["plain weights"],
+            hint="load it with ravine.load_model, call ravine.callbacks.lora.merge_lora, and save the "
+            "merged weights",
+            flag=f"lightning export --merge --ckpt_path={path} --folder=FOLDER",
         )
     if mismatches := dtype_kind_mismatches(module.state_dict(), checkpoint.get("state_dict", {})):
         raise UsageError(
-            f"{path} holds no weights of this {type(module).__name__}: {mismatches}; allowed: a"
-            " checkpoint of this model; type --trainer.callbacks.path=FILE"
+            f"Pretrained: {path} has no weights of this {type(module).__name__}: {mismatches}",
+            ["a checkpoint of this model"],
+            hint="pass another path",
+            flag="--trainer.callbacks.path=FILE",
         )
     module.on_load_checkpoint(checkpoint)
     check_weight_shapes(module, checkpoint, path)
@@ -161,14 +173,17 @@ def load_weights(module: L.LightningModule, path: str) -> None:
     for name, values in deferred.items():  # the last of tied weights applies, as in torch
         values.set_source(state.pop(name))
     mismatches = module.load_state_dict(state, strict=False)
-    problems = [f"{name} is only here" for name in mismatches.missing_keys if name not in deferred]
-    problems += [f"{name} is only there" for name in mismatches.unexpected_keys]
+    missing_keys = [name for name in mismatches.missing_keys if name not in deferred]
+    problems = [f"{name} is only in the model" for name in missing_keys]
+    problems += [f"{name} is only in the file" for name in mismatches.unexpected_keys]
     if problems:
-        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise UsageError(
-            f"the weights in {path} do not fit this {type(module).__name__}: "
-            f"{'; '.join(problems[:4])}{more}; allowed: a checkpoint of this model; "
-            "type --trainer.callbacks.path=FILE"
+            f"Pretrained: the weights in {path} do not fit this {type(module).__name__}: "
+            f"{', '.join(problems[:4])}{more}",
+            ["a checkpoint of this model"],
+            hint="pass another path",
+            flag="--trainer.callbacks.path=FILE",
         )
 
 
@@ -187,9 +202,14 @@ def check_weight_shapes(module: L.LightningModule, checkpoint: dict[str, Any], p
         for key in saved_hparams.keys() & current_hparams.keys()
         if saved_hparams[key] != current_hparams[key]
     }
-    flags = " ".join(f"--model.{key}={changed[key]}" for key in sorted(changed) if key[0] != "_")
+    keys = sorted(key for key in changed if key[0] != "_")
+    name = type(module).__name__
     raise UsageError(
-        f"the weights in {path} have other sizes than this {type(module).__name__}: {mismatches}; "
-        f"allowed: a model of the checkpoint's sizes; type {flags or 'its own arguments'}, or "
-        "another checkpoint: --trainer.callbacks.path=FILE"
+        f"Pretrained: the weights in {path} have other sizes than this {name}: {mismatches}",
+        ["a model with the sizes of the checkpoint"],
+        hint=f"use {name}({', '.join(f'{key}={changed[key]!r}' for key in keys)})"
+        if keys
+        else "pass another path",
+        flag=" ".join(f"--model.{key}={changed[key]}" for key in keys)
+        or "--trainer.callbacks.path=FILE",
     )

@@ -63,7 +63,7 @@ def test_a_patched_method_is_called_and_given_back():
 
 
 def test_a_second_living_owner_is_refused_with_both_names():
-    with pytest.raises(ValueError, match="Taker and OtherTaker both decide configure_optimizers"):
+    with pytest.raises(ValueError, match="Taker and OtherTaker both override configure_optimizers"):
         trainer(Taker(), OtherTaker()).fit(BoringModel())
 
 

@@ -123,7 +123,7 @@ STIRRERS = ("EMA", "GradientClipping", "Pretrained")
 REASONS = (
     "has no tensor-parallel plan",
     "blocks of codes do not split",
-    "computes the loss several times a step, which is not possible with a pipeline",
+    "computes the loss several times in a step, which is not possible with a pipeline",
     "steps its own optimizers (manual optimization)",
 )
 

@@ -358,11 +358,11 @@ REFUSED = {
     ),
     "stock ModelParallelStrategy, which shards nothing": (
         (NetInInit, ModelParallelStrategy(2, 1), 2, (Adapter(),)),
-        "ModelParallelStrategy shards nothing by itself and neither does NetInInit",
+        "ModelParallelStrategy does not shard parameters, and neither does NetInInit",
     ),
     "a transform of what shards itself": (
         (OnOneMesh, "zero3", 2, (Adapter(),)),
-        "Adapter: OnOneMesh shards its parameters in configure_model, too early for adapt",
+        "Adapter: OnOneMesh shards its parameters in configure_model, which is too early for the phase",
     ),
 }
 

@@ -843,7 +843,7 @@ KEPT = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 
 @KEPT
 def test_a_resume_without_ema_is_refused_or_starts_from_the_raw_weights(first_run: Path) -> None:
-    with pytest.raises(ValueError, match=r"had EMA, which is missing.*accept=\[EMA\]"):
+    with pytest.raises(ValueError, match=r"EMA was in the run of the checkpoint and is missing.*accept=\['EMA'\]"):
         go_on_otherwise(first_run, GradientClipping(), ExactResume())
 
     class First(Callback):
@@ -854,7 +854,7 @@ def test_a_resume_without_ema_is_refused_or_starts_from_the_raw_weights(first_ru
     go_on_otherwise(first_run, EMA(0.5), GradientClipping(), ExactResume(), with_it)
     go_on_otherwise(first_run, GradientClipping(), ExactResume(accept="EMA"), without)
     assert differences(with_it.weights, without.weights) == []
-    with pytest.raises(ValueError, match=r"accept='ema'; allowed: EMA, data, optimizer"):
+    with pytest.raises(ValueError, match=r"accept='ema' is not .*; allowed: EMA, data, optimizer; use accept=\['EMA'\]"):
         ExactResume(accept=["ema"])
 
 
@@ -865,10 +865,10 @@ def test_a_line_names_each_callback_left_out_or_added(
     go_on_otherwise(first_run, EMA(0.5), NaNGuard(), ExactResume())
     lines = capsys.readouterr().out.splitlines()
     assert (
-        "GradientClipping was in the run of the checkpoint and is missing here: it acts no more"
+        "GradientClipping was in the run of the checkpoint and is missing in this run"
         in lines
     )
-    assert "NaNGuard was not in the run of the checkpoint: it begins here" in lines
+    assert "NaNGuard was not in the run of the checkpoint: it starts in this run" in lines
     go_on_otherwise(first_run, EMA(0.5), GradientClipping(), ExactResume())
     assert "of the checkpoint" not in capsys.readouterr().out
 
@@ -877,9 +877,9 @@ def test_a_line_names_each_callback_left_out_or_added(
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (Labelled("cd"), r"data sha256: ab in the checkpoint, cd here"),
+        (Labelled("cd"), r"data sha256: ab in the checkpoint, cd in this run"),
         (Labelled(classes="dog cat"), r"data class_names: \['cat', 'dog'\] in"),
-        (Labelled(samples=24), r"samples of the loaders: \[22\] in the checkpoint, \[24\] here"),
+        (Labelled(samples=24), r"samples of the loaders: \[22\] in the checkpoint, \[24\] in this run"),
     ],
 )
 def test_changed_data_are_refused_or_accepted_in_words(
@@ -902,7 +902,7 @@ class OtherOptimizer(Net):
 @KEPT
 def test_the_state_of_another_optimizer_is_refused_or_left(first_run: Path) -> None:
     same = EMA(0.5), GradientClipping()
-    with pytest.raises(ValueError, match=r"has the state of AdamW, and this run SGD"):
+    with pytest.raises(ValueError, match=r"has the state of AdamW, and this run uses SGD"):
         go_on_otherwise(first_run, *same, ExactResume(), net=OtherOptimizer())
     accepting = ExactResume(accept=["optimizer"])
     trainer = go_on_otherwise(first_run, *same, accepting, net=OtherOptimizer())
@@ -918,4 +918,4 @@ def test_a_line_is_printed_where_the_number_of_ranks_differs(
     compare_ranks_and_accumulation(
         trainer, {"ranks": 2, "accumulate": 2}, has_resumable_order=False
     )
-    assert "written by 2 ranks x 2 micro-batches" in capsys.readouterr().out
+    assert "the run of the checkpoint has 2 ranks x 2 micro-batches" in capsys.readouterr().out

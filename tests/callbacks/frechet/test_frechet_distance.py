@@ -242,7 +242,7 @@ def test_one_image_has_no_distance() -> None:
     one = Moments(x.mean(0))
     one.add(x[:1])
     for measure in (one.covariance, lambda: kernel_distance(x[:1], x)):
-        with pytest.raises(ValueError, match="a distance of 1 images is not defined"):
+        with pytest.raises(ValueError, match="the covariance of 1 image is not defined"):
             measure()
 
 
@@ -335,7 +335,7 @@ def test_the_floor_is_the_mean_over_disjoint_draws_of_the_test_images(
         assert looked_at[1][(looked_at[0] == image).all(1)].tolist() == [1]
     answers = extract(test[torch.cat(draws)]).argmax(1) == labels[torch.cat(draws)]
     assert 0 < answers.sum() < len(answers)
-    assert f"right on {answers.double().mean():.2%} of them" in caplog.text
+    assert f"classifies {answers.double().mean():.2%} of them correctly" in caplog.text
     first = distance(extract(test[:n]), extract(real))
     assert first > 5 * max(floors)  # they are of one class
 
@@ -348,7 +348,7 @@ def test_there_are_as_many_draws_as_the_test_images_allow_up_to_ten(
     with caplog.at_level("INFO"):
         measured(FrechetDistance(Random(), num_samples=64), data=PaintedData(test=test))
     said = re.findall(
-        r"real test images are [\d.]+ \((\d+) draws, [\d.]+ to [\d.]+\) away", caplog.text
+        r"training images is [\d.]+ \((\d+) draws, [\d.]+ to [\d.]+\)", caplog.text
     )
     assert said == ([] if draws == 1 else [str(draws)])
 
@@ -409,7 +409,7 @@ def test_fid_is_of_2048_features_finite_and_leaves_no_inception_behind(
 
     monkeypatch.setattr(callback_module, "Inception", Watched)
     callback = FrechetDistance(weights=str(weights), num_samples=4, batch_size=4)
-    with pytest.warns(UserWarning, match="4 images and 2048 features: the covariance cannot have"):
+    with pytest.warns(UserWarning, match="covariance of 4 images in 2048 features cannot have full rank"):
         found = measured(callback, data=PaintedData(train=4, test=4))
     assert 0 < found["val/fid"] < float("inf")
     assert "val/kid" in found
@@ -466,7 +466,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_nothing_is_lost(
             raise OSError(errno.ENOSPC, "No space left on device")
 
         monkeypatch.setattr(os, "fsync", full)
-    with pytest.warns(UserWarning, match="the real images' statistics are not kept"):
+    with pytest.warns(UserWarning, match="the statistics of the real images cannot be cached"):
         found = measured(FrechetDistance(Random(), num_samples=40, cache_dir=str(cache)))
     assert found["val/fd_random"] > 0
     assert cache.read_bytes() == b"mine" if why == "a file" else not list(cache.iterdir())
@@ -575,7 +575,7 @@ def fit(callback: L.Callback, **more: int) -> None:
 
 @pytest.mark.parametrize("callback", [FrechetDistance(Random()), GenerateSamples()])
 def test_a_fit_without_validation_is_refused(callback: L.Callback) -> None:
-    with pytest.raises(ValueError, match=r"this fit has none; allowed: .*--data.val_fraction=0.05"):
+    with pytest.raises(ValueError, match=r"this fit has none; allowed: .*pass limit_val_batches=1.0 to Trainer"):
         fit(callback, limit_val_batches=0, max_steps=1)
 
 
@@ -599,8 +599,8 @@ def test_labels_are_asked_for_in_the_proportions_of_the_data() -> None:
 def test_the_extractors_accuracy_and_the_floor_are_said(capsys, caplog) -> None:
     with caplog.at_level("INFO"):
         measured(FrechetDistance(Random(), num_samples=64))
-    assert "64 real test images are" in caplog.text
-    assert "right on" in caplog.text
+    assert "64 real test images from" in caplog.text
+    assert "correctly" in caplog.text
 
 
 class Nothing(L.LightningModule):
@@ -626,17 +626,17 @@ class NotFinite(Random):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"module": Nothing()}, r"a method generate_images\(index, labels\), and Nothing has none"),
-        ({"data": L.LightningDataModule()}, r"a method get_split\(.train.\), and Lightning"),
-        ({"module": Floats()}, "generate_images of Floats gave torch.float32 of shape .*to_uint8"),
-        ({"module": Few()}, "generate_images of Few gave 1 images of 64 asked for"),
+        ({"module": Nothing()}, r"FrechetDistance: Nothing has no method generate_images; allowed: a module with"),
+        ({"data": L.LightningDataModule()}, r"LightningDataModule has no method get_split; allowed: a datamodule with"),
+        ({"module": Floats()}, r"Floats\.generate_images returns torch.float32 of shape .*to_uint8"),
+        ({"module": Few()}, r"Few\.generate_images returns 1 images for 64 indices"),
         (
             {"callback": FrechetDistance(NotFinite(), num_samples=64)},
-            "NotFinite gave features that are not",
+            "NotFinite returns features that are not finite",
         ),
         (
             {"callback": FrechetDistance(nn.Identity(), num_samples=64)},
-            r"Identity made \(96, 1, 8, 8\) of",
+            r"Identity returns features of shape \(96, 1, 8, 8\) for",
         ),
     ],
 )
@@ -650,12 +650,12 @@ def test_what_cannot_be_measured_is_refused_in_one_line(arguments, text: str) ->
 @pytest.mark.parametrize("bad", [{"num_samples": 1}, {"num_real_images": 1}, {"batch_size": 0}])
 def test_sizes_that_mean_nothing_are_refused(bad: dict[str, int]) -> None:
     (name,) = bad
-    with pytest.raises(ValueError, match=rf"{name} is {bad[name]}; allowed: .*callbacks.{name}="):
+    with pytest.raises(ValueError, match=rf"{name}={bad[name]} is too small; allowed: .* or more; use {name}="):
         FrechetDistance(**bad)
 
 
 def test_more_samples_than_test_images_are_said_to_have_another_floor() -> None:
-    message = r"baseline is of 20 real test images .* --trainer.*\.num_samples=20"
+    message = r"baseline uses 20 real test images .*; use num_samples=20"
     with pytest.warns(UserWarning, match=message):
         measured(FrechetDistance(Random(), num_samples=64), data=PaintedData(test=20))
 
@@ -674,7 +674,7 @@ def test_missing_weights_are_answered_with_the_file_and_its_place(
     )
     with pytest.raises(FileNotFoundError, match=f"no network.*{place}"):
         measured(FrechetDistance())
-    with pytest.raises(FileNotFoundError, match=r"no file gone\.pth; give InceptionV3's weights"):
+    with pytest.raises(FileNotFoundError, match=r"the file gone\.pth does not exist; .*InceptionV3"):
         measured(FrechetDistance(weights="gone.pth"))
 
 
@@ -687,7 +687,7 @@ def test_a_file_of_weights_never_runs_code(tmp_path: Path) -> None:
     (tmp_path / "short.pth").write_bytes(b"PK\3\4")
     torch.save({"a": torch.ones(1)}, tmp_path / "other.pth")
     for name in ("evil", "short", "other"):
-        with pytest.raises(ValueError, match=rf"{name}\.pth holds no InceptionV3"):
+        with pytest.raises(ValueError, match=rf"{name}\.pth is not an InceptionV3"):
             inception.Inception(tmp_path / f"{name}.pth")
     assert not (tmp_path / "ran").exists()
 

@@ -15,13 +15,13 @@ def test_the_table_shows_first_due_and_last_and_commands_no_terminal(
     folder = fit(Scripted(), RolloutTable(every_n_steps=3, num_samples=2), tmp_path, 5)
     said = capsys.readouterr().out
     for step in (1, 3, 5):
-        assert f"written in step {step}" in said
-    assert "written in step 2" not in said
+        assert f"samples of step {step}" in said
+    assert "samples of step 2" not in said
     assert "\x1b[31m" not in said
     assert "[bold]" in said
     written = (Path(folder) / "rollouts.txt").read_text()
     assert written.count("reward 0.5") == 6
-    with pytest.raises(ValueError, match="every_n_steps is 0"):
+    with pytest.raises(ValueError, match="every_n_steps=0 is too small; allowed: 1 or more; use every_n_steps=10"):
         RolloutTable(every_n_steps=0)
 
 

@@ -100,7 +100,7 @@ def test_the_picture_names_its_axes_and_takes_a_log_scale_when_it_is_needed(
 
 def test_a_curve_that_is_missing_is_said(tmp_path: Path, capsys) -> None:
     fit(Scripted(reward=[0.1]), MetricPlot(["train/reward", "train/e"]), tmp_path, 2)
-    assert "MetricPlot: Scripted logs no train/e\n" in capsys.readouterr().out
+    assert "MetricPlot: Scripted does not log train/e\n" in capsys.readouterr().out
 
 
 def test_curves_are_drawn_and_continue(tmp_path: Path) -> None:

@@ -189,7 +189,7 @@ def test_a_group_added_twice_or_of_no_tensors_is_refused_in_words():
     for group, words in (
         ({"params": [weight]}, "in more than one parameter group"),
         ({"params": {nn.Parameter(torch.ones(1))}}, "has no order"),
-        ({"params": ["weight"]}, "holds a str"),
+        ({"params": ["weight"]}, "contains a str; allowed: tensors"),
     ):
         with pytest.raises((TypeError, ValueError), match=words):
             optimizer.add_param_group(group)

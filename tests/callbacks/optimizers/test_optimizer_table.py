@@ -284,7 +284,7 @@ def test_a_complex_weight_moves_as_its_two_parts_and_a_rate_may_be_a_tensor():
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
     SignSGDOptimizer([actual], lr=1.0).step()
     torch.testing.assert_close(actual, expected - torch.tensor([1 + 1j, 1j]), rtol=0, atol=1e-12)
-    with pytest.raises(ValueError, match="Muon takes matrices of real numbers"):
+    with pytest.raises(ValueError, match="Muon does not support .*; allowed: matrices of real numbers"):
         MuonOptimizer([nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))])
 
 
@@ -292,7 +292,7 @@ def test_a_complex_weight_moves_as_its_two_parts_and_a_rate_may_be_a_tensor():
 def test_a_sparse_gradient_is_refused_in_words(kind):
     table = nn.Embedding(4, 3, sparse=True)
     table(torch.tensor([1])).sum().backward()
-    with pytest.raises(ValueError, match=f"{kind.__name__} takes no sparse gradients"):
+    with pytest.raises(ValueError, match=f"{kind.__name__} does not support sparse gradients"):
         CompositeOptimizer([kind(table.parameters())]).step()
 
 
@@ -420,7 +420,7 @@ def test_newton_walks_the_coupled_ravine_of_the_lecture_in_about_thirty_steps():
 def test_newton_refuses_what_is_too_large_or_flat():
     with pytest.raises(ValueError, match="at most 256 numbers"):
         NewtonOptimizer([nn.Parameter(torch.zeros(257))])
-    with pytest.raises(ValueError, match=r"set e\.g\. damping=1e-3"):
+    with pytest.raises(ValueError, match=r"use damping=1e-3"):
         newton(lambda w: w.sum(), (1.0, 1.0), 1)
 
 
@@ -530,7 +530,7 @@ def test_a_run_saved_on_one_layout_continues_on_another(ranks, tmp_path, layout)
 
 def refused_on_several_ranks():
     OPTIMIZERS["LBFGS"] = torch.optim.LBFGS
-    with pytest.raises(ValueError, match=r"not possible with other optimizers .*, several ranks"):
+    with pytest.raises(ValueError, match=r"not possible with other optimizers, .*several ranks"):
         train("LBFGS", "ddp")
 
 

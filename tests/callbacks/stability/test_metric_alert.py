@@ -30,8 +30,8 @@ def test_the_alarm_rings_once_when_texts_die_and_says_when_they_live_again(
     fit(Scripted(**fractions), alarm, tmp_path, 6)
     lines = [line for line in capsys.readouterr().out.splitlines() if "train/" in line]
     assert [line.split(":")[0] for line in lines] == ["step 3", "step 4", "step 5", "step 6"]
-    assert "train/frac_unique_texts is 0.01, below 0.5: what is sampled has degenerated" in lines[0]
-    assert "train/frac_in_vocab is 0.19, below 0.2 (it began at 0.8)" in lines[1]
+    assert "train/frac_unique_texts is 0.01, below 0.5: the samples have degenerated" in lines[0]
+    assert "train/frac_in_vocab is 0.19, below 0.2 (at first 0.8)" in lines[1]
     assert "train/frac_unique_texts has recovered" in lines[2]
     assert [each["step"] for each in alarm.events] == [3, 4, 6]
 
@@ -77,7 +77,7 @@ def test_a_module_that_logs_nothing_of_it_is_refused_by_name(
 
 def test_an_alarm_on_a_metric_that_nobody_logs_is_refused(tmp_path: Path) -> None:
     alarm = MetricAlert(min_value={"train/frac_unique_texts": 0.5, "train/distnct": 0.5})
-    with pytest.raises(ValueError, match="monitors 'train/distnct', and no metric of that name"):
+    with pytest.raises(ValueError, match="monitors 'train/distnct', which Scripted does not log; .*; logged: .*; use MetricAlert"):
         fit(Scripted(frac_unique_texts=[1.0]), alarm, tmp_path, 2)
 
 

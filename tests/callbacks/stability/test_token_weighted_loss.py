@@ -244,7 +244,7 @@ def test_a_step_without_a_term_moves_nothing():
 def test_a_module_that_steps_by_itself_cannot_be_weighed():
     module = TwoOptimizers()
     module.num_loss_terms = len
-    message = r"has `num_loss_terms` and steps its own optimizers .* leave"
+    message = r"has num_loss_terms and steps its own optimizers .*; remove num_loss_terms"
     with pytest.raises(ValueError, match=message):
         fit(module, None, "auto", 1, TokenWeightedLoss())
 

@@ -168,23 +168,23 @@ def test_a_run_of_adapters_goes_on_from_its_checkpoint(here: Path) -> None:
 BAD = {
     "a target that matches nothing": (
         ["--trainer.callbacks+=LoRA", "--trainer.callbacks.targets=[querry]"],
-        "LoRA.targets: 'querry' matches nothing; nearest: net.blocks.0.attention.query",
+        "LoRA.targets: 'querry' matches no layer\n  nearest: net.blocks.0.attention.query",
     ),
     "a rank larger than the layer": (
         ["--trainer.callbacks+=LoRA", "--trainer.callbacks.rank=64"],
-        "rank 64 for net.blocks.0.attention.query, a map from 32 to 32; allowed: 1 to 32",
+        "rank=64 for net.blocks.0.attention.query (32 to 32)",
     ),
     "a base that is not there": (
         ["--trainer.callbacks+=Pretrained", "--trainer.callbacks.path=nowhere.ckpt"],
-        "no checkpoint nowhere.ckpt",
+        "the checkpoint nowhere.ckpt does not exist\n  type: --trainer.callbacks.path=FILE",
     ),
     "a base that has adapters itself": (
         ["--trainer.callbacks+=Pretrained", "--trainer.callbacks.path=LORA"],
-        "was changed by LoRA; allowed: plain weights; type lightning export --merge",
+        "were changed by LoRA\n  allowed: plain weights\n  type: lightning export --merge",
     ),
     "kernels for another device": (
         ["--trainer.callbacks+=Quantization", "--trainer.callbacks.backend=bitsandbytes"],
-        "need CUDA, and this run is on cpu",
+        "needs CUDA, and this run is on cpu",
     ),
 }
 

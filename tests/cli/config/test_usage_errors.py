@@ -39,8 +39,8 @@ TABLE: dict[str, tuple[list[str], str, list[str]]] = {
         [*MODEL, "--data=TextDataModule", "--trainer.callbacks=OptimizerPlan"],
         "",
         [
-            "OptimizerPlan needs an optimizer; type --trainer.callbacks.optimizer=AdamW, or give "
-            "rules"
+            "OptimizerPlan needs an optimizer or rules",
+            "  type: --trainer.callbacks.optimizer=AdamW",
         ],
     ),
     "a preset": (
