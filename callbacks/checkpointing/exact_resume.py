@@ -223,8 +223,8 @@ class ExactResume(Callback):
         if should_accumulate(trainer):
             rank_zero_warn(
                 f"the checkpoint at step {trainer.global_step} is written between two micro-batches"
-                " of one optimizer step and lacks their gradients, so a resume from it is not exact;"
-                " use a val_check_interval that is a multiple of accumulate_grad_batches"
+                " of one optimizer step and lacks their gradients, so a resume is not exact; use a "
+                "val_check_interval that is a multiple of accumulate_grad_batches"
             )
         states = checkpoint.get("optimizer_states", [])
         numbered = getattr(

@@ -123,16 +123,13 @@ def compare_callbacks(
             f"the optimizers of the checkpoint ({members}) belong to an OptimizerPlan, which is "
             "missing in this run",
             hint="add the OptimizerPlan(...) of that run to Trainer(callbacks=...)",
-            flag="--config=RUN/config.yaml before --ckpt_path, or --trainer.callbacks+=OptimizerPlan "
-            "with its arguments",
+            flag="--config=RUN/config.yaml before --ckpt_path",
         )
     saved = checkpoint.get("exact_resume", {}).get("callbacks")
     if saved is None:
         return
     for name in sorted({*saved} - {*current} - {"EMA"}):
-        print_rank_zero(
-            f"{name} was in the run of the checkpoint and is missing in this run"
-        )
+        print_rank_zero(f"{name} was in the run of the checkpoint and is missing in this run")
     for name in sorted({*current} - {*saved}):
         print_rank_zero(f"{name} was not in the run of the checkpoint: it starts in this run")
 
@@ -149,7 +146,9 @@ def compare_data(trainer: L.Trainer, saved: RunProperties, accept: Collection[st
     current = fingerprint_data(trainer)
     changed = [key for key in saved if key in current and saved[key] != current[key]]
     for key in changed:
-        text = f"{key}: {shorten(saved[key])} in the checkpoint, {shorten(current[key])} in this run"
+        text = (
+            f"{key}: {shorten(saved[key])} in the checkpoint, {shorten(current[key])} in this run"
+        )
         if "data" not in accept:
             raise_mismatch(f"the training data have changed ({text})", "data", "use the same data")
         print_rank_zero(f"the training data have changed, which is accepted ({text})")

@@ -98,9 +98,13 @@ class RunChecks(Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Move after a GradientAccumulationScheduler, which must get the trainer unchanged."""
         schedulers = [
-            c for c in find_callbacks(trainer, Callback) if c is find_accumulation_scheduler(trainer)
+            c
+            for c in find_callbacks(trainer, Callback)
+            if c is find_accumulation_scheduler(trainer)
         ]
-        remaining = [c for c in find_callbacks(trainer, Callback) if c is not self and c not in schedulers]
+        remaining = [
+            c for c in find_callbacks(trainer, Callback) if c is not self and c not in schedulers
+        ]
         trainer.callbacks = [*schedulers, self, *remaining]  # pyright: ignore[reportAttributeAccessIssue]
         unfreeze_params(pl_module, self._trainable_names)
 
@@ -193,7 +197,11 @@ def _find_save_error(trainer: L.Trainer, module: L.LightningModule) -> Exception
     if not _saves_checkpoints(trainer):
         return None
     data = getattr(trainer, "datamodule", None)
-    owners = [owner for owner in (*find_callbacks(trainer, Callback), module, data) if _is_user_object(owner)]
+    owners = [
+        owner
+        for owner in (*find_callbacks(trainer, Callback), module, data)
+        if _is_user_object(owner)
+    ]
     restores = [snapshot_value(vars(owner), {}) for owner in owners if isinstance(owner, Callback)]
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     try:

@@ -340,7 +340,11 @@ class FrechetDistance(L.Callback):
                 f"so {self.metric_name}_over_baseline is not logged"
             )
         draws = f" ({len(baselines)} draws, {baselines.min():.4g} to {baselines.max():.4g})"
-        accuracy_note = "" if real.accuracy.isnan() else f"; the extractor classifies {real.accuracy:.2%} of them correctly"
+        accuracy_note = (
+            ""
+            if real.accuracy.isnan()
+            else f"; the extractor classifies {real.accuracy:.2%} of them correctly"
+        )
         rank_zero_info(
             f"{self.metric_name}: {d} features, weights {self._weights_sha256[:8]}; the distance "
             f"of {min(self.num_samples, test):,} real test images from {train:,} training images "

@@ -236,7 +236,9 @@ def _check_ranks(bad_ranks: Mapping[str, tuple[int, tuple[int, int]]]) -> None:
     if not bad_ranks:
         return
     listed = list(bad_ranks.items())[:MAX_LISTED]
-    problems = [f"rank={rank} for {name} ({d_in} to {d_out})" for name, (rank, (d_in, d_out)) in listed]
+    problems = [
+        f"rank={rank} for {name} ({d_in} to {d_out})" for name, (rank, (d_in, d_out)) in listed
+    ]
     fits = {name: min(max(rank, 1), *sizes) for name, (rank, sizes) in listed}
     example = ", ".join(f"{name}: {rank}" for name, rank in fits.items())
     more = f" and {len(bad_ranks) - MAX_LISTED} more" if len(bad_ranks) > MAX_LISTED else ""
@@ -256,7 +258,8 @@ def _check_layer(
     type_name = type(layer).__name__
     if isinstance(layer, Adapter):
         raise UsageError(
-            f"LoRA: {name} already has an adapter", hint="use a new module, or call merge_lora first"
+            f"LoRA: {name} already has an adapter",
+            hint="use a new module, or call merge_lora first",
         )
     check_plain_layer(name, layer, next(k for k in ADAPTER_TYPES if isinstance(layer, k)), "LoRA")
     if num_blocks < 1 or type(rank) is not int:

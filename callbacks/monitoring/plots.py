@@ -1,7 +1,7 @@
 """LossPlot and MetricPlot: plot the curves of a run at its end.
 
-    LossPlot     loss.png      training and validation loss in one panel
-    MetricPlot   curves.png    one panel for each logged metric
+LossPlot     loss.png      training and validation loss in one panel
+MetricPlot   curves.png    one panel for each logged metric
 """
 
 from abc import ABC, abstractmethod
@@ -236,9 +236,7 @@ class MetricPlot(RecordedCurves):
                 flag=f"--trainer.callbacks.metrics=[{near}]" if near else "",
             )
         if missing:
-            module.print(
-                f"MetricPlot: {type(module).__name__} does not log {', '.join(missing)}"
-            )
+            module.print(f"MetricPlot: {type(module).__name__} does not log {', '.join(missing)}")
 
 
 def save_loss_plot(curves: dict[str, Any], path: Path, label: str, interval: int) -> None:

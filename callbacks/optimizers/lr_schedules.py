@@ -72,13 +72,13 @@ class LRSchedule:
             )
         if not 0 <= self.warmup < total_steps:
             fitting = 0 if math.isinf(total_steps) else int(total_steps // 10)
-            longer = f"--trainer.max_steps={2 * self.warmup}, or " if self.warmup > 0 else ""
+            longer_flag = f"--trainer.max_steps={2 * self.warmup}, or " if self.warmup > 0 else ""
             raise UsageError(
                 f"{name}: warmup={self.warmup} does not fit into the run, which has "
                 f"{total_steps:g} optimizer steps",
                 [f"0 to {total_steps - 1:g}"],
                 hint=f"use warmup={fitting}",
-                flag=f"{longer}in the config schedule: {{warmup: {fitting}}}",
+                flag=f"{longer_flag}in the config schedule: {{warmup: {fitting}}}",
             )
         if self.warmup_from_zero and not self.warmup:
             raise UsageError(

@@ -418,7 +418,9 @@ def _check_gradients_reduced(
     """Raise UsageError for parameters frozen at DDP setup: DDP does not reduce their gradients."""
     names = {id(p): name for name, p in module.named_parameters()}
     if late := [
-        names.get(id(p), "a parameter outside of the module") for p in parameters if id(p) not in initially_trainable
+        names.get(id(p), "a parameter outside of the module")
+        for p in parameters
+        if id(p) not in initially_trainable
     ]:
         raise UsageError(
             f"add_param_group: {', '.join(late[:3])} had requires_grad=False at the start of the "

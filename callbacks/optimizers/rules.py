@@ -125,7 +125,9 @@ def assign_params(module: nn.Module, rules: Sequence[ParamRule]) -> list[list[Na
         _check_matrices_only(number, rule, named_params, kind_of)
     if unassigned:
         raise UsageError(
-            f"OptimizerPlan: no rule matches {', '.join(unassigned)}", hint=REST_HINT, flag=REST_FLAG
+            f"OptimizerPlan: no rule matches {', '.join(unassigned)}",
+            hint=REST_HINT,
+            flag=REST_FLAG,
         )
     return params_by_rule
 

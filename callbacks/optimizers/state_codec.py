@@ -237,8 +237,8 @@ class _StateCodec:
         return CheckpointError(
             f"{self.name} keeps a {type_name} in {name}, {reason}; such a run cannot be resumed",
             ["tensors and plain values"],
-            hint=f"define a state_dict() of tensors and plain values in {self.name}, or use another "
-            "optimizer",
+            hint=f"define a state_dict() of tensors and plain values in {self.name}, or use "
+            "another optimizer",
             exit_status=1,
         )
 

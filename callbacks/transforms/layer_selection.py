@@ -17,6 +17,7 @@ from ravine.errors import UsageError, suggest_names
 from ..optimizers.rules import classify_params
 
 Patterns = str | Sequence[str]
+LIST_KEYS = ("targets", "exclude", "train_also")  # arguments that are lists of patterns
 
 
 def matches_pattern(pattern: str, name: str) -> bool:
@@ -43,8 +44,8 @@ def select_names(patterns: Patterns, names: Sequence[str], argument: str) -> lis
             raise UsageError(
                 f"{argument}: {pattern!r} matches no layer",
                 near,
-                hint=f"use {key}=[{near[0]!r}]" if near else f"remove {key}",
-                flag=f"--trainer.callbacks.{key}={near[0]}" if near else "",
+                hint=f"use {near[0]!r} in {key}" if near else f"remove {key}",
+                flag=f"--trainer.callbacks.{key}={near[0]}" if near and key in LIST_KEYS else "",
                 label="nearest",
             )
     return [

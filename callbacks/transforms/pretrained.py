@@ -148,8 +148,8 @@ def load_weights(module: L.LightningModule, path: str) -> None:
         raise UsageError(
             f"Pretrained: the weights in {path} were changed by {' and '.join(names)}",
             ["plain weights"],
-            hint="load it with ravine.load_model, call ravine.callbacks.lora.merge_lora, and save the "
-            "merged weights",
+            hint="load it with ravine.load_model, call ravine.callbacks.lora.merge_lora, and save "
+            "the merged weights",
             flag=f"lightning export --merge --ckpt_path={path} --folder=FOLDER",
         )
     if mismatches := dtype_kind_mismatches(module.state_dict(), checkpoint.get("state_dict", {})):

@@ -325,7 +325,9 @@ def test_a_rate_finder_with_two_base_rates_is_refused(tmp_path, monkeypatch) -> 
         rules=[ParamRule(pattern="head*", optimizer=partial(torch.optim.SGD, lr=0.1)), ParamRule()],
     )
     trainer = Trainer(**QUIET, max_epochs=1, callbacks=[LearningRateFinder(**FINDER), two])
-    with pytest.raises(ValueError, match=r"have the learning rates 0.05, 0.1, .*allowed: one learning rate"):
+    with pytest.raises(
+        ValueError, match=r"have the learning rates 0.05, 0.1, .*allowed: one learning rate"
+    ):
         trainer.fit(Late(), datamodule=Data())
 
 

@@ -263,7 +263,10 @@ def language(callbacks: list, kind: type = Trainer, **arguments) -> L.Trainer:
     [
         ({"prompt": "ROMEO:"}, "character 'R'"),
         ({"prompt": "the", "top_k": 200}, "top_k is 200"),
-        ({"prompt": "the", "temprature": 1.0}, r"allowed: .*; use GenerateSamples\(\{'temperature': 1.0\}\)"),
+        (
+            {"prompt": "the", "temprature": 1.0},
+            r"allowed: .*; use GenerateSamples\(\{'temperature': 1.0\}\)",
+        ),
         ({"prompt": "the", "max_new_tokens": 90, "context_overflow": "error"}, "do not fit"),
         ({"prompt": ""}, "a prompt is empty"),
         ({"stop": "#"}, "character '#'"),
@@ -309,7 +312,10 @@ class Odd(NetInInit):
 @pytest.mark.parametrize("value", [Kind.A, partial(max, 1), {"a": [nn.ReLU]}])
 def test_hyperparameters_that_cannot_be_saved_are_refused_at_the_start(value) -> None:
     trainer = Trainer(**QUIET | {"enable_checkpointing": True}, max_steps=2)
-    with pytest.raises(ValueError, match=r"Odd: a checkpoint cannot hold the hyperparameter: value.*ignore=\['value'\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"Odd: a checkpoint cannot hold the hyperparameter: value.*ignore=\['value'\]",
+    ):
         trainer.fit(Odd(value))
     assert trainer.global_step == 0
 
@@ -403,7 +409,9 @@ def test_a_metric_that_nothing_logs_is_refused_before_the_first_step(kind, monit
         callbacks=[monitor(), GradientClipping(1.0), Stop()],
         num_sanity_val_steps=0,
     )
-    with pytest.raises(ValueError, match=r"monitors 'val/los', which .* does not log; logged: .*; use "):
+    with pytest.raises(
+        ValueError, match=r"monitors 'val/los', which .* does not log; logged: .*; use "
+    ):
         trainer.fit(Noisy1(), **LOADERS())
     assert steps == []
 

@@ -362,7 +362,7 @@ REFUSED = {
     ),
     "a transform of what shards itself": (
         (OnOneMesh, "zero3", 2, (Adapter(),)),
-        "Adapter: OnOneMesh shards its parameters in configure_model, which is too early for the phase",
+        "Adapter: OnOneMesh shards its parameters in configure_model, which is too early for",
     ),
 }
 

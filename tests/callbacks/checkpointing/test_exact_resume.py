@@ -843,7 +843,9 @@ KEPT = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 
 @KEPT
 def test_a_resume_without_ema_is_refused_or_starts_from_the_raw_weights(first_run: Path) -> None:
-    with pytest.raises(ValueError, match=r"EMA was in the run of the checkpoint and is missing.*accept=\['EMA'\]"):
+    with pytest.raises(
+        ValueError, match=r"EMA was in the run of the checkpoint and is missing.*accept=\['EMA'\]"
+    ):
         go_on_otherwise(first_run, GradientClipping(), ExactResume())
 
     class First(Callback):
@@ -854,7 +856,10 @@ def test_a_resume_without_ema_is_refused_or_starts_from_the_raw_weights(first_ru
     go_on_otherwise(first_run, EMA(0.5), GradientClipping(), ExactResume(), with_it)
     go_on_otherwise(first_run, GradientClipping(), ExactResume(accept="EMA"), without)
     assert differences(with_it.weights, without.weights) == []
-    with pytest.raises(ValueError, match=r"accept='ema' is not .*; allowed: EMA, data, optimizer; use accept=\['EMA'\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"accept='ema' is not .*; allowed: EMA, data, optimizer; use accept=\['EMA'\]",
+    ):
         ExactResume(accept=["ema"])
 
 
@@ -864,10 +869,7 @@ def test_a_line_names_each_callback_left_out_or_added(
 ) -> None:
     go_on_otherwise(first_run, EMA(0.5), NaNGuard(), ExactResume())
     lines = capsys.readouterr().out.splitlines()
-    assert (
-        "GradientClipping was in the run of the checkpoint and is missing in this run"
-        in lines
-    )
+    assert "GradientClipping was in the run of the checkpoint and is missing in this run" in lines
     assert "NaNGuard was not in the run of the checkpoint: it starts in this run" in lines
     go_on_otherwise(first_run, EMA(0.5), GradientClipping(), ExactResume())
     assert "of the checkpoint" not in capsys.readouterr().out
@@ -879,7 +881,10 @@ def test_a_line_names_each_callback_left_out_or_added(
     [
         (Labelled("cd"), r"data sha256: ab in the checkpoint, cd in this run"),
         (Labelled(classes="dog cat"), r"data class_names: \['cat', 'dog'\] in"),
-        (Labelled(samples=24), r"samples of the loaders: \[22\] in the checkpoint, \[24\] in this run"),
+        (
+            Labelled(samples=24),
+            r"samples of the loaders: \[22\] in the checkpoint, \[24\] in this run",
+        ),
     ],
 )
 def test_changed_data_are_refused_or_accepted_in_words(

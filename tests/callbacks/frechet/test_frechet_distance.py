@@ -347,9 +347,7 @@ def test_there_are_as_many_draws_as_the_test_images_allow_up_to_ten(
 ) -> None:
     with caplog.at_level("INFO"):
         measured(FrechetDistance(Random(), num_samples=64), data=PaintedData(test=test))
-    said = re.findall(
-        r"training images is [\d.]+ \((\d+) draws, [\d.]+ to [\d.]+\)", caplog.text
-    )
+    said = re.findall(r"training images is [\d.]+ \((\d+) draws, [\d.]+ to [\d.]+\)", caplog.text)
     assert said == ([] if draws == 1 else [str(draws)])
 
 
@@ -409,7 +407,9 @@ def test_fid_is_of_2048_features_finite_and_leaves_no_inception_behind(
 
     monkeypatch.setattr(callback_module, "Inception", Watched)
     callback = FrechetDistance(weights=str(weights), num_samples=4, batch_size=4)
-    with pytest.warns(UserWarning, match="covariance of 4 images in 2048 features cannot have full rank"):
+    with pytest.warns(
+        UserWarning, match="covariance of 4 images in 2048 features cannot have full rank"
+    ):
         found = measured(callback, data=PaintedData(train=4, test=4))
     assert 0 < found["val/fid"] < float("inf")
     assert "val/kid" in found
@@ -575,7 +575,9 @@ def fit(callback: L.Callback, **more: int) -> None:
 
 @pytest.mark.parametrize("callback", [FrechetDistance(Random()), GenerateSamples()])
 def test_a_fit_without_validation_is_refused(callback: L.Callback) -> None:
-    with pytest.raises(ValueError, match=r"this fit has none; allowed: .*pass limit_val_batches=1.0 to Trainer"):
+    with pytest.raises(
+        ValueError, match=r"this fit has none; allowed: .*pass limit_val_batches=1.0 to Trainer"
+    ):
         fit(callback, limit_val_batches=0, max_steps=1)
 
 
@@ -626,9 +628,18 @@ class NotFinite(Random):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"module": Nothing()}, r"FrechetDistance: Nothing has no method generate_images; allowed: a module with"),
-        ({"data": L.LightningDataModule()}, r"LightningDataModule has no method get_split; allowed: a datamodule with"),
-        ({"module": Floats()}, r"Floats\.generate_images returns torch.float32 of shape .*to_uint8"),
+        (
+            {"module": Nothing()},
+            r"FrechetDistance: Nothing has no method generate_images; allowed: a module with",
+        ),
+        (
+            {"data": L.LightningDataModule()},
+            r"LightningDataModule has no method get_split; allowed: a datamodule with",
+        ),
+        (
+            {"module": Floats()},
+            r"Floats\.generate_images returns torch.float32 of shape .*to_uint8",
+        ),
         ({"module": Few()}, r"Few\.generate_images returns 1 images for 64 indices"),
         (
             {"callback": FrechetDistance(NotFinite(), num_samples=64)},
@@ -650,7 +661,9 @@ def test_what_cannot_be_measured_is_refused_in_one_line(arguments, text: str) ->
 @pytest.mark.parametrize("bad", [{"num_samples": 1}, {"num_real_images": 1}, {"batch_size": 0}])
 def test_sizes_that_mean_nothing_are_refused(bad: dict[str, int]) -> None:
     (name,) = bad
-    with pytest.raises(ValueError, match=rf"{name}={bad[name]} is too small; allowed: .* or more; use {name}="):
+    with pytest.raises(
+        ValueError, match=rf"{name}={bad[name]} is too small; allowed: .* or more; use {name}="
+    ):
         FrechetDistance(**bad)
 
 
@@ -674,7 +687,9 @@ def test_missing_weights_are_answered_with_the_file_and_its_place(
     )
     with pytest.raises(FileNotFoundError, match=f"no network.*{place}"):
         measured(FrechetDistance())
-    with pytest.raises(FileNotFoundError, match=r"the file gone\.pth does not exist; .*InceptionV3"):
+    with pytest.raises(
+        FileNotFoundError, match=r"the file gone\.pth does not exist; .*InceptionV3"
+    ):
         measured(FrechetDistance(weights="gone.pth"))
 
 

@@ -21,7 +21,9 @@ def test_the_table_shows_first_due_and_last_and_commands_no_terminal(
     assert "[bold]" in said
     written = (Path(folder) / "rollouts.txt").read_text()
     assert written.count("reward 0.5") == 6
-    with pytest.raises(ValueError, match="every_n_steps=0 is too small; allowed: 1 or more; use every_n_steps=10"):
+    with pytest.raises(
+        ValueError, match="every_n_steps=0 is too small; allowed: 1 or more; use every_n_steps=10"
+    ):
         RolloutTable(every_n_steps=0)
 
 

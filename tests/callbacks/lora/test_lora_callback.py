@@ -240,7 +240,9 @@ def test_resuming_with_another_base_is_refused_and_writes_nothing(base, tmp_path
     _, trainer = fit(NetInInit, steps=2)
     trainer.save_checkpoint(tmp_path / "other.ckpt")
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match=r"of the checkpoint belong to .*base\.ckpt \(sha256 .*other"):
+    with pytest.raises(
+        ValueError, match=r"of the checkpoint belong to .*base\.ckpt \(sha256 .*other"
+    ):
         tuned(tmp_path / "other.ckpt", resume=tmp_path / "cut.ckpt")
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
@@ -248,7 +250,9 @@ def test_resuming_with_another_base_is_refused_and_writes_nothing(base, tmp_path
 def test_resuming_when_the_bases_file_is_gone_names_it(base, tmp_path):
     tuned(base, save=tmp_path / "cut.ckpt")
     base.unlink()
-    with pytest.raises(FileNotFoundError, match=r"in .*base\.ckpt, and this file does not exist in /"):
+    with pytest.raises(
+        FileNotFoundError, match=r"in .*base\.ckpt, and this file does not exist in /"
+    ):
         apply_saved_transforms(NetInInit(), torch.load(tmp_path / "cut.ckpt", weights_only=True))
     with pytest.raises(ValueError, match=r"of the checkpoint belong to .*base\.ckpt"):
         tuned(base, resume=tmp_path / "cut.ckpt")
@@ -258,7 +262,10 @@ def test_resuming_when_the_bases_file_is_gone_names_it(base, tmp_path):
 
 def test_resuming_with_another_rank_is_refused(base, tmp_path):
     tuned(base, save=tmp_path / "cut.ckpt")
-    with pytest.raises(ValueError, match=r"net\.0 has the shape \(1, 4\) in the checkpoint and \(2, 4\) in this run"):
+    with pytest.raises(
+        ValueError,
+        match=r"net\.0 has the shape \(1, 4\) in the checkpoint and \(2, 4\) in this run",
+    ):
         fit(
             NetInInit,
             Pretrained(str(base)),
@@ -269,7 +276,10 @@ def test_resuming_with_another_rank_is_refused(base, tmp_path):
 
 def test_resuming_with_another_scale_is_refused(tmp_path):
     fit(NetInInit, LoRA("net.0", rank=1), SaveAt(tmp_path / "cut.ckpt", 3))
-    with pytest.raises(ValueError, match=r"LoRA: .*trained with alpha=16\.0, and this run has alpha=8\.0; use LoRA\(alpha=16\.0\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"with alpha=16\.0, and this run has alpha=8\.0; use LoRA\(alpha=16\.0\)",
+    ):
         fit(NetInInit, LoRA("net.0", rank=1, alpha=8.0), resume=tmp_path / "cut.ckpt")
 
 
@@ -281,13 +291,19 @@ def test_resuming_without_the_callback_is_refused(tmp_path):
 
 def test_resuming_a_run_without_adapters_with_them_is_refused(tmp_path):
     fit(NetInInit, SaveAt(tmp_path / "cut.ckpt", 3))
-    with pytest.raises(ValueError, match=r"has no adapters, because it was not trained with LoRA; .*Pretrained\(path\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"has no adapters, because it was not trained with LoRA; .*Pretrained\(path\)",
+    ):
         fit(NetInInit, LoRA("net.0", rank=1), resume=tmp_path / "cut.ckpt")
 
 
 def test_other_bits_are_refused(tmp_path):
     fit(NetInInit, Quantization(), SaveAt(tmp_path / "cut.ckpt", 3))
-    with pytest.raises(ValueError, match=r"weight_codes is torch\.uint8 .* in this run \(scheme='int8', double.*use scheme='nf4'"):
+    with pytest.raises(
+        ValueError,
+        match=r"weight_codes is torch\.uint8 .* run \(scheme='int8', double.*use scheme='nf4'",
+    ):
         fit(NetInInit, Quantization("int8"), resume=tmp_path / "cut.ckpt")
     with pytest.raises(
         ValueError, match=r"weight_scales is torch\.int8 .*double_quant=False\).*double_quant="
@@ -305,19 +321,27 @@ def evaluated(file, *callbacks):
 ONE = partial(LoRA, "net.0", rank=1)
 OTHERS = {
     "four bits under adapters to float weights": (
-        [ONE()], [ONE(), Quantization()], r"weights that were not quantized; remove Quantization\(\) from",
+        [ONE()],
+        [ONE(), Quantization()],
+        r"weights that were not quantized; remove Quantization\(\) from",
     ),
     "float weights under adapters to four bits": (
-        [ONE(), Quantization()], [ONE()], r"trained with Quantization, which is missing .*add Quantization\(scheme='nf4'",
+        [ONE(), Quantization()],
+        [ONE()],
+        r"trained with Quantization, which is missing .*add Quantization\(scheme='nf4'",
     ),
     "no adapters": (
-        [ONE()], [Quantization()], r"trained with LoRA, which is missing .*add LoRA\(targets=\['net.0'\], rank=1",
+        [ONE()],
+        [Quantization()],
+        r"trained with LoRA, which is missing .*add LoRA\(targets=\['net.0'\], rank=1",
     ),
     "bits of another kind": (
-        [ONE(), Quantization()], [ONE(), Quantization("int8")], "trained with scheme='nf4', and this run has scheme='int8'",
+        [ONE(), Quantization()],
+        [ONE(), Quantization("int8")],
+        "trained with scheme='nf4', and this run has scheme='int8'",
     ),
     "another scale": ([ONE()], [ONE(alpha=1.0)], r"alpha=16\.0, and this run has alpha=1\.0"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", OTHERS)
@@ -347,7 +371,9 @@ class Frozen(NetInInit):
 
 
 def test_bits_alone_with_nothing_left_to_train_are_refused():
-    with pytest.raises(ValueError, match=r"Frozen has no trainable parameter left; add LoRA\(\) to"):
+    with pytest.raises(
+        ValueError, match=r"Frozen has no trainable parameter left; add LoRA\(\) to"
+    ):
         fit(Frozen, Quantization())
     module, _ = fit(Frozen, Quantization(), LoRA("net.0", rank=1), steps=2)
     assert module.net[0].lora_b.abs().max() > 0
@@ -471,7 +497,8 @@ class MadeEarly(NetInInit):
 
 def test_an_optimizer_made_before_the_adapters_is_refused_and_a_plan_is_the_way_out():
     with pytest.raises(
-        ValueError, match=r"no optimizer of MadeEarly has the parameters of an adapter.*add OptimizerPlan"
+        ValueError,
+        match=r"no optimizer of MadeEarly has the parameters of an adapter.*add OptimizerPlan",
     ) as e:
         fit(MadeEarly, LoRA())
     assert "\n" not in str(e.value)
@@ -527,7 +554,9 @@ def test_a_momentum_teacher_follows_the_adapters_of_its_student():
     assert module.net[0].lora_b.abs().max() > module.teacher[0].lora_b.abs().max() > 0
     for change in (LoRA("net.*"), Quantization(targets="net.*"), Quantization()):
         adapted = [LoRA()] if isinstance(change, Quantization) else []
-        with pytest.raises(ValueError, match=r"teacher is a frozen copy of net.*; use (targets|exclude)=") as e:
+        with pytest.raises(
+            ValueError, match=r"teacher is a frozen copy of net.*; use (targets|exclude)="
+        ) as e:
             fit(Follows, change, *adapted, validate=0)
         assert "\n" not in str(e.value)
 

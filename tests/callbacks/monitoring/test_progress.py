@@ -187,7 +187,9 @@ def test_a_module_without_an_optimizer_has_no_rate_to_show(
 
 
 def test_samples_of_a_module_that_generates_nothing_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"NetInInit has no method generate; .*remove GenerateSamples\(\) from"):
+    with pytest.raises(
+        ValueError, match=r"NetInInit has no method generate; .*remove GenerateSamples\(\) from"
+    ):
         trainer(GenerateSamples(), max_epochs=1).fit(NetInInit())
 
 

@@ -267,7 +267,9 @@ def test_writing_leaves_a_compiled_net_uncompiled() -> None:
 
 
 def test_a_mode_that_the_backend_has_not_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"is not available with backend='eager'.*use mode='default'"):
+    with pytest.raises(
+        ValueError, match=r"is not available with backend='eager'.*use mode='default'"
+    ):
         Compile(mode="reduce-overhead", backend="eager")
 
 
@@ -275,5 +277,7 @@ def test_blocks_are_missed_where_there_are_none() -> None:
     with pytest.raises(ValueError, match=r"Naps has no blocks .*use blocks=False"):
         fit(Naps(), Compile(blocks=True))
     bare = SimpleNamespace(children=lambda: iter(()))
-    with pytest.raises(ValueError, match=r"has no submodule with parameters; remove Compile\(\) from"):
+    with pytest.raises(
+        ValueError, match=r"has no submodule with parameters; remove Compile\(\) from"
+    ):
         Compile().transform(bare)  # type: ignore[arg-type]

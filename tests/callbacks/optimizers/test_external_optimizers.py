@@ -642,10 +642,16 @@ class WantsKeys(Base):
     ("factory", "words"),
     [
         (WantsModel, r"WantsModel refuses its arguments: AttributeError: .*it needs the model"),
-        (WantsKeys, r"WantsKeys refuses its arguments: KeyError: 'use_it' \(at test_external_optimizers.py"),
+        (
+            WantsKeys,
+            r"WantsKeys refuses its arguments: KeyError: 'use_it' \(at test_external_optimizers.py",
+        ),
         (partial(SGD, momentum="high"), r"SGD refuses momentum=high: TypeError"),
         (partial(SGD, lr=None), r"SGD refuses lr=None: TypeError"),
-        (partial(SGD, momenta=0.9), r"SGD has no argument 'momenta'; nearest: momentum; use momentum=0\.9"),
+        (
+            partial(SGD, momenta=0.9),
+            r"SGD has no argument 'momenta'; nearest: momentum; use momentum=0\.9",
+        ),
         (lambda params: nn.Linear(1, 1), r"Linear has no param_groups, so it is not an optimizer"),
     ],
 )

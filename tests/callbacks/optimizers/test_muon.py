@@ -132,7 +132,10 @@ def test_the_gradient_is_left_as_it_was():
     [
         ({"scale": "moonlight"}, "allowed: spectral, spectral_clamped, rms"),
         ({"coefficients": "ns5"}, "allowed: newton_schulz, polar_express"),
-        ({"num_blocks": 3}, r"a parameter of shape \(4, 4\) with num_blocks=3; allowed: .*; use AdamW"),
+        (
+            {"num_blocks": 3},
+            r"a parameter of shape \(4, 4\) with num_blocks=3; allowed: .*; use AdamW",
+        ),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(arguments, message):

@@ -284,7 +284,9 @@ def test_a_complex_weight_moves_as_its_two_parts_and_a_rate_may_be_a_tensor():
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
     SignSGDOptimizer([actual], lr=1.0).step()
     torch.testing.assert_close(actual, expected - torch.tensor([1 + 1j, 1j]), rtol=0, atol=1e-12)
-    with pytest.raises(ValueError, match="Muon does not support .*; allowed: matrices of real numbers"):
+    with pytest.raises(
+        ValueError, match=r"Muon does not support .*; allowed: matrices of real numbers"
+    ):
         MuonOptimizer([nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))])
 
 

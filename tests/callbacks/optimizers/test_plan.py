@@ -141,7 +141,9 @@ def test_a_scheduled_run_equals_the_closed_form_in_a_bare_loop():
 def test_a_schedule_longer_than_the_run_is_refused_before_the_first_step():
     plan = OptimizerPlan(partial(SGD, lr=1.0), schedule=LRSchedule("linear", warmup=50))
     module = Net()
-    with pytest.raises(ValueError, match="warmup=50 does not fit into the run, which has 6 optimizer steps"):
+    with pytest.raises(
+        ValueError, match="warmup=50 does not fit into the run, which has 6 optimizer steps"
+    ):
         trained(plan, module=module)
     assert not module.rates
 
@@ -262,7 +264,9 @@ def test_a_rate_that_is_none_is_refused_where_the_optimizer_does_not_look(lr):
         def __init__(self, params, lr=1e-3):
             super().__init__(params, {"lr": lr})
 
-    with pytest.raises(ValueError, match=r"Trusting: lr=.* is not a learning rate; allowed: a finite number"):
+    with pytest.raises(
+        ValueError, match=r"Trusting: lr=.* is not a learning rate; allowed: a finite number"
+    ):
         trained(OptimizerPlan(partial(Trusting, lr=lr)))
 
 

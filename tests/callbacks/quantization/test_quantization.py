@@ -323,17 +323,21 @@ class Doubled(nn.Linear):
 
 BAD = {
     "a target that matches nothing": ({"targets": "qurey"}, r"'qurey' matches .* nearest: query"),
-    "a layer that is no Linear": ({"targets": "table"}, "matches table, a Embedding, and only Linear"),
+    "a layer that is no Linear": (
+        {"targets": "table"},
+        "matches table, a Embedding, and only Linear",
+    ),
     "the inside of torch's attention": ({"targets": "out_proj"}, r"matches attend\.out_proj"),
     "a shared weight": ({"targets": "head"}, r"head shares its weight with table\.weight"),
     "an exclude that matches nothing": ({"targets": "query", "exclude": "v"}, r"\.exclude: 'v'"),
     "an exclude that leaves nothing": (
-        {"targets": "query", "exclude": "*"}, r"exclude=\['\*'\] excludes all layers of targets",
+        {"targets": "query", "exclude": "*"},
+        r"exclude=\['\*'\] excludes all layers of targets",
     ),
     "a weight that is no number": ({"targets": "broken"}, "weight of broken is not finite"),
     "a layer with a way of its own": ({"targets": "doubled"}, "doubled is a Doubled, which"),
     "a weight that is made anew": ({"targets": "normed"}, "normed computes its weight at each use"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", BAD)
@@ -371,7 +375,9 @@ def test_layers_are_quantized_once_and_before_adapters():
 def test_bits_cannot_train_also():
     module = net()
     quantize_module(module, targets="0")
-    with pytest.raises(ValueError, match=r"train_also selects 0, which is quantized.*exclude=\['0'\]"):
+    with pytest.raises(
+        ValueError, match=r"train_also selects 0, which is quantized.*exclude=\['0'\]"
+    ):
         inject_lora(module, "2", rank=2, train_also="0")
 
 
@@ -385,9 +391,13 @@ def test_a_layer_that_stands_in_two_places_is_rounded_once():
 
 def test_what_the_device_cannot_run_is_refused_in_words():
     trainer = L.Trainer(accelerator="cpu", logger=False)
-    with pytest.raises(ValueError, match=r"needs CUDA, and this run is on cpu.*use backend='torch'"):
+    with pytest.raises(
+        ValueError, match=r"needs CUDA, and this run is on cpu.*use backend='torch'"
+    ):
         Quantization(backend="bitsandbytes").setup(trainer, L.LightningModule(), "fit")
-    with pytest.raises(ValueError, match=r"'bitsandbytes' does not support scheme='int8'; allowed: nf4"):
+    with pytest.raises(
+        ValueError, match=r"'bitsandbytes' does not support scheme='int8'; allowed: nf4"
+    ):
         Quantization("int8", backend="bitsandbytes")
     with pytest.raises(ValueError, match=r"scheme='fp4' does not exist; allowed: nf4, int8"):
         Quantization("fp4")  # type: ignore

@@ -77,7 +77,10 @@ def test_a_module_that_logs_nothing_of_it_is_refused_by_name(
 
 def test_an_alarm_on_a_metric_that_nobody_logs_is_refused(tmp_path: Path) -> None:
     alarm = MetricAlert(min_value={"train/frac_unique_texts": 0.5, "train/distnct": 0.5})
-    with pytest.raises(ValueError, match="monitors 'train/distnct', which Scripted does not log; .*; logged: .*; use MetricAlert"):
+    with pytest.raises(
+        ValueError,
+        match=r"monitors 'train/distnct', which Scripted does not log; .*; use MetricAlert",
+    ):
         fit(Scripted(frac_unique_texts=[1.0]), alarm, tmp_path, 2)
 
 

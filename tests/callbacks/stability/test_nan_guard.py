@@ -190,7 +190,7 @@ def test_the_count_of_skipped_steps_goes_on_after_a_resume() -> None:
 
 
 def test_a_negative_number_of_steps_is_refused() -> None:
-    with pytest.raises(ValueError, match="max_skips=-1 is negative; .*; use max_skips=0"):
+    with pytest.raises(ValueError, match=r"max_skips=-1 is negative; .*; use max_skips=0"):
         NaNGuard(max_skips=-1)
 
 

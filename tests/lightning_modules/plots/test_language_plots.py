@@ -96,5 +96,7 @@ def test_a_module_that_draws_nothing_is_refused() -> None:
     class Foreign(L.LightningModule):
         pass
 
-    with pytest.raises(ValueError, match=r"Foreign has no method make_figures; .*remove SaveFigures\(\) from"):
+    with pytest.raises(
+        ValueError, match=r"Foreign has no method make_figures; .*remove SaveFigures\(\) from"
+    ):
         SaveFigures().setup(L.Trainer(logger=False), Foreign(), "fit")
