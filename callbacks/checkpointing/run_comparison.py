@@ -115,7 +115,7 @@ def compare_callbacks(
             "file are the average, and the state of the optimizer belongs to the raw weights",
             "EMA",
             "add EMA() to Trainer(callbacks=...)",
-            "--trainer.callbacks+=EMA",
+            remedy_flag="--trainer.callbacks+=EMA",
         )
     if checkpoint.get("optimizer_plan") and not has_callback(trainer, "OptimizerPlan"):
         members = " + ".join(checkpoint["optimizer_plan"])
