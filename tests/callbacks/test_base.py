@@ -16,6 +16,7 @@ QUIET: dict[str, Any] = {
     "enable_progress_bar": False,
     "enable_model_summary": False,
     "limit_val_batches": 0,
+    "enable_checkpointing": False,
 }
 
 

@@ -646,7 +646,7 @@ def test_a_line_is_printed_where_data_are_read_again(
 ) -> None:
     feed(kind, tmp_path)
     feed(kind, tmp_path / "cut", tmp_path / "step=000014.ckpt")
-    text = "the data cannot be skipped: 3 batches are read again to reach their place\n"
+    text = "the data cannot be skipped: 3 batches are read again to reach the position\n"
     assert capsys.readouterr().out.count(text) == 1
 
 

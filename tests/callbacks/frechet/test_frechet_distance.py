@@ -683,7 +683,7 @@ def test_missing_weights_are_answered_with_the_file_and_its_place(
     monkeypatch.setenv("DATA_ROOT", str(tmp_path / "data"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     place = (
-        rf"put {inception.WEIGHTS_FILE} at {tmp_path}/hub/hub/checkpoints/{inception.WEIGHTS_FILE}"
+        rf"copy {inception.WEIGHTS_FILE} to {tmp_path}/hub/hub/checkpoints/{inception.WEIGHTS_FILE}"
     )
     with pytest.raises(FileNotFoundError, match=f"no network.*{place}"):
         measured(FrechetDistance())

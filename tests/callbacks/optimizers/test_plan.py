@@ -586,8 +586,8 @@ def test_the_table_at_the_start_says_who_trains_what(capsys):
     assert ["rest", "4", "60", "0.001", "0.01", "AdamW"] in lines
     assert ["4", "13", "0.001", "0", "AdamW"] in lines
     assert ["up.weight"] in lines
-    taken = "OptimizerPlan(SGD, AdamW) takes its place"
-    assert f"Everything.configure_optimizers is not called: {taken}".split() in lines
+    reason = "because OptimizerPlan(SGD, AdamW) replaces it"
+    assert f"Everything.configure_optimizers is not called, {reason}".split() in lines
 
 
 def test_the_size_of_each_rules_updates_is_logged():
