@@ -277,18 +277,19 @@ def add_run_checks(trainer: L.Trainer, module: L.LightningModule, stage: str) ->
 def raise_on_all_ranks(trainer: L.Trainer, error: Exception | None) -> None:
     """Raise on every rank if one rank has an error: the other ranks would wait for it."""
     if trainer.world_size > 1 and dist.is_initialized():
-        parts: list[dict[str, Any] | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, None if error is None else _error_parts(error))
-        failures = [(rank, part) for rank, part in enumerate(parts) if part is not None]
+        all_arguments: list[dict[str, Any] | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(all_arguments, None if error is None else _error_arguments(error))
+        failures = [(rank, args) for rank, args in enumerate(all_arguments) if args is not None]
         if error is None and failures:
-            rank, part = failures[0]
-            raise UsageError(**part | {"problem": f"on rank {rank}: {part['problem']}"})
+            rank, arguments = failures[0]
+            problem = f"on rank {rank}: {arguments.pop('problem')}"
+            raise UsageError(problem, **arguments)
     if error is not None:
         raise error
 
 
-def _error_parts(error: Exception) -> dict[str, Any]:
-    """Return the parts of an error as arguments of UsageError."""
+def _error_arguments(error: Exception) -> dict[str, Any]:
+    """Return the arguments of a UsageError with the content of an error."""
     if not isinstance(error, UsageError):
         return {"problem": str(error)}
     names = ("problem", "allowed", "hint", "flag", "label")
