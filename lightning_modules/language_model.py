@@ -20,8 +20,8 @@ from ravine.errors import UsageError
 
 from . import model_stats
 from .generation.decoding import ContextOverflow, check_prompt_lengths
+from .generation.generate_text import generate_text
 from .generation.sampling import DecodingConfig
-from .generation.stop_strings import generate_text
 from .nn import Transformer
 from .nn.cross_entropy import IGNORE_INDEX, cross_entropy
 from .nn.moe import mean_load_balancing_loss

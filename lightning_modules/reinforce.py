@@ -38,6 +38,7 @@ from .nn import Transformer
 from .rl import base_model
 from .rl.advantages import AdvantageEstimator
 from .rl.kl import KL
+from .rl.metrics import Stopwatch
 from .rl.rewards.base import CorpusStats, Reward, check_rewards
 from .rl.rollout import (
     Rollout,
@@ -49,7 +50,6 @@ from .rl.rollout import (
     policy_loss,
 )
 from .rl.scoring import RolloutScorer
-from .rl.stopwatch import Stopwatch
 from .rl.validation import check_prompt_characters, check_prompt_length, validate_config
 from .task_module import TaskModule
 

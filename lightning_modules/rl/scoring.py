@@ -19,8 +19,7 @@ from torch import Tensor
 
 from ravine.datamodules.tokenizers import Tokenizer
 
-from ..generation.generate_text import GenerationOutput
-from ..generation.stop_strings import truncate_at_stop
+from ..generation.generate_text import GenerationOutput, truncate_at_stop
 from .advantages import RELATIVE_TIE_TOLERANCE, AdvantageEstimator
 from .kl import KL
 from .metrics import reward_metrics, text_metrics, token_metrics, token_statistics
