@@ -28,22 +28,17 @@ from ravine.callbacks import GradientClipping, OptimizerPlan
 from ravine.datamodules import PromptDataModule, TextDataModule
 from ravine.lightning_modules import CharacterFraction, LanguageModel, Reinforce
 from ravine.lightning_modules.generation.sampling import DecodingConfig
+from ravine.lightning_modules.pretrained.gpt2 import GPT2_KWARGS
 from ravine.lightning_modules.rl.advantages import AdvantageEstimator
 from ravine.lightning_modules.rl.kl import KL
 
 G, PROMPTS, PROMPT, NEW = 4, 4, 64, 64
 ADAM: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 WARM, STEPS, ROUNDS = 2, 8, 2  # of `speed`
-SHAPE: dict[str, Any] = {
+SHAPE: dict[str, Any] = GPT2_KWARGS | {
     "num_layers": 4,
     "d_model": 128,
     "num_heads": 4,
-    "positional_encoding": "learned",
-    "norm": "layernorm",
-    "qk_norm": False,
-    "activation": "gelu_tanh",
-    "bias": "all",
-    "tie_embeddings": True,
     "zero_init_residual": False,
 }
 QUIET: dict[str, Any] = {

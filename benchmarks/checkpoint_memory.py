@@ -40,20 +40,13 @@ from tensor_bytes import tensor_bytes
 from ravine.datamodules import TextDataModule
 from ravine.lightning_compat import replace_method, set_saves_sharded
 from ravine.lightning_modules import LanguageModel
+from ravine.lightning_modules.pretrained.gpt2 import GPT2_KWARGS
 from ravine.strategies import STRATEGY_PRESETS, AtomicCheckpointIO, MeshStrategy
 
 MIB = 2**20
-GPT2 = {
-    "positional_encoding": "learned",
-    "norm": "layernorm",
-    "qk_norm": False,
-    "activation": "gelu_tanh",
-    "tie_embeddings": True,
-    "bias": "all",
-}
 SIZES: dict[str, dict[str, Any]] = {
-    "124M": {"num_layers": 12, "d_model": 768, "num_heads": 12} | GPT2,
-    "small": {"num_layers": 4, "d_model": 96, "num_heads": 4} | GPT2,
+    "124M": {"num_layers": 12, "d_model": 768, "num_heads": 12} | GPT2_KWARGS,
+    "small": {"num_layers": 4, "d_model": 96, "num_heads": 4} | GPT2_KWARGS,
 }
 
 

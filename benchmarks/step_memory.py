@@ -42,6 +42,7 @@ from tensor_bytes import tensor_bytes
 from ravine.cli.trainer import Trainer
 from ravine.datamodules import TextDataModule
 from ravine.lightning_modules import LanguageModel
+from ravine.lightning_modules.pretrained.gpt2 import GPT2_KWARGS
 from ravine.strategies import STRATEGY_PRESETS, MeshStrategy, parallel_module
 
 MIB = 2**20
@@ -51,17 +52,7 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"context_length": 64, "batch_size": 8},
     ),
     "124M": (
-        {
-            "num_layers": 12,
-            "d_model": 768,
-            "num_heads": 12,
-            "positional_encoding": "learned",
-            "norm": "layernorm",
-            "qk_norm": False,
-            "activation": "gelu_tanh",
-            "tie_embeddings": True,
-            "bias": "all",
-        },
+        {"num_layers": 12, "d_model": 768, "num_heads": 12} | GPT2_KWARGS,
         {"context_length": 64, "batch_size": 4, "tokenizer": "gpt2"},
     ),
 }

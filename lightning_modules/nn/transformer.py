@@ -121,6 +121,29 @@ class MLP(nn.Module):
         return self.down(act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x))
 
 
+def make_pos_embed(
+    positional_encoding: PositionalEncoding, context_length: int, d_model: int
+) -> nn.Module | None:
+    """Create the position embeddings, or None for encodings that add none to the tokens."""
+    if positional_encoding == "learned":
+        return nn.Embedding(context_length, d_model)
+    if positional_encoding == "sinusoidal":
+        return SinusoidalEncoding(context_length, d_model)
+    return None
+
+
+def make_mlp(
+    d_model: int,
+    activation: Activation | Literal["none"],
+    bias: bool,
+    d_ff: int | None,
+    num_experts: int,
+) -> nn.Module | None:
+    """Create the MLP of a block: a mixture of experts if there are any, or None without MLP."""
+    mlp = None if activation == "none" else MLP(d_model, activation, bias, d_ff)
+    return MixtureOfExperts(d_model, num_experts, d_ff=d_ff) if num_experts else mlp
+
+
 class TransformerBlock(nn.Module):
     """Pre-norm transformer block: attention and an optional MLP, with residual connections."""
 
@@ -231,11 +254,7 @@ class Transformer(nn.Module):
         )
         self.context_length, self.vocab_size = context_length, vocab_size
         self.embed = nn.Embedding(padded_vocab_size(vocab_size), d_model)
-        self.pos_embed = (
-            nn.Embedding(context_length, d_model) if positional_encoding == "learned" else None
-        )
-        if positional_encoding == "sinusoidal":
-            self.pos_embed = SinusoidalEncoding(context_length, d_model)
+        self.pos_embed = make_pos_embed(positional_encoding, context_length, d_model)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleDict()  # a dict keeps the names when a pipeline stage drops blocks
         new_norm = partial(make_norm, norm, d_model, norm_eps)
@@ -245,7 +264,7 @@ class Transformer(nn.Module):
             else None
         )
         for layer in range(num_layers):
-            block_attention = CausalAttention(
+            attention = CausalAttention(
                 d_model,
                 num_heads,
                 context_length,
@@ -260,15 +279,8 @@ class Transformer(nn.Module):
                 norm_eps=norm_eps,
                 rotary=rotary,
             )
-            block_mlp = (
-                None if activation == "none" else MLP(d_model, activation, bias != "none", d_ff)
-            )
-            block_mlp = (
-                MixtureOfExperts(d_model, num_experts, d_ff=d_ff) if num_experts else block_mlp
-            )
-            self.blocks[str(layer)] = TransformerBlock(
-                block_attention, block_mlp, new_norm, dropout, residual
-            )
+            mlp = make_mlp(d_model, activation, bias != "none", d_ff, num_experts)
+            self.blocks[str(layer)] = TransformerBlock(attention, mlp, new_norm, dropout, residual)
         self.norm = new_norm()
         self.head = nn.Linear(d_model, padded_vocab_size(vocab_size), bias=False)
         if tie_embeddings:

@@ -18,15 +18,7 @@ from ravine.lightning_modules.nn.transformer import with_defaults
 from ravine.lightning_modules.pretrained import gpt2
 from ravine.strategies.materialize import deferred_values, iter_value_blocks
 
-GPT2 = {
-    "positional_encoding": "learned",
-    "norm": "layernorm",
-    "qk_norm": False,
-    "activation": "gelu_tanh",
-    "tie_embeddings": True,
-    "bias": "all",
-}
-SHAPE = {"num_layers": 2, "d_model": 64, "num_heads": 4} | GPT2
+SHAPE = {"num_layers": 2, "d_model": 64, "num_heads": 4} | gpt2.GPT2_KWARGS
 
 
 class Doubled(Transform):
@@ -215,7 +207,7 @@ def test_a_module_that_renames_weights_as_they_come_is_given_them(ranks, files):
         assert all(torch.equal(value, weights[name]) for name, value in found.items())
 
 
-WIDE = {"num_layers": 3, "d_model": 384, "num_heads": 6} | GPT2  # 5.3 M parameters
+WIDE = {"num_layers": 3, "d_model": 384, "num_heads": 6} | gpt2.GPT2_KWARGS  # 5.3 M parameters
 BLOCK = 4 * 12 * 384**2  # bytes of a block's matrices, the largest unit
 
 
