@@ -26,7 +26,7 @@ from ravine.cli import help_text
 from ravine.cli.commands import export
 from ravine.cli.main import main
 from ravine.datamodules import downloads
-from ravine.lightning_modules import Diffusion, LanguageModel, RewardFunction
+from ravine.lightning_modules import Diffusion, LanguageModel, RewardFunction, protocols
 from ravine.lightning_modules.diffusion_core import samplers
 from ravine.lightning_modules.nn import Transformer, attention
 from ravine.lightning_modules.rl.advantages import AdvantageEstimator
@@ -95,6 +95,25 @@ def rewards() -> list[Row]:
     return described({**named, "RewardFunction": RewardFunction})
 
 
+def hooks() -> list[Row]:
+    """The optional hooks of a module or a net: their members, and what they are for."""
+    rows = []
+    for kind in vars(protocols).values():
+        if inspect.isclass(kind) and kind.__module__ == protocols.__name__:
+            members = [name for name in (*kind.__annotations__, *vars(kind)) if name[0] != "_"]
+            written = ", ".join(f"`{name}{arguments(vars(kind).get(name))}`" for name in members)
+            rows.append((written, first_sentence(kind.__doc__)))
+    return rows
+
+
+def arguments(method: object) -> str:
+    """The arguments of a method as in a call; nothing for an attribute."""
+    if not inspect.isfunction(method):
+        return ""
+    _, *parameters = inspect.signature(method).parameters.values()
+    return f"({', '.join(str(p.replace(annotation=p.empty)) for p in parameters)})"
+
+
 # A list in docs/: the page, the head of the table, and its rows.
 LISTS: dict[str, tuple[str, Row, Callable[[], list[Row]]]] = {
     "optimizers": (
@@ -128,6 +147,7 @@ LISTS: dict[str, tuple[str, Row, Callable[[], list[Row]]]] = {
         ("`--trainer.strategy`", "what is divided", "the same in Python"),
         presets,
     ),
+    "hooks": ("adding_a_task.md", ("attribute or method", "what it is for"), hooks),
     "texts": ("data.md", ("`--data.source`", "text"), texts),
 }
 
