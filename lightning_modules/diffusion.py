@@ -16,11 +16,11 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from ravine.datamodules.image_set import check_labels, describe_classes
+from ravine.datamodules.image_set import check_labels
 from ravine.datamodules.images import to_float, to_uint8
 from ravine.datamodules.loaders import DataParallelInfo
 from ravine.datamodules.samplers import resolve_seed
-from ravine.errors import UsageError
+from ravine.errors import UsageError, check_at_least_one
 from ravine.lightning_compat import attached_trainer, should_update_logs
 
 from .diffusion_core import samplers
@@ -45,6 +45,15 @@ from .task_module import TaskModule
 def default_class_names(num_classes: int) -> tuple[str, ...]:
     """Names of unnamed classes: their indices."""
     return tuple(str(number) for number in range(num_classes))
+
+
+def _data_fields(channels: int, num_classes: int, class_names: tuple[str, ...]) -> dict[str, Any]:
+    """Return what data must have in common with a model; {} for a model without data.
+
+    The names of classes count only if the model is class-conditional.
+    """
+    fields = {"channels": channels, "num_classes": num_classes} if channels else {}
+    return fields | ({"class_names": class_names} if num_classes else {})
 
 
 class Diffusion(TaskModule):
@@ -76,6 +85,7 @@ class Diffusion(TaskModule):
 
     unit = "images"
     lr = 2e-4
+    _datamodule_name, _data_flag = "ImageDataModule", "--data.source=FOLDER"
 
     def __init__(
         self,
@@ -105,8 +115,10 @@ class Diffusion(TaskModule):
         self.class_conditional, self.class_dropout_prob = class_conditional, class_dropout_prob
         if not 0 <= class_dropout_prob < 1:
             raise UsageError(
-                f"class_dropout_prob is {class_dropout_prob}; allowed: 0 to below 1; "
-                "type --model.class_dropout_prob=0.1"
+                f"Diffusion: class_dropout_prob={class_dropout_prob} is out of range",
+                ["0 to below 1"],
+                "use class_dropout_prob=0.1",
+                flag="--model.class_dropout_prob=0.1",
             )
         self.is_one_step = time_conditioning == "one_step"
         self.supports_guidance = class_conditional and class_dropout_prob > 0
@@ -130,10 +142,7 @@ class Diffusion(TaskModule):
     def build_net(self) -> nn.Module:
         """Create the U-Net for the data's images."""
         if not self.channels:
-            raise UsageError(
-                "Diffusion takes the images' size from the data, and there are none; "
-                "type --data=ImageDataModule, or load a checkpoint"
-            )
+            raise self.missing_data_error("the image size")
         net = UNet(self.channels, num_classes=self.num_classes, **self.net_kwargs)
         layout = torch.channels_last if self.denoiser.channels_last else torch.contiguous_format
         return net.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
@@ -142,20 +151,30 @@ class Diffusion(TaskModule):
         """Set channels, classes and size from the data; a model keeps its channels and classes."""
         num_classes = datamodule.num_classes if self.class_conditional else 0
         if self.class_conditional and not num_classes:
-            raise UsageError("the data have no labels; type --model.class_conditional=false")
+            raise UsageError(
+                "Diffusion: class_conditional=True needs labels, but the data contain none",
+                ["data with labels", "class_conditional=False"],
+                "use class_conditional=False",
+                flag="--model.class_conditional=false",
+            )
         if self.class_conditional and hasattr(
             datamodule, "get_split"
         ):  # a label that is too large would be the null class
             check_labels(datamodule.get_split("train")[1], num_classes, "the data to train")
         if self.class_conditional and num_classes == 1:
             raise UsageError(
-                "all images of the data are of one class, so a label tells the model nothing; "
-                "allowed are two classes or more: type --model.class_conditional=false"
+                "Diffusion: class_conditional=True needs two classes, but all images of the data "
+                "are of one class",
+                ["two classes or more"],
+                "use class_conditional=False",
+                flag="--model.class_conditional=false",
             )
         names = tuple(getattr(datamodule, "class_names", ())) or default_class_names(num_classes)
-        sizes = (datamodule.channels, num_classes)
-        self._check_same_data(sizes, names, (self.channels, self.num_classes), self.class_names)
-        self.image_size, (self.channels, self.num_classes) = tuple(datamodule.image_size), sizes
+        given = {"channels": datamodule.channels, "num_classes": num_classes, "class_names": names}
+        known = _data_fields(self.channels, self.num_classes, self.class_names)
+        self.check_data_fields("the datamodule", given, known)
+        self.channels, self.num_classes = datamodule.channels, num_classes
+        self.image_size = tuple(datamodule.image_size)
         self.class_names = names if self.class_conditional else ()
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
@@ -294,8 +313,9 @@ class Diffusion(TaskModule):
         )
         class_ids = parse_labels(labels, self._resolve_class_names())
         images_per_class = (8 if class_ids else 64) if num_samples is None else num_samples
-        if images_per_class < 1 or batch_size < 1:
-            raise UsageError("num_samples and batch_size must be 1 or more; type --num_samples=8")
+        check_at_least_one(
+            "generate", flag_prefix="--", num_samples=images_per_class, batch_size=batch_size
+        )
         index = torch.arange(images_per_class * max(1, len(class_ids)), device=self.device)
         class_labels = torch.tensor(class_ids, device=self.device).repeat_interleave(
             images_per_class
@@ -320,9 +340,12 @@ class Diffusion(TaskModule):
             self.supports_guidance, self.is_one_step, **{name: values[name] for name in names}
         )
         class_ids = parse_labels(values["labels"], self._resolve_class_names())
-        count = values["num_samples"]
-        if (count is not None and count < 1) or values["batch_size"] < 1:
-            raise UsageError("num_samples and batch_size must be 1 or more; type --num_samples=8")
+        sizes = {name: values[name] for name in ("num_samples", "batch_size")}
+        check_at_least_one(
+            "generate",
+            flag_prefix="--",
+            **{n: size for n, size in sizes.items() if size is not None},
+        )
         index = torch.arange(1, device=self.device)
         class_labels = torch.tensor(class_ids[:1], device=self.device) if class_ids else None
         images = self._sample_batches(
@@ -374,46 +397,22 @@ class Diffusion(TaskModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Load the sizes, unless they are already set from the data."""
         super().on_load_checkpoint(checkpoint)
-        saved = checkpoint["images"]
+        saved = self.saved_data_fields(
+            checkpoint, "images", ("channels", "num_classes", "image_size")
+        )
         self.train_loss_by_level.sums = saved.get(
             "train_loss_by_level", self.train_loss_by_level.sums
         )
-        model_sizes = saved["channels"], saved["num_classes"]
         names = tuple(saved.get("class_names", ())) or default_class_names(saved["num_classes"])
         if self.channels:
-            self._check_same_data(
-                (self.channels, self.num_classes), self.class_names, model_sizes, names
+            given = {"channels": self.channels, "num_classes": self.num_classes}
+            known = _data_fields(saved["channels"], saved["num_classes"], names)
+            self.check_data_fields(
+                "the datamodule", given | {"class_names": self.class_names}, known
             )
         else:
-            (self.channels, self.num_classes), self.image_size = (
-                model_sizes,
-                tuple(saved["image_size"]),
-            )
-            self.class_names = names
-
-    def _check_same_data(
-        self,
-        data_sizes: tuple[int, int],
-        data_names: tuple[str, ...],
-        model_sizes: tuple[int, int],
-        model_names: tuple[str, ...],
-    ) -> None:
-        """Raise UsageError if the data's channels or classes differ from the model's."""
-        if model_sizes[0] and data_sizes != model_sizes:
-            raise UsageError(
-                f"the data have {data_sizes[0]} channels and {data_sizes[1]} classes, the model "
-                f"{model_sizes[0]} and "
-                f"{model_sizes[1]}; type --data.source=... with the data that the model was "
-                "trained on"
-            )
-        if model_sizes[1] and data_names != model_names:
-            raise UsageError(
-                f"the data have the classes {describe_classes(data_names)}; the model was trained "
-                "on "
-                f"{describe_classes(model_names)}, in this order; type --data.source=... with the "
-                "same "
-                "folders"
-            )
+            self.channels, self.num_classes = saved["channels"], saved["num_classes"]
+            self.image_size, self.class_names = tuple(saved["image_size"]), names
 
     def _sample_batches(
         self,

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ravine.datamodules.image_set import describe_classes
 from ravine.datamodules.images import to_float
 from ravine.datamodules.samplers import resolve_seed, seeded_generator
 from ravine.errors import UsageError
@@ -27,6 +26,7 @@ from .task_module import TaskModule
 Variant = Literal["linear", "mlp", "convolutional"]
 VARIANT_SUFFIXES = {"linear": "linear", "mlp": "mlp", "convolutional": "cnn"}
 NUM_GROUPS = 8  # groups of channels of GroupNorm
+IMAGE_FIELDS = ("channels", "image_size", "class_names")  # the net and its labels depend on them
 
 
 class FlattenImages(nn.Module):
@@ -89,6 +89,7 @@ class ImageClassifier(TaskModule):
 
     lr = 1e-3
     prediction_columns = ("file", "class", "probability", "label")  # columns of predict_step's rows
+    _datamodule_name, _data_flag = "ImageDataModule", "--data.source=FOLDER"
 
     def __init__(
         self, variant: Variant = "convolutional", num_features: int = 64, max_shift: int = 0
@@ -97,8 +98,11 @@ class ImageClassifier(TaskModule):
         super().__init__()
         if num_features < 1 or max_shift < 0:
             raise UsageError(
-                f"num_features is {num_features} and max_shift {max_shift}; allowed: num_features "
-                "1 or more, max_shift 0 or more; type --model.num_features=64 --model.max_shift=2"
+                f"ImageClassifier: num_features={num_features} and max_shift={max_shift} are not "
+                "both valid",
+                ["num_features: 1 or more", "max_shift: 0 or more"],
+                "use num_features=64, max_shift=2",
+                flag="--model.num_features=64 --model.max_shift=2",
             )
         self.save_hyperparameters()
         self.variant, self.num_features, self.max_shift = variant, num_features, max_shift
@@ -119,12 +123,13 @@ class ImageClassifier(TaskModule):
         }
         if len(image_info["class_names"]) < 2:
             raise UsageError(
-                f"all images of {image_info['source']} are of one class, "
-                f"{image_info['class_names'][0]}, and "
-                "a classifier needs two or more; allowed is a folder with a folder for each class: "
-                "type --data.source=FOLDER"
+                f"ImageClassifier needs two classes, but all images of {image_info['source']} are "
+                f"of the class {image_info['class_names'][0]}",
+                ["a folder with a folder for each class"],
+                "use ImageDataModule(source=FOLDER)",
+                flag="--data.source=FOLDER",
             )
-        self._set_image_info(image_info, "the data")
+        self._set_image_info(image_info, "the datamodule")
 
     def build_net(self) -> nn.Module:
         """Create the net of the variant."""
@@ -176,35 +181,17 @@ class ImageClassifier(TaskModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Load image size and classes, unless they are already set from the data."""
         super().on_load_checkpoint(checkpoint)
-        self._set_image_info(checkpoint["images"], "the checkpoint")
+        saved = self.saved_data_fields(checkpoint, "images", IMAGE_FIELDS)
+        self._set_image_info(saved, "the checkpoint")
 
     def _set_image_info(self, image_info: dict[str, Any], origin: str) -> None:
-        new_names, known_names = (
-            one.get("class_names", []) for one in (image_info, self.image_info)
-        )
-        if known_names and sorted(new_names) == sorted(known_names) and new_names != known_names:
-            raise UsageError(
-                f"{origin} has the classes in the order {describe_classes(new_names)}, the "
-                "classifier in"
-                f" the order {describe_classes(known_names)}; the order must be the same: type"
-                " --data.source=... as it was trained"
-            )
-        for key in ("channels", "image_size", "class_names"):
-            if self.image_info and self.image_info[key] != image_info[key]:
-                raise UsageError(
-                    f"{origin} has {key} {image_info[key]} and the classifier "
-                    f"{self.image_info[key]}; "
-                    "they "
-                    "must be the same: type --data.source=... as it was trained"
-                )
+        known = {name: self.image_info[name] for name in IMAGE_FIELDS if self.image_info}
+        self.check_data_fields(origin, image_info, known)
         self.image_info = self.image_info or image_info
 
     def _require_image_info(self) -> dict[str, Any]:
         if not self.image_info:
-            raise UsageError(
-                "ImageClassifier takes the size of images and the classes from its data, and there "
-                "are none; type --data=ImageDataModule"
-            )
+            raise self.missing_data_error("the image size and the classes")
         return self.image_info
 
     def _random_shift(self, images: Tensor, index: int) -> Tensor:
@@ -244,11 +231,13 @@ class ClassifierFeatures(nn.Module):
         try:
             module = ImageClassifier.load_from_checkpoint(path, map_location="cpu")
         except Exception as error:  # torch raises many types of errors
-            reason = (str(error) or type(error).__name__).splitlines()[0].partition(";")[0]
+            text = error.problem if isinstance(error, UsageError) else str(error)
+            reason = (text or type(error).__name__).splitlines()[0]
             raise UsageError(
-                f"{path} cannot be read as a classifier's checkpoint: {reason}; train one "
-                "(lightning "
-                "fit --config classifier/mnist), and type --trainer.callbacks.extractor.path=FILE"
+                f"ClassifierFeatures: {path} cannot be loaded as an ImageClassifier: {reason}",
+                ["a checkpoint of an ImageClassifier"],
+                "train one, and use ClassifierFeatures(FILE)",
+                flag="--trainer.callbacks.extractor.path=FILE",
             ) from error
         self.net = cast(BackboneAndHead, module.net).requires_grad_(False)
         self.name = f"{module.image_info['source']}_{VARIANT_SUFFIXES[module.variant]}"
@@ -258,8 +247,10 @@ class ClassifierFeatures(nn.Module):
         """Compute features (b d) of uint8 images (b c y x)."""
         if tuple(images.shape[1:]) != self.image_shape:
             raise UsageError(
-                f"images of {tuple(images.shape[1:])} (channels, rows, columns), and {self.name} "
-                f"knows {self.image_shape}; give an extractor trained on such images"
+                f"ClassifierFeatures: images of shape {tuple(images.shape[1:])} (channels, rows, "
+                f"columns) do not fit {self.name}, which was trained on {self.image_shape}",
+                [f"images of shape {self.image_shape}"],
+                "use an extractor that was trained on such images",
             )
         return self.net.backbone(to_float(images))
 

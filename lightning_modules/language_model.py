@@ -14,16 +14,17 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
+from ravine.datamodules.text import IGNORE_INDEX
 from ravine.datamodules.tokenizer_factory import tokenizer_from_state_dict
 from ravine.datamodules.tokenizers import Tokenizer
-from ravine.errors import UsageError
+from ravine.errors import UsageError, check_at_least_one, format_arguments, format_flags
 
 from . import model_stats
 from .generation.decoding import ContextOverflow, check_prompt_lengths
 from .generation.generate_text import generate_text
 from .generation.sampling import DecodingConfig
 from .nn import Transformer
-from .nn.cross_entropy import IGNORE_INDEX, cross_entropy
+from .nn.cross_entropy import cross_entropy
 from .nn.moe import mean_load_balancing_loss
 from .nn.transformer import LARGE_VOCAB, with_defaults
 from .plots import language
@@ -58,6 +59,7 @@ class LanguageModel(TaskModule):
     """
 
     unit = "tokens"
+    _datamodule_name, _data_flag = "TextDataModule", "--data.path=FILE"
 
     def __init__(
         self, vocab_size: int | None = None, context_length: int | None = None, **net_kwargs: Any
@@ -82,14 +84,16 @@ class LanguageModel(TaskModule):
 
     def configure_from_data(self, datamodule: Any) -> None:
         """Set tokenizer, vocabulary and context from the data; raise UsageError for other sizes."""
-        self._set_tokenizer(datamodule.tokenizer, "the data's")
+        self._set_tokenizer(datamodule.tokenizer, "the datamodule")
         if self.context_length is None:
             self.context_length = datamodule.context_length
         elif self.context_length < datamodule.context_length:
             raise UsageError(
-                f"the data's windows have {datamodule.context_length} tokens and the model sees "
-                f"{self.context_length}; allowed: {self.context_length} or less; "
-                f"type --data.context_length={self.context_length}"
+                f"LanguageModel: context_length={self.context_length} is shorter than the windows "
+                f"of the datamodule, {datamodule.context_length} tokens",
+                [f"windows of {self.context_length} tokens or fewer"],
+                f"use {self._datamodule_name}(context_length={self.context_length})",
+                flag=f"--data.context_length={self.context_length}",
             )
 
     def param_formula(self) -> str:
@@ -184,11 +188,14 @@ class LanguageModel(TaskModule):
         """
         if self.net is None or self.tokenizer is None or self.context_length is None:
             raise UsageError(
-                "LanguageModel has no tokenizer to write with; "
-                "train it on a TextDataModule, or load a checkpoint of one that was"
+                f"{type(self).__name__}: generate needs a net and a tokenizer, but this model is "
+                "not trained yet",
+                ["a model after trainer.fit", "a model from load_from_checkpoint"],
+                f"train the model on a {self._datamodule_name}, or load a checkpoint",
             )
-        if num_samples < 1 or batch_size < 1:
-            raise UsageError("num_samples and batch_size must be 1 or more; type --num_samples=1")
+        check_at_least_one(
+            "generate", flag_prefix="--", num_samples=num_samples, batch_size=batch_size
+        )
         sampling = DecodingConfig(temperature, top_k, top_p, min_p)
         prompt = self.default_prompt if prompt is None else prompt
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -283,14 +290,9 @@ class LanguageModel(TaskModule):
         """Load tokenizer and context, unless they are already set from the data."""
         super().on_load_checkpoint(checkpoint)
         self._check_same_function(checkpoint.get("hyper_parameters", {}))
-        saved = checkpoint.get("language")
-        if not isinstance(saved, dict) or not {"tokenizer", "context_length"} <= saved.keys():
-            raise UsageError(
-                "the checkpoint has no tokenizer and no context of a language model; choose one "
-                "that `fit` has written"
-            )
+        saved = self.saved_data_fields(checkpoint, "language", ("tokenizer", "context_length"))
         if saved["tokenizer"] is not None:
-            self._set_tokenizer(tokenizer_from_state_dict(saved["tokenizer"]), "the checkpoint's")
+            self._set_tokenizer(tokenizer_from_state_dict(saved["tokenizer"]), "the checkpoint")
         self.context_length = self.context_length or saved["context_length"]
 
     def _check_same_function(self, saved: dict[str, Any]) -> None:
@@ -299,28 +301,34 @@ class LanguageModel(TaskModule):
         saved_kwargs = defaults | {key: value for key, value in saved.items() if key in defaults}
         kwargs = defaults | self.net_kwargs
         mismatches = [key for key in NON_SHAPE_ARGUMENTS if kwargs[key] != saved_kwargs[key]]
+        given, expected = ({k: v[k] for k in mismatches} for v in (kwargs, saved_kwargs))
         if saved and mismatches:
             raise UsageError(
-                "the checkpoint's model has "
-                f"{', '.join(f'{key}={saved_kwargs[key]}' for key in mismatches)}, and this one "
-                f"{', '.join(f'{key}={kwargs[key]}' for key in mismatches)}; its weights would "
-                "compute "
-                "something else; type "
-                f"{' '.join(f'--model.{key}={saved_kwargs[key]}' for key in mismatches)}"
+                f"LanguageModel: the model of the checkpoint has {format_arguments(expected)}, "
+                f"but this model has {format_arguments(given)}, and would compute other values "
+                "from its weights",
+                [format_arguments(expected)],
+                f"use LanguageModel({format_arguments(expected)}, ...)",
+                flag=format_flags("--model.", expected),
             )
 
     def _set_tokenizer(self, tokenizer: Tokenizer, origin: str) -> None:
         current = self.tokenizer
         if current is not None and not current.is_equivalent(tokenizer):
             raise UsageError(
-                f"{origin} tokenizer has {tokenizer.vocab_size} tokens, the model's other "
-                f"{current.vocab_size}: they come from different texts; "
-                "type --data.path=... with the text the model was trained on"
+                f"LanguageModel: the tokenizer of {origin} ({tokenizer.vocab_size} tokens) "
+                f"differs from that of the model ({current.vocab_size} tokens), because they come "
+                "from different texts",
+                ["a tokenizer equal to the model's"],
+                "use the text that the model was trained on",
+                flag=self._data_flag,
             )
         if self.vocab_size not in (None, tokenizer.vocab_size):
             raise UsageError(
-                f"{origin} tokenizer has {tokenizer.vocab_size} tokens, the model "
-                f"{self.vocab_size}; leave --model.vocab_size away: it comes from the data"
+                f"LanguageModel: vocab_size={self.vocab_size} differs from the "
+                f"{tokenizer.vocab_size} tokens of the tokenizer of {origin}",
+                [tokenizer.vocab_size],
+                "remove vocab_size, which comes from the data",
             )
         # equal vocabularies may treat special tokens differently: the data's tokenizer is kept
         self.tokenizer, self.vocab_size = current or tokenizer, tokenizer.vocab_size
@@ -332,10 +340,7 @@ class LanguageModel(TaskModule):
 
     def _require_sizes(self) -> tuple[int, int]:
         if self.vocab_size is None or self.context_length is None:
-            raise UsageError(
-                "LanguageModel takes its vocabulary and context from the data, and there are "
-                "none; type --data=TextDataModule, or give vocab_size and context_length"
-            )
+            raise self.missing_data_error("vocab_size and context_length")
         return self.vocab_size, self.context_length
 
     def _get_token_bytes(self, device: torch.device) -> Tensor:

@@ -74,6 +74,7 @@ class Reinforce(TaskModule):
     """
 
     unit, progress_metrics = "tokens", ("train/reward", "train/kl")
+    _datamodule_name = "PromptDataModule"
     lr = 1e-4
     unsupported_parallelism = ("cp", "pp")  # unsupported: they split a batch before its texts exist
 
@@ -135,8 +136,10 @@ class Reinforce(TaskModule):
         """Read the corpus; raise UsageError for data without prompts or with invalid prompts."""
         if not hasattr(datamodule, "prompts"):
             raise UsageError(
-                f"Reinforce learns from prompts, and {type(datamodule).__name__} has none; "
-                "type --data=PromptDataModule"
+                f"Reinforce needs prompts, but {type(datamodule).__name__} has none",
+                [self._datamodule_name],
+                "pass datamodule=PromptDataModule(...) to trainer.fit",
+                flag="--data=PromptDataModule",
             )
         corpus_text = datamodule.corpus_text
         self.corpus_stats = None if corpus_text is None else CorpusStats(corpus_text)
@@ -155,8 +158,12 @@ class Reinforce(TaskModule):
 
     def build_net(self) -> Transformer:
         """Create the base model's net."""
-        assert self.vocab_size is not None
-        assert self.context_length is not None
+        if self.vocab_size is None or self.context_length is None:
+            raise UsageError(
+                "Reinforce: the net's sizes come from base_checkpoint, which is not loaded yet",
+                ["trainer.fit", "Reinforce.load_from_checkpoint"],
+                "call trainer.fit, which loads the base model",
+            )
         return Transformer(self.vocab_size, self.context_length, **self.net_kwargs)
 
     def configure_model(self) -> None:
@@ -193,8 +200,11 @@ class Reinforce(TaskModule):
         """Generate completions, score them and compute advantages: the batch becomes a Rollout."""
         if not isinstance(batch, PromptBatch):
             raise UsageTypeError(
-                f"Reinforce learns from PromptBatch, and the loader gives {type(batch).__name__}; "
-                "use PromptDataModule"
+                "Reinforce needs batches of the class PromptBatch, but the dataloader returns "
+                f"{type(batch).__name__}",
+                ["PromptBatch"],
+                "pass datamodule=PromptDataModule(...) to trainer.fit",
+                flag="--data=PromptDataModule",
             )
         cast(nn.Module, self.net).eval()  # dropout would make sampler and learner different
         with self.trainer.precision_plugin.forward_context():  # Lightning calls hooks without it
@@ -250,7 +260,10 @@ class Reinforce(TaskModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Load tokenizer and sizes; raise UsageError if the reference is another base model."""
         super().on_load_checkpoint(checkpoint)
-        saved, base = checkpoint["language"], checkpoint["policy"]["base_fingerprint"]
+        fields = "tokenizer", "context_length", "net_kwargs"
+        saved = self.saved_data_fields(checkpoint, "language", fields)
+        policy = self.saved_data_fields(checkpoint, "policy", ("base_fingerprint",))
+        base = policy["base_fingerprint"]
         if self._base_fingerprint is not None:
             if self.reference != "none":
                 base_model.check_fingerprint(self.base_checkpoint, self._base_fingerprint, base)
@@ -372,8 +385,10 @@ class Reinforce(TaskModule):
             return compute_ref_logprobs(net.to(self.device), *inputs)
         if self.reference == "frozen_copy":
             raise UsageError(
-                "this policy was loaded, and has no copy of its base; make it anew and go on with "
-                "fit(..., ckpt_path=FILE)"
+                "Reinforce: reference='frozen_copy' needs the base model, but this policy was "
+                "loaded from a checkpoint without it",
+                ["a policy that is trained by trainer.fit"],
+                "create Reinforce(...) again, and pass ckpt_path=FILE to trainer.fit",
             )
         return None, None
 

@@ -175,9 +175,11 @@ class SpamClassifier(TaskModule):
         super().__init__()
         if hidden_size < 0 or num_buckets < 1:
             raise UsageError(
-                f"hidden_size is {hidden_size} and num_buckets {num_buckets}; allowed: hidden_size "
-                "0 or more, num_buckets 1 or more; "
-                "type --model.hidden_size=0 --model.num_buckets=262144"
+                f"SpamClassifier: hidden_size={hidden_size} and num_buckets={num_buckets} are not "
+                "both valid",
+                ["hidden_size: 0 or more", "num_buckets: 1 or more"],
+                "use hidden_size=0, num_buckets=262144",
+                flag="--model.hidden_size=0 --model.num_buckets=262144",
             )
         self.save_hyperparameters()
         self.features, self.hidden_size, self.num_buckets = features, hidden_size, num_buckets

@@ -6,7 +6,7 @@ strategy shards it. A task contains no code for transforms or sharding.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self, cast
@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ravine.checkpoint_format import check_format, record_format
+from ravine.datamodules.image_set import describe_classes
 from ravine.errors import RunError, UsageError, UsageTypeError, suggest_names
 from ravine.lightning_compat import attached_trainer, averaging_callbacks
 
@@ -67,8 +68,11 @@ class _NetSizeLimit(TorchDispatchMode):
         """Raise UsageError if the net exceeds the limit."""
         if self.is_exceeded:
             raise UsageError(
-                "the hyperparameters of the checkpoint make a net far larger than its weights; it "
-                "was changed: choose another checkpoint"
+                "the hyperparameters of the checkpoint describe a net far larger than its "
+                "weights, so the file was changed or is damaged",
+                ["a checkpoint that a trainer has written"],
+                "choose another checkpoint",
+                flag="--ckpt_path=FILE",
             )
 
 
@@ -78,8 +82,10 @@ def check_no_early_copies(callbacks: list[L.Callback]) -> None:
         if isinstance(callback, averaging_callbacks()):
             name = type(callback).__name__
             raise UsageError(
-                f"{name} copies the network in setup, before it is built, and would average "
-                f"nothing; take {name} out of trainer.callbacks and use ravine.callbacks.EMA"
+                f"{name} copies the network in setup, before it is built, so that it would "
+                "average nothing",
+                ["ravine.callbacks.EMA"],
+                f"replace {name} by EMA() in Trainer(callbacks=...)",
             )
 
 
@@ -93,7 +99,8 @@ class _ClassOnly(classmethod):
 
         def refuse(*_: Any, **__: Any) -> None:
             raise UsageTypeError(
-                f"The classmethod `{name}` cannot be called on an instance: it makes a new model",
+                f"The classmethod `{name}` cannot be called on an instance, because it creates a "
+                "new model",
                 ["a call on the class"],
                 f"use model = {name}(path)",
             )
@@ -102,6 +109,11 @@ class _ClassOnly(classmethod):
 
 
 _class_only = classmethod if TYPE_CHECKING else _ClassOnly
+
+
+def _format_field(value: Any) -> str:
+    is_names = isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+    return describe_classes(value) if value and is_names else str(value)
 
 
 def imported_subclasses(kind: type) -> list[type]:
@@ -127,6 +139,8 @@ class TaskModule(L.LightningModule):
     unit: str = "samples"  # unit of `count_units` and of throughput
     progress_metrics: tuple[str, ...] = ()  # metrics of the progress bar, in place of the loss
     lr: float = 1e-3  # of the default optimizer only; OptimizerPlan sets its own
+    # for messages: the datamodule that determines the net's sizes, and the flag for other data
+    _datamodule_name, _data_flag = "LightningDataModule", ""
 
     def __init__(self) -> None:
         """Start without a net."""
@@ -135,10 +149,61 @@ class TaskModule(L.LightningModule):
 
     def build_net(self) -> nn.Module:
         """Create the net for a single device."""
-        raise NotImplementedError(f"{type(self).__name__} needs a build_net() that returns its net")
+        raise NotImplementedError(
+            f"{type(self).__name__} has no method build_net(), which returns the net; define it"
+        )
 
     def configure_from_data(self, datamodule: Any) -> None:
         """Read the net's sizes (vocabulary size, classes) from the data, before `build_net`."""
+
+    def missing_data_error(self, description: str) -> UsageError:
+        """Return the error for a net that is built before its sizes are known from the data."""
+        name = type(self).__name__
+        return UsageError(
+            f"{name}: {description} must come from the data, but no datamodule is given",
+            [self._datamodule_name, f"a checkpoint of {name}"],
+            f"pass datamodule={self._datamodule_name}(...) to trainer.fit",
+            flag=f"--data={self._datamodule_name}",
+        )
+
+    def check_data_fields(
+        self, origin: str, given: Mapping[str, Any], known: Mapping[str, Any]
+    ) -> None:
+        """Raise UsageError for data, or a checkpoint, that does not fit the model.
+
+        Args:
+            origin: what has the values `given`: "the datamodule" or "the checkpoint".
+            given: sizes and names that come from the data, by name.
+            known: those that the model already has; their values must be equal.
+        """
+        for name, value in known.items():
+            if given[name] != value:
+                raise UsageError(
+                    f"{type(self).__name__}: {origin} has {name} {_format_field(given[name])}, but "
+                    f"the model has {name} {_format_field(value)}",
+                    [f"{name} {_format_field(value)}"],
+                    "use the data that the model was trained on",
+                    flag=self._data_flag,
+                )
+
+    def saved_data_fields(
+        self, checkpoint: dict[str, Any], section: str, names: Collection[str]
+    ) -> dict[str, Any]:
+        """Return the section of a checkpoint that contains what the model took from the data.
+
+        Raises:
+            UsageError: the checkpoint has no such section, or a name is missing.
+        """
+        saved = checkpoint.get(section)
+        if not isinstance(saved, dict) or not set(names) <= saved.keys():
+            task = type(self).__name__
+            raise UsageError(
+                f"{task}: the checkpoint does not contain {' and '.join(names)} of a {task}",
+                [f"a checkpoint that was saved during training of a {task}"],
+                "choose another checkpoint",
+                flag="--ckpt_path=FILE",
+            )
+        return saved
 
     def setup(self, stage: str) -> None:
         """Configure the model from the datamodule, which is already set up."""
@@ -177,7 +242,9 @@ class TaskModule(L.LightningModule):
     def forward(self, *args: Any) -> Any:
         """Apply the net."""
         if self.net is None:
-            raise RunError(f"{type(self).__name__} has no net yet: call configure_model() first")
+            raise RunError(
+                f"{type(self).__name__} has no net yet", hint="call configure_model() first"
+            )
         return self.net(*args)
 
     def configure_optimizers(self) -> Any:
@@ -192,9 +259,10 @@ class TaskModule(L.LightningModule):
         parameters = [p for p in self.parameters() if p.requires_grad]
         if any(p.dtype == torch.float16 for p in parameters):
             raise UsageError(
-                "AdamW's eps of 1e-08 is 0 in float16, so that weights turn to NaN (0 / 0); "
-                "allowed: 16-mixed, bf16-mixed, bf16-true, 32-true; type "
-                "--trainer.precision=16-mixed, or OptimizerPlan(partial(AdamW, eps=1e-4))"
+                "AdamW: eps=1e-8 is 0 in float16, so that weights become NaN (0 / 0)",
+                ["16-mixed", "bf16-mixed", "bf16-true", "32-true"],
+                "use Trainer(precision='16-mixed'), or OptimizerPlan(partial(AdamW, eps=1e-4))",
+                flag="--trainer.precision=16-mixed",
             )
         exact = all(p.dtype in (torch.float32, torch.float64) for p in parameters)
         trainer = attached_trainer(self)
@@ -222,11 +290,10 @@ class TaskModule(L.LightningModule):
         check_format(checkpoint)
         if not self._may_have_written(checkpoint):
             task = checkpoint.get("task", "another program")
-            raise self._of_another_task(
-                checkpoint, f"give the trainer a {task}", f"type --model={task}"
-            )
+            hint = f"use model={task}(...)"
+            raise self._of_another_task(checkpoint, hint, flag=f"--model={task}")
         if self.net is not None:  # the net is built, so all transforms are applied
-            self._check_transforms(checkpoint, "add them to the trainer's callbacks")
+            self._check_transforms(checkpoint, "add them to Trainer(callbacks=...)")
 
     def _check_transforms(self, checkpoint: dict[str, Any], hint: str) -> None:
         applied = getattr(self.__dict__.get("_transforms"), "applied", {})
@@ -234,16 +301,17 @@ class TaskModule(L.LightningModule):
         if phases:
             names = [checkpoint["transforms"][phase]["class"] for phase in sorted(phases)]
             raise UsageError(
-                f"the net of the checkpoint was changed by {' and '.join(names)}, this one was not",
-                [f"a model that {' and '.join(names)} changes in the same way"],
+                f"the net of the checkpoint was changed by {' and '.join(names)}, but this net "
+                "was not",
+                [f"a model with the transforms {' and '.join(names)}"],
                 hint,
-                flag=f"type --trainer.callbacks+={names[0]}",
+                flag=f"--trainer.callbacks+={names[0]}",
             )
 
     @classmethod
     def _of_another_task(cls, checkpoint: dict[str, Any], hint: str, flag: str = "") -> UsageError:
         task = checkpoint.get("task", "another program")
-        problem = f"the checkpoint was written by {task}, the model is {cls.__name__}"
+        problem = f"the checkpoint was written by {task}, but the model is a {cls.__name__}"
         return UsageError(problem, [f"a checkpoint of {cls.__name__}"], hint, flag=flag)
 
     @classmethod
@@ -342,8 +410,9 @@ class TaskModule(L.LightningModule):
         """
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
             raise UsageError(
-                f"this is no checkpoint of a {cls.__name__}: it has no state_dict",
-                hint="choose a file that a trainer has written",
+                f"the file is not a checkpoint of {cls.__name__}, because it has no state_dict",
+                ["a file that a trainer has written"],
+                "choose another file",
             )
         check_format(checkpoint)
         kind, overrides = cls._class_of(checkpoint), dict(overrides or {})
@@ -367,13 +436,14 @@ class TaskModule(L.LightningModule):
             raise
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
             text = " ".join(str(error).split())[:160] or type(error).__name__
-            overrides_text = "".join(f", {name}={value!r:.40}" for name, value in overrides.items())
+            overrides_text = ""
             allowed, hint = "a file that this version has written", "choose another checkpoint"
-            if overrides_text:
-                names = ", ".join(overrides)
-                allowed, hint = "arguments that fit the weights", f"leave out {names}"
+            if overrides:
+                values = [f"{name}={value!r:.40}" for name, value in overrides.items()]
+                overrides_text = f" with {', '.join(values)}"
+                allowed, hint = "arguments that fit the weights", f"remove {', '.join(overrides)}"
             raise UsageError(
-                f"the checkpoint{overrides_text} makes no {kind.__name__}: "
+                f"the checkpoint{overrides_text} does not fit {kind.__name__}: "
                 f"{type(error).__name__}: {text}",
                 [allowed],
                 hint,
@@ -412,23 +482,23 @@ class TaskModule(L.LightningModule):
                 raise UsageTypeError(
                     f"{cls.__name__} has no argument {name!r}",
                     near or sorted(names | known),
-                    f"use {near[0]}=..." if near else f"leave out {name}",
+                    f"use {near[0]}=..." if near else f"remove {name}",
                 )
         return saved | init_overrides, settings
 
     def _take_weights(self, state: dict[str, Tensor], strict: bool | None) -> None:
         if strict and not self.strict_loading:
             raise UsageError(
-                f"strict is True, and {type(self).__name__}.strict_loading is False",
+                f"strict=True contradicts {type(self).__name__}.strict_loading=False",
                 ["equal values"],
-                "leave out strict",
+                "remove strict",
             )
         keys = self.load_state_dict(state, self.strict_loading if strict is None else strict)
         for names, where in ((keys.missing_keys, "model"), (keys.unexpected_keys, "checkpoint")):
             if names:
                 other = "checkpoint" if where == "model" else "model"
                 rank_zero_warn(
-                    f"Found keys that are in the {where} state dict but not in the {other}: {names}"
+                    f"found weights that are in the {where} but not in the {other}: {names}"
                 )
 
     @classmethod

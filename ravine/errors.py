@@ -4,7 +4,7 @@ The command line prints such an error without a traceback. Any other exception k
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class _ErrorParts(Exception):
@@ -63,6 +63,37 @@ class RunError(_ErrorParts, RuntimeError):
     """An error during a run with valid input: exit status 1, no traceback."""
 
     exit_status = 1
+
+
+def check_at_least_one(owner: str, flag_prefix: str = "", **sizes: int) -> None:
+    """Raise UsageError for a size below 1.
+
+    Args:
+        owner: class or function of which the sizes are arguments.
+        flag_prefix: the start of the flags on the command line, such as "--model."; "" for none.
+        sizes: the values by the name of the argument.
+    """
+    for name, size in sizes.items():
+        if size < 1:
+            flag = f"{flag_prefix}{name}=1" if flag_prefix else ""
+            raise UsageError(
+                f"{owner}: {name}={size} is too small", ["1 or more"], f"use {name}=1", flag=flag
+            )
+
+
+def format_arguments(arguments: Mapping[str, object]) -> str:
+    """Return arguments as Python: "num_heads=4, norm='rmsnorm'"."""
+    return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+
+
+def format_flags(prefix: str, arguments: Mapping[str, object]) -> str:
+    """Return arguments as flags of the command line: "--model.bias=all --model.d_ff=null"."""
+
+    def to_yaml(value: object) -> str:
+        text = "null" if value is None else str(value)
+        return text.lower() if isinstance(value, bool) else text
+
+    return " ".join(f"{prefix}{name}={to_yaml(value)}" for name, value in arguments.items())
 
 
 def suggest_names(

@@ -12,6 +12,9 @@ from ravine.errors import (
     RunError,
     UsageError,
     UsageTypeError,
+    check_at_least_one,
+    format_arguments,
+    format_flags,
     sort_by_similarity,
     suggest_names,
 )
@@ -101,3 +104,26 @@ def test_the_end_of_a_dotted_name_is_suggested_where_it_may_stand_for_the_whole(
 
 def test_sorting_by_similarity_keeps_every_name() -> None:
     assert sort_by_similarity("minst", ["cifar10", "MNIST"]) == ["MNIST", "cifar10"]
+
+
+def test_a_size_below_one_is_refused_with_a_hint_and_a_flag() -> None:
+    check_at_least_one("Net", "--model.", width=1, depth=2)
+    with pytest.raises(UsageError) as error:
+        check_at_least_one("Net", "--model.", width=1, depth=0)
+    assert str(error.value) == "Net: depth=0 is too small; allowed: 1 or more; use depth=1"
+    assert error.value.flag == "--model.depth=1"
+    with pytest.raises(UsageError) as error:
+        check_at_least_one("Net", width=-1)
+    assert (error.value.hint, error.value.flag) == ("use width=1", "")
+
+
+def test_arguments_are_written_as_python_and_as_flags() -> None:
+    arguments = {"norm": "rmsnorm", "bias": True, "tied": False, "d_ff": None, "eps": 1e-5, "n": 1}
+    assert format_arguments(arguments) == (
+        "norm='rmsnorm', bias=True, tied=False, d_ff=None, eps=1e-05, n=1"
+    )
+    assert format_flags("--model.", arguments) == (
+        "--model.norm=rmsnorm --model.bias=true --model.tied=false --model.d_ff=null "
+        "--model.eps=1e-05 --model.n=1"
+    )
+    assert format_flags("--model.", {}) == ""

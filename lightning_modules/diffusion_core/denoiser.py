@@ -52,9 +52,11 @@ class Denoiser:
         """Raise UsageError for eps with flow, which would divide by zero."""
         if self.prediction_type == "eps" and self.noise_schedule.name == "flow":
             raise UsageError(
-                "prediction_type is eps and noise_schedule flow, which begins at pure noise, where "
-                "ε says nothing of the image; allowed: x0, v, velocity; type "
-                "--model.prediction_type=velocity"
+                "Denoiser: prediction_type='eps' cannot be used with noise_schedule='flow': its "
+                "first step is pure noise, and ε does not determine the image there",
+                ["x0", "v", "velocity"],
+                "use prediction_type='velocity'",
+                flag="--model.prediction_type=velocity",
             )
 
     def sample_t(self, u: Tensor) -> Tensor:

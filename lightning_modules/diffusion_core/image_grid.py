@@ -62,9 +62,11 @@ def get_pillow_format(path: str | Path) -> str:
     """Return Pillow's format name for the suffix of a path."""
     suffix = Path(path).suffix.lower()
     if suffix not in FORMATS:
-        allowed = ", ".join(FORMATS)
         raise UsageError(
-            f"{path} is no name of a picture; allowed: {allowed}; type --file=samples.png"
+            f"{str(path)!r} does not end in the suffix of an image format",
+            FORMATS,
+            "use a name such as samples.png",
+            flag="--file=samples.png",
         )
     return FORMATS[suffix]
 

@@ -102,9 +102,12 @@ class NoiseSchedule:
         """Times of a sampler from pure noise to the image; for edm those of Karras et al."""
         max_steps = NUM_TRAIN_TIMESTEPS if self.is_discrete else 10 * NUM_TRAIN_TIMESTEPS
         if not 1 <= num_steps <= max_steps:
+            nearest = min(max(num_steps, 1), max_steps)
             raise UsageError(
-                f"num_steps is {num_steps}; allowed: 1 to {max_steps}; type "
-                f"--num_steps={min(max(num_steps, 1), max_steps)}"
+                f"NoiseSchedule({self.name!r}): num_steps={num_steps} is out of range",
+                [f"1 to {max_steps}"],
+                f"use num_steps={nearest}",
+                flag=f"--num_steps={nearest}, or --model.num_steps={nearest}",
             )
         t = torch.linspace(NUM_TRAIN_TIMESTEPS, 0, num_steps + 1, dtype=torch.float64)
         if self.name == "edm":  # even steps in σ^(1/7) down to 0.002, then 0

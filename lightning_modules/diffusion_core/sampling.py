@@ -35,22 +35,27 @@ class SamplerConfig:
 
     def __post_init__(self) -> None:
         """Raise UsageError for a value out of range."""
-        names = ", ".join(SAMPLERS)
         rules = {
-            "sampler": (self.sampler in SAMPLERS, names, "ddim"),
-            "num_steps": (self.num_steps >= 1, "1 or more", 50),
-            "guidance_scale": (0 <= self.guidance_scale < math.inf, "0 (none) or more", 0.5),
-            "eta": (0 <= self.eta <= 1, "0 (no fresh noise) to 1", 0),
+            "sampler": (self.sampler in SAMPLERS, SAMPLERS, "ddim"),
+            "num_steps": (self.num_steps >= 1, ["1 or more"], 50),
+            "guidance_scale": (0 <= self.guidance_scale < math.inf, ["0 (none) or more"], 0.5),
+            "eta": (0 <= self.eta <= 1, ["0 (no fresh noise) to 1"], 0),
         }
         for name, (is_valid, allowed, typical) in rules.items():
             if not is_valid:
+                reason = "does not exist" if name == "sampler" else "is out of range"
                 raise UsageError(
-                    f"{name} is {getattr(self, name)}; allowed: {allowed}; type --{name}={typical}"
+                    f"SamplerConfig: {name}={getattr(self, name)!r} {reason}",
+                    allowed,
+                    f"use {name}={typical!r}",
+                    flag=f"--{name}={typical}, or --model.{name}={typical}",
                 )
         if self.eta and self.sampler != "ddim":
             raise UsageError(
-                f"eta is {self.eta} and the sampler {self.sampler}, which takes none; "
-                "allowed with it: 0; type --sampler=ddim"
+                f"SamplerConfig: eta={self.eta} has no effect with sampler={self.sampler!r}",
+                ["eta=0", "sampler='ddim'"],
+                "use sampler='ddim'",
+                flag="--sampler=ddim, or --model.sampler=ddim",
             )
 
     def override(
@@ -65,15 +70,23 @@ class SamplerConfig:
         )
         if is_one_step and overrides.get("num_steps") not in (None, 1):
             raise UsageError(
-                f"num_steps is {config.num_steps}, and this model was trained on pure noise only "
-                "(time_conditioning=one_step); allowed: 1; type --num_steps=1"
+                f"generate: num_steps={config.num_steps} cannot be used, because "
+                "time_conditioning='one_step' trains on pure noise only",
+                ["1"],
+                "use num_steps=1",
+                flag="--num_steps=1",
             )
         if config.guidance_scale and not supports_guidance:
             raise UsageError(
-                f"guidance_scale is {config.guidance_scale}, and the model was trained without "
-                "class "
-                "dropout; allowed: 0; type --guidance_scale=0, or train with "
-                "--model.class_conditional=true --model.class_dropout_prob=0.1"
+                f"SamplerConfig: guidance_scale={config.guidance_scale} cannot be used, because "
+                "the model is trained without class dropout",
+                ["0"],
+                "use guidance_scale=0, or train with class_conditional=True and "
+                "class_dropout_prob=0.1",
+                flag=(
+                    "--guidance_scale=0, or --model.class_conditional=true "
+                    "--model.class_dropout_prob=0.1"
+                ),
             )
         return replace(config, num_steps=1) if is_one_step else config
 
@@ -88,7 +101,9 @@ def parse_labels(labels: Iterable[int | str] | str | None, class_names: Sequence
         return list(range(len(class_names)))
     if not class_names:
         raise UsageError(
-            f"labels are {labels}, and this model was trained without any; leave --labels away"
+            f"generate: labels={labels!r} cannot be used, because the model was trained without "
+            "labels",
+            hint="remove labels",
         )
     return parse_class_indices(labels, class_names, "--labels")
 

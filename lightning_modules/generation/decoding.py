@@ -214,20 +214,31 @@ def check_prompt_lengths(
     """
     if max_new_tokens < 1:
         raise UsageError(
-            f"max_new_tokens is {max_new_tokens}; allowed: 1 or more; type --max_new_tokens=200"
+            f"generate: max_new_tokens={max_new_tokens} is too small",
+            ["1 or more"],
+            "use max_new_tokens=200",
+            flag="--max_new_tokens=200",
         )
     if not lengths or min(lengths) < 1:
-        raise UsageError("a prompt is empty; allowed: any text; type --prompt='ROMEO:'")
+        raise UsageError(
+            "generate: a prompt is empty",
+            ["a text of one character or more"],
+            "use prompt='ROMEO:'",
+            flag="--prompt='ROMEO:'",
+        )
     longest = max(lengths)
     if context_overflow == "error" and longest + max_new_tokens - 1 > context_length:
         max_fitting = context_length - longest + 1
-        advice = (
-            f"type --max_new_tokens={max_fitting} or less"
-            if max_fitting > 0
-            else "give a shorter prompt"
-        )
+        if max_fitting > 0:
+            allowed = f"max_new_tokens up to {max_fitting}"
+            fix, flag = f"use max_new_tokens={max_fitting}", f"--max_new_tokens={max_fitting}, or "
+        else:
+            allowed = f"prompts of up to {context_length} tokens"
+            fix, flag = "shorten the prompt", ""
         raise UsageError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit into the "
-            f"{context_length} tokens the model sees; {advice}, or --context_overflow=slide to "
-            "forget the older half when they are full"
+            f"generate: a prompt of {longest} tokens and {max_new_tokens} new tokens exceed the "
+            f"context of {context_length} tokens",
+            [allowed],
+            f"{fix}, or use context_overflow='slide', which drops the older half of a full context",
+            flag=f"{flag}--context_overflow=slide",
         )

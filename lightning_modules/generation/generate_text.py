@@ -190,7 +190,12 @@ def generate_text(
     With `on_text`, the first text is streamed: each piece is passed on as soon as it is final.
     """
     if "" in stops:
-        raise UsageError("a stop is empty; allowed: any text; type --stop='\\n\\n', or omit --stop")
+        raise UsageError(
+            "generate: a stop string is empty",
+            ["a text of one character or more"],
+            "remove stop, or use stop='\\n\\n'",
+            flag="--stop='\\n\\n'",
+        )
     stop_sequences = [tokenizer.encode(stop).tolist() for stop in stops]
     if tokenizer.eos_id is not None:  # the end token ends a text, too
         stop_sequences.append([tokenizer.eos_id])
@@ -295,7 +300,9 @@ def _check_finite(state: SamplerState) -> None:
     broken_rows = (~state.logprobs.isfinite()).any(1).nonzero()[:, 0].tolist()
     if broken_rows:
         raise RunError(
-            f"the net gives NaN after text {broken_rows[0]}: its weights or activations are "
-            "damaged; "
-            "take an earlier checkpoint, or train with the NaNGuard callback to see where it began"
+            f"generate: the net returned NaN for text {broken_rows[0]}, because its weights or "
+            "activations are not finite",
+            ["finite weights"],
+            "use an earlier checkpoint, or add NaNGuard() to Trainer(callbacks=...) to find the "
+            "first such step",
         )

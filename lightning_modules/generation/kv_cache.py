@@ -120,7 +120,7 @@ def attend_cached(query: Tensor, layer_cache: LayerKVCache) -> Tensor:
     """Attention of one query for each text (b h s k) over the cached keys and values: (b h s k)."""
     positions = layer_cache.positions
     if layer_cache.keys is None or layer_cache.values is None:
-        raise RuntimeError("nothing is remembered yet: read a prompt first, then tick")
+        raise RuntimeError("the KV cache is empty: run the net after begin_prefill first")
     keys, values = (
         layer_cache.keys[..., : positions.length],
         layer_cache.values[..., : positions.length, :],

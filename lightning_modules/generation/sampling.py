@@ -50,16 +50,23 @@ class DecodingConfig:
         for name, (is_valid, allowed) in rules.items():
             if not is_valid:
                 raise UsageError(
-                    f"{name} is {getattr(self, name)}; allowed: {allowed}; "
-                    f"type --{name}={typical[name]}"
+                    f"DecodingConfig: {name}={getattr(self, name)} is out of range",
+                    [allowed],
+                    f"use {name}={typical[name]}",
+                    flag=f"--{name}={typical[name]}, or --model.sampling.{name}={typical[name]}",
                 )
 
     def check_vocab_size(self, vocab_size: int) -> None:
         """Raise UsageError if `top_k` exceeds the vocabulary size."""
         if self.top_k is not None and self.top_k > vocab_size:
             raise UsageError(
-                f"top_k is {self.top_k}, and there are {vocab_size} different tokens; "
-                f"allowed: 1 to {vocab_size}; type --top_k={min(40, vocab_size)}"
+                f"DecodingConfig: top_k={self.top_k} exceeds the vocabulary of {vocab_size} tokens",
+                [f"1 to {vocab_size}"],
+                f"use top_k={min(40, vocab_size)}",
+                flag=(
+                    f"--top_k={min(40, vocab_size)}, or "
+                    f"--model.sampling.top_k={min(40, vocab_size)}"
+                ),
             )
 
     def compute_logprobs(self, logits: Tensor, never_mask: Tensor | None = None) -> Tensor:

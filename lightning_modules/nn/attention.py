@@ -48,16 +48,17 @@ LEARNED_PROJECTIONS: dict[str, tuple[str, ...]] = {
 def check_variant(variant: str) -> None:
     """Raise UsageError for an unknown variant, or for an unknown projection in its row."""
     if variant not in LEARNED_PROJECTIONS:
+        nearest = (suggest_names(variant, LEARNED_PROJECTIONS) or ["qkv"])[0]
         raise UsageError(
-            f"attention_variant={variant!r} is no attention variant",
+            f"CausalAttention: attention_variant={variant!r} does not exist",
             LEARNED_PROJECTIONS,
-            "use "
-            f"attention_variant={(suggest_names(variant, LEARNED_PROJECTIONS) or ['qkv'])[0]!r}",
+            f"use attention_variant={nearest!r}",
+            flag=f"--model.attention_variant={nearest}",
         )
     unknown = [name for name in LEARNED_PROJECTIONS[variant] if name not in PROJECTIONS]
     if unknown:
         raise UsageError(
-            f"LEARNED_PROJECTIONS[{variant!r}] has the projection {unknown[0]!r}",
+            f"LEARNED_PROJECTIONS[{variant!r}] has the unknown projection {unknown[0]!r}",
             PROJECTIONS,
             f"remove {unknown[0]!r} from it",
         )

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from ravine.datamodules.text import IGNORE_INDEX
 from ravine.errors import UsageError
 
-IGNORE_INDEX = -100  # target of a position without a loss (torch's convention)
 MAX_LOGITS = 2**25  # at once: 128 MiB in fp32
 
 
@@ -68,15 +68,15 @@ def check_ids(name: str, ids: Tensor, vocab_size: int, ignore_index: int | None 
         return
     index = is_invalid.nonzero()[0].tolist()
     invalid_id = int(ids[tuple(index)])
-    allowed, hint = f"0 to {vocab_size - 1}", "encode the text with the model's tokenizer"
+    allowed, hint = [f"0 to {vocab_size - 1}"], "encode the text with the model's tokenizer"
     if ignore_index is not None:
-        allowed += f", and {ignore_index} for a position that is not learned"
+        allowed.append(f"{ignore_index} for a position without loss")
         if invalid_id < 0:
-            hint = (
-                f"mark such positions: {name}s.masked_fill({name}s == {invalid_id}, {ignore_index})"
-            )
+            hint = f"use {name}s.masked_fill({name}s == {invalid_id}, {ignore_index})"
     raise UsageError(
-        f"{name} {invalid_id} at {index} of {list(ids.shape)}; allowed: {allowed}; {hint}"
+        f"{name} {invalid_id} at index {index} of shape {list(ids.shape)} is out of range",
+        allowed,
+        hint,
     )
 
 

@@ -68,8 +68,10 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         if num_experts < TOP_K:
             raise UsageError(
-                f"num_experts is {num_experts}; allowed: {TOP_K} or more; type "
-                "--model.num_experts=8"
+                f"MixtureOfExperts: num_experts={num_experts} is too small",
+                [f"{TOP_K} or more"],
+                "use num_experts=8",
+                flag="--model.num_experts=8",
             )
         self.capacity_factor, self.num_experts = capacity_factor, num_experts
         self.router = nn.Linear(d_model, num_experts, bias=False)

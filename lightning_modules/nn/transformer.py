@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ravine.errors import UsageError
+from ravine.errors import UsageError, check_at_least_one
 
 from ..generation.kv_cache import KVCache, LayerKVCache
 from ..generation.shared_prefix import SharedPrefixBatch, SharedPrefixLayer
@@ -342,10 +342,10 @@ class Transformer(nn.Module):
         )  # a part of a sequence
         if length > self.context_length:
             raise UsageError(
-                f"{length} tokens, and the model sees {self.context_length} (its context); "
-                "allowed: "
-                f"{self.context_length} or less; cut the input, or build the model with "
-                f"context_length={length}"
+                f"Transformer: the input has {length} tokens, more than "
+                f"context_length={self.context_length}",
+                [f"{self.context_length} tokens or fewer"],
+                f"shorten the input, or build the model with context_length={length}",
             )
         if tokens.is_cuda and self.embed.num_embeddings > self.vocab_size:
             is_in_vocab = (tokens < self.vocab_size).all()  # a padding row is no token
@@ -431,26 +431,31 @@ def padded_vocab_size(vocab_size: int) -> int:
 
 
 def check_sizes(positional_encoding: str, dropout: float, **sizes: int) -> None:
-    """Raise UsageError for invalid sizes; the message contains the flag to type."""
-    for name, size in sizes.items():
-        if size < 1:
-            raise UsageError(f"{name} is {size}; allowed: 1 or more; type --model.{name}=1")
+    """Raise UsageError for invalid sizes."""
+    check_at_least_one("Transformer", flag_prefix="--model.", **sizes)
     d_model, num_heads = sizes["d_model"], sizes["num_heads"]
     if not 0 <= dropout < 1:
-        raise UsageError(f"dropout is {dropout}; allowed: 0 to below 1; type --model.dropout=0.1")
+        raise UsageError(
+            f"Transformer: dropout={dropout} is out of range",
+            ["0 to below 1"],
+            "use dropout=0.1",
+            flag="--model.dropout=0.1",
+        )
     step = 2 if positional_encoding == "rope" else 1  # RoPE rotates pairs of channels
     if d_model % (num_heads * step):
         divisors = (h for h in range(1, min(d_model, 2**16) + 1) if d_model % (h * step) == 0)
         valid_num_heads = sorted(divisors, key=lambda h: abs(h - num_heads))
-        requirement = "equal and even parts (rope turns pairs)" if step == 2 else "equal parts"
+        mismatch = f"num_heads={num_heads} does not divide d_model={d_model}"
+        if d_model % num_heads == 0:
+            width = d_model // num_heads
+            mismatch = f"RoPE needs heads of an even width, but d_model={d_model} and num_heads="
+            mismatch += f"{num_heads} give a width of {width}"
+        fix = f"num_heads={valid_num_heads[0]}" if valid_num_heads else "d_model=128"
         raise UsageError(
-            f"num_heads {num_heads} does not split d_model {d_model} into {requirement}; allowed: "
-            f"{', '.join(map(str, valid_num_heads[:5])) or 'none'}; "
-            + (
-                f"type --model.num_heads={valid_num_heads[0]}"
-                if valid_num_heads
-                else "type --model.d_model=128"
-            )
+            f"Transformer: {mismatch}",
+            valid_num_heads[:5],
+            f"use {fix}",
+            flag=f"--model.{fix}",
         )
 
 
@@ -464,28 +469,45 @@ def check_options(
 ) -> None:
     """Raise UsageError for options out of range, and for options of a layer that the net lacks."""
     if d_ff is not None and d_ff < 1:
-        raise UsageError(f"d_ff is {d_ff}; allowed: 1 or more; type --model.d_ff=512")
+        raise UsageError(
+            f"Transformer: d_ff={d_ff} is too small",
+            ["1 or more"],
+            "use d_ff=512",
+            flag="--model.d_ff=512",
+        )
     if d_ff is not None and activation == "none":
         raise UsageError(
-            f"d_ff is {d_ff}, and activation is none: there is no MLP of that width; allowed: "
-            "null; "
-            "type --model.activation=relu2, or leave d_ff out"
+            f"Transformer: d_ff={d_ff} has no effect with activation='none', which has no MLP",
+            ["d_ff=None"],
+            "remove d_ff, or use activation='relu2'",
+            flag="--model.activation=relu2",
         )
     if not 1 < rope_base < math.inf:
         raise UsageError(
-            f"rope_base is {rope_base}; allowed: above 1; type --model.rope_base=10000"
+            f"Transformer: rope_base={rope_base} is out of range",
+            ["above 1"],
+            "use rope_base=10000",
+            flag="--model.rope_base=10000",
         )
     if rope_base != ROPE_BASE and positional_encoding != "rope":
         raise UsageError(
-            f"rope_base is {rope_base:g}, and positional_encoding is {positional_encoding}, which "
-            "turns "
-            "nothing; "
-            "type --model.positional_encoding=rope, or leave rope_base out"
+            f"Transformer: rope_base={rope_base:g} has no effect with "
+            f"positional_encoding={positional_encoding!r}",
+            ["positional_encoding='rope'"],
+            "remove rope_base, or use positional_encoding='rope'",
+            flag="--model.positional_encoding=rope",
         )
     if norm_eps is not None and not 0 <= norm_eps < math.inf:
-        raise UsageError(f"norm_eps is {norm_eps}; allowed: 0 or more; type --model.norm_eps=1e-5")
+        raise UsageError(
+            f"Transformer: norm_eps={norm_eps} is out of range",
+            ["0 or more"],
+            "use norm_eps=1e-5",
+            flag="--model.norm_eps=1e-5",
+        )
     if norm_eps is not None and not has_norm:
         raise UsageError(
-            f"norm_eps is {norm_eps:g}, and norm is none; type --model.norm=rmsnorm, or leave "
-            "norm_eps out"
+            f"Transformer: norm_eps={norm_eps:g} has no effect with norm='none' and qk_norm=False",
+            ["norm='rmsnorm'", "norm='layernorm'", "qk_norm=True"],
+            "remove norm_eps, or use norm='rmsnorm'",
+            flag="--model.norm=rmsnorm",
         )

@@ -120,10 +120,15 @@ class UNet(nn.Module):
             or patch_size < 1
         ):
             raise UsageError(
-                f"base_channels is {base_channels}, time_embed_dim {time_embed_dim}, patch_size "
-                f"{patch_size}; allowed: base_channels that {NUM_GROUPS} divides, an even "
-                "time_embed_dim, a patch_size of 1 or more; "
-                "type --model.base_channels=64 --model.time_embed_dim=256 --model.patch_size=1"
+                f"UNet: base_channels={base_channels}, time_embed_dim={time_embed_dim} and "
+                f"patch_size={patch_size} are not all valid",
+                [
+                    f"base_channels: a multiple of {NUM_GROUPS}",
+                    "time_embed_dim: an even number",
+                    "patch_size: 1 or more",
+                ],
+                "use base_channels=64, time_embed_dim=256, patch_size=1",
+                flag="--model.base_channels=64 --model.time_embed_dim=256 --model.patch_size=1",
             )
         self.init_kwargs = {
             "channels": channels,

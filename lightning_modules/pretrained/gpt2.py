@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ravine.datamodules.downloads import log_once
-from ravine.errors import MissingFileError, UsageError
+from ravine.errors import MissingFileError, UsageError, format_arguments, format_flags
 
 from ..nn.transformer import MLP, Transformer, TransformerBlock, with_defaults
 
@@ -36,6 +36,7 @@ GPT2_KWARGS = {  # arguments of a Transformer with GPT-2's architecture
     "out_proj": True,
     "bias": "all",
 }
+GPT2_VOCAB_SIZE = 50_257  # tokens of GPT-2's tokenizer
 TOP_LEVEL_NAMES = {"wte": "embed", "wpe": "pos_embed", "ln_f": "norm"}
 BLOCK_NAMES = {
     "ln_1": "attention_norm",
@@ -140,15 +141,21 @@ def load_hf(path: str | Path, net: Transformer) -> None:
     file = file / "model.safetensors" if file.is_dir() else file
     if not file.is_file():
         raise MissingFileError(
-            f"no weights at {file}; allowed: a model.safetensors in Hugging Face's GPT-2 layout, "
-            "or its folder; type --trainer.callbacks.path=FOLDER"
+            f"load_hf: there are no weights at {file}",
+            ["a model.safetensors in Hugging Face's layout of GPT-2", "its folder"],
+            "use Pretrained(FOLDER)",
+            flag="--trainer.callbacks.path=FOLDER",
         )
     try:
         hf_tensors = load_file(file)
         sizes = infer_sizes(hf_tensors)
         weights = from_hf(hf_tensors)
     except (SafetensorError, ValueError, LookupError) as error:
-        raise UsageError(f"{file} does not hold GPT-2 weights: {error!r}") from error
+        raise UsageError(
+            f"load_hf: {file} does not contain GPT-2 weights: {error!r}",
+            ["a model.safetensors in Hugging Face's layout of GPT-2"],
+            "use another file",
+        ) from error
     config = read_config(file.parent / "config.json")
     if config is None:
         unchecked = {
@@ -156,9 +163,8 @@ def load_hf(path: str | Path, net: Transformer) -> None:
         }
         description = ", ".join(f"{name}={value}" for name, value in unchecked.items())
         log_once(
-            f"no config.json beside {file}: that its weights were trained with {description} is "
-            "not "
-            "known; put it there to have it checked",
+            f"there is no config.json beside {file}, so it is not known whether its weights were "
+            f"trained with {description}; add config.json to check it",
             is_warning=True,
         )
         config = {}
@@ -200,15 +206,22 @@ def read_config(file: Path) -> dict[str, Any] | None:
         return None
     try:
         if file.stat().st_size > MAX_CONFIG_BYTES:
-            raise UsageError(f"it has more than {MAX_CONFIG_BYTES:,} bytes")
+            raise UsageError(
+                f"it has more than {MAX_CONFIG_BYTES:,} bytes",
+            )
         config = json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UsageError(
-            f"{file} is no JSON: {str(error)[:200]}; allowed: the config.json of a GPT-2; fetch it "
-            "again"
+            f"load_hf: {file} is not JSON: {str(error)[:200]}",
+            ["the config.json of a GPT-2"],
+            "download the file again",
         ) from None
     if not isinstance(config, dict):
-        raise UsageError(f"{file} holds no object; allowed: the config.json of a GPT-2")
+        raise UsageError(
+            f"load_hf: {file} is not a JSON object",
+            ["the config.json of a GPT-2"],
+            "download the file again",
+        )
     return config
 
 
@@ -225,28 +238,34 @@ def expected_net_kwargs(config: dict[str, Any], sizes: dict[str, int], name: str
         value = config.get(option, allowed)
         if value != allowed and not (value is None and option != "model_type"):
             raise UsageError(
-                f"{name} says {option}={str(value)[:40]}, which Transformer cannot compute; "
-                f"allowed: {allowed}; use a GPT-2 without this option"
+                f"load_hf: {name} has {option}={str(value)[:40]}, which Transformer does not "
+                "support",
+                [allowed],
+                "use a GPT-2 without this option",
             )
     activation = config.get("activation_function", "gelu_new")
     if not isinstance(activation, str) or activation not in HF_ACTIVATIONS:
         raise UsageError(
-            f"{name} says activation_function={_shorten(activation)}, which Transformer does "
-            f"not have; allowed: {', '.join(HF_ACTIVATIONS)}; use a GPT-2 with one of these"
+            f"load_hf: {name} has activation_function={_shorten(activation)}, which Transformer "
+            "does not have",
+            HF_ACTIVATIONS,
+            "use a GPT-2 with one of these activations",
         )
     num_heads = 12 if aliased["n_head"] is None else aliased["n_head"]
     eps = config.get("layer_norm_epsilon", 1e-5)
     d_model = sizes["d_model"]
     if type(num_heads) is not int or num_heads < 1 or d_model % num_heads:
         raise UsageError(
-            f"{name} says n_head={_shorten(num_heads)} for a width of {d_model}; allowed: a "
-            "divisor "
-            f"of {d_model}; fetch the file again"
+            f"load_hf: {name} has n_head={_shorten(num_heads)}, which does not divide the width "
+            f"{d_model}",
+            [f"divisors of {d_model}"],
+            "download the file again",
         )
     if not isinstance(eps, int | float) or not 0 <= eps < math.inf:
         raise UsageError(
-            f"{name} says layer_norm_epsilon={_shorten(eps)}; allowed: a number from 0 on; "
-            "fetch the file again"
+            f"load_hf: {name} has layer_norm_epsilon={_shorten(eps)}",
+            ["0 or more"],
+            "download the file again",
         )
     tensor_sizes = {
         "n_embd": d_model,
@@ -259,14 +278,15 @@ def expected_net_kwargs(config: dict[str, Any], sizes: dict[str, int], name: str
     for key, value in tensor_sizes.items():
         if config_sizes[key] not in (None, value):
             raise UsageError(
-                f"{name} says {key}={_shorten(config_sizes[key])}, and the tensors have {value}; "
-                "the "
-                "two files do not belong together: fetch both again"
+                f"load_hf: {name} has {key}={_shorten(config_sizes[key])}, but the tensors have "
+                f"{value}: the two files do not belong together",
+                hint="download both files again",
             )
     if config_sizes["n_inner"] is None and sizes["d_ff"] != 4 * d_model:
         raise UsageError(
-            f"{name} leaves n_inner out, which means {4 * d_model}, and the tensors have "
-            f"{sizes['d_ff']}; the two files do not belong together: fetch both again"
+            f"load_hf: {name} has no n_inner, which means {4 * d_model}, but the tensors have "
+            f"{sizes['d_ff']}: the two files do not belong together",
+            hint="download both files again",
         )
     has_tied_head = bool(config.get("tie_word_embeddings", True))
     derived = {
@@ -310,7 +330,7 @@ def get_net_kwargs(net: Transformer) -> dict[str, Any]:
 
 
 def check_net_kwargs(expected: dict[str, Any], net: Transformer, name: str) -> None:
-    """Raise UsageError, with the flags to type, if a net's arguments differ from the expected."""
+    """Raise UsageError if a net's arguments differ from the expected."""
     actual = get_net_kwargs(net)
     mismatches = {key: value for key, value in expected.items() if actual[key] != value}
     if (
@@ -325,30 +345,26 @@ def check_net_kwargs(expected: dict[str, Any], net: Transformer, name: str) -> N
             del mismatches["tie_embeddings"]
     if not mismatches:
         return
-    flags = [f"--model.{key}={_format_flag_value(value)}" for key, value in mismatches.items()]
+    from_data = {"vocab_size", "context_length"}
+    model = {key: value for key, value in mismatches.items() if key not in from_data}
+    data = {key: mismatches[key] for key in ("context_length",) if key in mismatches}
     if "vocab_size" in mismatches:
-        vocab_size = mismatches["vocab_size"]
-        tokenizer_flag = "gpt2" if vocab_size == 50_257 else "FILE"
-        flags[list(mismatches).index("vocab_size")] = f"--data.tokenizer={tokenizer_flag}"
-    if "context_length" in mismatches:
-        flags[list(mismatches).index("context_length")] = (
-            f"--data.context_length={mismatches['context_length']}"
-        )
-    expected_text = ", ".join(f"{key}={value}" for key, value in mismatches.items())
-    actual_text = ", ".join(f"{key}={actual[key]}" for key in mismatches)
+        data["tokenizer"] = "gpt2" if mismatches["vocab_size"] == GPT2_VOCAB_SIZE else "FILE"
+    calls = {"LanguageModel": model, "TextDataModule": data}
+    hints = [f"{name}({format_arguments(kwargs)})" for name, kwargs in calls.items() if kwargs]
+    flags = [format_flags("--model.", model), format_flags("--data.", data)]
+    actual = {key: actual[key] for key in mismatches}
     raise UsageError(
-        f"the weights in {name} do not fit the model: they are a GPT-2 with {expected_text}, and "
-        "the "
-        f"model has {actual_text}; type {' '.join(flags)}"
+        f"load_hf: the weights in {name} are a GPT-2 with {format_arguments(mismatches)}, but the "
+        f"model has {format_arguments(actual)}",
+        [format_arguments(mismatches)],
+        f"use {' and '.join(hints)}",
+        flag=" ".join(filter(None, flags)),
     )
 
 
 def _shorten(value: Any) -> str:
     return reprlib.repr(value)[:80]
-
-
-def _format_flag_value(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @torch.no_grad()
@@ -376,9 +392,11 @@ def copy_weights(net: Transformer, weights: dict[str, Tensor], name: str) -> Non
     if mismatches:
         remainder = f"; and {len(mismatches) - 4} more" if len(mismatches) > 4 else ""
         raise UsageError(
-            f"the weights in {name} do not fit the model: "
-            f"{'; '.join(sorted(mismatches)[:4])}{remainder}; "
-            "allowed: the shape of its config.json; type --config gpt2/finetune"
+            f"load_hf: the weights in {name} do not fit the model: "
+            f"{'; '.join(sorted(mismatches)[:4])}{remainder}",
+            ["a model of the shape in its config.json"],
+            "build the model with the sizes of the file",
+            flag="--config gpt2/finetune",
         )
     for key, parameter in parameters.items():
         tensor = weights[key][: len(parameter)]
@@ -419,9 +437,10 @@ def save_hf(
         )
     if mismatches:
         raise UsageError(
-            f"this model is no GPT-2: {', '.join(mismatches)}; allowed: models of --config "
-            "gpt2/124m; "
-            "train one of those to export it"
+            f"save_hf: the model is not a GPT-2, because it has {', '.join(mismatches)}",
+            ["models of the shape in configs/gpt2/124m.yaml"],
+            "train a model with the arguments GPT2_KWARGS",
+            flag="--config gpt2/124m",
         )
     out_dir = Path(folder)
     out_dir.mkdir(parents=True, exist_ok=True)

@@ -73,13 +73,16 @@ class AdvantageEstimator:
         for name, bound in (("clip", self.clip), ("clip_high", self.clip_high)):
             if bound is not None and not 0 < bound < math.inf:
                 raise UsageError(
-                    f"{name} is {bound}; allowed: a finite number above 0; "
-                    f"type --model.estimator.{name}=0.2"
+                    f"AdvantageEstimator: {name}={bound} is out of range",
+                    ["a finite number above 0"],
+                    f"use {name}=0.2",
+                    flag=f"--model.estimator.{name}=0.2",
                 )
         if self.clip_high is not None and self.clip is None:
             raise UsageError(
-                f"clip_high is {self.clip_high}, and clip, the lower bound, is not given; "
-                "type --model.estimator.clip=0.2"
+                f"AdvantageEstimator: clip_high={self.clip_high} needs clip, the lower bound",
+                hint="use clip=0.2",
+                flag="--model.estimator.clip=0.2",
             )
 
     def check_group_sizes(self, num_samples: int, group_size: int, accumulate: int = 1) -> None:
@@ -92,20 +95,27 @@ class AdvantageEstimator:
         """
         if self.loss_normalization == "tokens" and accumulate > 1:
             raise UsageError(
-                f"loss_normalization is tokens, and a step has {accumulate} micro-batches, of "
-                "which each "
-                "would divide by its own tokens; allowed: sequence, constant; "
-                "type --model.estimator.loss_normalization=constant, or "
-                "--trainer.accumulate_grad_batches=1"
+                "AdvantageEstimator: loss_normalization='tokens' cannot be used with "
+                f"{accumulate} micro-batches in a step, because each divides by its own number of "
+                "tokens",
+                ["sequence", "constant"],
+                "use loss_normalization='constant', or Trainer(accumulate_grad_batches=1)",
+                flag=(
+                    "--model.estimator.loss_normalization=constant, or "
+                    "--trainer.accumulate_grad_batches=1"
+                ),
             )
         size = num_samples if self.baseline_scope == "batch" else group_size
         if self.method != "none" and size < 2:
-            suggestions = "--data.batch_size=64", "--model.estimator.baseline_scope=batch"
-            hint = "--model.group_size=4, or " + suggestions[self.baseline_scope == "group"]
+            hint, flag = "PromptDataModule(batch_size=64)", "--data.batch_size=64"
+            if self.baseline_scope == "group":
+                hint, flag = "baseline_scope='batch'", "--model.estimator.baseline_scope=batch"
             raise UsageError(
-                f"{self.method} compares the samples of a {self.baseline_scope}, and here that is "
-                "one; "
-                f"allowed: 2 or more; type {hint}"
+                f"AdvantageEstimator: method={self.method!r} compares the samples of a "
+                f"{self.baseline_scope}, which has only one sample",
+                ["2 samples or more"],
+                f"use group_size=4, or {hint}",
+                flag=f"--model.group_size=4, or {flag}",
             )
 
     def advantages(self, rewards: Tensor, group_size: int = 1) -> Tensor:
@@ -159,9 +169,11 @@ class AdvantageEstimator:
         if not is_binary.all():
             invalid_reward = r[~is_binary][0].item()
             raise UsageError(
-                f"rejection keeps samples of reward 1 and drops those of 0, and a reward is "
-                f"{invalid_reward:.4g}; make the reward binary (Threshold with weight 1, and "
-                "nothing else), or type --model.estimator.method=rloo"
+                "AdvantageEstimator: method='rejection' needs rewards of 0 or 1, but a reward is "
+                f"{invalid_reward:.4g}",
+                ["0", "1"],
+                "use a single Threshold(weight=1) as the reward, or method='rloo'",
+                flag="--model.estimator.method=rloo",
             )
         return binary
 
@@ -183,7 +195,8 @@ class AdvantageEstimator:
             return w * logprobs
         if sampler_logprobs is None:
             raise UsageError(
-                "a clipped ratio needs the sampler's log-probabilities: give sampler_logprobs"
+                f"AdvantageEstimator: clip={self.clip} needs the logprobs of the sampler",
+                hint="pass sampler_logprobs",
             )
         high = self.clip if self.clip_high is None else self.clip_high
         ratio = (logprobs - sampler_logprobs).exp()

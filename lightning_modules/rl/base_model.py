@@ -35,7 +35,10 @@ def find_checkpoint(base_checkpoint: str) -> Path:
     """Return the path of a checkpoint file, or of the newest checkpoint in a run's folder."""
     if not base_checkpoint:
         raise UsageError(
-            "base_checkpoint is empty; type --model.base_checkpoint=FILE, or the folder of a run"
+            "Reinforce: base_checkpoint is empty",
+            ["a checkpoint file", "the folder of a run"],
+            "use base_checkpoint=FILE",
+            flag="--model.base_checkpoint=FILE",
         )
     path = Path(base_checkpoint).expanduser()
     if path.is_file():
@@ -43,18 +46,27 @@ def find_checkpoint(base_checkpoint: str) -> Path:
     files = [p for p in path.rglob("*.ckpt") if p.is_file()] if path.is_dir() else []
     shard_files = [] if files or not path.is_dir() else sorted(path.rglob("*.distcp"))
     if shard_files:
+        folder = shard_files[0].parent
         raise UsageError(
-            f"{shard_files[0].parent} is a checkpoint in parts, and a base model is one file; type "
-            f"lightning export --ckpt_path={shard_files[0].parent} --consolidate=base.ckpt, "
-            "then --model.base_checkpoint=base.ckpt"
+            f"Reinforce: base_checkpoint={folder} is a sharded checkpoint, but a base model must "
+            "be one file",
+            ["a checkpoint file"],
+            "write it to one file by the command export, then use base_checkpoint='base.ckpt'",
+            flag=(
+                f"lightning export --ckpt_path={folder} --consolidate=base.ckpt, then "
+                "--model.base_checkpoint=base.ckpt"
+            ),
         )
     if not files:
-        name = path.as_posix().removeprefix("runs/")
+        flag, run = "--model.base_checkpoint=FILE", path.as_posix()
+        if run.startswith("runs/"):  # the folder of the runs of a config
+            flag = f"lightning fit --config {run.removeprefix('runs/')}, or {flag}"
         raise MissingFileError(
-            f"no base model at {base_checkpoint}: no such file, and no folder with checkpoints; "
-            "train one "
-            f"(lightning fit --config {name}, if that is a preset), or type "
-            "--model.base_checkpoint=FILE"
+            f"Reinforce: base_checkpoint={base_checkpoint} is neither a file nor a folder with "
+            "checkpoints",
+            ["a checkpoint file", "the folder of a run"],
+            "train a LanguageModel, and use base_checkpoint=FILE",
+            flag=flag,
         )
     return max(files, key=lambda p: p.stat().st_mtime_ns)
 
@@ -72,32 +84,42 @@ def load_base_model(base_checkpoint: str) -> BaseModel:
         ):  # memory-mapped: the weights are copied later
             checkpoint = AtomicCheckpointIO().load_checkpoint(path)
     except CheckpointError as error:
-        reason = str(error).partition(" cannot be used: ")[2].partition(";")[0] or str(error)
         raise UsageError(
-            f"{path} cannot be read as a checkpoint: {reason}; type --model.base_checkpoint=FILE"
+            f"Reinforce: base_checkpoint={path} cannot be loaded: {error.problem}",
+            ["a checkpoint file"],
+            "use base_checkpoint=FILE with another file",
+            flag="--model.base_checkpoint=FILE",
         ) from error
     content = checkpoint if isinstance(checkpoint, dict) else {}
     language, saved = content.get("language"), content.get("state_dict")
     if not language or not saved:
         task = content.get("task")
         raise UsageError(
-            f"{path} is no checkpoint of a language model, but of {task or 'another program'}; "
-            "train one: lightning fit --config reinforce/base; then type "
-            "--model.base_checkpoint=FILE"
+            f"Reinforce: base_checkpoint={path} was written by {task or 'another program'}, not "
+            "by a LanguageModel",
+            ["a checkpoint of a LanguageModel"],
+            "train a LanguageModel, and use base_checkpoint=FILE",
+            flag="lightning fit --config reinforce/base, then --model.base_checkpoint=FILE",
         )
     if language["tokenizer"] is None:
         raise UsageError(
-            f"{path} has no tokenizer: the model was trained on bare numbers, and no reward can "
-            "read what it writes; train it on a TextDataModule, or type "
-            "--model.base_checkpoint=FILE"
+            f"Reinforce: base_checkpoint={path} has no tokenizer, because the model was trained "
+            "on token ids, and rewards need text",
+            ["a checkpoint of a LanguageModel that was trained on text"],
+            "train the base model on a TextDataModule with text",
+            flag="--model.base_checkpoint=FILE",
         )
     adapter_names = [name for name in saved if name.endswith((".lora_a", ".lora_b"))]
     if adapter_names:
         raise UsageError(
-            f"{path} has adapters ({adapter_names[0]} and {len(adapter_names) - 1} more), and a "
-            "base model "
-            f"is plain weights; type lightning export --ckpt_path={path} --merge --folder=plain, "
-            "then --model.base_checkpoint=plain/model.ckpt"
+            f"Reinforce: base_checkpoint={path} contains adapters ({adapter_names[0]} and "
+            f"{len(adapter_names) - 1} more), but a base model must have plain weights",
+            ["a checkpoint without adapters"],
+            "merge the adapters by the command export, then use base_checkpoint='plain/model.ckpt'",
+            flag=(
+                f"lightning export --ckpt_path={path} --merge --folder=plain, then "
+                "--model.base_checkpoint=plain/model.ckpt"
+            ),
         )
     net_kwargs = language.get(
         "net_kwargs", content.get("hyper_parameters", {})
@@ -137,11 +159,11 @@ def _check_net(
         mismatches = sorted(name for name, _ in expected_shapes.items() ^ actual_shapes.items())
     if mismatches:
         raise UsageError(
-            f"{path} was written by {task}, whose net is not that of LanguageModel: "
-            f"{mismatches[0]} and "
-            f"{len(set(mismatches)) - 1} more differ; allowed: a LanguageModel's checkpoint; "
-            "train one: lightning fit --config reinforce/base; then type "
-            "--model.base_checkpoint=FILE"
+            f"Reinforce: base_checkpoint={path} was written by {task}, but its net is not that of "
+            f"a LanguageModel: {mismatches[0]} and {len(set(mismatches)) - 1} more differ",
+            ["a checkpoint of a LanguageModel"],
+            "train a LanguageModel, and use base_checkpoint=FILE",
+            flag="lightning fit --config reinforce/base, then --model.base_checkpoint=FILE",
         )
 
 
@@ -151,9 +173,10 @@ def load_base_for_adapters(base_checkpoint: str, fingerprint: str) -> BaseModel:
         loaded = load_base_model(base_checkpoint)
     except FileNotFoundError:
         raise MissingFileError(
-            f"the adapters belong to the base model at {base_checkpoint}, and {Path.cwd()} has "
-            "none there; "
-            "go where they were trained, or copy it here"
+            f"Reinforce: the base model of these adapters, {base_checkpoint}, does not exist in "
+            f"{Path.cwd()}",
+            ["the folder in which the adapters were trained"],
+            "run the script in that folder, or copy the base model to this path",
         ) from None
     check_fingerprint(base_checkpoint, loaded.fingerprint, fingerprint)
     return loaded
@@ -163,10 +186,12 @@ def check_fingerprint(base_checkpoint: str, actual: str, expected: str) -> None:
     """Raise UsageError if the base model's checksum differs from that in a checkpoint."""
     if actual != expected:
         raise UsageError(
-            f"the base model at {base_checkpoint} is not the one this policy started from: its "
-            "weights have "
-            f"the checksum {actual[:12]}, those were {expected[:12]}; give the first one: "
-            "--model.base_checkpoint=FILE, or put it back"
+            f"Reinforce: base_checkpoint={base_checkpoint} is not the base model of this policy: "
+            f"the checksum of its weights is {actual[:12]}, but that of the base model was "
+            f"{expected[:12]}",
+            ["the base model that the policy was trained from"],
+            "use base_checkpoint=FILE with the first base model",
+            flag="--model.base_checkpoint=FILE",
         )
 
 

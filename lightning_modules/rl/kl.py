@@ -45,16 +45,27 @@ class KL:
     def __post_init__(self) -> None:
         """Raise UsageError if the gradient would be zero, or would not be that of a divergence."""
         if not self.beta >= 0:
-            raise UsageError(f"beta is {self.beta}; allowed: 0 or more; type --model.kl.beta=0.1")
+            raise UsageError(
+                f"KL: beta={self.beta} is out of range",
+                ["0 or more"],
+                "use beta=0.1",
+                flag="--model.kl.beta=0.1",
+            )
         if self.estimator == "k1" and self.placement == "loss":
             raise UsageError(
-                "k1 in the loss has an expected gradient of exactly zero; allowed in the loss: "
-                "k2, k3; type --model.kl.placement=reward, or --model.kl.estimator=k2"
+                "KL: estimator='k1' cannot be used with placement='loss', where its expected "
+                "gradient is exactly zero",
+                ["k1 with placement='reward'", "k2 or k3 with placement='loss'"],
+                "use placement='reward', or estimator='k2'",
+                flag="--model.kl.placement=reward, or --model.kl.estimator=k2",
             )
         if self.estimator != "k1" and self.placement == "reward":
             raise UsageError(
-                f"{self.estimator} in the reward has the gradient of no divergence; allowed in the "
-                f"reward: k1; type --model.kl.estimator=k1, or --model.kl.placement=loss"
+                f"KL: estimator={self.estimator!r} cannot be used with placement='reward', where "
+                "its gradient is that of no divergence",
+                ["k1 with placement='reward'", "k2 or k3 with placement='loss'"],
+                "use estimator='k1', or placement='loss'",
+                flag="--model.kl.estimator=k1, or --model.kl.placement=loss",
             )
 
     def kl_penalty(

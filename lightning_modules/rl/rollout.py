@@ -135,7 +135,11 @@ def policy_loss(
     )
     if kl.beta and kl.placement == "loss":
         if rollout.ref_logprobs is None:
-            raise UsageError("beta is above 0, and the rollout has no reference")
+            raise UsageError(
+                f"policy_loss: kl.beta={kl.beta} needs the logprobs of the reference, but the "
+                "rollout has none",
+                hint="use kl=KL(beta=0), or a rollout with ref_logprobs",
+            )
         loss = (
             loss
             + kl.beta * kl.kl_penalty(logprobs, rollout.ref_logprobs, mask, max_new_tokens).mean()
@@ -161,16 +165,19 @@ def disable_adapters(net: nn.Module) -> Iterator[None]:
     adapters: list[Any] = [m for m in net.modules() if hasattr(m, "lora_disabled")]
     if not adapters:
         raise UsageError(
-            "reference: lora asks the net with its adapters switched off, and it has none; add "
-            "the callback: --trainer.callbacks+=LoRA, or type --model.reference=frozen_copy"
+            "Reinforce: reference='lora' needs a net with adapters, but this net has none",
+            ["lora with the LoRA callback", "frozen_copy", "none"],
+            "add LoRA() to Trainer(callbacks=...), or use reference='frozen_copy'",
+            flag="--trainer.callbacks+=LoRA, or --model.reference=frozen_copy",
         )
     other_trainable = [n for n, p in net.named_parameters() if p.requires_grad and "lora_" not in n]
     if other_trainable:
         raise UsageError(
-            f"reference: lora is the net without its adapters, and {other_trainable[0]} learns "
-            "beside them, "
-            "so that it would not stay what it was; type --model.reference=frozen_copy, or leave "
-            "train_also out"
+            "Reinforce: reference='lora' needs a net in which only adapters are trained, but "
+            f"{other_trainable[0]} is trained, too",
+            ["lora with trained adapters only", "frozen_copy", "none"],
+            "remove train_also from LoRA, or use reference='frozen_copy'",
+            flag="--model.reference=frozen_copy",
         )
     with ExitStack() as stack:
         for adapter in adapters:

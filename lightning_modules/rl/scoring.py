@@ -118,10 +118,10 @@ class RolloutScorer:
         )  # up to rounding
         metrics["frac_zero_advantage"] = is_zero.double().mean().item()
         if not reward_advantages.any():
-            kl_note = " but to stay near the reference" if self.kl.beta else ""
+            effect = "only the KL term contributes" if self.kl.beta else "no term contributes"
             rank_zero_warn(
-                f"all {len(advantages)} samples weigh 0, since their rewards are alike "
-                f"({rewards.nanmean():.4g}): this step teaches nothing{kl_note}"
+                f"all {len(advantages)} advantages are 0, because the rewards are equal "
+                f"({rewards.nanmean():.4g}); {effect} to this step"
             )
         tokens_per_rank = statistics[:, 3].sum() * b / len(advantages)
         rows = self._sample_rows(inputs, rewards, values)
@@ -151,7 +151,7 @@ class RolloutScorer:
         except RewardError as problem:
             error = problem
         if self.all_gather(torch.tensor([float(error is not None)])).any():
-            raise error or RewardError("a reward failed on another rank, which says why")
+            raise error or RewardError("a reward failed on another rank, which prints the reason")
         return values.T
 
     def _sample_rows(

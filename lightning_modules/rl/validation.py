@@ -1,12 +1,12 @@
 """Config validation for policy gradients: sampling, KL, group size, prompt lengths, characters.
 
-Each error message contains the given value, the allowed values and the flag to type.
+Each error contains the given value, the allowed values and what to do.
 """
 
 from typing import Any
 
 from ravine.datamodules.tokenizers import Tokenizer
-from ravine.errors import UsageError
+from ravine.errors import UsageError, check_at_least_one
 
 from ..generation.sampling import DecodingConfig
 from .kl import KL
@@ -21,23 +21,28 @@ def validate_config(
     stop: str | None = None,
 ) -> None:
     """Raise UsageError for invalid settings, alone or in combination."""
-    for name, value in (("max_new_tokens", max_new_tokens), ("group_size", group_size)):
-        if value < 1:
-            raise UsageError(f"{name} is {value}; allowed: 1 or more; type --model.{name}=1")
+    sizes = {"max_new_tokens": max_new_tokens, "group_size": group_size}
+    check_at_least_one("Reinforce", flag_prefix="--model.", **sizes)
     if stop == "":
         raise UsageError(
-            "stop is '', which stands in every text; allowed: one character or more, or null for "
-            "no stop; type --model.stop='.', or leave it out"
+            "Reinforce: stop='' would end every text at its start",
+            ["a text of one character or more", "None"],
+            "remove stop, or use stop='.'",
+            flag="--model.stop='.'",
         )
     if sampling.temperature == 0:
         raise UsageError(
-            "at temperature 0 nothing is drawn, and there is no policy to improve; allowed: above "
-            "0; type --model.sampling.temperature=0.8"
+            "Reinforce: temperature=0 does not sample, so that there is no distribution to learn",
+            ["above 0"],
+            "use sampling=DecodingConfig(temperature=0.8)",
+            flag="--model.sampling.temperature=0.8",
         )
     if kl.beta and reference == "none":
         raise UsageError(
-            f"kl.beta is {kl.beta}, and there is no reference to stay near; "
-            "type --model.reference=frozen_copy, or --model.kl.beta=0"
+            f"Reinforce: kl.beta={kl.beta} needs a reference, but reference='none'",
+            ["frozen_copy", "lora"],
+            "use reference='frozen_copy', or kl=KL(beta=0)",
+            flag="--model.reference=frozen_copy, or --model.kl.beta=0",
         )
 
 
@@ -46,19 +51,17 @@ def check_prompt_length(
 ) -> None:
     """Raise UsageError if `num_tokens` tokens and the new tokens exceed the context."""
     if num_tokens + max_new_tokens - 1 > context_length:
-        max_fitting = context_length - num_tokens + 1
-        fewer_hint = (
-            f"type --model.max_new_tokens={max_fitting} or less, or " if max_fitting > 0 else ""
-        )
-        shorter_hint = (
-            f" (snippets: --data.prompt_length={context_length - max_new_tokens + 1})"
-            if max_new_tokens <= context_length
-            else ""
-        )
+        max_new, max_prompt = context_length - num_tokens + 1, context_length - max_new_tokens + 1
+        flag_prefixes = {"max_new_tokens": "--model.", "prompt_length": "--data."}
+        sizes = {"max_new_tokens": max_new, "prompt_length": max_prompt}
+        fitting = {name: size for name, size in sizes.items() if size > 0}
+        flags = [f"{flag_prefixes[name]}{name}={size}" for name, size in fitting.items()]
         raise UsageError(
-            f"{description} has {num_tokens} tokens, and with {max_new_tokens} new ones it does "
-            f"not fit into the {context_length} "
-            f"that the model sees: {prompt[:40]!r}; {fewer_hint}give shorter prompts{shorter_hint}"
+            f"Reinforce: {description} has {num_tokens} tokens, which with {max_new_tokens} new "
+            f"tokens exceed the context of {context_length} tokens: {prompt[:40]!r}",
+            [f"{name} up to {size}" for name, size in fitting.items()],
+            ", or ".join(["use shorter prompts", *(f"{n}={size}" for n, size in fitting.items())]),
+            flag=", or ".join(flags),
         )
 
 
@@ -80,10 +83,11 @@ def check_prompt_characters(
     examples = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in unknown[:5])
     remainder = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
     raise UsageError(
-        f"{origin} has prompts with {examples}{remainder}, which the base model does not know; "
-        "allowed are "
-        "the characters of the text it was trained on; type --data.path=FILE without them, or "
-        "--model.base_checkpoint=FILE of a model trained on such a text"
+        f"Reinforce: {origin} has prompts with {examples}{remainder}, which the tokenizer of the "
+        "base model does not contain",
+        ["the characters of the text that the base model was trained on"],
+        "remove them from the prompts, or use a base model that was trained on such a text",
+        flag="--data.path=FILE, or --model.base_checkpoint=FILE",
     )
 
 

@@ -16,7 +16,7 @@ from ravine.lightning_modules import LanguageModel
 from ravine.lightning_modules.nn.transformer import with_defaults
 
 # in eight characters of an untrained net a letter may well be missing
-pytestmark = pytest.mark.filterwarnings("ignore:all (8|16) samples weigh 0")
+pytestmark = pytest.mark.filterwarnings("ignore:all (8|16) advantages are 0")
 PAGE = (Path(__file__).parents[2] / "docs" / "reinforce.md").read_text()
 TINY = [
     "--model.max_new_tokens=8",

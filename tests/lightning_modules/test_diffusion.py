@@ -362,16 +362,20 @@ REFUSED = {
     "--labels=3,5-3": "labels='3,5-3' is not in the classes" + LABELS,
     "--labels=0-99999999999": "labels='0-99999999999' is not in the classes" + LABELS,
     "--labels=seven": "'seven' is not a class" + LABELS,
-    "--guidance_scale=-1": "guidance_scale is -1.0; allowed: 0 (none) or more; "
-    "type --guidance_scale=0.5",
-    "--num_steps=0": "num_steps is 0; allowed: 1 or more; type --num_steps=50",
-    "--num_steps=2000": "num_steps is 2000; allowed: 1 to 1000; type --num_steps=1000",
+    "--guidance_scale=-1": "SamplerConfig: guidance_scale=-1.0 is out of range\n"
+    "  allowed: 0 (none) or more\n  type: --guidance_scale=0.5, or --model.guidance_scale=0.5\n",
+    "--num_steps=0": "SamplerConfig: num_steps=0 is out of range\n  allowed: 1 or more\n"
+    "  type: --num_steps=50, or",
+    "--num_steps=2000": "NoiseSchedule('linear'): num_steps=2000 is out of range\n"
+    "  allowed: 1 to 1000\n  type: --num_steps=1000, or",
     "--num_steps=ten": "--num_steps is 'ten', not a whole number",
     "--sampler=dim": "--sampler is 'dim'\n  nearest: ddim",
-    "--num_samples=0": "num_samples and batch_size must be 1 or more",
+    "--num_samples=0": "generate: num_samples=0 is too small\n  allowed: 1 or more\n"
+    "  type: --num_samples=1\n",
     "--prompt=hello": "generate has no flag --prompt",
-    "--file=": "is no name of a picture",
-    "--file=samples.txt": "samples.txt is no name of a picture; allowed: .png, .jpg, .jpeg; type",
+    "--file=": "'' does not end in the suffix of an image format",
+    "--file=samples.txt": "'samples.txt' does not end in the suffix of an image format\n"
+    "  allowed: .png, .jpg, .jpeg\n  type: --file=samples.png\n",
     "--file=model.ckpt/a.png": "cannot be written: {here}/model.ckpt is no folder",
     "--file=taken.png": "cannot be written: {here}/taken.png is a folder",
     "--folder=model.ckpt": "cannot be written: {here}/model.ckpt is no folder",
@@ -497,18 +501,21 @@ def test_pictures_are_kept_at_each_validation(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"class_dropout_prob": 1.0}, "class_dropout_prob is 1.0; allowed: 0 to below 1"),
+        (
+            {"class_dropout_prob": 1.0},
+            "class_dropout_prob=1.0 is out of range; allowed: 0 to below 1",
+        ),
         (
             {"guidance_scale": 0.5},
-            r"trained without class dropout; allowed: 0",
+            r"is trained without class dropout; allowed: 0; use guidance_scale=0",
         ),
         (
             {"guidance_scale": 1, "class_conditional": True, "class_dropout_prob": 0},
             "class dropout",
         ),
         ({"prediction_type": "eps", "noise_schedule": "flow"}, "allowed: x0, v, velocity"),
-        ({"num_steps": 1500}, "num_steps is 1500; allowed: 1 to 1000"),
-        ({"base_channels": 10}, "allowed: base_channels that 8 divides"),
+        ({"num_steps": 1500}, "num_steps=1500 is out of range; allowed: 1 to 1000"),
+        ({"base_channels": 10}, "allowed: base_channels: a multiple of 8"),
     ],
 )
 def test_arguments_that_cannot_be_are_refused(arguments: dict[str, Any], said: str) -> None:
@@ -518,7 +525,9 @@ def test_arguments_that_cannot_be_are_refused(arguments: dict[str, Any], said: s
 
 def test_a_model_without_labels_and_one_without_data_say_so() -> None:
     model = built(class_conditional=False)
-    with pytest.raises(ValueError, match=r"trained without any; leave --labels away"):
+    with pytest.raises(
+        ValueError, match=r"labels='3' cannot be used, .* trained without labels; remove labels"
+    ):
         model.generate(labels="3")
     made = model.generate(num_samples=10)
     assert (len(made.images), made.columns) == (10, 4)  # nearly a square
@@ -526,12 +535,14 @@ def test_a_model_without_labels_and_one_without_data_say_so() -> None:
         model.generate_images(torch.arange(3), torch.arange(3)),
         model.generate_images(torch.arange(3)),
     )
-    with pytest.raises(ValueError, match=r"type --data=ImageDataModule, or load a checkpoint"):
+    with pytest.raises(
+        ValueError, match=r"no datamodule .*ImageDataModule, a checkpoint of Diffusion"
+    ):
         Diffusion().configure_model()
     other = data()
     other.setup("fit")
     other.channels = 3
-    said = r"the data have 3 channels and 0 classes, the model 1"
+    said = r"Diffusion: the datamodule has channels 3, but the model has channels 1"
     with pytest.raises(ValueError, match=said):
         model.configure_from_data(other)
     checkpoint: dict[str, Any] = {}
@@ -542,7 +553,7 @@ def test_a_model_without_labels_and_one_without_data_say_so() -> None:
         new.on_load_checkpoint(checkpoint)
     other.num_classes = 0
     with pytest.raises(
-        ValueError, match=r"the data have no labels; type --model.class_conditional=false"
+        ValueError, match=r"needs labels, but the data contain none; .*class_conditional=False"
     ):
         Diffusion(class_conditional=True).configure_from_data(other)
 
@@ -559,7 +570,7 @@ def test_a_label_beyond_the_classes_is_never_taken_for_one_that_is_withheld() ->
 def test_one_step_is_not_asked_for_more() -> None:
     model = built(time_conditioning="one_step", num_steps=20)
     assert len(model.generate(num_samples=1, num_steps=1).images) == 10
-    said = r"num_steps is 20, .*\(time_conditioning=one_step\); allowed: 1; type --num_steps=1"
+    said = r"num_steps=20 .* time_conditioning='one_step' .*; allowed: 1; use num_steps=1"
     with pytest.raises(ValueError, match=said):
         model.generate(num_steps=20)
 

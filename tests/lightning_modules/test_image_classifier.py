@@ -13,6 +13,7 @@ from ravine.callbacks import ExactResume, FrechetDistance, OptimizerPlan
 from ravine.cli.main import main
 from ravine.datamodules import ImageDataModule
 from ravine.datamodules.images import to_float
+from ravine.errors import UsageError
 from ravine.lightning_modules import ClassifierFeatures, Diffusion, ImageClassifier
 
 PLAN = {"lr": 5e-3}
@@ -135,10 +136,11 @@ def test_an_extractor_that_is_no_classifier_is_refused_in_one_line(tmp_path: Pat
         ("junk", "not a checkpoint"),
         ("other", "written by Diffusion"),
     ):
-        said = rf"{name}.ckpt cannot be read as a classifier's checkpoint: .*{why}.* type --trainer"
-        with pytest.raises(ValueError, match=said) as error:
+        said = rf"{name}.ckpt cannot be loaded as an ImageClassifier: .*{why}.*; train one"
+        with pytest.raises(UsageError, match=said) as error:
             ClassifierFeatures(str(tmp_path / f"{name}.ckpt"))
         assert "\n" not in str(error.value)
+        assert error.value.flag == "--trainer.callbacks.extractor.path=FILE"
 
 
 def test_predictions_are_named_by_their_classes() -> None:
@@ -153,7 +155,7 @@ def test_predictions_are_named_by_their_classes() -> None:
 @pytest.mark.parametrize("bad", [{"num_features": 0}, {"max_shift": -1}])
 def test_sizes_that_mean_nothing_are_refused(bad: dict[str, int]) -> None:
     with pytest.raises(
-        ValueError, match="num_features 1 or more, max_shift 0 or more; type --model"
+        ValueError, match="num_features: 1 or more, max_shift: 0 or more; use num_features=64"
     ):
         ImageClassifier(**bad)
 
@@ -161,9 +163,11 @@ def test_sizes_that_mean_nothing_are_refused(bad: dict[str, int]) -> None:
 def test_data_of_another_form_are_refused() -> None:
     module, _, data = trained(max_steps=1)
     data.channels = 3
-    with pytest.raises(ValueError, match="the data has channels 3 and the classifier 1"):
+    with pytest.raises(
+        ValueError, match="the datamodule has channels 3, but the model has channels 1"
+    ):
         module.configure_from_data(data)
-    with pytest.raises(ValueError, match="there are none; type --data=ImageDataModule"):
+    with pytest.raises(ValueError, match=r"no datamodule .*; pass datamodule=ImageDataModule"):
         ImageClassifier().configure_model()
 
 

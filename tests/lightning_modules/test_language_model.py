@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ravine.datamodules import TextDataModule
+from ravine.errors import UsageError
 from ravine.lightning_modules import LanguageModel, SpamClassifier, TaskModule
 
 # Two-byte characters, one of them at the very end, which is predicted and predicts nothing.
@@ -160,11 +161,15 @@ def test_a_checkpoint_of_another_task_is_refused_by_name(poem, tmp_path):
     fit = trainer(max_steps=1, limit_val_batches=0)
     fit.fit(model, data_of(poem))
     fit.save_checkpoint(tmp_path / "poem.ckpt")
-    with pytest.raises(ValueError, match="written by LanguageModel, the model is SpamClassifier"):
+    with pytest.raises(
+        ValueError, match="written by LanguageModel, but the model is a SpamClassifier"
+    ):
         SpamClassifier.load_from_checkpoint(tmp_path / "poem.ckpt")
     other = tmp_path / "other.txt"
     other.write_text("abc def " * 100)
-    with pytest.raises(ValueError, match=r"come from different texts; type --data\.path"):
+    with pytest.raises(
+        ValueError, match=r"come from different texts; .*; use the text that the model was"
+    ):
         trainer().validate(tiny(), data_of(other), ckpt_path=tmp_path / "poem.ckpt", verbose=False)
 
 
@@ -172,9 +177,13 @@ def test_sizes_come_from_the_data_and_contradictions_are_refused(poem):
     model = tiny()
     validate(model, data_of(poem))
     assert (model.vocab_size, model.context_length) == (len(set(POEM)), 16)
-    with pytest.raises(ValueError, match=r"windows have 17 tokens.*type --data\.context_length=16"):
+    with pytest.raises(
+        ValueError, match=r"windows of .* 17 tokens; .*TextDataModule\(context_length=16"
+    ):
         validate(model, data_of(poem, context_length=17))
-    with pytest.raises(ValueError, match=r"leave --model\.vocab_size away"):
+    with pytest.raises(
+        ValueError, match=r"vocab_size=3 differs from the \d+ tokens .*; remove vocab_size"
+    ):
         validate(tiny(vocab_size=3), data_of(poem))
     longer = tiny(context_length=64)
     validate(longer, data_of(poem))
@@ -185,16 +194,20 @@ def test_sizes_come_from_the_data_and_contradictions_are_refused(poem):
     "wrong", [{"num_heads": 3}, {"num_layers": 0}, {"vocab_size": 0}, {"context_length": -1}]
 )
 def test_a_shape_that_cannot_be_is_refused_before_any_work(wrong):
-    with pytest.raises(ValueError, match=r"allowed: .*; type --model"):
+    (name,) = wrong
+    with pytest.raises(
+        UsageError, match=rf"Transformer: {name}=.*; allowed: .*; use {name}="
+    ) as error:
         tiny(**wrong)
+    assert error.value.flag.startswith(f"--model.{name}=")
 
 
 def test_a_model_without_sizes_or_build_says_what_it_lacks():
-    with pytest.raises(ValueError, match="vocabulary and context from the data"):
+    with pytest.raises(ValueError, match="vocab_size and context_length must come from the data"):
         tiny().configure_model()
     with pytest.raises(RuntimeError, match="has no net yet"):
         tiny()(torch.zeros(1, 1, dtype=torch.long))
-    with pytest.raises(NotImplementedError, match=r"TaskModule needs a build_net\(\)"):
+    with pytest.raises(NotImplementedError, match=r"TaskModule has no method build_net\(\)"):
         TaskModule().configure_model()
 
 

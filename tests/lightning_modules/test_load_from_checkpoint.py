@@ -18,6 +18,7 @@ from ravine import load_model
 from ravine.callbacks import LoRA, Quantization
 from ravine.callbacks.lora import lora_layers, merge_lora
 from ravine.callbacks.quantization.layers import QuantizedLinear
+from ravine.checkpoint_format import record_format
 from ravine.datamodules import ImageDataModule, PromptDataModule, SpamDataModule, TextDataModule
 from ravine.errors import MissingFileError, UsageError, UsageTypeError
 from ravine.lightning_modules import (
@@ -34,7 +35,7 @@ from ravine.strategies.checkpoint.atomic_io import CheckpointError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:It is recommended to use .self.log"),
-    pytest.mark.filterwarnings("ignore:all . samples weigh 0"),
+    pytest.mark.filterwarnings("ignore:all . advantages are 0"),
 ]
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -246,9 +247,13 @@ def test_arguments_given_replace_those_saved(line: Path, poem: Path) -> None:
     assert LanguageModel.lr != 0.1
     with pytest.raises(UsageTypeError, match="Line has no argument 'hiden'; allowed: hidden; use"):
         Line.load_from_checkpoint(line, hiden=4)
-    with pytest.raises(UsageError, match=r"hidden=4 makes no Line: .*; allowed: .*; leave out hid"):
+    with pytest.raises(
+        UsageError, match=r"with hidden=4 does not fit Line: .*; allowed: .*; remove hid"
+    ):
         Line.load_from_checkpoint(line, hidden=4)
-    with pytest.raises(UsageError, match=r"deep=2 makes no LanguageModel: .*'deep'; .* out deep$"):
+    with pytest.raises(
+        UsageError, match=r"deep=2 does not fit LanguageModel: .*'deep'; .*remove deep$"
+    ):
         LanguageModel.load_from_checkpoint(poem, deep=2)
 
 
@@ -275,11 +280,11 @@ def test_names_of_weights_must_be_equal_unless_strict_is_false(line: Path, tmp_p
     content["state_dict"]["more"] = content["state_dict"].pop("net.1.bias")
     torch.save(content, tmp_path / "other.ckpt")
     for strict in (None, True):
-        with pytest.raises(UsageError, match=r"makes no Line: .*net\.1\.bias"):
+        with pytest.raises(UsageError, match=r"does not fit Line: .*net\.1\.bias"):
             Line.load_from_checkpoint(tmp_path / "other.ckpt", strict=strict)
     with (
-        pytest.warns(UserWarning, match=r"in the model state dict .*\['net\.1\.bias'\]"),
-        pytest.warns(UserWarning, match=r"in the checkpoint state dict .*\['more'\]"),
+        pytest.warns(UserWarning, match=r"in the model but .*\['net\.1\.bias'\]"),
+        pytest.warns(UserWarning, match=r"in the checkpoint but .*\['more'\]"),
     ):
         loaded = Line.load_from_checkpoint(tmp_path / "other.ckpt", strict=False)
     assert torch.equal(first_layer(loaded), content["state_dict"]["net.0.weight"])
@@ -287,9 +292,9 @@ def test_names_of_weights_must_be_equal_unless_strict_is_false(line: Path, tmp_p
     class Lenient(Line):
         strict_loading = False  # pyright: ignore[reportAssignmentType]
 
-    with pytest.warns(UserWarning, match="state dict"):
+    with pytest.warns(UserWarning, match="found weights"):
         Lenient.load_from_checkpoint(tmp_path / "other.ckpt")
-    with pytest.raises(UsageError, match=r"strict is True, and Lenient\.strict_loading is"):
+    with pytest.raises(UsageError, match=r"strict=True contradicts Lenient\.strict_loading="):
         Lenient.load_from_checkpoint(line, strict=True)
 
 
@@ -369,12 +374,29 @@ def test_a_checkpoint_of_another_class_is_refused(poem: Path, line: Path, tmp_pa
         (LanguageModel, line, "another program"),
         (ImageClassifier, poem, "LanguageModel"),
     ):
-        words = f"written by {writer}, the model is {kind.__name__}; allowed: .*; use ravine.load_"
+        words = f"written by {writer}, but the model is a {kind.__name__}; .*; use ravine.load_"
         with pytest.raises(UsageError, match=words):
             kind.load_from_checkpoint(path)
     torch.save({"weights": torch.ones(2)}, tmp_path / "odd.ckpt")
-    with pytest.raises(UsageError, match="no checkpoint of a LanguageModel: it has no state_dict"):
+    with pytest.raises(
+        UsageError, match="not a checkpoint of LanguageModel, because it has no state_dict"
+    ):
         LanguageModel.load_from_checkpoint(tmp_path / "odd.ckpt")
+
+
+def test_a_checkpoint_without_what_came_from_the_data_is_refused_by_name() -> None:
+    for model, section in (
+        (LanguageModel(8, 8, num_layers=1, d_model=8, num_heads=1), "language"),
+        (ImageClassifier(), "images"),
+        (Diffusion(base_channels=8), "images"),
+    ):
+        task = type(model).__name__
+        record_format(content := {"task": task})
+        for damaged in ({}, {section: None}, {section: {"context_length": 8, "channels": 1}}):
+            message = rf"^{task}: the checkpoint does not contain .* of a {task}; allowed: "
+            with pytest.raises(UsageError, match=message) as error:
+                model.on_load_checkpoint(content | damaged)
+            assert error.value.flag == "--ckpt_path=FILE"
 
 
 def test_called_on_an_instance_it_is_a_type_error_as_in_lightning(poem: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from ravine.callbacks.lora import inject_lora, lora_layers
 from ravine.cli import loading
 from ravine.datamodules import PromptDataModule, TextDataModule
 from ravine.datamodules.text import python_docs_text
+from ravine.errors import UsageError
 from ravine.lightning_modules import (
     BatchDistance,
     CharacterFraction,
@@ -416,10 +418,13 @@ def test_a_policy_of_adapters_alone_is_loaded_with_its_base_or_asks_for_it(
     other = torch.load(base, weights_only=True)
     other["state_dict"]["net.head.weight"] += 1
     torch.save(other, own)
-    with pytest.raises(ValueError, match="is not the one this policy started from"):
+    with pytest.raises(ValueError, match="is not the base model of this policy"):
         loading.load_model(path)
     own.unlink()
-    with pytest.raises(FileNotFoundError, match=r"to the base model at .*own\.ckpt, and .* copy"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"the base model of these adapters, .*own\.ckpt, does not exist in .*copy",
+    ):
         loading.load_model(path)
 
 
@@ -432,7 +437,7 @@ def test_another_base_under_the_same_name_is_refused(base, tmp_path) -> None:
     other["state_dict"]["net.head.weight"] += 1
     torch.save(other, tmp_path / "other.ckpt")
     with pytest.raises(
-        ValueError, match=r"not the one this policy started from.*--model\.base_checkpoint"
+        ValueError, match=r"not the base model of this policy.*use base_checkpoint=FILE"
     ):
         fit(policy(str(tmp_path / "other.ckpt")), data(base), ckpt_path=tmp_path / "policy.ckpt")
 
@@ -471,7 +476,7 @@ def test_no_term_takes_the_name_of_what_is_logged_or_shown_beside_it(base) -> No
     watch, terms = fit(model, data(base), 2), {term.name for term in model.rewards}
     logged = {name.removeprefix("train/") for name in watch.metrics[-1]}
     for name in (logged | model.last_samples()[0].keys() | {"tokens_per_second"}) - terms:
-        with pytest.raises(ValueError, match=f"two metrics are called '{name}'"):
+        with pytest.raises(ValueError, match=f"the reward '{name}' is already the name"):
             check_rewards([CharacterFraction("e", name=name)], has_corpus=True, has_reference=True)
     assert {"e_std", "kl", "logprob_gap", "prompt"} <= logged | model.last_samples()[0].keys()
 
@@ -520,77 +525,80 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     ),
     "NaN": (
         lambda b: policy(b, reward_of(0.5, math.nan)),
-        r"the reward reward_fn is nan for sample 1 \('.*'\); return a number, or None",
+        r"the reward reward_fn is nan for sample 1 \('.*'\); allowed: .*; return a number, or None",
     ),
     "infinite": (
         lambda b: policy(b, reward_of(math.inf)),
-        r"the reward reward_fn is inf for sample 0 \('.*'\); return a number, or None",
+        r"the reward reward_fn is inf for sample 0 \('.*'\); allowed: .*; return a number, or None",
     ),
     "too few": (
         lambda b: policy(b, RewardFunction(lambda texts: [1.0, 2.0], name="two")),
-        r"the reward two gave 2 numbers for 8 samples, 0 to 7; return one for each",
+        r"the reward two returned 2 numbers for 8 samples; .*; return one number for each",
     ),
     "all None": (
         lambda b: policy(b, reward_of(None)),
-        r"the reward reward_fn is None for all 8 samples.*; score some of them",
+        r"the reward reward_fn is None for all 8 samples.*; return numbers for some",
     ),
     "no such column": (
         lambda b: policy(b, RewardFunction(lambda texts, answer: [], name="f")),
-        r"the reward f asks for 'answer'; there are texts, prompts, .*; rename",
+        r"the reward f has the argument 'answer', .*; allowed: texts, prompts, .*; rename",
     ),
-    "no rewards": (lambda b: Reinforce(b), r"has no rewards.*--config reinforce/avoid_e_v1"),
+    "no rewards": (
+        lambda b: Reinforce(b),
+        r"rewards is empty; .*; type --model\.rewards\+=.*--config reinforce/avoid_e_v1",
+    ),
     "one name for two": (
         lambda b: policy(b, CharacterFraction("e"), CharacterFraction("a")),
-        r"two metrics are called 'character_fraction'",
+        r"the reward 'character_fraction' is already the name of another metric",
     ),
     "a reference that is not there": (
         lambda b: policy(b, ReferenceLogprob(), reference="none"),
-        r"reference_logprob asks the reference.*--model\.reference=frozen_copy",
+        r"reference_logprob needs .* a reference.*--model\.reference=frozen_copy",
     ),
     "KL without a reference": (
         lambda b: policy(b, kl=KL(0.1), reference="none"),
-        r"kl\.beta is 0\.1, and there is no reference.*--model\.reference=frozen_copy",
+        r"kl\.beta=0\.1 needs a reference.*--model\.reference=frozen_copy",
     ),
     "no adapters": (
         lambda b: policy(b, reference="lora"),
-        r"it has none; add the callback: --trainer\.callbacks\+=LoRA",
+        r"needs a net with adapters.*; add LoRA\(\).*--trainer\.callbacks\+=LoRA",
     ),
     "a prompt too long": (
         lambda b: policy(b, max_new_tokens=42),
-        r"sample 0 has 8 tokens, and with 42 new ones .* 48 .*--model\.max_new_tokens=41 or .*"
-        r"--data\.prompt_length=7\)",
+        r"sample 0 has 8 tokens, .* with 42 new tokens .* 48 .*--model\.max_new_tokens=41, or "
+        r"--data\.prompt_length=7$",
     ),
     "a group of one": (
         lambda b: policy(b, estimator=AdvantageEstimator("rloo", "group")),
-        r"rloo compares the samples of a group, and here that is one.*--model\.group_size=4",
+        r"'rloo' compares the samples of a group, .* only one.*--model\.group_size=4",
     ),
     "a batch of one": (
         lambda b: policy(b, sampling=DecodingConfig(0.8)),
-        r"mean compares the samples of a batch, and here that is one.*--data\.batch_size=64$",
+        r"'mean' compares the samples of a batch, .* only one.*--data\.batch_size=64$",
     ),
     "a group of none": (
         lambda b: policy(b, group_size=0),
-        r"group_size is 0; allowed: 1 or more; type --model\.group_size=1",
+        r"group_size=0 is too small; allowed: 1 or more; .*; type --model\.group_size=1$",
     ),
     "temperature 0": (
         lambda b: policy(b, sampling=DecodingConfig(0.0)),
-        r"nothing is drawn.*--model\.sampling\.temperature=0\.8",
+        r"temperature=0 does not sample.*--model\.sampling\.temperature=0\.8",
     ),
     "a stop of nothing": (
         lambda b: policy(b, stop=""),
-        r"stop is ''.*; allowed: one character or more.*; type --model\.stop=",
+        r"stop='' would end every text .*; allowed: .* one character .*; type --model\.stop=",
     ),
     "a term with a metric's name": (
         lambda b: policy(b, CharacterFraction("e", name="kl")),
-        r"two metrics are called 'kl': give each term a `name`",
+        r"the reward 'kl' is already .*; pass a different name.*--model\.rewards\.name=NAME",
     ),
     "no base": (
         lambda b: policy(b + "x"),
-        r"no base model at .*: no such file.*--model\.base_checkpoint=FILE",
+        r"base_checkpoint=.* is neither a file nor a folder .*--model\.base_checkpoint=FILE",
     ),
     "rejection of the lukewarm": (
         lambda b: policy(b, CharacterFraction("e"), estimator=AdvantageEstimator("rejection")),
-        r"rejection keeps samples of reward 1.*make the reward binary",
+        r"'rejection' needs rewards of 0 or 1.*use a single Threshold",
     ),
 }
 
@@ -598,15 +606,19 @@ MISTAKES: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_named(mistake: str, base: str) -> None:
     make, message = MISTAKES[mistake]
-    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+    with pytest.raises(UsageError) as error:
         fit(make(base), data(base, batch_size=1 if mistake == "a batch of one" else 8), 1)
+    flag = f"; type {error.value.flag}" if error.value.flag else ""
+    assert re.search(message, f"{error.value}{flag}")
     assert "\n" not in str(error.value)
 
 
 def test_equal_rewards_are_said_and_change_nothing(base) -> None:
     model = policy(base, Threshold(CharacterFraction("e"), max_value=1.0), reference="none")
     model.lr = 0.0
-    with pytest.warns(UserWarning, match=r"all 8 samples weigh 0.*alike \(1\)"):
+    with pytest.warns(
+        UserWarning, match=r"all 8 advantages are 0, .*equal \(1\); no term contributes"
+    ):
         watch = fit(model, data(base), 1)
     assert not any(g.any() for g in watch.gradients[0].values())
     assert watch.metrics[0]["train/frac_zero_advantage"] == 1
@@ -616,7 +628,7 @@ def test_equal_rewards_are_said_and_change_nothing(base) -> None:
 def test_equal_rewards_leave_the_divergence_and_no_rounding_blown_up(kind, base) -> None:
     """The policy is its reference still: what is left of the divergence is rounding."""
     model = policy(base, reward_of(1.0), kl=KL(0.1), estimator=AdvantageEstimator(kind))
-    with pytest.warns(UserWarning, match="teaches nothing but to stay near the reference"):
+    with pytest.warns(UserWarning, match="only the KL term contributes to this step"):
         watch = fit(model, data(base), 1)
     assert watch.rollouts[0].advantages.abs().max() < 1e-6
     assert watch.metrics[0]["train/frac_zero_advantage"] == 1
@@ -629,37 +641,36 @@ def test_a_base_that_is_no_plain_language_model_is_refused(base, tmp_path) -> No
     with pytest.raises(ValueError, match="has no tokenizer"):
         fit(policy(str(tmp_path / "bare.ckpt")), data(base))
     (tmp_path / "torn.ckpt").write_bytes(b"PK no more")
-    with pytest.raises(ValueError, match="cannot be read as a checkpoint: it is not a checkpoint"):
+    with pytest.raises(ValueError, match=r"cannot be loaded: .*it is not a checkpoint"):
         fit(policy(str(tmp_path / "torn.ckpt")), data(base))
     checkpoint = torch.load(base, weights_only=True)
     checkpoint["state_dict"]["net.blocks.0.attention.query.lora_a"] = torch.zeros(1)
     torch.save(checkpoint, tmp_path / "lora.ckpt")
-    with pytest.raises(
-        ValueError,
-        match=r"has adapters \(net\.blocks\.0\.attention\.query\.lora_a and 0 more.*--merge",
-    ):
+    message = r"contains adapters \(net\.blocks\.0\.attention\.query\.lora_a and 0 more.*; merge"
+    with pytest.raises(UsageError, match=message) as error:
         fit(policy(str(tmp_path / "lora.ckpt")), data(base))
+    assert "--merge" in error.value.flag
     del checkpoint["language"]
     checkpoint["task"] = SpamClassifier.__name__
     torch.save(checkpoint, tmp_path / "spam.ckpt")
-    with pytest.raises(ValueError, match="no checkpoint of a language model, but of SpamClass"):
+    with pytest.raises(ValueError, match="was written by SpamClassifier, not by a LanguageModel"):
         fit(policy(str(tmp_path / "spam.ckpt")), data(base))
 
 
 DAMAGE: dict[str, tuple[Any, str]] = {
-    "no net": (lambda c: c.pop("state_dict"), "is no checkpoint of a language model"),
-    "an empty box": (lambda c: c["language"].clear(), "is no checkpoint of a language model"),
+    "no net": (lambda c: c.pop("state_dict"), "not by a LanguageModel"),
+    "an empty box": (lambda c: c["language"].clear(), "not by a LanguageModel"),
     "a setting of its own": (
         lambda c: c["hyper_parameters"].update(experts_of_mine=2),
-        "by LanguageModel, whose net is not that of LanguageModel: experts_of_mine and 0 more",
+        "by LanguageModel, but its net is not that of a LanguageModel: experts_of_mine and 0 more",
     ),
     "another width": (
         lambda c: c["hyper_parameters"].update(d_model=32),
-        r"blocks\.0\.attention\.key\.weight and \d+ more differ; .*--model\.base_checkpoint=FILE",
+        r"blocks\.0\.attention\.key\.weight and \d+ more differ; .*use base_checkpoint=FILE",
     ),
     "a weight too many": (
         lambda c: c["state_dict"].update({"net.mine": torch.zeros(1)}),
-        "not that of LanguageModel: mine and 0 more",
+        "not that of a LanguageModel: mine and 0 more",
     ),
 }
 
@@ -680,10 +691,12 @@ def test_a_base_of_another_net_is_refused_before_anything_is_built(
 def test_a_base_that_was_cut_off_is_said_so(base, tmp_path) -> None:
     whole_file = Path(base).read_bytes()
     (tmp_path / "half.ckpt").write_bytes(whole_file[: len(whole_file) // 2])
-    with pytest.raises(ValueError, match=r"it is cut short or damaged at its end .*; type"):
+    with pytest.raises(
+        ValueError, match=r"it is cut short or damaged at its end .*; use base_checkpoint=FILE"
+    ):
         base_model.load_base_model(str(tmp_path / "half.ckpt"))
     with pytest.raises(
-        ValueError, match=r"base_checkpoint is empty; type --model\.base_checkpoint=FILE"
+        ValueError, match=r"base_checkpoint is empty; allowed: .*; use base_checkpoint=FILE"
     ):
         base_model.load_base_model("")
 
@@ -696,15 +709,18 @@ def test_of_a_folder_the_newest_checkpoint_is_the_base(tmp_path) -> None:
 
 
 def test_a_micro_batch_of_one_sample_is_refused_as_a_batch_of_one(base) -> None:
-    with pytest.raises(ValueError, match="mean compares the samples of a batch, and here that is"):
+    with pytest.raises(
+        ValueError, match="'mean' compares the samples of a batch, which has only one"
+    ):
         fit(policy(base), data(base), 1, accumulate_grad_batches=8)
 
 
 def test_a_base_in_parts_is_refused_with_the_command_that_joins_them(base, tmp_path) -> None:
     (tmp_path / "run" / "step=2.ckpt").mkdir(parents=True)
     (tmp_path / "run" / "step=2.ckpt" / "__0_0.distcp").touch()
-    with pytest.raises(ValueError, match=r"is a checkpoint in parts.*--consolidate=base\.ckpt"):
+    with pytest.raises(UsageError, match=r"is a sharded checkpoint.*base_checkpoint=") as error:
         fit(policy(str(tmp_path / "run")), data(base))
+    assert "--consolidate=base.ckpt" in error.value.flag
 
 
 def fails_on_the_second_rank(base: str) -> None:
@@ -763,7 +779,9 @@ def test_adapters_switched_off_are_the_reference(base) -> None:
 
 def test_a_reference_that_would_learn_is_refused(base) -> None:
     lora = LoRA(rank=2, train_also=["net.head"])
-    with pytest.raises(ValueError, match=r"head\.weight learns beside them.*reference=frozen_copy"):
+    with pytest.raises(
+        ValueError, match=r"head\.weight is trained, too; .*reference='frozen_copy'"
+    ):
         fit(policy(base, kl=KL(0.1), reference="lora"), data(base), 1, callbacks=[lora])
     fit(policy(base, kl=KL(0.1)), data(base), 1, callbacks=[LoRA(rank=2, train_also=["net.head"])])
 
@@ -806,11 +824,15 @@ def test_a_line_that_is_no_prompt_is_named(lines: str, message: str, tmp_path) -
 
 def test_other_data_are_refused(base) -> None:
     text = TextDataModule(base.replace("base.ckpt", "text.txt"), context_length=8, batch_size=8)
-    with pytest.raises(ValueError, match="TextDataModule has none; type --data=PromptDataModule"):
+    with pytest.raises(
+        ValueError, match=r"TextDataModule has none; .*; pass datamodule=PromptDataModule"
+    ):
         fit(policy(base), text)  # type: ignore[arg-type]
     (prompts := data(base)).setup("fit")
     prompts.corpus_text = None
-    with pytest.raises(ValueError, match=r"the data have none; type --data\.corpus_path=FILE"):
+    with pytest.raises(
+        ValueError, match=r"the data contain none; .*; use PromptDataModule\(corpus_path=FILE"
+    ):
         fit(policy(base, VocabularyFraction()), prompts)
 
 
@@ -905,16 +927,16 @@ def test_a_prompt_with_a_character_the_base_does_not_know_is_refused(tmp_path) -
     (tmp_path / "other.jsonl").write_text('{"prompt": "abc"}\n{"prompt": "\u00f8z"}\n')
     for name in ("other.txt", "other.jsonl"):
         prompts = PromptDataModule(tmp_path / name, prompt_length=4, batch_size=2)
-        message = rf"{name} has prompts with 'z' \(U\+007A\), '\u00f8' .*; type --data\.path=FILE"
+        message = (
+            rf"{name} has prompts with 'z' \(U\+007A\), '\u00f8' .*; remove them from the prompts"
+        )
         with pytest.raises(ValueError, match=message):
             fit(policy(base, CharacterFraction("e"), max_new_tokens=4), prompts, 1)
 
 
 def test_tokens_of_a_micro_batch_are_no_divisor_of_a_step(base) -> None:
     model = policy(base, estimator=AdvantageEstimator("none", loss_normalization="tokens"))
-    with pytest.raises(
-        ValueError, match=r"2 micro-batches.*--model\.estimator\.loss_normalization=const"
-    ):
+    with pytest.raises(ValueError, match=r"2 micro-batches.*; use loss_normalization='constant'"):
         fit(model, data(base), 1, accumulate_grad_batches=2)
 
 

@@ -199,5 +199,5 @@ def test_undefined_scores_are_nan_and_one_line_names_them(absent, caplog):
 
 @pytest.mark.parametrize("wrong", [{"hidden_size": -1}, {"num_buckets": 0}])
 def test_impossible_sizes_are_refused(wrong):
-    with pytest.raises(ValueError, match=r"allowed: .*; type --model\.hidden_size=0"):
+    with pytest.raises(ValueError, match=r"allowed: hidden_size: 0 or more, .*; use hidden_size=0"):
         SpamClassifier(**wrong)

@@ -117,30 +117,49 @@ def check_rewards(reward_fns: Sequence[Reward], has_corpus: bool, has_reference:
     """Raise RewardError before the first step for missing inputs, wrong weights and equal names."""
     if not reward_fns:
         raise RewardError(
-            "Reinforce has no rewards; allowed: CharacterFraction, Threshold, RewardFunction and "
-            "others; type --model.rewards+=CharacterFraction --model.rewards.characters=eE, or "
-            "use a config: --config reinforce/avoid_e_v1"
+            "Reinforce: rewards is empty",
+            [
+                "CharacterFraction",
+                "Threshold",
+                "RewardFunction",
+                "other rewards of ravine.lightning_modules",
+            ],
+            "use rewards=[CharacterFraction('eE', weight=-1)]",
+            flag=(
+                "--model.rewards+=CharacterFraction --model.rewards.characters=eE, or --config "
+                "reinforce/avoid_e_v1"
+            ),
         )
     names = [reward_fn.name for reward_fn in reward_fns]
     for reward_fn in reward_fns:
         if not math.isfinite(reward_fn.weight):
             raise RewardError(
-                f"the weight of the reward {reward_fn.name} is {reward_fn.weight}; allowed: a "
-                "finite number; "
-                "type --model.rewards.weight=1"
+                f"the reward {reward_fn.name} has weight={reward_fn.weight}",
+                ["a finite number"],
+                "use weight=1",
+                flag="--model.rewards.weight=1",
             )
         is_taken = reward_fn.name in RESERVED_NAMES or reward_fn.name.endswith("_std")
         if is_taken or names.count(reward_fn.name) > 1:
-            raise RewardError(f"two metrics are called {reward_fn.name!r}: give each term a `name`")
+            raise RewardError(
+                f"the name of the reward {reward_fn.name!r} is already the name of another metric",
+                hint="pass a different name to the reward",
+                flag="--model.rewards.name=NAME",
+            )
         if reward_fn.needs_corpus and not has_corpus:
             raise RewardError(
-                f"the reward {reward_fn.name} compares with a text, and the data have none; "
-                "type --data.corpus_path=FILE"
+                f"the reward {reward_fn.name} needs a corpus, but the data contain none",
+                ["data with a corpus"],
+                "use PromptDataModule(corpus_path=FILE)",
+                flag="--data.corpus_path=FILE",
             )
         if reward_fn.needs_reference and not has_reference:
             raise RewardError(
-                f"the reward {reward_fn.name} asks the reference, and there is none; "
-                "type --model.reference=frozen_copy"
+                f"the reward {reward_fn.name} needs the logprobs of a reference, but "
+                "reference='none'",
+                ["frozen_copy", "lora"],
+                "use reference='frozen_copy'",
+                flag="--model.reference=frozen_copy",
             )
 
 
@@ -162,11 +181,10 @@ def weighted_sum(reward_fns: Sequence[Reward], values: Tensor) -> Tensor:
         i = int((total.abs() > MAX_FLOAT32).nonzero()[0])
         reward_fn = reward_fns[counted_indices[int(weighted_values[:, i].abs().argmax())]]
         raise RewardError(
-            f"the reward of sample {i} is {total[i]:.4g}, most of it of {reward_fn.name} with "
-            "weight "
-            f"{reward_fn.weight:g}; allowed: up to {MAX_FLOAT32:.2g}, the largest number of "
-            "float32; give "
-            "the term a smaller weight"
+            f"the reward of sample {i} is {total[i]:.4g}, mainly from {reward_fn.name} with "
+            f"weight {reward_fn.weight:g}, which exceeds the largest float32",
+            [f"up to {MAX_FLOAT32:.2g}"],
+            "give this reward a smaller weight",
         )
     return total.where(
         total.abs() > CANCELLATION_TOLERANCE * weighted_values.abs().sum(0), 0.0 * total
@@ -179,8 +197,10 @@ def check_scored(reward_fns: Sequence[Reward], values: Tensor) -> None:
         if reward_fn.weight and row.isnan().all():
             raise RewardError(
                 f"the reward {reward_fn.name} is None for all {len(row)} samples of the batch, so "
-                "there "
-                "is nothing to learn from; score some of them, or give the term weight 0"
+                "that there is no advantage to learn from",
+                ["a number for one sample or more"],
+                "return numbers for some samples, or use weight=0",
+                flag="--model.rewards.weight=0",
             )
 
 
@@ -193,27 +213,29 @@ def _score_checked(reward_fn: Reward, inputs: RewardInputs) -> Tensor:
     except Exception as error:
         raise RewardError(
             f"the reward {reward_fn.name} failed on {_describe_first_failure(reward_fn, inputs)}: "
-            f"{format_error(error)}"
-            f"{_format_location(error)}; correct it, or return None for such a sample"
+            f"{format_error(error)}{_format_location(error)}",
+            hint="correct the function, or return None for such a sample",
         ) from error
     if len(numbers) != len(inputs.texts):
         raise RewardError(
-            f"the reward {reward_fn.name} gave {len(numbers)} numbers for {len(inputs.texts)} "
-            "samples, "
-            f"0 to {len(inputs.texts) - 1}; return one for each, None where there is none"
+            f"the reward {reward_fn.name} returned {len(numbers)} numbers for {len(inputs.texts)} "
+            "samples",
+            ["one number, or None, for each sample"],
+            "return one number for each sample, and None for a sample without a score",
         )
     for i, (value, number) in enumerate(zip(values, numbers, strict=True)):
         if value is not None and not math.isfinite(number):
             raise RewardError(
-                f"the reward {reward_fn.name} is {number} for {_describe_sample(inputs, i)}; "
-                "return a number, or "
-                "None for a sample that cannot be scored"
+                f"the reward {reward_fn.name} is {number} for {_describe_sample(inputs, i)}",
+                ["a finite number", "None"],
+                "return a number, or None for a sample without a score",
             )
         if abs(number) > MAX_FLOAT32:
             raise RewardError(
-                f"the reward {reward_fn.name} is {number:.4g} for {_describe_sample(inputs, i)}; "
-                "allowed: up to "
-                f"{MAX_FLOAT32:.2g}, the largest number of float32; scale it, or return None"
+                f"the reward {reward_fn.name} is {number:.4g} for {_describe_sample(inputs, i)}, "
+                "which exceeds the largest float32",
+                [f"up to {MAX_FLOAT32:.2g}"],
+                "scale the reward, or return None",
             )
     return torch.tensor(numbers, dtype=torch.float64)
 
@@ -223,9 +245,9 @@ def _call_reward(reward_fn: Reward, inputs: RewardInputs) -> tuple[list[Any], li
     returned = reward_fn.score(inputs.copy_slice())
     if isinstance(returned, str | bytes | bytearray | Mapping | Set):
         raise RewardError(
-            f"the reward {reward_fn.name} gave a {type(returned).__name__}; allowed: a list or a "
-            "tensor "
-            "with one number for each sample, in their order; return [... for text in texts]"
+            f"the reward {reward_fn.name} returned a {type(returned).__name__}",
+            ["a list or a tensor with one number for each sample, in their order"],
+            "return [... for text in texts]",
         )
     values = returned.tolist() if isinstance(returned, Tensor) else list(returned)
     return values, [math.nan if value is None else float(value) for value in values]

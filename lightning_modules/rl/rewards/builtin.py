@@ -43,7 +43,10 @@ class CharacterFraction(Reward):
         super().__init__(weight, name)
         if not characters:
             raise RewardError(
-                f"the reward {self.name} counts no character; type --model.rewards.characters=eE"
+                f"the reward {self.name} has characters='', so that it counts nothing",
+                ["one character or more"],
+                "use characters='eE'",
+                flag="--model.rewards.characters=eE",
             )
         self.characters = characters
 
@@ -196,8 +199,10 @@ class BatchDistance(Reward):
         """Compare the texts of all ranks; return the distances of this rank's texts."""
         if len(inputs.all_texts) < 2:
             raise RewardError(
-                f"the reward {self.name} compares the texts of a batch, and there is one; "
-                "type --data.batch_size=64"
+                f"the reward {self.name} compares the texts of a batch, which has only one",
+                ["2 texts or more in a batch"],
+                "use PromptDataModule(batch_size=64)",
+                flag="--data.batch_size=64",
             )
         nearest = nearest_distance(pairwise_jaccard_distance(inputs.all_texts, self.n))
         return nearest[inputs.rank_offset : inputs.rank_offset + len(inputs.texts)].tolist()
@@ -227,10 +232,18 @@ class Threshold(Reward):
         """Set the bounds; raise RewardError if there is none, or if nothing lies between them."""
         super().__init__(weight, name)
         if min_value is None and max_value is None:
-            raise RewardError("Threshold has no bound; give `min_value`, or `max_value`, or both")
+            raise RewardError(
+                "Threshold: min_value and max_value are both None",
+                ["min_value", "max_value", "both"],
+                "pass min_value, max_value or both",
+                flag="--model.rewards.max_value=0",
+            )
         if min_value is not None and max_value is not None and min_value > max_value:
             raise RewardError(
-                f"Threshold: nothing lies between min_value={min_value} and max_value={max_value}"
+                f"Threshold: min_value={min_value} is larger than max_value={max_value}",
+                ["min_value up to max_value"],
+                "swap them",
+                flag=f"--model.rewards.min_value={max_value} --model.rewards.max_value={min_value}",
             )
         self.reward, self.min_value, self.max_value = reward, min_value, max_value
         self.needs_corpus, self.needs_reference = reward.needs_corpus, reward.needs_reference
@@ -253,15 +266,19 @@ def _check_at_least_1(reward: Reward, **sizes: float) -> None:
     for name, size in sizes.items():
         if size < 1:
             raise RewardError(
-                f"{name} of the reward {reward.name} is {size}; allowed: 1 or more; "
-                f"type --model.rewards.{name}=3"
+                f"the reward {reward.name} has {name}={size}, which is too small",
+                ["1 or more"],
+                f"use {name}=3",
+                flag=f"--model.rewards.{name}=3",
             )
 
 
 def _missing_in_corpus_error(reward: Reward, missing: str) -> RewardError:
     return RewardError(
-        f"the reward {reward.name} is 0 for every text, since the corpus has no {missing}; "
-        "type --data.corpus_path=FILE of another one, or leave the term out"
+        f"the reward {reward.name} is 0 for every text, because the corpus has no {missing}",
+        [f"a corpus with {missing}"],
+        "use PromptDataModule(corpus_path=FILE) with another file, or remove the reward",
+        flag="--data.corpus_path=FILE",
     )
 
 

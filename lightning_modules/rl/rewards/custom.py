@@ -61,8 +61,9 @@ class RewardFunction(Reward):
                 available[name] = value
         for name in inputs.columns.keys() & available.keys():
             raise RewardError(
-                f"the data have a column {name!r}, by which the reward {self.name} would get what "
-                "was written; give the column another name"
+                f"the data have a column {name!r}, which is also the name under which the reward "
+                f"{self.name} gets the samples",
+                hint="rename the column of the data",
             )
         available |= inputs.columns
         variadic_kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
@@ -73,8 +74,10 @@ class RewardFunction(Reward):
             )
             if name not in available and is_required:
                 raise RewardError(
-                    f"the reward {self.name} asks for {name!r}; there are {', '.join(available)}; "
-                    "rename the argument, or give the data a column of that name"
+                    f"the function of the reward {self.name} has the argument {name!r}, which "
+                    "does not exist",
+                    available,
+                    "rename the argument, or add a column of that name to the data",
                 )
         positional_names = [
             n for n, k in param_kinds.items() if k is inspect.Parameter.POSITIONAL_ONLY
@@ -99,8 +102,8 @@ def import_reward_function(path: str) -> Callable[..., Any]:
     """
     file, _, name = path.rpartition(".")
     if not file:
-        message = "a file and a function in it are named, with a dot between"
-        raise _not_found_error(path, message, path.strip("."), [])
+        problem = "the path names no file, or no function in it"
+        raise _not_found_error(path, problem, ["my_file.my_function"], path.strip("."), [])
     module = _import_module(path, file, name)
     function = getattr(module, name, None)
     if callable(function):
@@ -108,10 +111,11 @@ def import_reward_function(path: str) -> Callable[..., Any]:
     similar_names = sort_by_similarity(
         name, [k for k, v in vars(module).items() if inspect.isfunction(v)]
     )
-    alternatives = f"functions in {file} are {', '.join(similar_names[:9]) or 'none'}"
+    problem = f"{file} has no such function"
     if function is not None:
-        alternatives = f"that is {shorten(repr(function))}, and {alternatives}"
-    raise _not_found_error(path, alternatives, file, similar_names)
+        problem = f"it is {shorten(repr(function))}, not a function"
+    allowed = [f"{file}.{similar_name}" for similar_name in similar_names[:9]]
+    raise _not_found_error(path, problem, allowed, file, similar_names)
 
 
 def _import_module(path: str, file: str, name: str) -> ModuleType:
@@ -123,19 +127,25 @@ def _import_module(path: str, file: str, name: str) -> ModuleType:
             files = sort_by_similarity(
                 file, [file_path.stem for file_path in Path().glob("[!._]*.py")]
             )
-            alternatives = f"{', '.join(files[:9])}" if files else "none"
-            problem = (
-                f"no file is called {missing_module}.py; "
-                f"files of Python in this folder are {alternatives}"
-            )
-            raise _not_found_error(path, problem, files[0] if files else file, [name]) from error
+            problem = f"there is no file {missing_module}.py"
+            allowed = [f"{similar_file}.py" for similar_file in files[:9]]
+            nearest = files[0] if files else file
+            raise _not_found_error(path, problem, allowed, nearest, [name]) from error
         raise RewardError(
-            f"no reward function {path}: importing {file} ends in {format_error(error)}; "
-            f'correct it, and type python -c "import {file}" to see'
+            f"the reward function {path} cannot be imported: importing {file} raises "
+            f"{format_error(error)}",
+            hint=f"correct the file, and try import {file} in Python",
+            flag=f'python -c "import {file}"',
         ) from error
 
 
-def _not_found_error(path: str, problem: str, file: str, names: Sequence[str]) -> RewardError:
+def _not_found_error(
+    path: str, problem: str, allowed: Sequence[str], file: str, names: Sequence[str]
+) -> RewardError:
     suggestion = f"{file}.{names[0] if names else 'reward'}"
-    hint = f"type --model.rewards.function={suggestion}"
-    return RewardError(f"no reward function {path}: {problem}; {hint}")
+    return RewardError(
+        f"the reward function {path} does not exist: {problem}",
+        allowed,
+        f"use function={suggestion!r}",
+        flag=f"--model.rewards.function={suggestion}",
+    )

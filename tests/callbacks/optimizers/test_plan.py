@@ -22,6 +22,7 @@ from ravine.callbacks import (
 )
 from ravine.callbacks.optimizers.composite import CompositeOptimizer
 from ravine.callbacks.optimizers.rules import assign_params, classify_params
+from ravine.errors import UsageError
 from ravine.lightning_modules.task_module import TaskModule
 from ravine.strategies import AtomicCheckpointIO
 
@@ -331,8 +332,10 @@ def test_a_task_in_float16_without_a_plan_says_what_to_type():
             return (self.net(batch[0]) - batch[1]).square().mean()
 
     trainer = L.Trainer(**QUIET, max_steps=2, precision="16-true")
-    with pytest.raises(ValueError, match=r"0 in float16.*--trainer\.precision=16-mixed, or Opt"):
+    message = r"0 in float16.*; use Trainer\(precision='16-mixed'\), or OptimizerPlan"
+    with pytest.raises(UsageError, match=message) as error:
         trainer.fit(Task(), data())
+    assert error.value.flag == "--trainer.precision=16-mixed"
 
 
 def test_a_model_with_nothing_to_train_is_refused():

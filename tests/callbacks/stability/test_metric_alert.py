@@ -93,7 +93,7 @@ def certain(self: Transformer, tokens: torch.Tensor, *cache: Any) -> torch.Tenso
 FORWARD = Transformer.forward
 
 
-@pytest.mark.filterwarnings("ignore:all 16 samples weigh 0")
+@pytest.mark.filterwarnings("ignore:all 16 advantages are 0")
 @pytest.mark.parametrize("forced", [False, True])
 def test_the_alarm_is_silent_on_a_base_and_rings_if_all_texts_are_one(
     forced: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -100,11 +100,20 @@ def test_a_text_ends_before_its_stop(checkpoint: str) -> None:
 
 REFUSED = {
     "": "generate needs a trained model",
-    "--ckpt_path=X --prompt=": "a prompt is empty; allowed: any text; type --prompt='ROMEO:'",
+    "--ckpt_path=X --prompt=": (
+        "generate: a prompt is empty\n  allowed: a text of one character or more\n"
+        "  type: --prompt='ROMEO:'\n"
+    ),
     "--ckpt_path=X --prompt=A": "character 'A' (U+0041) at position 0 of the text is not in",
-    "--ckpt_path=X --temperature=-1": "temperature is -1.0; allowed: 0 (the most probable token)",
+    "--ckpt_path=X --temperature=-1": (
+        "DecodingConfig: temperature=-1.0 is out of range\n  allowed: 0 (the most probable token) "
+        "or more\n  type: --temperature=0.8, or --model.sampling.temperature=0.8\n"
+    ),
     "--ckpt_path=X --temperature=warm": "--temperature is 'warm', not a number",
-    "--ckpt_path=X --top_k=40": "top_k is 40, and there are 29 different tokens; allowed: 1 to 29",
+    "--ckpt_path=X --top_k=40": (
+        "DecodingConfig: top_k=40 exceeds the vocabulary of 29 tokens\n  allowed: 1 to 29\n"
+        "  type: --top_k=29, or"
+    ),
     "--ckpt_path=X --top_k=4.5": "--top_k is '4.5', not a whole number",
     "--ckpt_path=X --temprature=1": "generate has no flag --temprature\n  nearest: temperature",
     "--ckpt_path=X --context_overflow=jump": (
@@ -113,10 +122,17 @@ REFUSED = {
     "--ckpt_path=X --device=gpu": "no device 'gpu' is here",
     "--ckpt_path=X --device=cuda:99": "no device 'cuda:99' is here",
     "--ckpt_path=X --context_overflow=error": (
-        "a prompt of 1 tokens and 200 new ones do not fit into the 16"
+        "generate: a prompt of 1 tokens and 200 new tokens exceed the context of 16 tokens\n"
+        "  allowed: max_new_tokens up to 16\n"
+        "  type: --max_new_tokens=16, or --context_overflow=slide\n"
     ),
-    "--ckpt_path=X --stop=": "a stop is empty",
-    "--ckpt_path=X --num_samples=0": "num_samples and batch_size must be 1 or more",
+    "--ckpt_path=X --stop=": (
+        "generate: a stop string is empty\n  allowed: a text of one character or more\n"
+        "  type: --stop='\\n\\n'\n"
+    ),
+    "--ckpt_path=X --num_samples=0": (
+        "generate: num_samples=0 is too small\n  allowed: 1 or more\n  type: --num_samples=1\n"
+    ),
     "--ckpt_path=X --prompt_file=no.txt": "no file no.txt",
     "--ckpt_path=X --prompt": "--prompt has no value",
     "--ckpt_path=X hello": "'hello' belongs to no flag",
@@ -139,7 +155,7 @@ def test_a_checkpoint_without_tokenizer_says_so(
 ) -> None:
     path = saved(model_of(None), tmp_path / "bare.ckpt")
     assert main(["generate", "--ckpt_path", path]) == 2
-    assert "LanguageModel has no tokenizer to write with" in capsys.readouterr().err
+    assert "LanguageModel: generate needs a net and a tokenizer" in capsys.readouterr().err
 
 
 def test_damaged_weights_end_in_one_line(
@@ -149,7 +165,7 @@ def test_damaged_weights_end_in_one_line(
     with torch.no_grad():
         model.net.head.weight.fill_(torch.nan)
     assert main(["generate", "--ckpt_path", saved(model, tmp_path / "nan.ckpt")]) == 1
-    assert "the net gives NaN after text 0" in capsys.readouterr().err
+    assert "generate: the net returned NaN for text 0" in capsys.readouterr().err
 
 
 def test_a_flipped_byte_is_noticed_before_a_word_is_written(

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ravine.errors import UsageError
 from ravine.lightning_modules.diffusion_core.captured_denoiser import GraphCache
 from ravine.lightning_modules.diffusion_core.counter_rng import derive_key, normals, uniforms
 from ravine.lightning_modules.diffusion_core.denoiser import Denoiser
@@ -344,27 +345,31 @@ def test_guidance_moves_along_the_difference_that_the_label_makes() -> None:
     [
         (
             lambda: SamplerConfig(num_steps=0),
-            r"num_steps is 0; allowed: 1 or more; type --num_steps=50",
+            r"num_steps=0 is out of range; allowed: 1 or more; use num_steps=50",
         ),
         (
             lambda: SamplerConfig(guidance_scale=-1),
-            r"guidance_scale is -1; allowed: 0 \(none\) or more",
+            r"guidance_scale=-1 is out of range; allowed: 0 \(none\) or more",
         ),
         (
             lambda: SamplerConfig(eta=2),
-            r"eta is 2; allowed: 0 \(no fresh noise\) to 1; type --eta=0",
+            r"eta=2 is out of range; allowed: 0 \(no fresh noise\) to 1; use eta=0",
         ),
         (
             lambda: SamplerConfig("heun", eta=1),
-            r"the sampler heun, which takes none; .* --sampler=ddim",
+            r"eta=1 has no effect with sampler='heun'; allowed: .*; use sampler='ddim'",
         ),
         (
             lambda: NoiseSchedule("linear").timesteps(1001),
-            r"num_steps is 1001; allowed: 1 to 1000; type",
+            r"num_steps=1001 is out of range; allowed: 1 to 1000; use num_steps=1000",
         ),
-        (lambda: Denoiser(NoiseSchedule("flow"), "eps"), r"allowed: x0, v, velocity; type --model"),
+        (
+            lambda: Denoiser(NoiseSchedule("flow"), "eps"),
+            r"allowed: x0, v, velocity; use prediction_type='velocity'",
+        ),
     ],
 )
 def test_what_means_nothing_is_refused(wrong: Callable[[], object], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(UsageError, match=said) as error:
         wrong()
+    assert error.value.flag.startswith("--")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ravine.errors import UsageError
 from ravine.lightning_modules.generation.generate_text import (
     gather_logprobs,
     generate,
@@ -295,13 +296,16 @@ def test_a_seed_gives_every_text_its_own_numbers() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0 is too small"),
         (
             {"context_overflow": "error", "max_new_tokens": 20},
-            "a prompt of 20 tokens and 20 new ones do not fit",
+            "a prompt of 20 tokens and 20 new tokens exceed the context of",
         ),
         ({"prompts": [torch.tensor([], dtype=torch.long)]}, "a prompt is empty"),
-        ({"sampling": DecodingConfig(top_k=24)}, "top_k is 24, and there are 23 different tokens"),
+        (
+            {"sampling": DecodingConfig(top_k=24)},
+            "top_k=24 exceeds the vocabulary of 23 tokens; allowed: 1 to 23; use top_k=23",
+        ),
     ],
 )
 def test_what_cannot_be_written_is_refused(given: dict[str, Any], message: str) -> None:
@@ -315,8 +319,10 @@ def test_what_cannot_be_written_is_refused(given: dict[str, Any], message: str) 
     [("temperature", -1), ("temperature", math.nan), ("top_k", 0), ("top_p", 0), ("min_p", 1)],
 )
 def test_rules_that_mean_nothing_are_refused(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=f"{name} is {value}; allowed: .*type --{name}="):
+    message = f"DecodingConfig: {name}={value} is out of range; allowed: .*; use {name}="
+    with pytest.raises(UsageError, match=message) as error:
         DecodingConfig(**{name: value})
+    assert error.value.flag.startswith(f"--{name}=")
 
 
 def test_nan_logits_end_the_writing_with_the_text_s_number() -> None:
@@ -324,7 +330,7 @@ def test_nan_logits_end_the_writing_with_the_text_s_number() -> None:
     with torch.no_grad():
         net.embed.weight[7] = math.nan
     prompt_list = [torch.tensor([1]), torch.tensor([7])]
-    with pytest.raises(RuntimeError, match="NaN after text 1"):
+    with pytest.raises(RuntimeError, match="NaN for text 1"):
         generate(net, prompt_list, 5, T, stops=[])
 
 

@@ -100,7 +100,9 @@ def test_a_variant_that_does_not_exist_is_refused_with_the_names_that_do(monkeyp
     ):
         Transformer(7, 6, d_model=8, num_heads=2, attention_variant="qkvv")
     monkeypatch.setitem(LEARNED_PROJECTIONS, "kv", ("keys", "value"))
-    with pytest.raises(UsageError, match=r"'kv'\] has the projection 'keys'; allowed: query, key"):
+    with pytest.raises(
+        UsageError, match=r"'kv'\] has the unknown projection 'keys'; allowed: query"
+    ):
         Transformer(7, 6, d_model=8, num_heads=2, attention_variant="kv")
 
 

@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ravine.datamodules.text import IGNORE_INDEX
 from ravine.lightning_modules import LanguageModel
 from ravine.lightning_modules.nn import Transformer
 from ravine.lightning_modules.nn import cross_entropy as cross_entropy_module
 from ravine.lightning_modules.nn.cross_entropy import (
-    IGNORE_INDEX,
     chunked_cross_entropy,
     cross_entropy,
 )
@@ -148,7 +148,10 @@ def test_a_retained_graph_gives_the_same_gradients_again() -> None:
 def test_a_target_outside_the_vocabulary_is_refused_on_every_path(wrong: int, frozen: bool) -> None:
     x, weight, targets = features()
     targets[2, 3] = wrong
-    message = rf"target {wrong} at \[2, 3\] of \[3, 5\]; allowed: 0 to {V - 1}, and -100"
+    message = (
+        rf"target {wrong} at index \[2, 3\] of shape \[3, 5\] is out of range; "
+        rf"allowed: 0 to {V - 1}, -100 for a position without loss"
+    )
     with torch.set_grad_enabled(not frozen):
         with pytest.raises(ValueError, match=message):
             chunked_cross_entropy(x, weight, targets, V)

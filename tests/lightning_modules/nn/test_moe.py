@@ -77,5 +77,5 @@ def test_the_formula_counts_the_experts_too():
 
 
 def test_too_few_experts_are_refused():
-    with pytest.raises(ValueError, match="num_experts is 1; allowed: 2 or more"):
+    with pytest.raises(ValueError, match="num_experts=1 is too small; allowed: 2 or more"):
         LanguageModel(5, 8, num_experts=1)

@@ -1,6 +1,7 @@
 """The transformer is the formula: each part against loops, the whole by what must not change."""
 
 import math
+import re
 from copy import deepcopy
 from fnmatch import fnmatch
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ravine.errors import UsageError
 from ravine.lightning_modules.model_stats import count_parameters
 from ravine.lightning_modules.nn.attention import (
     ATTENTION_FNS,
@@ -275,7 +277,9 @@ def test_the_tensor_parallel_plan_names_every_matrix_of_the_blocks_once(kind):
 def test_more_tokens_than_the_context_are_refused_in_one_line(positions):
     net = small(positional_encoding=positions)
     net(torch.zeros(1, T, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"9 tokens, and the model sees 8 .*allowed: 8 or less"):
+    with pytest.raises(
+        ValueError, match=r"9 tokens, more than context_length=8; allowed: 8 tokens"
+    ):
         net(torch.zeros(1, T + 1, dtype=torch.int64))
     with pytest.raises(ValueError, match="9 tokens"):
         net(torch.zeros(1, T + 1, dtype=torch.int64), None, torch.zeros(1, T + 1))
@@ -286,7 +290,8 @@ def test_a_token_outside_the_vocabulary_is_refused_even_where_the_table_has_a_ro
     vocabulary, wrong
 ):
     net = Transformer(vocabulary, T, num_layers=1, d_model=8, num_heads=2)
-    with pytest.raises(ValueError, match=rf"token {wrong} at \[0, 1\] of \[1, 3\]; allowed: 0 to"):
+    message = rf"token {wrong} at index \[0, 1\] of shape \[1, 3\] is out of range; allowed: 0 to"
+    with pytest.raises(ValueError, match=message):
         net(torch.tensor([[0, wrong, 1]]))
 
 
@@ -295,26 +300,33 @@ def test_a_token_outside_the_vocabulary_is_refused_even_where_the_table_has_a_ro
     [
         (
             {"num_heads": 3},
-            "num_heads 3 does not split d_model 16.*allowed: 2.*type --model.num_heads=2",
+            "num_heads=3 does not divide d_model=16; allowed: 2.*; type --model.num_heads=2$",
         ),
-        ({"num_heads": 7, "d_model": 10**15}, "allowed: 8.*type --model.num_heads=8"),
-        ({"num_heads": 16}, "rope turns pairs.*allowed: 8.*type --model.num_heads=8"),
-        ({"d_model": 3, "num_heads": 1}, "allowed: none; type --model.d_model=128"),
-        ({"num_layers": 0}, "num_layers is 0; allowed: 1 or more"),
-        ({"d_model": -16}, "d_model is -16; allowed: 1 or more"),
-        ({"num_heads": 0}, "num_heads is 0; allowed: 1 or more"),
-        ({"dropout": 1.0}, r"dropout is 1.0; allowed: 0 to below 1; type --model.dropout=0.1"),
-        ({"d_ff": 0}, "d_ff is 0; allowed: 1 or more"),
-        ({"d_ff": 8, "activation": "none"}, "d_ff is 8, and activation is none"),
-        ({"rope_base": 1.0}, "rope_base is 1.0; allowed: above 1"),
+        ({"num_heads": 7, "d_model": 10**15}, "allowed: 8.*type --model.num_heads=8$"),
+        ({"num_heads": 16}, "RoPE needs .* width of 1; allowed: 8.*type --model.num_heads=8$"),
+        ({"d_model": 3, "num_heads": 1}, "use d_model=128; type --model.d_model=128$"),
+        ({"num_layers": 0}, "num_layers=0 is too small; allowed: 1 or more; use num_layers=1"),
+        ({"d_model": -16}, "d_model=-16 is too small; allowed: 1 or more"),
+        ({"num_heads": 0}, "num_heads=0 is too small; allowed: 1 or more"),
+        (
+            {"dropout": 1.0},
+            "dropout=1.0 is out of range; allowed: 0 to below 1; .*; type --model.dropout=0.1$",
+        ),
+        ({"d_ff": 0}, "d_ff=0 is too small; allowed: 1 or more"),
+        ({"d_ff": 8, "activation": "none"}, "d_ff=8 has no effect with activation='none'"),
+        ({"rope_base": 1.0}, "rope_base=1.0 is out of range; allowed: above 1"),
         (
             {"rope_base": 5e5, "positional_encoding": "none"},
-            "rope_base is 500000, and positional_encoding is none",
+            "rope_base=500000 has no effect with positional_encoding='none'",
         ),
-        ({"norm_eps": -1e-5}, "norm_eps is -1e-05; allowed: 0 or more"),
-        ({"norm_eps": 1e-5, "norm": "none", "qk_norm": False}, "norm_eps is 1e-05, and norm is"),
+        ({"norm_eps": -1e-5}, "norm_eps=-1e-05 is out of range; allowed: 0 or more"),
+        (
+            {"norm_eps": 1e-5, "norm": "none", "qk_norm": False},
+            "norm_eps=1e-05 has no effect with norm='none'",
+        ),
     ],
 )
 def test_sizes_that_make_no_net_are_refused_in_words(wrong, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UsageError) as error:
         small(**wrong)
+    assert re.search(f"^Transformer: .*{message}", f"{error.value}; type {error.value.flag}")

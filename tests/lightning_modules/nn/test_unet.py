@@ -141,5 +141,7 @@ def test_written_weights_build_the_same_net(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", [{"base_channels": 12}, {"time_embed_dim": 7}, {"patch_size": 0}])
 def test_sizes_that_cannot_be_are_refused(wrong: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=r"allowed: base_channels that 8 divides, an even"):
+    with pytest.raises(
+        ValueError, match=r"allowed: base_channels: a multiple of 8, time_embed_dim: an even"
+    ):
         UNet(**wrong)  # pyright: ignore

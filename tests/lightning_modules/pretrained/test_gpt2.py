@@ -13,6 +13,7 @@ from ravine.callbacks import Pretrained
 from ravine.callbacks.transforms.pretrained import load_weights
 from ravine.cli.main import main
 from ravine.datamodules import ByteTokenizer, TextDataModule
+from ravine.errors import UsageError
 from ravine.lightning_modules import LanguageModel
 from ravine.lightning_modules.nn import Transformer
 from ravine.lightning_modules.pretrained import gpt2
@@ -82,9 +83,10 @@ def test_config_json_is_obeyed_or_refused_with_the_arguments_to_type(
     config: dict[str, Any], shape: dict[str, Any], tmp_path: Path
 ) -> None:
     model = save_hf_model(101, tmp_path / "hf", **config)
-    with pytest.raises(ValueError, match="do not fit the model: they are a GPT-2 with ") as error:
+    with pytest.raises(ValueError, match=r"load_hf: the weights in .* are a GPT-2 with ") as error:
         gpt2.load_hf(tmp_path / "hf", Transformer(101, T, **SHAPE))
-    typed = str(error.value).rpartition("; type ")[2].split()
+    assert isinstance(error.value, UsageError)
+    typed = error.value.flag.split()
     words = {key: str(value).lower() for key, value in shape.items()}
     assert dict(word.removeprefix("--model.").split("=") for word in typed).items() >= words.items()
 
@@ -122,19 +124,19 @@ def config_of(folder: Path, vocabulary: int = 256, **more: Any) -> None:
 
 UNFIT: list[tuple[dict[str, Any], str]] = [
     ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True, which Tran"),
-    ({"scale_attn_weights": False}, "scale_attn_weights=False, which Transformer cannot compute"),
-    ({"add_cross_attention": True}, "add_cross_attention=True, which Transformer cannot compute"),
-    ({"model_type": "gpt_neo"}, "model_type=gpt_neo, which Transformer cannot compute; allowed"),
+    ({"scale_attn_weights": False}, "scale_attn_weights=False, which Transformer does not support"),
+    ({"add_cross_attention": True}, "add_cross_attention=True, which Transformer does not support"),
+    ({"model_type": "gpt_neo"}, "model_type=gpt_neo, which Transformer does not support; allowed"),
     ({"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4}, which"),
     ({"pruned_heads": {"0": [1]}}, "pruned_heads={'0': [1]}, which"),
     ({"activation_function": "silu"}, "activation_function='silu', which Transformer does not"),
     ({"activation_function": ["relu"]}, "activation_function=['relu'], which Transformer does not"),
-    ({"n_head": 5}, "n_head=5 for a width of 24; allowed: a divisor of 24"),
-    ({"n_head": "three"}, "n_head='three' for a width"),
-    ({"layer_norm_epsilon": -1}, "layer_norm_epsilon=-1; allowed: a number from 0 on"),
-    ({"n_embd": 48}, "n_embd=48, and the tensors have 24; the two files do not belong together"),
-    ({"vocab_size": 300}, "vocab_size=300, and the tensors have 256"),
-    ({"n_inner": 50}, "n_inner=50, and the tensors have 96"),
+    ({"n_head": 5}, "n_head=5, which does not divide the width 24; allowed: divisors of 24"),
+    ({"n_head": "three"}, "n_head='three', which does not divide the width"),
+    ({"layer_norm_epsilon": -1}, "layer_norm_epsilon=-1; allowed: 0 or more"),
+    ({"n_embd": 48}, "n_embd=48, but the tensors have 24: the two files do not belong together"),
+    ({"vocab_size": 300}, "vocab_size=300, but the tensors have 256"),
+    ({"n_inner": 50}, "n_inner=50, but the tensors have 96"),
 ]
 
 
@@ -156,7 +158,7 @@ def test_options_that_change_nothing_are_accepted_and_damaged_files_refused(tmp_
     gpt2.load_hf(folder, net)
     for text in ("{", "[" * 100_000, "[1]", " " * (1 << 21)):
         (folder / "config.json").write_text(text)
-        with pytest.raises(ValueError, match=r"config\.json (is no JSON|holds no object)"):
+        with pytest.raises(ValueError, match=r"config\.json is not (JSON|a JSON object)"):
             gpt2.load_hf(folder, net)
 
 
@@ -180,20 +182,23 @@ def test_a_net_that_computes_something_else_is_refused(name: str, tmp_path: Path
     folder = small(tmp_path / "hf")
     config_of(folder)
     net = Transformer(256, T, **SHAPE | {name: WRONG[name]})
-    with pytest.raises(ValueError, match=rf"the model has .*{name}=.*; type .*--model\.{name}="):
+    message = rf"the model has .*{name}=.*; use LanguageModel\(.*{name}="
+    with pytest.raises(UsageError, match=message) as error:
         gpt2.load_hf(folder, net)
+    assert f"--model.{name}=" in error.value.flag
 
 
 def test_another_vocabulary_and_a_longer_context_name_the_data(tmp_path: Path) -> None:
     folder = small(tmp_path / "hf")
     config_of(folder)
-    with pytest.raises(ValueError, match=r"vocab_size=256, and .*; type --data.tokenizer=FILE"):
+    message = r"vocab_size=256, but .*; use TextDataModule\(tokenizer='FILE'\)"
+    with pytest.raises(UsageError, match=message) as error:
         gpt2.load_hf(folder, Transformer(300, T, **SHAPE))
-    with pytest.raises(
-        ValueError,
-        match=r"context_length=16, and .* context_length=17; type --data.context_length=16",
-    ):
+    assert error.value.flag == "--data.tokenizer=FILE"
+    message = r"context_length=16, but .* context_length=17; .*TextDataModule\(context_length=16\)"
+    with pytest.raises(UsageError, match=message) as error:
         gpt2.load_hf(folder, Transformer(256, T + 1, **SHAPE))
+    assert error.value.flag == "--data.context_length=16"
 
 
 def test_weights_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
@@ -215,7 +220,8 @@ def test_without_config_json_a_line_names_what_could_not_be_checked(
 ) -> None:
     gpt2.load_hf(small(tmp_path / "hf"), Transformer(256, T, **SHAPE))
     said = " ".join(capsys.readouterr().out.split())
-    assert "trained with num_heads=3, activation=gelu_tanh, norm_eps=1e-05 is not known" in said
+    assert "it is not known whether its weights were trained with num_heads=3, " in said
+    assert "activation=gelu_tanh, norm_eps=1e-05; add config.json" in said
 
 
 def small(folder: Path, vocabulary: int = 256) -> Path:
@@ -297,7 +303,8 @@ def test_what_is_no_gpt2_is_not_written_as_one(tmp_path: Path) -> None:
     model.tokenizer = ByteTokenizer()
     model.configure_model()
     with pytest.raises(
-        ValueError, match=r"no GPT-2: positional_encoding=rope, not learned, norm=rmsnorm"
+        ValueError,
+        match=r"not a GPT-2, because it has positional_encoding=rope, not learned, norm=rmsnorm",
     ):
         model.export(str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
@@ -309,16 +316,16 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the text follows
         gpt2.load_hf(folder, other)
     assert (
-        "they are a GPT-2 with num_layers=2, d_model=24, d_ff=96, and the model has num_layers=3"
+        "are a GPT-2 with num_layers=2, d_model=24, d_ff=96, but the model has num_layers=3"
         in str(error.value)
     )
-    assert str(error.value).endswith(
-        "; type --model.num_layers=2 --model.d_model=24 --model.d_ff=96"
-    )
-    with pytest.raises(FileNotFoundError, match=r"no weights at .*type --trainer.callbacks.path="):
+    assert str(error.value).endswith("use LanguageModel(num_layers=2, d_model=24, d_ff=96)")
+    assert isinstance(error.value, UsageError)
+    assert error.value.flag == "--model.num_layers=2 --model.d_model=24 --model.d_ff=96"
+    with pytest.raises(FileNotFoundError, match=r"no weights at .*use Pretrained\(FOLDER\)"):
         gpt2.load_hf(tmp_path / "nowhere", other)
     (tmp_path / "model.safetensors").write_bytes(b"not at all")
-    with pytest.raises(ValueError, match="does not hold GPT-2 weights"):
+    with pytest.raises(ValueError, match="does not contain GPT-2 weights"):
         gpt2.load_hf(tmp_path, other)
 
 
@@ -339,6 +346,7 @@ def test_a_checkpoint_that_would_compute_something_else_is_refused(
     fit(small(tmp_path / "hf"), text, tmp_path)
     other = LanguageModel(256, T, **SHAPE | {name: value})
     other.configure_model()
-    with pytest.raises(ValueError, match=rf"has {name}={SHAPE[name]}, .*; type --model.{name}="):
+    message = rf"checkpoint has {name}={SHAPE[name]!r}, .*; use LanguageModel\({name}="
+    with pytest.raises(ValueError, match=message):
         load_weights(other, str(tmp_path / "last.ckpt"))
     LanguageModel.load_from_checkpoint(tmp_path / "last.ckpt")

@@ -251,12 +251,15 @@ def test_the_clipped_terms_are_their_formula_and_the_loss_their_sum(clip, high, 
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"clip": 0.0}, r"clip is 0\.0; allowed: a finite number above 0; type --model"),
-        ({"clip": -0.2}, "clip is -0.2; allowed"),
-        ({"clip": math.inf}, "clip is inf; allowed"),
-        ({"clip": math.nan}, "clip is nan; allowed"),
-        ({"clip": 0.2, "clip_high": 0.0}, "clip_high is 0.0; allowed"),
-        ({"clip_high": 0.28}, "clip, the lower bound, is not given; type --model.estimator.clip"),
+        (
+            {"clip": 0.0},
+            r"clip=0\.0 is out of range; allowed: a finite number above 0; use clip=0.2",
+        ),
+        ({"clip": -0.2}, "clip=-0.2 is out of range; allowed"),
+        ({"clip": math.inf}, "clip=inf is out of range; allowed"),
+        ({"clip": math.nan}, "clip=nan is out of range; allowed"),
+        ({"clip": 0.2, "clip_high": 0.0}, "clip_high=0.0 is out of range; allowed"),
+        ({"clip_high": 0.28}, "clip_high=0.28 needs clip, the lower bound; use clip="),
     ],
 )
 def test_a_clip_that_bounds_nothing_is_refused(how, message) -> None:
@@ -367,7 +370,7 @@ def test_a_sample_without_a_reward_counts_nowhere(kind: str) -> None:
 
 def test_rejection_refuses_rewards_that_are_not_binary() -> None:
     with pytest.raises(
-        ValueError, match=r"a reward is 0\.5.*Threshold.*--model\.estimator\.method"
+        ValueError, match=r"a reward is 0\.5; allowed: 0, 1; .*Threshold.*method='rloo'"
     ):
         AdvantageEstimator("rejection").advantages(torch.tensor([1.0, 0.5]))
 
@@ -438,9 +441,9 @@ def test_k1_in_the_loss_has_no_gradient_at_all_and_is_refused() -> None:
     scores = compute_rollout_logprobs(NET, fake, COOL)
     delta = estimate_kl("k1", scores, fake.ref_logprobs).where(MASK, 0.0).sum(1)
     assert gradient((P * delta).sum()).norm() < 1e-12 * gradient(divergence()).norm()
-    with pytest.raises(ValueError, match=r"exactly zero.*k2, k3.*--model\.kl\.placement=reward"):
+    with pytest.raises(ValueError, match=r"exactly zero; .*k2 or k3 .*; use placement='reward'"):
         KL(0.1, "k1", "loss")
-    with pytest.raises(ValueError, match="k2 in the reward"):
+    with pytest.raises(ValueError, match="estimator='k2' cannot be used with placement='reward'"):
         KL(0.1, "k2", "reward")
 
 

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import random
+import re
 import sys
 from typing import Any
 
@@ -152,7 +153,7 @@ def test_the_batch_of_all_ranks_is_compared_and_ours_are_answered() -> None:
     all_texts = ("a b c d", "e f g h", "a b c d", "i j k l")
     inputs = samples("a b c d", "i j k l", all_texts=all_texts, first=2)
     assert BatchDistance(4).score(inputs) == [0.0, 1.0]
-    with pytest.raises(RewardError, match=r"there is one; type --data\.batch_size=64"):
+    with pytest.raises(RewardError, match=r"has only one; .*; use PromptDataModule\(batch_size=64"):
         BatchDistance().score(samples("alone"))
 
 
@@ -214,19 +215,28 @@ def test_mean_and_spread_of_a_term_are_over_what_it_scored() -> None:
 
 
 BLIND = {
-    "no bound": (lambda: Threshold(UniqueWords()), "Threshold has no bound"),
+    "no bound": (
+        lambda: Threshold(UniqueWords()),
+        "Threshold: min_value and max_value are both None",
+    ),
     "bounds the wrong way": (
         lambda: Threshold(UniqueWords(), 0.9, 0.1),
-        "min_value=0.9 and max_value=0.1",
+        "min_value=0.9 is larger than max_value=0.1",
     ),
-    "no character": (lambda: CharacterFraction(""), "counts no character; type .*characters=eE"),
-    "runs of no word": (lambda: WordUniqueness(0), "n of the reward word_uniqueness is 0; allowed"),
-    "runs of -1": (lambda: BatchDistance(-1), r"is -1; allowed: 1 .*--model\.rewards\.n=3"),
-    "runs of no character": (lambda: CharacterDiversity(0), "n of the reward character_diversity"),
-    "lines of no length": (lambda: LineLength(0), r"target_length .* is 0; .*\.target_length=3"),
+    "no character": (lambda: CharacterFraction(""), "characters='', so .* use characters='eE'"),
+    "runs of no word": (
+        lambda: WordUniqueness(0),
+        "the reward word_uniqueness has n=0, .* allowed",
+    ),
+    "runs of -1": (lambda: BatchDistance(-1), r"has n=-1, .* allowed: 1 or more; use n=3"),
+    "runs of no character": (
+        lambda: CharacterDiversity(0),
+        "the reward character_diversity has n=0",
+    ),
+    "lines of no length": (lambda: LineLength(0), r"has target_length=0, .* use target_length=3"),
     "no speaker": (
         lambda: SpeakerDiversity(0),
-        "target_count of the reward speaker_diversity is 0",
+        "the reward speaker_diversity has target_count=0",
     ),
 }
 
@@ -242,9 +252,7 @@ def test_a_term_that_would_see_nothing_is_refused(term: str) -> None:
 def test_a_corpus_in_which_a_term_finds_nothing_is_refused(term: Reward) -> None:
     seen = samples("O speak")
     seen.corpus_stats = CorpusStats("\n \n")
-    message = (
-        rf"reward {term.name} is 0 for every text, .* no (words|speakers).*--data\.corpus_path="
-    )
+    message = rf"reward {term.name} is 0 for every text, .* no (words|speakers).*corpus_path=FILE\)"
     with pytest.raises(RewardError, match=message):
         score_all([term], seen)
 
@@ -272,17 +280,17 @@ def test_what_a_reward_does_to_its_arguments_others_do_not_see() -> None:
 def test_a_column_named_as_what_was_written_is_refused() -> None:
     seen = samples("a")
     seen.columns = {"texts": ["of the file"]}
-    with pytest.raises(RewardError, match=r"a column 'texts'.*give the column another name"):
+    with pytest.raises(RewardError, match=r"a column 'texts'.*rename the column"):
         score_all([RewardFunction(lambda texts: [1.0])], seen)
 
 
 NO_FUNCTION = {
-    "own.lenght": r"functions in own are length, other; type --model\.rewards.*=own\.length",
-    "own.LIMIT": r"that is 3, and functions in own are .*; type .*=own\.",
-    "onw.length": r"no file is called onw\.py; .* in this folder are own.*=own\.length",
-    "own": r"a file and a function in it are named, with a dot between; type .*=own\.reward",
-    ".own": r"a file and a function in it are named, .*; type --model\.rewards\.function=own\.rew",
-    "torn.reward": r"importing torn ends in ValueError: two lines; correct it, and type python -c",
+    "own.lenght": r"own has no such function; allowed: own.length, own.other; .*'own\.length'",
+    "own.LIMIT": r"it is 3, not a function; allowed: own\..*, own\..*; use function='own\.",
+    "onw.length": r"there is no file onw\.py; allowed: own\.py.*; use function='own\.length'",
+    "own": r"the path names no file, .*; allowed: my_file\.my_function; .*'own\.reward'",
+    ".own": r"the path names no file, .*; allowed: my_file\.my_function; .*'own\.reward'",
+    "torn.reward": r"importing torn raises ValueError: two lines; correct the file",
 }
 OWN = """
 LIMIT = 3
@@ -298,8 +306,10 @@ def test_a_reward_that_is_not_there_is_said_in_one_line(path: str, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     sys.modules.pop("own", None)
-    with pytest.raises(RewardError, match=rf"no reward function {path}: {NO_FUNCTION[path]}") as e:
+    message = rf"the reward function {path} (does not exist|cannot be imported): "
+    with pytest.raises(RewardError, match=message + NO_FUNCTION[path]) as e:
         RewardFunction(path)
+    assert re.match(r"--model\.rewards\.function=own\.|python -c \"import torn\"", e.value.flag)
     assert "\n" not in str(e.value)
     assert RewardFunction("own.length").score(samples("a", "bcd")) == [1, 3]
 
@@ -308,7 +318,7 @@ def test_what_is_no_number_is_blamed_on_its_sample() -> None:
     def reward_fn(texts: list[str]) -> list[str]:
         return [text if text == "two" else "1" for text in texts]
 
-    message = r"failed on sample 1 \('two'\): ValueError: could not convert[^()]*; correct it"
+    message = r"failed on sample 1 \('two'\): ValueError: could not convert[^()]*; correct the"
     with pytest.raises(RewardError, match=message):
         score(RewardFunction(reward_fn), "one", "two")
 
@@ -324,7 +334,7 @@ NO_LIST = {
 
 @pytest.mark.parametrize("kind", NO_LIST)
 def test_rewards_in_a_container_without_numbers_in_order_are_refused_in_one_line(kind) -> None:
-    message = rf"the reward mine gave a {kind}; allowed: a list or a tensor.*; return \["
+    message = rf"the reward mine returned a {kind}; allowed: a list or a tensor.*; return \["
     with pytest.raises(RewardError, match=message) as error:
         score(RewardFunction(NO_LIST[kind], name="mine"), "one", "two")
     assert "\n" not in str(error.value)
@@ -338,13 +348,13 @@ def test_a_reward_that_float32_cannot_hold_is_refused_with_its_term_and_sample()
         ):
             score(term, "one", "two")
     terms = [Count(weight=1e30, name="much"), Count(name="little")]
-    with pytest.raises(RewardError, match=r"sample 1 is 1e\+39, most of it of much with weight"):
+    with pytest.raises(RewardError, match=r"sample 1 is 1e\+39, mainly from much with weight"):
         weighted_sum(terms, torch.tensor([[1, 1e9], [1, 1]], dtype=torch.float64))
 
 
 def test_a_weight_that_is_no_number_is_refused() -> None:
     for weight in (math.nan, math.inf):
-        with pytest.raises(RewardError, match=r"weight of the reward count is .*; allowed: a fin"):
+        with pytest.raises(RewardError, match=r"reward count has weight=(nan|inf); allowed: a fin"):
             check_rewards([Count(weight=weight)], has_corpus=True, has_reference=True)
 
 
@@ -374,14 +384,16 @@ def test_a_function_written_for_trl_gets_the_texts_as_completions() -> None:
     )
     assert score(named, "one", "seven") == [3, 5]
     batch.columns = {"completions": ["written", "by someone"]}
-    with pytest.raises(RewardError, match=r"a column 'completions'.*another name"):
+    with pytest.raises(RewardError, match=r"a column 'completions'.*rename the column"):
         score_all([RewardFunction(trl)], batch)
     whole = RewardFunction(lambda **columns: [len(text) for text in columns["completions"]])
     assert score_all([whole], batch).tolist() == [[7, 10]]
 
 
 def test_an_argument_that_is_not_there_is_named_beside_others_that_take_all() -> None:
-    with pytest.raises(RewardError, match=r"asks for 'completion'; there are texts, prompts"):
+    with pytest.raises(
+        RewardError, match=r"has the argument 'completion', .*; allowed: texts, prompts"
+    ):
         score(RewardFunction(lambda completion, **rest: [1.0], name="f"), "a")
     assert score(RewardFunction(lambda texts, /, *others, **rest: [2.0], name="g"), "a") == [2]
 
