@@ -105,7 +105,7 @@ def parse_labels(labels: Iterable[int | str] | str | None, class_names: Sequence
             "labels",
             hint="remove labels",
         )
-    return parse_class_indices(labels, class_names, "--labels")
+    return parse_class_indices(labels, class_names, flag="--labels")
 
 
 @torch.no_grad()
