@@ -9,6 +9,10 @@ usage: {0} COMMAND [--config NAME ...] [--key=value ...]
   predict    apply it to new data     {0} predict --ckpt_path=FILE
   generate   let a model write, draw  {0} generate --ckpt_path=FILE --prompt=TEXT
   export     weights for others       {0} export --ckpt_path=FILE --folder=NAME
+  list       configs, classes, names  {0} list configs
+  show       one of them, in full     {0} show EMA
+  new        a file to start from     {0} new task MyTask
+  completion for bash or zsh          {0} completion bash
 
 {0} COMMAND --help says more; {0} --version says which versions run here.
 """
@@ -64,6 +68,41 @@ usage: {0} export --ckpt_path=FILE --folder=NAME [--format=NAME | --merge | --qu
   --consolidate=FILE.ckpt     instead: a checkpoint in parts as one file, which goes anywhere
 """
 
+LIST_HELP = """\
+usage: {0} list [KIND] [WORD]
+
+  {0} list                 the kinds: configs, callbacks, optimizers, strategies, tasks,
+                                 data, rewards, samplers, schedules
+  {0} list configs         the names of a kind, with machine, time and expected result
+  {0} list callbacks lora  the names of a kind that contain a word, or whose text does
+  {0} list muon            the names of all kinds that contain a word
+"""
+
+SHOW_HELP = """\
+usage: {0} show NAME [NAME ...]
+
+  {0} show shakespeare/quick           a config with all its values, defaults included
+  {0} show gpt2/124m strategy/zero3    several configs together, in order
+  {0} show EMA                         a class: what it does, its arguments, a command
+  {0} show mine.SignDescent            a class of yours, in mine.py of this folder
+"""
+
+NEW_HELP = """\
+usage: {0} new task|optimizer|callback|reward NAME
+
+  {0} new task Planets       writes planets.py with a model and its data; no file is replaced
+  {0} new optimizer mine.SignDescent    the class SignDescent in mine.py
+The file works as it is: the command to run it is printed and stands at its top.
+"""
+
+COMPLETION_HELP = """\
+usage: {0} completion bash|zsh
+
+  bash: add to ~/.bashrc     eval "$({0} completion bash)"
+  zsh: add to ~/.zshrc       eval "$({0} completion zsh)"
+The Tab key then completes commands, configs, flags, class names and their values.
+"""
+
 COMMAND_DESCRIPTIONS = {
     "validate": "Measure a model on the validation data.",
     "test": "Measure a model on the test data, which training never sees.",
@@ -71,7 +110,15 @@ COMMAND_DESCRIPTIONS = {
 }
 DATA_DESCRIPTIONS = {"predict": "what to read: of the spam classifier --data.predict_path=FILE"}
 
-COMMAND_HELP = {"fit": FIT_HELP, "generate": GENERATE_HELP, "export": EXPORT_HELP}
+COMMAND_HELP = {
+    "fit": FIT_HELP,
+    "generate": GENERATE_HELP,
+    "export": EXPORT_HELP,
+    "list": LIST_HELP,
+    "show": SHOW_HELP,
+    "new": NEW_HELP,
+    "completion": COMPLETION_HELP,
+}
 
 
 def help_text(command: str | None, program: str) -> str:

@@ -19,6 +19,13 @@ from .config import environment, presets
 COMMANDS: dict[str, str] = dict.fromkeys(
     ("fit", "validate", "test", "predict"), "ravine.cli.command"
 ) | {"generate": "ravine.cli.commands.generate", "export": "ravine.cli.commands.export"}
+# Commands that read files only, without torch. Each is the first argument.
+LOOKUP_COMMANDS: dict[str, str] = {
+    "list": "ravine.cli.commands.list_names",
+    "show": "ravine.cli.commands.show",
+    "new": "ravine.cli.commands.new_file",
+    "completion": "ravine.cli.commands.completion",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,6 +60,8 @@ def run_command(argv: list[str]) -> int:
     try:
         if wants_help(args):
             return print_help(args)
+        if args[0] in LOOKUP_COMMANDS:
+            return run_lookup_command(args)
         with hold_sigusr1(), error_report.silence_thread_errors():
             return run_subcommand(args)
     except KeyboardInterrupt:
@@ -100,10 +109,15 @@ def print_help(argv: list[str]) -> int:
     if "--version" in argv:
         text = help_text.version_text()
     else:
-        command = split_argv(argv)[0] if argv and argv[0][0] != "-" else None
+        command = find_command(argv) if argv and argv[0][0] != "-" else None
         text = help_text.help_text(command, error_report.program_name())
     sys.stdout.write(text)
     return 0
+
+
+def find_command(argv: list[str]) -> str:
+    """Return the command; one of LOOKUP_COMMANDS is the first argument."""
+    return argv[0] if argv[0] in LOOKUP_COMMANDS else split_argv(argv)[0]
 
 
 def split_argv(argv: list[str]) -> tuple[str, list[str], list[str]]:
@@ -128,11 +142,12 @@ def split_argv(argv: list[str]) -> tuple[str, list[str], list[str]]:
             return shlex.join([error_report.program_name(), name, *kept_words])
 
         if not unknown_command:
-            raise UsageError("no command was given", COMMANDS, flag=suggested_command("fit"))
+            names = (*COMMANDS, *LOOKUP_COMMANDS)
+            raise UsageError("no command was given", names, flag=suggested_command("fit"))
         raise error_report.unknown_name_error(
             f"no command is called {unknown_command!r}",
             unknown_command,
-            COMMANDS,
+            (*COMMANDS, *LOOKUP_COMMANDS),
             suggested_command,
             "fit",
         )
@@ -150,12 +165,29 @@ def normalize_argv(argv: list[str]) -> list[str]:
     return [command, *(f"--config={presets.find_config(name)}" for name in configs), *other_words]
 
 
-def run_subcommand(raw_argv: list[str]) -> int:
-    """Run the checks that need no torch, then call the module of the command."""
+def run_lookup_command(argv: list[str]) -> int:
+    """Run a command that reads files only; a reader such as `head` may stop reading early."""
+    add_current_folder_to_path()
+    try:
+        return import_module(LOOKUP_COMMANDS[argv[0]]).run_argv(argv)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 0
+
+
+def add_current_folder_to_path() -> None:
+    """Put the current folder first in the search path; a console script has its bin/ there."""
     try:
         current_folder = os.getcwd()
     except FileNotFoundError as error:
         raise UsageError("the folder you are in has been removed", flag="cd FOLDER") from error
+    if sys.path[0] != current_folder:
+        sys.path.insert(0, current_folder)
+
+
+def run_subcommand(raw_argv: list[str]) -> int:
+    """Run the checks that need no torch, then call the module of the command."""
+    add_current_folder_to_path()
     argv = normalize_argv(raw_argv)
     environment.check_env_vars(os.environ, argv[0], COMMANDS)
     configs = [word.partition("=")[2] for word in argv if word.startswith("--config=")]
@@ -164,8 +196,6 @@ def run_subcommand(raw_argv: list[str]) -> int:
     presets.check_config_order(configs)
     presets.check_checkpoint_exists(argv)
     sys.argv[1:] = argv  # in place: Lightning's launcher runs sys.argv in other ranks
-    if sys.path[0] != current_folder:  # for a console script it is its bin/ folder
-        sys.path.insert(0, current_folder)
     return import_command(COMMANDS[argv[0]]).run_argv(
         ["--help" if w == "--help=all" else w for w in argv]
     )

@@ -44,6 +44,19 @@ WITHOUT_TORCH = {
     "fit --config nowhere/nothing": 2,
     "fit --config broken.yaml": 2,
     "test --ckpt_path nothing.ckpt": 2,
+    "list": 0,
+    "list --help": 0,
+    "list configs quick": 0,
+    "list callbacks": 0,
+    "list nothing": 2,
+    "show shakespeare/quick": 0,
+    "show Muon": 0,
+    "show Mouon": 2,
+    "new task Planets": 0,
+    "new task Planets ": 2,
+    "show planets.Planets": 0,
+    "completion bash": 0,
+    "completion words fit": 0,
 }
 ASK = """
 import sys
@@ -60,10 +73,10 @@ def test_what_needs_no_torch_is_answered_without_it(tmp_path: Path) -> None:
     assert done.stderr.splitlines()[-2:] == [str(list(WITHOUT_TORCH.values())), "[]"]
 
 
-@pytest.mark.parametrize("name", [None, *main.COMMANDS])
+@pytest.mark.parametrize("name", [None, *main.COMMANDS, *main.LOOKUP_COMMANDS])
 def test_a_page_can_be_read_at_a_glance(name: str | None) -> None:
     lines = help_text.help_text(name, "lightning").splitlines()
-    assert len(lines) <= 10
+    assert len(lines) <= (10 if name else 5 + len(main.COMMANDS) + len(main.LOOKUP_COMMANDS))
     assert max(map(len, lines)) <= 100
 
 

@@ -1,0 +1,105 @@
+"""`lightning show NAME`: a config with all its values, or the page of a class."""
+
+import sys
+from pathlib import Path
+
+from ravine.errors import UsageError
+
+from ..config import presets
+from ..discovery import class_pages, config_pages, registry
+from ..error_report import program_name, unknown_name_error
+
+
+def run_argv(argv: list[str]) -> int:
+    """Print the pages of the names; several configs are resolved together, in order."""
+    names = read_names(argv[1:])
+    configs: list[str] = []
+    pages: list[str] = []
+    for name in names:
+        if name.endswith(".py"):
+            raise python_file_error(name)
+        path = config_path(name)
+        entries = [] if path else class_pages.find_pages(name)
+        if not path and not entries:
+            raise unknown_error(name)
+        configs += [path] if path else []
+        pages += [class_pages.class_page(entry, program_name()) for entry in entries]
+    if configs:
+        pages.insert(0, config_page(configs))
+    sys.stdout.write("\n".join(pages))
+    return 0
+
+
+def read_names(words: list[str]) -> list[str]:
+    """Return the names in the arguments; `--config NAME` is a name, too.
+
+    Raises:
+        UsageError: there is no name, or another flag.
+    """
+    names, remaining = [], iter(words)
+    for word in remaining:
+        flag, equals, value = word.partition("=")
+        if flag in ("-c", "--config"):
+            names.append(value if equals else next(remaining, ""))
+        elif word.startswith("-"):
+            raise UsageError(
+                f"show has no flag {flag}; the values of a command with flags are shown by "
+                "--print_config",
+                flag=f"{program_name()} fit --config NAME {word} --print_config",
+            )
+        else:
+            names.append(word)
+    if not any(names):
+        raise UsageError("show needs a name", flag=f"{program_name()} show shakespeare/quick")
+    return names
+
+
+def config_path(name: str) -> str | None:
+    """Return the path of the config with this name; None if there is none."""
+    try:
+        return presets.find_config(name)
+    except UsageError:
+        return None
+
+
+def python_file_error(name: str) -> UsageError:
+    """Return the error for a Python file, which names the classes in it."""
+    module = Path(name).stem
+    classes = [e.name for e in registry.user_entries() if e.name.startswith(f"{module}.")]
+    return UsageError(
+        f"{name} is a file, and show takes a class in it",
+        classes,
+        flag=f"{program_name()} show {classes[0] if classes else f'{module}.NAME'}",
+    )
+
+
+def config_page(paths: list[str]) -> str:
+    """Return the headers of configs, and their values, resolved in order."""
+    headers = [config_pages.read_header(Path(path).read_text(encoding="utf-8")) for path in paths]
+    presets.check_config_order(paths)
+    merged = config_pages.merge_configs([config_pages.load_config(path) for path in paths])
+    names = " ".join(f"--config {shown_name(path)}" for path in paths)
+    lines = [line for header in headers for line in [*header.text.splitlines(), ""] if header.text]
+    lines += [
+        f"The values of {program_name()} fit {names}",
+        f"Further arguments of trainer: {program_name()} show Trainer",
+    ]
+    comment = "".join(f"# {line}".rstrip() + "\n" for line in lines)
+    return comment + config_pages.to_yaml(config_pages.add_defaults(merged))
+
+
+def shown_name(path: str) -> str:
+    """Return a config's name as it is typed: that of a preset, or the path."""
+    file = Path(path).resolve()
+    return presets.run_name(path) if file.is_relative_to(presets.CONFIGS_FOLDER) else path
+
+
+def unknown_error(name: str) -> UsageError:
+    """Return the error for a name that is in no list, with the nearest names."""
+    return unknown_name_error(
+        f"no config and no class is called {name!r}",
+        name.removesuffix(".yaml"),
+        [*(config.name for config in config_pages.list_configs()), *registry.all_names()],
+        f"{program_name()} show {{}}".format,
+        "NAME",
+    )

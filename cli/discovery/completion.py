@@ -1,0 +1,236 @@
+"""Words that complete a command line: commands, configs, flags, class names and their values."""
+
+import re
+import shlex
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from .. import help_text
+from ..config import presets
+from . import class_pages, config_pages, registry, source_index
+from .source_index import Parameter
+
+TRAINING_COMMANDS = ("fit", "validate", "test", "predict")
+CONFIG_FLAGS = ("-c", "--config")
+BARE_FLAGS = ("--print_config", "--help", "--debug", "--help=all")
+CALLBACKS_FLAG = "--trainer.callbacks"
+CLASS_FLAG_KINDS = {  # kinds of the classes that a flag may name
+    "--model": ("tasks",),
+    "--data": ("data",),
+    "--model.rewards": ("rewards",),
+    "--trainer.strategy": ("strategies",),
+    CALLBACKS_FLAG: ("callbacks", "optimizers"),
+}
+RESOLVED_CHECKPOINTS = ("auto", "last")
+
+
+def complete_line(line: str, commands: Iterable[str]) -> list[str]:
+    """Return the words that may replace the last word of a line.
+
+    Args:
+        line: the command line up to the cursor, with the name of the program.
+        commands: the commands of the program.
+    """
+    words = split_words(line)
+    typed, current = words[1:-1], words[-1]
+    if not typed:
+        return starting_with(current, commands)
+    command, arguments = typed[0], typed[1:]
+    match command:
+        case "list":
+            names = registry.KINDS if not arguments else ()
+            return starting_with(current, names)
+        case "show":
+            return starting_with(current, [*config_names(), *registry.all_names()])
+        case "new":
+            names = () if arguments else ("task", "optimizer", "callback", "reward")
+            return starting_with(current, names)
+        case "completion":
+            return starting_with(current, () if arguments else ("bash", "zsh"))
+    if arguments and arguments[-1] in CONFIG_FLAGS:
+        return starting_with(current, config_names()) or file_names(current)
+    flag, equals, value = current.partition("=")
+    if equals:
+        values = flag_values(command, flag, value, arguments)
+        return [f"{flag}={word}" for word in values]
+    if current and not current.startswith("-"):
+        return []
+    flags = flag_names(command, current, arguments)
+    return [flag for flag in starting_with(current, flags) if flag != current]
+
+
+def split_words(line: str) -> list[str]:
+    """Split a line as a shell does; the last word is the one at the cursor, perhaps empty."""
+    try:
+        words = shlex.split(line)
+    except ValueError:  # an open quote
+        words = line.split()
+    return words if line and not line[-1].isspace() and words else [*words, ""]
+
+
+def starting_with(prefix: str, names: Iterable[str]) -> list[str]:
+    """Return the names with this prefix, sorted."""
+    return sorted({name for name in names if name.startswith(prefix)})
+
+
+def config_names() -> list[str]:
+    """Return the presets and the YAML files of the current folder."""
+    return [*presets.list_presets(), *(path.name for path in Path().glob("[!.]*.yaml"))]
+
+
+def file_names(prefix: str) -> list[str]:
+    """Return the files and folders with this prefix; a folder ends in /."""
+    folder, _, start = prefix.rpartition("/")
+    root = Path(folder or ("/" if prefix.startswith("/") else "."))
+    try:
+        found = [path for path in root.iterdir() if path.name.startswith(start)]
+    except OSError:
+        return []
+    head = prefix[: len(prefix) - len(start)]
+    return sorted(f"{head}{path.name}{'/' * path.is_dir()}" for path in found)
+
+
+def flag_values(command: str, flag: str, value: str, arguments: list[str]) -> list[str]:
+    """Return the values of a flag that begin as typed."""
+    if flag in CONFIG_FLAGS:
+        return starting_with(value, config_names()) or file_names(value)
+    if flag == "--ckpt_path":
+        return [*starting_with(value, RESOLVED_CHECKPOINTS), *file_names(value)]
+    if command not in TRAINING_COMMANDS:
+        return []
+    key = flag.rstrip("+")
+    if key in CLASS_FLAG_KINDS or key.endswith(".optimizer"):
+        return class_names(key, value)
+    head, _, name = key.rpartition(".")
+    if name == "source" and head == "--data":
+        return starting_with(value, source_names(named_class(head, arguments))) or file_names(value)
+    for p in section_parameters(head, arguments):
+        if p.name == name:
+            return starting_with(value, map(str, choices(p))) or file_names(value)
+    return []
+
+
+def class_names(flag: str, prefix: str) -> list[str]:
+    """Return the classes that a flag may name and that begin with a prefix."""
+    kinds = CLASS_FLAG_KINDS.get(flag, ("optimizers",))
+    entries = [e for kind in kinds for e in registry.entries_of(kind, has_prefix(prefix))]
+    if flag == CALLBACKS_FLAG:
+        entries = [e for e in entries if e.kind == "callbacks" or e.is_plan]
+    elif flag not in CLASS_FLAG_KINDS:
+        entries = [e for e in entries if not e.is_plan]
+    elif flag == "--data":
+        entries = [e for e in entries if e.path]
+    return sorted({entry.name for entry in entries})
+
+
+def has_prefix(prefix: str) -> Callable[[str], bool]:
+    """Return a function that tells whether a name begins with a prefix."""
+    return lambda name: name.startswith(prefix)
+
+
+def source_names(datamodule: str) -> list[str]:
+    """Return the data sets that a datamodule knows by name."""
+    entries = registry.installed_entries("data")
+    return [e.name for e in entries if f"--data={datamodule} " in e.group]
+
+
+def choices(parameter: Parameter) -> list[object]:
+    """Return the values of a Literal or a bool."""
+    if re.search(r"\bbool\b", parameter.annotation):
+        return ["true", "false"]
+    return source_index.literal_choices(parameter.annotation, parameter.source)
+
+
+def flag_names(command: str, current: str, arguments: list[str]) -> list[str]:
+    """Return the flags of a command; those below `--model.` once that much is typed."""
+    if command not in TRAINING_COMMANDS:
+        return [f"{flag}=" for flag in re.findall(r"--[a-z]\w*(?==)", page_text(command))]
+    head = current.rpartition(".")[0]
+    parameters = section_parameters(head, arguments) if head else []
+    if parameters:
+        flags = []
+        for p in parameters:
+            flags.append(f"{head}.{p.name}=")
+            if class_pages.dataclass_fields(p) or f"{head}.{p.name}" == CALLBACKS_FLAG:
+                flags.append(f"{head}.{p.name}.")
+        return [*flags, *([f"{CALLBACKS_FLAG}+="] if head == "--trainer" else [])]
+    sections = ("--model", "--data", "--trainer")
+    names = [f"{name}=" for name in ("--config", "--ckpt_path", "--seed_everything", "--trust")]
+    names += [f"{name}=" for name in sections[:2]] + [f"{name}." for name in sections]
+    return [*names, *BARE_FLAGS]
+
+
+def page_text(command: str) -> str:
+    """Return the help page of a command; "" for a command without one."""
+    try:
+        return help_text.help_text(command, "lightning")
+    except (KeyError, ValueError):
+        return ""
+
+
+def section_parameters(head: str, arguments: list[str]) -> list[Parameter]:
+    """Return the arguments below `--model`, `--trainer.callbacks` or `--model.kl`."""
+    if head == "--trainer":
+        entry = registry.find_named("Trainer")
+        return (entry[0].parameters or []) if entry else []
+    if name := named_class(head, arguments):
+        return config_pages.class_parameters(name) or []
+    outer, _, name = head.rpartition(".")
+    if not outer:
+        return []
+    for p in section_parameters(outer, arguments):
+        if p.name == name:
+            return class_pages.dataclass_fields(p)
+    return []
+
+
+def named_class(head: str, arguments: list[str]) -> str:
+    """Return the class whose arguments a flag sets: that of an earlier flag or of a config."""
+    names = [
+        word.partition("=")[2]
+        for word in arguments
+        if word.partition("=")[0].rstrip("+") == head and "=" in word
+    ]
+    if names:
+        return names[-1]
+    classes = config_classes(arguments)
+    if head.startswith(f"{CALLBACKS_FLAG}."):  # --trainer.callbacks.Muon.lr
+        name = head.rpartition(".")[2]
+        return name if name in classes.get(CALLBACKS_FLAG, []) else ""
+    found = classes.get(head, [])
+    return found[-1] if found else ""
+
+
+def config_classes(arguments: list[str]) -> dict[str, list[str]]:
+    """Return the classes that the configs of a line name for model, data and callbacks."""
+    nodes = []
+    for name in config_arguments(arguments):
+        try:
+            nodes.append(config_pages.load_config(presets.find_config(name)))
+        except Exception:  # an incomplete or broken config completes nothing
+            continue
+    if not nodes:
+        return {}
+    merged = config_pages.plain_value(config_pages.merge_configs(nodes))
+    callbacks = (merged.get("trainer") or {}).get("callbacks") or ()
+    return {
+        "--model": [class_path(merged.get("model"))],
+        "--data": [class_path(merged.get("data"))],
+        CALLBACKS_FLAG: [class_path(spec) for spec in callbacks],
+    }
+
+
+def class_path(spec: object) -> str:
+    """Return the class of a mapping with class_path; "" for anything else."""
+    return str(spec.get("class_path", "")) if isinstance(spec, dict) else ""
+
+
+def config_arguments(arguments: list[str]) -> list[str]:
+    """Return the names of the configs on a line."""
+    names = []
+    remaining = iter(arguments)
+    for word in remaining:
+        flag, equals, value = word.partition("=")
+        if flag in CONFIG_FLAGS:
+            names.append(value if equals else next(remaining, ""))
+    return names
