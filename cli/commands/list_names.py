@@ -88,8 +88,8 @@ def search_all(word: str) -> list[str]:
     """
     lines: list[str] = []
     for kind in KINDS:
-        if found := find_lines(kind, word, names_only=True):
-            lines += ["", f"{kind}: {KINDS[kind].usage}", *found]
+        if matching := find_lines(kind, word, names_only=True):
+            lines += ["", f"{kind}: {KINDS[kind].usage}", *matching]
     if not lines:
         raise unknown_kind_error(word)
     return lines[1:]

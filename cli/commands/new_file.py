@@ -27,10 +27,10 @@ def run_argv(argv: list[str]) -> int:
     if flag := next((word for word in words if word.startswith("-")), None):
         raise UsageError(f"new has no flag {flag}", flag=f"{program} new task Planets")
     if not words or words[0] not in EXAMPLE_NAMES:
-        given = words[0] if words else ""
+        kind_word = words[0] if words else ""
         raise unknown_name_error(
-            f"new writes no {given!r}" if given else "new needs what to write, and a name",
-            given,
+            f"new writes no {kind_word!r}" if kind_word else "new needs what to write, and a name",
+            kind_word,
             EXAMPLE_NAMES,
             lambda kind: " ".join([program, "new", kind, *(words[1:] or [EXAMPLE_NAMES[kind]])]),
             "task",
@@ -76,8 +76,12 @@ def parse_name(name: str, kind: str) -> tuple[str, str]:
             class_name = "".join(word[:1].upper() + word[1:] for word in class_name.split("_"))
     valid_name = re.sub(r"\W+", "_", name).strip("_0123456789") or EXAMPLE_NAMES[kind]
     valid_name = EXAMPLE_NAMES[kind] if keyword.iskeyword(valid_name) else valid_name
-    for part in (file_name, class_name):
-        if not part.isidentifier() or keyword.iskeyword(part) or part in dir(builtins):
+    for name_part in (file_name, class_name):
+        if (
+            not name_part.isidentifier()
+            or keyword.iskeyword(name_part)
+            or name_part in dir(builtins)
+        ):
             raise UsageError(
                 f"{name!r} gives the name {part!r}, which no Python file or class can have",
                 ["letters, digits and _, and a dot between file and class"],

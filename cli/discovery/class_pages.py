@@ -14,7 +14,7 @@ from .registry import Entry
 from .source_index import Parameter, UnknownValueError
 from .text_layout import two_columns
 
-OTHER_CLASS = ""  # kind of a class that stands in no list, such as LRSchedule
+OTHER_CLASS = ""  # kind of a class that is in no list, such as LRSchedule
 SINGULAR = {
     "callbacks": "a callback",
     "optimizers": "an optimizer",
@@ -116,9 +116,9 @@ def example_command(entry: Entry, program: str) -> str:
     arguments = argument_flags(entry, argument_flag)
     if entry.kind in ("tasks", "data"):
         used_in = configs_with_class(name, complete_only=True)
-        usual = next(iter([*(c for c in used_in if "quick" in c), *used_in]), "")
+        preferred = next(iter([*(c for c in used_in if "quick" in c), *used_in]), "")
         other = partner_flag(entry)
-        words = [f"{fit} {usual}"] if usual else [f"{program} fit", class_flag, other]
+        words = [f"{fit} {usual}"] if preferred else [f"{program} fit", class_flag, other]
     else:
         config, is_added = example_config(entry)
         words = [f"{fit} {config}", class_flag] if is_added else [f"{fit} {config}"]
@@ -232,12 +232,12 @@ def import_entry(module_name: str, name: str) -> Entry:
         ) from error
     target = getattr(module, name, None)
     if not callable(target):
-        own = [
+        class_names = [
             key
             for key, value in vars(module).items()
             if isinstance(value, type) and value.__module__ == module_name
         ]
-        nearest = suggest_names(name, own, least=0)
+        nearest = suggest_names(name, class_names, least=0)
         raise UsageError(
             f"{module_name} has no class {name!r}",
             [f"{module_name}.{other}" for other in nearest],

@@ -83,11 +83,11 @@ def file_names(prefix: str) -> list[str]:
     folder, _, start = prefix.rpartition("/")
     root = Path(folder or ("/" if prefix.startswith("/") else "."))
     try:
-        found = [path for path in root.iterdir() if path.name.startswith(start)]
+        paths = [path for path in root.iterdir() if path.name.startswith(start)]
     except OSError:
         return []
     head = prefix[: len(prefix) - len(start)]
-    return sorted(f"{head}{path.name}{'/' * path.is_dir()}" for path in found)
+    return sorted(f"{head}{path.name}{'/' * path.is_dir()}" for path in paths)
 
 
 def flag_values(command: str, flag: str, value: str, arguments: list[str]) -> list[str]:
@@ -197,8 +197,8 @@ def named_class(head: str, arguments: list[str]) -> str:
     if head.startswith(f"{CALLBACKS_FLAG}."):  # --trainer.callbacks.Muon.lr
         name = head.rpartition(".")[2]
         return name if name in classes.get(CALLBACKS_FLAG, []) else ""
-    found = classes.get(head, [])
-    return found[-1] if found else ""
+    paths = classes.get(head, [])
+    return paths[-1] if paths else ""
 
 
 def config_classes(arguments: list[str]) -> dict[str, list[str]]:

@@ -50,15 +50,15 @@ def read_header(text: str) -> ConfigHeader:
             break
         lines.append(line.removeprefix("#").removeprefix(" ").rstrip())
     comment = "\n".join(lines)
-    parts = FIELD.split(FIELD_IN_LINE.sub(r"\n\1: ", comment))
-    fields = dict(zip(parts[1::2], parts[2::2], strict=True))
+    segments = FIELD.split(FIELD_IN_LINE.sub(r"\n\1: ", comment))
+    fields = dict(zip(segments[1::2], segments[2::2], strict=True))
     both = fields.get("Machine and time", "")
 
     def one_line(name: str) -> str:
         return first_sentence(fields.get(name, both))
 
     return ConfigHeader(
-        command=parts[0].splitlines()[0] if parts[0].strip() else "",
+        command=segments[0].splitlines()[0] if segments[0].strip() else "",
         machine=one_line("Machine"),
         time="" if both else one_line("Time"),
         expected=first_sentence(fields.get("Expect", "")),
@@ -152,8 +152,8 @@ def _make_node(node: Any, lines: list[str], yaml: Any) -> ConfigNode:
 def _line_comment(node: Any, lines: list[str]) -> str:
     """Return the comment behind a value; inside a flow collection it is the collection's."""
     mark = node.end_mark
-    rest = lines[mark.line][mark.column :] if mark.line < len(lines) else ""
-    match = re.match(r":?\s+#\s?(.*)$", rest)
+    remainder = lines[mark.line][mark.column :] if mark.line < len(lines) else ""
+    match = re.match(r":?\s+#\s?(.*)$", remainder)
     return match[1] if match else ""
 
 
@@ -248,9 +248,9 @@ def add_defaults(node: ConfigNode) -> ConfigNode:
 def _with_defaults(arguments: ConfigNode, parameters: list[Parameter]) -> ConfigNode:
     values, notes = dict(arguments.value), []
     for p in parameters:
-        given = values.get(p.name)
-        if given is not None:
-            values[p.name] = _fill_dataclass(given, p)
+        value_node = values.get(p.name)
+        if value_node is not None:
+            values[p.name] = _fill_dataclass(value_node, p)
         elif p.default is not None:
             try:
                 values[p.name] = _default_node(source_index.default_value(p))

@@ -37,7 +37,7 @@ class Entry(NamedTuple):
 
     Args:
         name: the name as it is typed.
-        kind: the list that it stands in, such as callbacks.
+        kind: its list, such as callbacks.
         group: heading within the list; "" for the first group.
         summary: first paragraph of its documentation.
         parameters: its arguments; None if they are not known without an import.
@@ -86,8 +86,8 @@ def exported(package: str, matches: Matches = accept_all) -> list[Definition]:
     """Return the definitions in `__all__` of a package whose names match, sorted by name."""
     source = find_source(package)
     names = {name for name in source.exported_names() if matches(name)} if source else set()
-    found = [source_index.resolve(source, name) for name in sorted(names) if source]
-    return [definition for definition in found if definition]
+    resolved = [source_index.resolve(source, name) for name in sorted(names) if source]
+    return [definition for definition in resolved if definition]
 
 
 def has_base(definition: Definition, name: str) -> bool:
@@ -245,8 +245,8 @@ def find_samplers(matches: Matches = accept_all) -> Iterator[Entry]:
         "ravine.lightning_modules.diffusion_core.samplers", "SAMPLERS"
     ):
         entry = make_entry(definition, "samplers", "", name)
-        own = [p for p in entry.parameters or () if p.default is not None]
-        yield entry._replace(parameters=own)
+        optional = [p for p in entry.parameters or () if p.default is not None]
+        yield entry._replace(parameters=optional)
 
 
 def find_schedules(matches: Matches = accept_all) -> Iterator[Entry]:
@@ -276,9 +276,9 @@ def schedule_arguments(shape: Definition) -> list[Parameter]:
         text += ast.unparse(node)
         for call in (inner for inner in ast.walk(node) if isinstance(inner, ast.Call)):
             name = ast.unparse(call.func)
-            found = shape.source.definitions.get(name)
-            if isinstance(found, ast.FunctionDef) and f"def {name}" not in text:
-                pending.append(Definition(name, found, shape.source))
+            resolved = shape.source.definitions.get(name)
+            if isinstance(resolved, ast.FunctionDef) and f"def {name}" not in text:
+                pending.append(Definition(name, resolved, shape.source))
     return [p for p in parameters if p.name == "warmup" or f"s.{p.name}" in text]
 
 
@@ -373,7 +373,7 @@ def find_entries(name: str) -> list[Entry]:
     return [entry for kind in KINDS for entry in installed_entries(kind, name.__eq__)]
 
 
-# Packages with public classes that have a page and stand in no list: ravine.Trainer, LRSchedule.
+# Packages with public classes that have a page and are in no list: ravine.Trainer, LRSchedule.
 PUBLIC_PACKAGES = (
     "ravine.lightning_modules",
     "ravine.datamodules",
@@ -385,12 +385,12 @@ PUBLIC_PACKAGES = (
 
 def public_definitions(matches: Matches = accept_all) -> dict[str, Definition]:
     """Return the public classes and functions of Ravine whose names match."""
-    found = {d.name: d for package in PUBLIC_PACKAGES for d in exported(package, matches)}
-    return found | {d.name: d for d in optimizer_definitions(matches)}
+    resolved = {d.name: d for package in PUBLIC_PACKAGES for d in exported(package, matches)}
+    return resolved | {d.name: d for d in optimizer_definitions(matches)}
 
 
 def find_named(name: str) -> list[Entry]:
-    """Return the entries with this name, also those of public classes that stand in no list."""
+    """Return the entries with this name, also those of public classes that are in no list."""
     if entries := find_entries(name):
         return entries
     definitions = public_definitions(name.__eq__)

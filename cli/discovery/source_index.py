@@ -149,12 +149,12 @@ def _parse_source(module: str, path: Path, time_ns: int) -> SourceFile:
 
 def find_module_file(module: str) -> Path | None:
     """Return the path of a module's file without an import of its packages."""
-    first, *rest = module.split(".")
+    first, *remainder = module.split(".")
     if first == "ravine":
         import ravine
 
         folders = [Path(str(ravine.__file__)).parent, PACKAGE_ROOT]
-        if rest and rest[0] != "lightning_compat":
+        if remainder and remainder[0] != "lightning_compat":
             folders.reverse()
     else:
         try:
@@ -163,12 +163,12 @@ def find_module_file(module: str) -> Path | None:
             return None
         if spec is None:
             return None
-        if not rest:
+        if not remainder:
             is_python = spec.origin is not None and spec.origin.endswith(".py")
             return Path(spec.origin) if is_python and spec.origin else None
         folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
     for folder in folders:
-        path = folder.joinpath(*rest)
+        path = folder.joinpath(*remainder)
         for candidate in (path / "__init__.py", path.parent / f"{path.name}.py"):
             if candidate.is_file():
                 return candidate
@@ -197,25 +197,25 @@ def resolve(source: SourceFile, expression: str, depth: int = 0) -> Definition |
     """
     if depth > MAX_BASES:
         return None
-    head, _, rest = expression.partition(".")
+    head, _, remainder = expression.partition(".")
     node = source.definitions.get(head)
     if node is not None:
         value = node.value if isinstance(node, ast.Assign) else None
-        if not rest and isinstance(value, ast.Name | ast.Attribute):
+        if not remainder and isinstance(value, ast.Name | ast.Attribute):
             return resolve(source, ast.unparse(value), depth + 1) or Definition(head, node, source)
-        return None if rest else Definition(head, node, source)
+        return None if remainder else Definition(head, node, source)
     if head not in source.imports:
         for module in source.star_imports:
             other = find_source(module)
-            if other and (found := resolve(other, expression, depth + 1)):
-                return found
+            if other and (resolved := resolve(other, expression, depth + 1)):
+                return resolved
         return None
     module, attribute = source.imports[head]
-    names = [name for name in (attribute, *rest.split(".")) if name]
+    names = [name for name in (attribute, *remainder.split(".")) if name]
     while names:  # each name is a submodule, or an attribute of the module
         other = find_source(module)
-        if other and (found := resolve(other, ".".join(names), depth + 1)):
-            return found
+        if other and (resolved := resolve(other, ".".join(names), depth + 1)):
+            return resolved
         module, names = f"{module}.{names[0]}", names[1:]
     return None
 
@@ -238,8 +238,8 @@ def ancestor_names(definition: Definition, depth: int = 0) -> list[str]:
         text = ast.unparse(base.value if isinstance(base, ast.Subscript) else base)
         names.append(text.rpartition(".")[2])
         if names[-1] not in BASE_NAMES and text != definition.name:
-            found = resolve(definition.source, text)
-            names += ancestor_names(found, depth + 1) if found else []
+            resolved = resolve(definition.source, text)
+            names += ancestor_names(resolved, depth + 1) if resolved else []
     return names
 
 
@@ -327,12 +327,12 @@ def _forwarded_parameters(
         if target == "super().__init__" and owner:
             receivers = [base for _, base in bases_of(owner) if base]
         else:
-            found = resolve(definition.source, target)
-            receivers = [found] if found else []
-        given = {keyword.arg for keyword in call.keywords}
+            resolved = resolve(definition.source, target)
+            receivers = [resolved] if resolved else []
+        passed = {keyword.arg for keyword in call.keywords}
         for receiver in receivers:
             if parameters := parameters_of(receiver, depth + 1):
-                return [p for p in parameters[len(call.args) :] if p.name not in given]
+                return [p for p in parameters[len(call.args) :] if p.name not in passed]
     return []
 
 
@@ -345,8 +345,8 @@ def _calls_with_kwargs(function: Any, name: str, owner: Definition | None) -> It
     }
     for scope in (function, owner.node if owner else function):
         for call in (node for node in ast.walk(scope) if isinstance(node, ast.Call)):
-            spread = {ast.unparse(k.value) for k in call.keywords if k.arg is None}
-            if (scope is function and name in spread) or spread & attributes:
+            unpacked = {ast.unparse(k.value) for k in call.keywords if k.arg is None}
+            if (scope is function and name in unpacked) or unpacked & attributes:
                 yield call
 
 
@@ -415,12 +415,12 @@ def _constant_texts(expr: ast.expr, source: SourceFile, depth: int = 0) -> Itera
         case ast.FormattedValue(value=value):
             yield from _constant_texts(value, source, depth)
         case ast.Name(id=name) if depth < MAX_BASES:
-            found = resolve(source, name)
-            value = getattr(found.node, "value", None) if found else None
-            if found and isinstance(value, ast.Constant):
+            resolved = resolve(source, name)
+            value = getattr(resolved.node, "value", None) if resolved else None
+            if resolved and isinstance(value, ast.Constant):
                 yield str(value.value)
-            elif found and isinstance(value, ast.expr):
-                yield from _constant_texts(value, found.source, depth + 1)
+            elif resolved and isinstance(value, ast.expr):
+                yield from _constant_texts(value, resolved.source, depth + 1)
         case ast.Call(func=ast.Attribute(attr="format", value=value)):
             yield from _constant_texts(value, source, depth)
 
@@ -536,14 +536,14 @@ def _evaluate(node: ast.expr, source: SourceFile | None, depth: int) -> Any:
             values = _evaluate(left, source, depth + 1), _evaluate(right, source, depth + 1)
             return _operate(op, *values)
         case ast.Name() | ast.Attribute() if source:
-            found = resolve(source, ast.unparse(node))
-            value = getattr(found.node, "value", None) if found else None
-            if found and isinstance(value, ast.expr):
-                return _evaluate(value, found.source, depth + 1)
+            resolved = resolve(source, ast.unparse(node))
+            value = getattr(resolved.node, "value", None) if resolved else None
+            if resolved and isinstance(value, ast.expr):
+                return _evaluate(value, resolved.source, depth + 1)
         case ast.Call() if source:
-            found = resolve(source, ast.unparse(node.func))
-            if found and is_dataclass(found):
-                return _evaluate_dataclass(node, found, source, depth)
+            resolved = resolve(source, ast.unparse(node.func))
+            if resolved and is_dataclass(resolved):
+                return _evaluate_dataclass(node, resolved, source, depth)
     raise UnknownValueError(ast.unparse(node))
 
 
@@ -593,17 +593,17 @@ def _literal_choices(node: ast.expr, source: SourceFile | None, depth: int) -> l
             elements = index.elts if isinstance(index, ast.Tuple) else [index]
             return [e.value for e in elements if isinstance(e, ast.Constant)]
         case ast.Name() | ast.Attribute() if source:
-            found = resolve(source, ast.unparse(node))
-            value = getattr(found.node, "value", None) if found else None
-            if found and isinstance(value, ast.expr) and not isinstance(value, ast.Constant):
-                return literal_choices(ast.unparse(value), found.source, depth + 1)
+            resolved = resolve(source, ast.unparse(node))
+            value = getattr(resolved.node, "value", None) if resolved else None
+            if resolved and isinstance(value, ast.expr) and not isinstance(value, ast.Constant):
+                return literal_choices(ast.unparse(value), resolved.source, depth + 1)
     return []
 
 
 def annotation_dataclass(annotation: str, source: SourceFile | None) -> Definition | None:
     """Return the first dataclass in a type hint, such as `LRSchedule | None`."""
     for name in re.findall(r"[A-Za-z_][\w.]*", annotation) if source else ():
-        found = resolve(source, name) if source else None
-        if found and is_dataclass(found):
-            return found
+        resolved = resolve(source, name) if source else None
+        if resolved and is_dataclass(resolved):
+            return resolved
     return None

@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from ravine import UsageError
+from ravine.errors import UsageError
 
 
 class NewCallback(L.Callback):

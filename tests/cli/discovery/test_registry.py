@@ -207,15 +207,15 @@ def test_own_classes_are_listed_by_their_dotted_path(own_folder: Path) -> None:
     entries = {entry.name: entry for entry in registry.user_entries("callbacks")}
     assert sorted(entries) == ["base.Base", "mine.Mine", "mine.Plain"]
     assert [*registry.user_entries("tasks")] == []
-    mine = entries["mine.Mine"]
-    assert mine.summary == "One of mine."
-    words = [(p.name, p.annotation, p.default) for p in mine.parameters or ()]
+    user_entry = entries["mine.Mine"]
+    assert user_entry.summary == "One of mine."
+    words = [(p.name, p.annotation, p.default) for p in user_entry.parameters or ()]
     assert words == [
         ("width", "int", "WIDTH"),
         ("names", "list[str]", "[]"),
         ("second", "float | None", "None"),
     ]
-    width = (mine.parameters or [])[0]
+    width = (user_entry.parameters or [])[0]
     assert width.description == "how wide it is, in units."
     assert source_index.default_value(width) == 8
     assert (entries["mine.Plain"].parameters) == []
