@@ -83,7 +83,7 @@ def parse_name(name: str, kind: str) -> tuple[str, str]:
             or name_part in dir(builtins)
         ):
             raise UsageError(
-                f"{name!r} gives the name {part!r}, which no Python file or class can have",
+                f"{name!r} gives the name {name_part!r}, which no Python file or class can have",
                 ["letters, digits and _, and a dot between file and class"],
                 flag=f"{program_name()} new {kind} {valid_name}",
             )

@@ -118,7 +118,7 @@ def example_command(entry: Entry, program: str) -> str:
         used_in = configs_with_class(name, complete_only=True)
         preferred = next(iter([*(c for c in used_in if "quick" in c), *used_in]), "")
         other = partner_flag(entry)
-        words = [f"{fit} {usual}"] if preferred else [f"{program} fit", class_flag, other]
+        words = [f"{fit} {preferred}"] if preferred else [f"{program} fit", class_flag, other]
     else:
         config, is_added = example_config(entry)
         words = [f"{fit} {config}", class_flag] if is_added else [f"{fit} {config}"]

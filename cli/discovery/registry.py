@@ -219,8 +219,8 @@ def text_titles() -> Iterator[tuple[str, str]]:
 
 def image_classes() -> dict[str, tuple[str, ...]]:
     """Return the class names of each named image set."""
-    source = find_source("ravine.datamodules.image_formats")
-    node = table_node("ravine.datamodules.image_formats", "CLASS_NAMES")
+    source = find_source("ravine.datamodules.image_datasets")
+    node = table_node("ravine.datamodules.image_datasets", "CLASS_NAMES")
     classes = {}
     for key, value in (
         zip(node.keys, node.values, strict=True) if isinstance(node, ast.Dict) else ()
