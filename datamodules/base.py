@@ -175,24 +175,25 @@ class InvalidDataError(UsageError):
     """Local rank 0 rejected the data; the problem and the hints are those of its error."""
 
 
-def _describe_error(error: BaseException | None) -> tuple[str, Any] | None:
-    """Return the category and the content of an error as plain values."""
+def _describe_error(error: BaseException | None) -> tuple[str, dict[str, Any]] | None:
+    """Return the category of an error and its parts, as plain values."""
     if error is None:
         return None
     if isinstance(error, KeyboardInterrupt):
-        return "interrupt", None
-    if isinstance(error, UsageError):
+        return "interrupt", {}
+    if isinstance(error, UsageError | RunError):
         fields = ("problem", "allowed", "hint", "flag", "label")
-        return "usage", {name: getattr(error, name) for name in fields}
+        category = "usage" if isinstance(error, UsageError) else "failed"
+        return category, {name: getattr(error, name) for name in fields}
     text = str(error.args[0] if isinstance(error, LookupError) and error.args else error)
-    return "failed", text or type(error).__name__
+    problem = text or type(error).__name__
+    return "failed", {"problem": problem, "hint": "see the output of local rank 0"}
 
 
-def _raise_remote_error(category: str, content: Any) -> None:
+def _raise_remote_error(category: str, parts: dict[str, Any]) -> None:
     if category == "interrupt":
         raise KeyboardInterrupt
     if category == "usage":
-        raise InvalidDataError(**content)
-    raise PreparationError(
-        f"local rank 0 could not prepare the data; its output has the details: {content}"
-    )
+        raise InvalidDataError(**parts)
+    problem = f"local rank 0 could not prepare the data: {parts['problem']}"
+    raise PreparationError(**parts | {"problem": problem})

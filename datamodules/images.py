@@ -248,13 +248,17 @@ class ImageDataModule(BaseDataModule):
         """Return the images of `classes`."""
         if self.classes is None:
             return image_set
-        class_indices = parse_class_indices(self.classes, image_set.class_names, "--data.classes")
+        class_indices = parse_class_indices(
+            self.classes, image_set.class_names, flag="--data.classes"
+        )
         return image_set.select(torch.isin(image_set.labels, torch.tensor(class_indices)))
 
     def get_split(self, split: Split = "train") -> tuple[Tensor, Tensor]:
         """Return all images of a split as bytes, uint8 (n c y x), with their labels, int64 (n)."""
         if not self._splits:
-            raise RunError("ImageDataModule has no images before setup(); call setup('fit') first")
+            raise RunError(
+                "ImageDataModule has no images before setup()", hint="call setup('fit') first"
+            )
         return self._splits[split].images, self._splits[split].labels
 
     def train_dataloader(self) -> ResumableLoader:

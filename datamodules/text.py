@@ -146,7 +146,9 @@ class TextDataModule(BaseDataModule):
     def corpus(self) -> Corpus:
         """Return the tokens and their tokenizer; available after `setup`."""
         if self._corpus is None:
-            raise RunError("TextDataModule has no text before setup(); call setup('fit') first")
+            raise RunError(
+                "TextDataModule has no text before setup()", hint="call setup('fit') first"
+            )
         return self._corpus
 
     @property

@@ -69,21 +69,22 @@ def write_token_file(
         failed_path = path.parent if error.filename is None else Path(error.filename)
         if not (path.is_relative_to(failed_path) or failed_path.is_relative_to(path.parent)):
             raise  # the error comes from reading the text
-        raise TokenCacheError(
-            error.errno,
-            f"the tokens cannot be written to {path.parent}: {error.strerror or error}; allowed: "
-            "a folder with room for two to four bytes per token; set the environment variable "
-            "XDG_CACHE_HOME to such a folder",
-        ) from error
+        raise TokenCacheError(path.parent, error) from error
     return path
 
 
 class TokenCacheError(OSError, RunError):
     """The cache folder is full or not writable."""
 
-    def __str__(self) -> str:
-        """Return the message without the error number."""
-        return str(self.args[1])
+    def __init__(self, folder: Path, error: OSError) -> None:
+        """Describe the error of a write to `folder`."""
+        RunError.__init__(
+            self,
+            f"the tokens cannot be written to {folder}: {error.strerror or error}",
+            ["a folder with room for two to four bytes per token"],
+            "set the environment variable XDG_CACHE_HOME to such a folder",
+        )
+        self.errno = error.errno
 
 
 def read_token_file(path: Path, tokenizer: Tokenizer, is_memmap: bool) -> Tensor:
