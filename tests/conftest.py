@@ -45,6 +45,15 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n`, a process runs whole files, in the order of their names."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False  # the files with the most tests are not the longest
+    return LoadFileScheduling(config, log)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def same_environment() -> Iterator[None]:
     """Fixtures of a module may set variables, such as PL_GLOBAL_SEED, until its last test."""
