@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ravine.errors import UsageError
-from ravine.strategies.share import DataParallelInfo
+from ravine.strategies.data_parallel import DataParallelInfo
 
 from .samplers import EpochSampler
 

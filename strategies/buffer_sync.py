@@ -6,6 +6,8 @@ Only buffers that training changes are sent: BatchNorm statistics from the start
 they have changed. All ranks check for changes after the batches 1, 2, 4, 8, ...
 """
 
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,12 +16,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from .data_parallel import (
-    NORM_STATISTICS,
-    buffer_fingerprint,
-    find_changed_buffers,
-    is_power_of_two,
-)
+# BatchNorm kernels update these without incrementing the version counter
+NORM_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class BufferSync:
@@ -87,3 +85,46 @@ def _syncable_buffers(module: nn.Module) -> dict[str, Tensor]:
         for name, buffer in module.named_buffers()
         if not isinstance(buffer, DTensor) and not buffer.is_meta and buffer.numel()
     }
+
+
+def buffer_fingerprint(buffer: Tensor) -> tuple[Any, ...]:
+    """Return values that change with a buffer: address, version counter and sum, if any."""
+    version = None if buffer.is_inference() else buffer._version
+    if buffer.is_meta or buffer.numel() == 0 or buffer.layout != torch.strided:
+        return tuple(buffer.shape), id(buffer), version
+    numbers = torch.view_as_real(buffer) if buffer.is_complex() else buffer
+    sum_dtype = torch.float64 if numbers.is_floating_point() else torch.int64
+    total = None
+    with suppress(
+        RuntimeError, NotImplementedError
+    ):  # a dtype without a sum, as 8-bit floats in some versions
+        total = numbers.detach().sum(dtype=sum_dtype).item()
+    return buffer.data_ptr(), version, str(total)  # as text, because NaN != NaN
+
+
+def is_power_of_two(number: int) -> bool:
+    """Whether a number is a power of two (or 0): buffers are compared often at first."""
+    return number & (number - 1) == 0
+
+
+def find_changed_buffers(
+    old_fingerprints: Mapping[str, tuple[Any, ...]],
+    buffers: Mapping[str, Tensor],
+    device: torch.device,
+    group: ProcessGroup | None = None,
+) -> list[str]:
+    """Return the names of buffers that have changed on any rank; every rank of the group calls it.
+
+    Args:
+        old_fingerprints: fingerprints by name; the names are the same on all ranks.
+        buffers: all buffers by name.
+        device: the device on which the group communicates.
+        group: the ranks; None: all.
+    """
+    changed = [
+        name in buffers and buffer_fingerprint(buffers[name]) != old
+        for name, old in old_fingerprints.items()
+    ]
+    flags = torch.tensor(changed, dtype=torch.uint8, device=device)
+    dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
+    return [name for name, flag in zip(old_fingerprints, flags.tolist(), strict=True) if flag]

@@ -1,32 +1,77 @@
-"""Data parallel (DDP) with gradients as bucket views, which broadcasts only changing buffers.
+"""Data parallel: rank and size for data loaders, and DDP with less memory and fewer messages.
+
+`DataParallelInfo` holds the data-parallel rank and size, and the gradient accumulation, as every
+data loader uses them. `DataParallelStrategy` is Lightning's DDPStrategy with two changes:
 
     gradients   views of the buckets in which they are averaged      W bytes less on each rank
     buffers     BatchNorm statistics and other changing buffers      never sent: constant tables
 
-It is registered under Lightning's names (`ddp`, `ddp_find_unused_parameters_true`, ...) in place of
-DDPStrategy. A DDPStrategy that a script creates itself is not changed.
+The strategy is registered under Lightning's names (`ddp`, `ddp_find_unused_parameters_true`, ...) in
+place of DDPStrategy. A DDPStrategy that a script creates itself is not changed.
 """
 
 import re
 from collections.abc import Mapping
-from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ravine.errors import UsageError
 from ravine.lightning_compat import ddp_options
 
+from .buffer_sync import (
+    NORM_STATISTICS,
+    buffer_fingerprint,
+    find_changed_buffers,
+    is_power_of_two,
+)
+
 # from an error message of torch's DDP
 UNFINISHED_REDUCTION_TEXT = "Expected to have finished reduction in the prior iteration"
-# BatchNorm kernels update these without incrementing the version counter
-NORM_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+class DataParallelInfo(NamedTuple):
+    """Data-parallel rank and size, and micro-batches per optimizer step; default: one process.
+
+    info = DataParallelInfo.of(trainer)
+    local_batch = batch[info.dp_rank :: info.dp_size]
+    """
+
+    dp_rank: int = 0
+    dp_size: int = 1
+    accumulate: int = 1
+
+    @classmethod
+    def from_trainer(cls, trainer: Any) -> "DataParallelInfo":
+        """Read the values from a trainer; ranks that split one model (tp, pp) count as one."""
+        if trainer is None:
+            return cls()
+        check_constant_accumulation(trainer)
+        kwargs = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
+        rank, size = kwargs.get("rank", 0), kwargs.get("num_replicas", 1)
+        return cls(rank, size, trainer.accumulate_grad_batches)
+
+
+def check_constant_accumulation(trainer: Any) -> None:
+    """Raise UsageError if GradientAccumulationScheduler would change the batch of a step.
+
+    A callback with `supports_accumulation_schedule = True` adapts the batch, so it is then allowed.
+    """
+    callbacks = getattr(trainer, "callbacks", None) or ()
+    changes = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks)
+    if changes and not any(
+        getattr(callback, "supports_accumulation_schedule", False) for callback in callbacks
+    ):
+        raise UsageError(
+            "GradientAccumulationScheduler would make an optimizer step larger than "
+            "batch_size, which counts all samples of one; allowed: ravine's Trainer, or "
+            "ravine.callbacks.RunChecks in trainer.callbacks; add RunChecks()"
+        )
 
 
 class DataParallelStrategy(DDPStrategy):
@@ -136,49 +181,6 @@ class DataParallelStrategy(DDPStrategy):
             if self._num_optimizer_steps == 1:
                 check_no_gradient_in_state(optimizer)
         return output
-
-
-def buffer_fingerprint(buffer: Tensor) -> tuple[Any, ...]:
-    """Return values that change with a buffer: address, version counter and sum, if any."""
-    version = None if buffer.is_inference() else buffer._version
-    if buffer.is_meta or buffer.numel() == 0 or buffer.layout != torch.strided:
-        return tuple(buffer.shape), id(buffer), version
-    numbers = torch.view_as_real(buffer) if buffer.is_complex() else buffer
-    sum_dtype = torch.float64 if numbers.is_floating_point() else torch.int64
-    total = None
-    with suppress(
-        RuntimeError, NotImplementedError
-    ):  # a dtype without a sum, as 8-bit floats in some versions
-        total = numbers.detach().sum(dtype=sum_dtype).item()
-    return buffer.data_ptr(), version, str(total)  # as text, because NaN != NaN
-
-
-def is_power_of_two(number: int) -> bool:
-    """Whether a number is a power of two (or 0): buffers are compared often at first."""
-    return number & (number - 1) == 0
-
-
-def find_changed_buffers(
-    old_fingerprints: Mapping[str, tuple[Any, ...]],
-    buffers: Mapping[str, Tensor],
-    device: torch.device,
-    group: ProcessGroup | None = None,
-) -> list[str]:
-    """Return the names of buffers that have changed on any rank; every rank of the group calls it.
-
-    Args:
-        old_fingerprints: fingerprints by name; the names are the same on all ranks.
-        buffers: all buffers by name.
-        device: the device on which the group communicates.
-        group: the ranks; None: all.
-    """
-    changed = [
-        name in buffers and buffer_fingerprint(buffers[name]) != old
-        for name, old in old_fingerprints.items()
-    ]
-    flags = torch.tensor(changed, dtype=torch.uint8, device=device)
-    dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
-    return [name for name, flag in zip(old_fingerprints, flags.tolist(), strict=True) if flag]
 
 
 def check_gradients_in_buckets(optimizer: Any) -> None:

@@ -65,7 +65,7 @@ from ravine.strategies.checkpoint.validation import (
     optimizer_state_kinds,
     optimizer_state_shapes,
 )
-from ravine.strategies.share import DataParallelInfo
+from ravine.strategies.data_parallel import DataParallelInfo
 
 from ..checks.run_checks import add_run_checks
 from .batch_seeds import BatchSeeder, hash_seed, seed_default_generators, snapshot_generators

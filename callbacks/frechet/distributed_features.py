@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ravine.errors import UsageError
-from ravine.strategies.share import DataParallelInfo
+from ravine.strategies.data_parallel import DataParallelInfo
 
 from .statistics import Moments
 

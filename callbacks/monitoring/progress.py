@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ravine.errors import UsageError
-from ravine.strategies.share import DataParallelInfo
+from ravine.strategies.data_parallel import DataParallelInfo
 
 from ..base import OptimizerStepCallback
 from ..stock_callbacks.gradient_accumulation import (

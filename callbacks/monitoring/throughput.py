@@ -15,7 +15,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from ravine.strategies.share import DataParallelInfo
+from ravine.strategies.data_parallel import DataParallelInfo
 
 from ..base import OptimizerStepCallback
 from .memory import peak_memory_bytes

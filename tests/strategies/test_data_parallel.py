@@ -15,8 +15,8 @@ from ravine.datamodules import TextDataModule
 from ravine.datamodules.text import python_docs_text
 from ravine.lightning_modules import LanguageModel
 from ravine.strategies import DataParallelStrategy
+from ravine.strategies.buffer_sync import buffer_fingerprint
 from ravine.strategies.data_parallel import (
-    buffer_fingerprint,
     check_gradients_in_buckets,
     check_no_gradient_in_state,
 )
