@@ -6,8 +6,8 @@ data loader uses them. `DataParallelStrategy` is Lightning's DDPStrategy with tw
     gradients   views of the buckets in which they are averaged      W bytes less on each rank
     buffers     BatchNorm statistics and other changing buffers      never sent: constant tables
 
-The strategy is registered under Lightning's names (`ddp`, `ddp_find_unused_parameters_true`, ...) in
-place of DDPStrategy. A DDPStrategy that a script creates itself is not changed.
+The strategy is registered under Lightning's names (`ddp`, `ddp_find_unused_parameters_true`, ...),
+in place of DDPStrategy. A DDPStrategy that a script creates itself is not changed.
 """
 
 import re
@@ -38,7 +38,7 @@ UNFINISHED_REDUCTION_TEXT = "Expected to have finished reduction in the prior it
 class DataParallelInfo(NamedTuple):
     """Data-parallel rank and size, and micro-batches per optimizer step; default: one process.
 
-    info = DataParallelInfo.of(trainer)
+    info = DataParallelInfo.from_trainer(trainer)
     local_batch = batch[info.dp_rank :: info.dp_size]
     """
 

@@ -1,8 +1,13 @@
-"""Shards of a DTensor as index ranges: slice a full tensor, or gather a tensor on one rank.
+"""DTensors: convert between full tensors and shards, which are index ranges of a full tensor.
+
+A sharded parameter is a DTensor. Elementwise arithmetic needs only the local shards, which share
+its memory. Files and other layouts need full tensors.
 
 The placements of a DTensor give the indices that each rank holds. So a rank can read only its shard
 from a file, and a full tensor can be assembled on one rank:
 
+    to_local(tensor)                                   this rank's shard, which shares memory
+    full_tensor(tensor)                                the full tensor, on every rank
     local_shard(full, like)                            this rank's shard of `full`
     gather_to_first_rank(tensor)                       the full tensor on the mesh's first rank
     gather_trees_to_first_rank(tree, group, device)    the trees of all ranks on the first rank
@@ -21,6 +26,16 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 MAX_MESSAGE_BYTES = 2**24  # sent or read at once: the extra memory besides the tensors
+
+
+def to_local(tensor: Tensor) -> Tensor:
+    """Return this rank's shard, which shares memory; a plain tensor is returned as is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """All-gather the full tensor; every rank calls it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class IndexRange(NamedTuple):
@@ -115,6 +130,11 @@ def local_shard(full: Tensor, like: Tensor) -> Tensor:
     for source, target in shard_blocks(indices):
         shard[target] = full[source]
     return shard
+
+
+def shard_like(value: Tensor, like: Tensor) -> Tensor:
+    """Return this rank's shard of a full value, with the placements of `like`; sends nothing."""
+    return local_shard(value, like).to(like.device)  # a value of a sharded file is a DTensor
 
 
 def first_mesh_rank(mesh: DeviceMesh) -> int:

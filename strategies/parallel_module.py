@@ -20,7 +20,7 @@ LightningModule are gathered together around each step (fsdp/step_unit.py).
 
 import inspect
 from collections import Counter
-from collections.abc import Set
+from collections.abc import Container, Iterator, Set
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, cast
@@ -182,6 +182,26 @@ def fsdp_units(module: nn.Module) -> list[FSDPModule]:
 def has_sharded_params(module: nn.Module) -> bool:
     """Whether any parameter of the module is a DTensor."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+def named_trainable(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield names and trainable floating-point parameters, as shards if they are sharded.
+
+    Units are resharded first: a forward may have left gathered copies in place of the shards.
+    """
+    for unit in fsdp_units(module):
+        unit.reshard()
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and parameter.is_floating_point():
+            yield name, parameter
+
+
+def named_tracked(module: nn.Module, names: Container[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield trainable parameters, and those of the given names even if they are frozen."""
+    trainable_names = {name for name, _ in named_trainable(module)}
+    for name, parameter in module.named_parameters():
+        if name in trainable_names or (name in names and parameter.is_floating_point()):
+            yield name, parameter
 
 
 @dataclass

@@ -20,7 +20,7 @@ ranks. Outside of training (validation, sampling) a call of the net runs the sta
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -349,6 +349,12 @@ class Pipeline:
                 gradient = torch.zeros(shape, dtype=dtype, device=device)
             local_grad = gradient.to_local() if isinstance(gradient, DTensor) else gradient
             dist.all_reduce(local_grad, group=self.group)
+
+
+def full_module(trainer: Any) -> AbstractContextManager[None]:
+    """Return a context in which a pipeline's module shows the full net, e.g. to count it."""
+    pipeline = getattr(trainer.strategy, "pipeline", None)
+    return nullcontext() if pipeline is None else pipeline.full_net()
 
 
 def _empty_like(tensor: Tensor) -> Tensor:

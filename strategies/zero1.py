@@ -508,6 +508,15 @@ class Zero1Reducer:
         return works
 
 
+def has_gradient(trainer: Any, parameter: Tensor) -> bool:
+    """Whether the last backward pass on this rank computed a gradient of a parameter.
+
+    With ZeRO-1 `p.grad` may be None, because the gradient was sent to the parameter's owner.
+    """
+    with_gradient = getattr(trainer.strategy, "params_with_gradient", ())
+    return parameter.grad is not None or parameter in with_gradient
+
+
 def iter_buckets(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Split parameters into buckets of about MAX_BUCKET_BYTES; a small net has one or two."""
     total = sum(_num_bytes(p) for p in parameters)

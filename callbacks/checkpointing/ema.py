@@ -20,16 +20,10 @@ from torch.optim import Optimizer
 
 from ravine.errors import UsageError
 from ravine.strategies.checkpoint.checkpoint_error import CheckpointError
+from ravine.strategies.checkpoint.state_dict import stages_to_join, to_checkpoint, update_state_dict
 from ravine.strategies.checkpoint.validation import dtype_kind_mismatches
-from ravine.strategies.shards import (
-    named_tracked,
-    named_trainable,
-    shard_like,
-    stages_to_join,
-    to_checkpoint,
-    to_local,
-    update_state_dict,
-)
+from ravine.strategies.dtensor import shard_like, to_local
+from ravine.strategies.parallel_module import named_tracked, named_trainable
 
 from ..base import OptimizerStepCallback, find_callbacks
 from ..checks.run_checks import add_run_checks

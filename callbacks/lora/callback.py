@@ -18,7 +18,7 @@ from torch import nn
 
 from ravine.errors import RunError, UsageError
 from ravine.strategies.materialize import deferred_values, iter_value_blocks
-from ravine.strategies.shards import has_gradient
+from ravine.strategies.zero1 import has_gradient
 
 from ..base import find_callbacks
 from ..transforms.base import Transform, frozen_names

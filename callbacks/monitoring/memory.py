@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
-from ravine.strategies.shards import to_local
+from ravine.strategies.dtensor import to_local
 
 
 class MemoryUsage(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
-from ravine.strategies.shards import full_module
+from ravine.strategies.pipeline_parallel import full_module
 
 LOSS_WINDOW = 100  # steps over which the training loss is averaged: the loss of one step is noisy
 

@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from ravine.strategies.collectives import all_gather_single
-from ravine.strategies.shards import shard_like
+from ravine.strategies.dtensor import shard_like
 
 # Maps a stack of full matrices (n, rows, ...) to a stack of the same shape and dtype.
 MatrixFunction = Callable[[Tensor], Tensor]

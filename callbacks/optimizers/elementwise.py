@@ -16,7 +16,7 @@ from torch import (
 from torch.optim import Optimizer
 
 from ravine.errors import UsageError
-from ravine.strategies.shards import to_local
+from ravine.strategies.dtensor import to_local
 
 
 class ElementwiseOptimizer(Optimizer):

@@ -28,7 +28,7 @@ from torch.optim import AdamW, Optimizer
 
 from ravine.errors import UsageError
 from ravine.strategies.bfloat16 import has_fast_bfloat16
-from ravine.strategies.shards import to_local
+from ravine.strategies.dtensor import to_local
 
 from .distributed_matrix_op import apply_to_full_matrices
 from .elementwise import check_not_sparse

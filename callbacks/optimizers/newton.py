@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from ravine.errors import UsageError
-from ravine.strategies.shards import full_tensor, shard_like, to_local
+from ravine.strategies.dtensor import full_tensor, shard_like, to_local
 
 from .lr_schedules import LRSchedule
 from .plan import OptimizerPlan

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from ravine.errors import UsageError
 from ravine.lightning_compat import attached_trainer, stops_after_search
-from ravine.strategies.shards import full_module
+from ravine.strategies.pipeline_parallel import full_module
 
 from ..base import find_callbacks
 from ..checks.run_checks import add_run_checks

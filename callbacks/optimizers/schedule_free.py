@@ -11,15 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ravine.strategies.shards import (
-    named_tracked,
-    named_trainable,
-    shard_like,
-    stages_to_join,
-    to_checkpoint,
-    to_local,
-    update_state_dict,
-)
+from ravine.strategies.checkpoint.state_dict import stages_to_join, to_checkpoint, update_state_dict
+from ravine.strategies.dtensor import shard_like, to_local
+from ravine.strategies.parallel_module import named_tracked, named_trainable
 
 from .composite import CompositeOptimizer
 

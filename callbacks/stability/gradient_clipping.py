@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 
 from ravine.errors import UsageError
 from ravine.lightning_compat import should_update_logs
-from ravine.strategies.shards import to_local
+from ravine.strategies.dtensor import to_local
 
 from ..base import find_callbacks
 from ..checks.run_checks import add_run_checks

@@ -2,6 +2,7 @@
 
 In a checkpoint, optimizer states are indexed by the order of `named_parameters()`. The index does
 not depend on param groups or on the mesh, so any layout can load the state of any other.
+`to_checkpoint` and `update_state_dict` let a callback store further weights (EMA) in the same way.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,6 +17,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
+
+from ravine.lightning_compat import saves_sharded
 
 from ..dtensor import first_mesh_rank, gather_to_first_rank, gather_trees_to_first_rank, local_shard
 from . import sharded
@@ -436,3 +439,62 @@ def _load_optimizer(
 
 def _clone_tensors(tree: Any) -> Any:
     return tree_map_only(Tensor, torch.clone, tree)
+
+
+def stages_to_join(trainer: Any) -> StageNames | None:
+    """Return the pipeline stages to gather into one file; None for a folder or no pipeline."""
+    in_folder = saves_sharded(trainer.strategy)
+    return None if in_folder else getattr(trainer.strategy, "stage_names", None)
+
+
+def to_checkpoint(
+    state: dict[str, Tensor],
+    weights: dict[str, Tensor],
+    live: bool = False,
+    stages: StageNames | None = None,
+) -> dict[str, Tensor]:
+    """Copy weights for a checkpoint, full or sharded like its state_dict; every rank calls it.
+
+    The full value of a sharded weight is on the first rank of its mesh only.
+
+    Args:
+        state: the checkpoint's state_dict.
+        weights: the weights by name.
+        live: whether shards are returned without a copy; the caller must not change the weights
+            before they are written.
+        stages: the stages of a pipeline; the result is then on rank 0 only.
+    """
+    if any(isinstance(value, DTensor) for value in state.values()):
+        return {name: w.detach() if live else w.detach().clone() for name, w in weights.items()}
+    values = {}
+    for name, weight in weights.items():
+        value = (
+            gather_to_first_rank(weight) if isinstance(weight, DTensor) else weight.detach().clone()
+        )
+        if value is not None:
+            values[name] = value
+    if stages is None:
+        return values
+    device = next((weight.device for weight in weights.values()), torch.device("cpu"))
+    return gather_stages({name: value.cpu() for name, value in values.items()}, stages, device)
+
+
+def update_state_dict(
+    state: dict[str, Tensor],
+    weights: dict[str, Tensor],
+    module: nn.Module,
+    live: bool = False,
+    stages: StageNames | None = None,
+) -> None:
+    """Replace weights in a checkpoint's state_dict, full or sharded; every rank calls it.
+
+    A shared weight is set under each of its names. See `to_checkpoint` for the arguments.
+    """
+    owned: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        owned.setdefault(id(parameter), []).append(name)
+    aliases = {name: names for names in owned.values() for name in names}
+    for name, value in to_checkpoint(state, weights, live, stages).items():
+        for alias in aliases.get(name, [name]):
+            if alias in state:  # only one rank has the full weights
+                state[alias] = value

@@ -20,7 +20,7 @@ from ravine.datamodules.loaders import DataParallelInfo, ResumableLoader
 from ravine.datamodules.samplers import EpochSampler
 from ravine.lightning_modules import LanguageModel
 from ravine.strategies import MeshStrategy
-from ravine.strategies.shards import to_local
+from ravine.strategies.dtensor import to_local
 
 QUIET = {
     "accelerator": "cpu",
