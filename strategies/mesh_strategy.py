@@ -53,6 +53,7 @@ from .device_mesh import (
     validate_module,
     validate_strategy_args,
 )
+from .fsdp.gather_on_use import GatherOnUse
 from .fsdp.mixed_precision import half_precision_dtype
 from .fsdp.original_parameters import OriginalParameters, check_no_shared_memory
 from .fsdp.sharded_optimizer import (
@@ -61,7 +62,7 @@ from .fsdp.sharded_optimizer import (
     owns_parameter,
     shard_optimizer_steps,
 )
-from .fsdp.sharded_parameter import GatherOnUse, has_sharded_parameters
+from .fsdp.sharded_parameter import has_sharded_parameters
 from .fsdp.torch_attributes import check_fsdp_attributes
 from .gradient_norm import clip_grad_norm
 from .gradient_readers import can_free_gradients_early, find_gradient_readers, free_gradients

@@ -1,6 +1,6 @@
 """Check that torch has the private attributes of FSDP2 that this package uses.
 
-torch has no public API to gather a unit outside of its forward (sharded_parameter.py), or to tell
+torch has no public API to gather a unit outside of its forward (gather_on_use.py), or to tell
 whether a backward pass is running (parallel_module.py, step_unit.py). Without the check, a torch
 version that renames such an attribute would fail in the middle of a training step.
 """

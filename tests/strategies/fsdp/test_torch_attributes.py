@@ -90,7 +90,7 @@ def test_a_missing_function_of_torch_is_named(monkeypatch, owner):
 
 
 def test_the_versions_that_the_error_allows_are_those_of_the_tests():
-    path = Path(__file__).parents[2] / "pyproject.toml"
+    path = Path(__file__).parents[3] / "pyproject.toml"
     versions = tomllib.loads(path.read_text())["tool"]["ravine"]
     ends = [versions[end]["torch"].rpartition(".")[0] for end in ("lowest", "highest")]
     assert " to ".join(ends) == torch_attributes.TESTED_TORCH_VERSIONS

@@ -1,0 +1,74 @@
+"""Search the autograd graph for FSDP2 units that a loss uses other than through their outputs.
+
+FSDP2 gathers a unit for the backward pass when the gradient of an output of the unit arrives. A
+loss may also depend on parameters of the unit directly, e.g. through a penalty that a layer stored
+in an attribute. Such a unit must be gathered before the backward pass (gather_on_use.py).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from .torch_attributes import fsdp_param_groups
+
+
+def record_output_nodes(state: Any, register_hook: Callable[[Any], Any], output: Any) -> Any:
+    """Register FSDP2's pre-backward hook, and record the autograd nodes of a unit's outputs."""
+    output = register_hook(output)
+    gather = state._gather
+    if gather.should_search_graph and torch.is_grad_enabled():
+        leaves = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
+        nodes = {leaf.grad_fn for leaf in leaves if leaf.grad_fn is not None}
+        for group in fsdp_param_groups(state):
+            gather.output_nodes.setdefault(group, set()).update(nodes)
+    return output
+
+
+def find_escaping_groups(loss: Tensor, groups: list[Any], outputs: dict[Any, set[Any]]) -> set[Any]:
+    """Return the groups whose parameters reach the loss without passing an output of their unit.
+
+    Args:
+        loss: the tensor at which the backward pass begins.
+        groups: all FSDP2 param groups.
+        outputs: the autograd nodes of the unit's outputs, by group.
+    """
+    group_by_param_id = {
+        id(p._unsharded_param): group
+        for group in groups
+        for p in group.fsdp_params
+        if hasattr(p, "_unsharded_param")
+    }
+    root = loss.grad_fn
+    leaves: dict[Any, list[Any]] = {}  # nodes of parameters, by group
+    readers: dict[Any, list[Any]] = {root: []}
+    stack = [root]
+    while stack:
+        node = stack.pop()
+        if (group := group_by_param_id.get(id(getattr(node, "variable", None)))) is not None:
+            leaves.setdefault(group, []).append(node)
+        for source, _ in node.next_functions if node is not None else ():
+            if source is None:
+                continue
+            if source not in readers:
+                readers[source] = []
+                stack.append(source)
+            readers[source].append(node)
+    escaping_groups: set[Any] = set()
+    for group, stack in leaves.items():  # one search per group; one per leaf would be quadratic
+        output_nodes, visited = outputs.get(group, set()), set(stack)
+        while stack:
+            node = stack.pop()
+            if node is root:
+                escaping_groups.add(group)
+                break
+            unvisited = [
+                reader
+                for reader in readers[node]
+                if reader not in visited and reader not in output_nodes
+            ]
+            visited.update(unvisited)
+            stack += unvisited
+    return escaping_groups
