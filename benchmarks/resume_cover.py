@@ -339,9 +339,9 @@ SECONDS = ("second", "_duration_s", "time/", "_time", "throughput")  # measured:
 def content(path: Path) -> dict[str, Any]:
     """The content of a checkpoint without paths and measured seconds, for comparison."""
     if path.is_dir():
-        from ravine.strategies.checkpoint.sharded import load
+        from ravine.strategies.checkpoint.sharded import load_full
 
-        file: dict[str, Any] = load(path)
+        file: dict[str, Any] = load_full(path)
     else:
         file = torch.load(path, weights_only=True)
     file.pop("ravine", None)

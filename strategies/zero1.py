@@ -18,15 +18,14 @@ keeps all gradients: a step then sends W more.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from types import MappingProxyType, MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import (
     Tensor,
-    _foreach_add_,  # pyright: ignore[reportPrivateImportUsage]
     _foreach_mul_,  # pyright: ignore[reportPrivateImportUsage]
     nn,
 )
@@ -36,30 +35,27 @@ from torch.optim import Optimizer
 
 from ravine.errors import RunError, UsageError
 
+from . import zero1_messages
 from .fsdp.optimizer_probe import needs_closure
 from .work_partition import assign_balanced
+from .zero1_messages import (
+    ParamMessage,
+    add_gradients,
+    aligned_bytes,
+    iter_buckets,
+    iter_messages,
+    join_gradients,
+    local_view,
+    pack_gradients,
+    pack_params,
+    receive_buffer,
+    set_gradient,
+    set_reduced_gradients,
+    unpack_params,
+)
 
-MIB = 2**20
-MAX_BUCKET_BYTES = 25 * MIB  # gradients that are sent together, and size of the receive buffer
-MAX_JOINED_BYTES = MIB  # smaller parameters are sent together, larger ones from their own memory
-MAX_MESSAGE_BYTES = 8 * MIB  # the largest message of one parameter
 POINT_TO_POINT_BACKENDS = {"gloo"}  # backends whose isend and irecv are faster than reduce_scatter
 MESSAGE_TAG = 71  # differs from the tags of other messages between the same ranks (ring attention)
-
-
-class ParamMessage(NamedTuple):
-    """The content of a message: several small parameters, or a slice of a large one.
-
-    The slice is [start, start + numel) of the flattened parameter.
-    """
-
-    parameters: list[Tensor]
-    numel: int
-    dtype: torch.dtype
-    numels: list[int]  # of each parameter
-    start: int | None = None
-    # the message ends with a flag for each of these: 1 if the parameter has a gradient
-    flagged_params: Sequence[Tensor] = ()
 
 
 def assign_owners(parameters: Iterable[Tensor], load: list[int]) -> dict[Tensor, int]:
@@ -200,7 +196,7 @@ class Zero1Reducer:
             if self._gradient_holder(p) == self.rank and p.grad is not None
         ]
         if self.is_point_to_point and owned_params:
-            _foreach_mul_([_local_view(p.grad) for p in owned_params], 1 / self.num_ranks)
+            _foreach_mul_([local_view(p.grad) for p in owned_params], 1 / self.num_ranks)
 
     def restore(self) -> None:
         """Remove the hooks of the parameters, and restore the methods of the optimizers."""
@@ -317,9 +313,9 @@ class Zero1Reducer:
                     "dense"
                     " gradients; set sparse=False"
                 )
-            _set_gradient(parameter, _local_view(gradient).contiguous())
+            set_gradient(parameter, local_view(gradient).contiguous())
         for message in plan.get(None, []):
-            data = _join_gradients(message)
+            data = join_gradients(message)
             work = dist.all_reduce(data, group=self.group, async_op=True)
             self._backend_reductions.append((work, data, message))
         send = self._send_to if self.is_point_to_point else self._reduce_to
@@ -337,15 +333,15 @@ class Zero1Reducer:
         for source in _partner_order(self.rank, self.num_ranks):
             self._queued_receives += ((source, message) for message in owned_messages)
         if self._queued_receives:
-            sizes = [_aligned_bytes(message) for _, message in self._queued_receives]
-            size = min(sum(sizes), max(MAX_BUCKET_BYTES, *sizes))
+            sizes = [aligned_bytes(message) for _, message in self._queued_receives]
+            size = min(sum(sizes), max(zero1_messages.MAX_BUCKET_BYTES, *sizes))
             if self._receive_memory is None or len(self._receive_memory) < size:
-                device = _local_view(bucket[0]).device
+                device = local_view(bucket[0]).device
                 self._receive_memory = torch.empty(size, dtype=torch.uint8, device=device)
             self._post_receives()
 
     def _reduce_to(self, holder: int, message: ParamMessage) -> None:
-        data = _join_gradients(message)
+        data = join_gradients(message)
         work = dist.reduce(data, group=self.group, group_dst=holder, async_op=True)
         if holder == self.rank:
             self._backend_reductions.append((work, data, message))
@@ -353,7 +349,7 @@ class Zero1Reducer:
             self._sends.append((work, data))
 
     def _send_to(self, holder: int, message: ParamMessage) -> None:
-        data = _pack_gradients(message)
+        data = pack_gradients(message)
         work = dist.isend(data, group=self.group, group_dst=holder, tag=MESSAGE_TAG)
         self._sends.append((work, data))
 
@@ -370,7 +366,7 @@ class Zero1Reducer:
             buffer = self._receive_memory[self._num_used_bytes : self._num_used_bytes + size].view(
                 message.dtype
             )
-            self._num_used_bytes += _aligned_bytes(message)
+            self._num_used_bytes += aligned_bytes(message)
             work = dist.irecv(buffer, group=self.group, group_src=source, tag=MESSAGE_TAG)
             self._posted_receives.append((work, buffer, message))
             self._queued_receives.popleft()
@@ -382,11 +378,11 @@ class Zero1Reducer:
                 self._post_receives()
             work, buffer, message = self._posted_receives.popleft()
             work.wait()
-            _add_gradients(buffer, message)
+            add_gradients(buffer, message)
         while self._backend_reductions:
             work, data, message = self._backend_reductions.popleft()
             work.wait()
-            _set_reduced_gradients(data.mul_(1 / self.num_ranks), message)
+            set_reduced_gradients(data.mul_(1 / self.num_ranks), message)
         while self._sends:
             self._sends.popleft()[0].wait()
 
@@ -456,9 +452,9 @@ class Zero1Reducer:
         for plan in self._build_param_plan(parameters):
             in_flight.append(send(plan))
             if len(in_flight) > 1:
-                _unpack_params(in_flight.popleft())
+                unpack_params(in_flight.popleft())
         while in_flight:
-            _unpack_params(in_flight.popleft())
+            unpack_params(in_flight.popleft())
 
     def _build_param_plan(self, parameters: list[Tensor]) -> list[dict[int, list[ParamMessage]]]:
         """Return the messages of each owner, for each bucket of parameters."""
@@ -484,13 +480,13 @@ class Zero1Reducer:
     ) -> list[tuple[Any, Tensor, ParamMessage | None]]:
         works: list[tuple[Any, Tensor, ParamMessage | None]] = []
         for message in plan.get(self.rank, []):
-            data = _pack_params(message)
+            data = pack_params(message)
             for target in _partner_order(self.rank, self.num_ranks):
                 kwargs = {"group": self.group, "group_dst": target, "tag": MESSAGE_TAG}
                 works.append((dist.isend(data, **kwargs), data, None))
         for source in _partner_order(self.rank, self.num_ranks):
             for message in plan.get(source, []):
-                data = _receive_buffer(message)
+                data = receive_buffer(message)
                 kwargs = {"group": self.group, "group_src": source, "tag": MESSAGE_TAG}
                 works.append((dist.irecv(data, **kwargs), data, message))
         return works
@@ -502,7 +498,7 @@ class Zero1Reducer:
         for source, source_messages in sorted(plan.items()):
             for message in source_messages:
                 is_source = source == self.rank
-                data = _pack_params(message) if is_source else _receive_buffer(message)
+                data = pack_params(message) if is_source else receive_buffer(message)
                 kwargs = {"group": self.group, "group_src": source, "async_op": True}
                 works.append((dist.broadcast(data, **kwargs), data, None if is_source else message))
         return works
@@ -517,188 +513,8 @@ def has_gradient(trainer: Any, parameter: Tensor) -> bool:
     return parameter.grad is not None or parameter in with_gradient
 
 
-def iter_buckets(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Split parameters into buckets of about MAX_BUCKET_BYTES; a small net has one or two."""
-    total = sum(_num_bytes(p) for p in parameters)
-    max_bytes = min(MAX_BUCKET_BYTES, max(MAX_JOINED_BYTES, -(-total // 2)))
-    bucket, size = [], 0
-    for parameter in parameters:
-        bucket.append(parameter)
-        size += _num_bytes(parameter)
-        if size >= max_bytes:
-            yield bucket
-            bucket, size = [], 0
-    if bucket:
-        yield bucket
-
-
-def iter_messages(
-    parameters: Sequence[Tensor], with_flags: bool = False, join_all: bool = False
-) -> Iterator[ParamMessage]:
-    """Yield the messages for some parameters; sender and receiver get the same messages.
-
-    Args:
-        parameters: the parameters of one bucket and one owner
-        with_flags: whether the message has a flag for each parameter: does it have a gradient
-        join_all: whether large parameters are joined with the small ones
-    """
-    for dtype in {_local_view(p).dtype: None for p in parameters}:
-        same_dtype = [p for p in parameters if _local_view(p).dtype == dtype]
-        large = [
-            p
-            for p in same_dtype
-            if _num_bytes(p) >= MAX_JOINED_BYTES and _local_view(p).is_contiguous()
-        ]
-        large = [] if join_all else large
-        large_ids = set(map(id, large))
-        small = [p for p in same_dtype if id(p) not in large_ids]
-        flags = same_dtype if with_flags else []
-        if numel := sum(_local_view(p).numel() for p in small) + len(flags):
-            sizes = [_local_view(p).numel() for p in small]
-            yield ParamMessage(small, numel, dtype, sizes, None, flags)
-        step = MAX_MESSAGE_BYTES // dtype.itemsize
-        for parameter in large:
-            numel = _local_view(parameter).numel()
-            for start in range(0, numel, step):
-                yield ParamMessage([parameter], min(step, numel - start), dtype, [numel], start)
-
-
 def _partner_order(rank: int, num_ranks: int) -> list[int]:
     """Return the other ranks, ordered so that ranks exchange in pairs at each index."""
     is_power_of_two = num_ranks & (num_ranks - 1) == 0
     partners = [rank ^ i if is_power_of_two else (i - rank) % num_ranks for i in range(num_ranks)]
     return [partner for partner in partners if partner != rank]
-
-
-def _aligned_bytes(message: ParamMessage) -> int:
-    """Return the bytes of a message, rounded up to 16: the alignment of any dtype."""
-    return -(-message.numel * message.dtype.itemsize // 16) * 16
-
-
-def _local_view(tensor: Any) -> Tensor:
-    """Return this rank's shard as a detached view; complex numbers as pairs of real numbers."""
-    local: Tensor = tensor
-    if isinstance(tensor, DTensor):
-        local = tensor._local_tensor  # detached, and faster than `to_local`
-    return torch.view_as_real(local.detach()) if local.dtype.is_complex else local
-
-
-def _num_bytes(tensor: Tensor) -> int:
-    local = _local_view(tensor)
-    return local.numel() * local.element_size()
-
-
-def _pack_params(message: ParamMessage) -> Tensor:
-    """Return the values of a message's parameters; for a large parameter a view."""
-    if message.start is not None:
-        values = _local_view(message.parameters[0]).view(-1)
-        return values[message.start : message.start + message.numel]
-    return torch.cat([_local_view(p).reshape(-1) for p in message.parameters])
-
-
-def _receive_buffer(message: ParamMessage) -> Tensor:
-    """Return a buffer to receive parameters; for a large parameter its own memory."""
-    if message.start is not None:
-        return _pack_params(message)
-    return torch.empty(
-        message.numel, dtype=message.dtype, device=_local_view(message.parameters[0]).device
-    )
-
-
-def _unpack_params(works: list[tuple[Any, Tensor, ParamMessage | None]]) -> None:
-    for work, data, message in works:
-        work.wait()
-        if message is None:
-            continue
-        if message.start is None:
-            for p, values in zip(message.parameters, data.split(message.numels), strict=True):
-                local = _local_view(p)
-                local.copy_(values.view(local.shape))
-        else:  # a receive does not increment the version counter
-            torch.autograd.graph.increment_version(message.parameters[0])
-
-
-def _pack_gradients(message: ParamMessage) -> Tensor:
-    """Return the gradients of a message; for a large parameter a view."""
-    if message.start is None:
-        return _join_gradients(message)
-    gradient = message.parameters[0].grad
-    if gradient is None:
-        local = _local_view(message.parameters[0])
-        return torch.zeros(message.numel, dtype=message.dtype, device=local.device)
-    return _local_view(gradient).view(-1)[message.start : message.start + message.numel]
-
-
-def _join_gradients(message: ParamMessage) -> Tensor:
-    flat_grads = []
-    for p in message.parameters:
-        if (gradient := p.grad) is None:
-            local = _local_view(p)
-            flat_grads.append(local.new_zeros(local.numel()))
-        else:
-            flat_grads.append(_local_view(gradient).view(-1))
-    reference = _local_view((*message.parameters, *message.flagged_params)[0])
-    flags = reference.new_ones(len(message.flagged_params), dtype=message.dtype)
-    for number, p in enumerate(message.flagged_params):
-        if p.grad is None:
-            flags[number] = 0
-    return torch.cat([*flat_grads, flags])
-
-
-def _unpack_flags(data: Tensor, message: ParamMessage) -> list[bool]:
-    """Return whether each flagged parameter has a gradient on this rank or on the sender."""
-    if all(p.grad is not None for p in message.flagged_params):
-        return [True] * len(message.flagged_params)
-    sender_flags = data[len(data) - len(message.flagged_params) :].tolist()
-    return [
-        p.grad is not None or number > 0
-        for p, number in zip(message.flagged_params, sender_flags, strict=True)
-    ]
-
-
-def _add_gradients(data: Tensor, message: ParamMessage) -> None:
-    """Add the received gradients of another rank."""
-    if message.start is not None:
-        gradient = message.parameters[0].grad
-        if gradient is not None:
-            flat = _local_view(gradient).view(-1)
-            flat[message.start : message.start + message.numel].add_(data)
-        return
-    for parameter, has_grad in zip(
-        message.flagged_params, _unpack_flags(data, message), strict=True
-    ):
-        if has_grad and parameter.grad is None:
-            _set_gradient(
-                parameter,
-                torch.zeros_like(_local_view(parameter), memory_format=torch.contiguous_format),
-            )
-    chunks = data.split([*message.numels, len(message.flagged_params)])
-    pairs = zip(message.parameters, chunks, strict=False)
-    grad_pairs = [
-        (_local_view(p.grad).view(-1), values) for p, values in pairs if p.grad is not None
-    ]
-    if grad_pairs:
-        _foreach_add_(
-            [local_grad for local_grad, _ in grad_pairs], [values for _, values in grad_pairs]
-        )
-
-
-def _set_reduced_gradients(data: Tensor, message: ParamMessage) -> None:
-    """Set gradients to views of the sum, for parameters with a gradient on any rank."""
-    chunks = data.split([*message.numels, len(message.flagged_params)])
-    flags = _unpack_flags(data, message)
-    ids_with_grad = {id(p) for p, flag in zip(message.flagged_params, flags, strict=True) if flag}
-    for parameter, values in zip(message.parameters, chunks, strict=False):
-        if id(parameter) in ids_with_grad:
-            _set_gradient(parameter, values.view(_local_view(parameter).shape))
-
-
-def _set_gradient(parameter: Any, values: Tensor) -> None:
-    """Set a parameter's gradient from its local values, of the shape of `_local_view`."""
-    if parameter.is_complex():
-        values = torch.view_as_complex(values)
-    if isinstance(parameter, DTensor):
-        mesh, placements = parameter.device_mesh, parameter.placements
-        size = {"shape": parameter.shape, "stride": parameter.stride()}
-        values = DTensor.from_local(values, mesh, placements, run_check=False, **size)
-    parameter.grad = values

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ravine.callbacks import GradientClipping, NaNGuard
 from ravine.callbacks.optimizers.newton import NewtonOptimizer
-from ravine.strategies import zero1
+from ravine.strategies import zero1, zero1_messages
 from ravine.strategies.gradient_readers import find_gradient_readers
 
 WIDTH = 640  # a matrix of 1.6 MB, which is sent from its own memory
@@ -159,7 +159,7 @@ def test_a_step_sends_two_times_the_weights_and_frees_gradients_of_other_owners(
     sent = sum(sent for sent, *_ in everywhere) / world
     assert ideal <= sent < 1.001 * ideal + 100
     assert all(set(counts) == {"isend"} for _, _, counts, *_ in everywhere)
-    assert max(largest for _, largest, *_ in everywhere) <= zero1.MAX_MESSAGE_BYTES
+    assert max(largest for _, largest, *_ in everywhere) <= zero1_messages.MAX_MESSAGE_BYTES
 
 
 def test_a_reader_of_gradients_costs_one_time_more(ranks):
@@ -553,7 +553,7 @@ class Peak(L.Callback):
 def peak(strategy):
     """Bytes beyond the parameters, in times of these; ddp has made its buckets before."""
     module, peak = built(Net), Peak()
-    zero1.MAX_BUCKET_BYTES = zero1.MIB  # of 6.6, as 25 MB are of a net of 165
+    zero1_messages.MAX_BUCKET_BYTES = zero1_messages.MIB  # of 6.6, as 25 MB are of a net of 165
     fit(module, strategy, peak, max_steps=3)
     return peak.bytes / sum(p.numel() * 4 for p in module.parameters())
 
