@@ -331,13 +331,13 @@ def whole_archive(path: Path) -> bool:
 def sharded_seeds() -> list[Files]:
     from torch.distributed.checkpoint import FileSystemWriter, save
 
-    from ravine.strategies.checkpoint import sharded
+    from ravine.strategies.checkpoint import sharded, sharded_index
 
     checkpoint = _model()
     tensors, rest = sharded.split_tensors(checkpoint)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        named = {sharded.encode_path(place): t for place, t in tensors.items()}
+        named = {sharded_index.encode_path(place): t for place, t in tensors.items()}
         save(named, storage_writer=FileSystemWriter(folder, thread_count=1), no_dist=True)
         torch.save(rest, Path(folder, "meta.pt"))
         files = {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir())}

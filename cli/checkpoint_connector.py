@@ -20,7 +20,7 @@ from ravine.checkpoint_format import check_format
 from ravine.errors import RunError, UsageError
 from ravine.lightning_compat import CheckpointConnector
 from ravine.strategies import MeshStrategy
-from ravine.strategies.checkpoint import sharded, state_dict
+from ravine.strategies.checkpoint import sharded_index, state_dict
 from ravine.strategies.checkpoint.atomic_io import (
     CheckpointError,
     collective_loading,
@@ -212,7 +212,7 @@ def check_weight_shapes(trainer: L.Trainer, path: Path, changed_keys: list[str])
     """Raise an error if weight names or shapes of a checkpoint differ from those of the model."""
     module, strategy = trainer.lightning_module, trainer.strategy
     is_mesh = isinstance(strategy, MeshStrategy)
-    if path.is_dir() and (is_mesh or sharded.find_structural_damage(path)):
+    if path.is_dir() and (is_mesh or sharded_index.find_structural_damage(path)):
         return  # its loader reports the error
     module_shapes = (
         strategy.weight_shapes() if is_mesh else state_dict.tensor_shapes(module.state_dict())

@@ -34,7 +34,7 @@ from ravine.lightning_compat import (
 
 from .activation_checkpointing import CheckpointingMode
 from .buffer_sync import BufferSync
-from .checkpoint import sharded, state_dict
+from .checkpoint import sharded, sharded_index, state_dict
 from .checkpoint.atomic_io import (
     AtomicCheckpointIO,
     check_serializable,
@@ -589,7 +589,9 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         if not self.saves_sharded:
             return super().save_checkpoint(checkpoint, filepath, storage_options)
         checkpoint = with_plain_hyperparameters(checkpoint)
-        check_serializable({k: v for k, v in checkpoint.items() if k not in sharded.SHARDED_KEYS})
+        check_serializable(
+            {k: v for k, v in checkpoint.items() if k not in sharded_index.SHARDED_KEYS}
+        )
         path = Path(self.broadcast(filepath))
         if isinstance(self.checkpoint_io, AtomicCheckpointIO):
             self.checkpoint_io.written_paths.add(resolve_parent(path))
@@ -605,7 +607,7 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         path = Path(self.broadcast(checkpoint_path))
         module, optimizers = self.lightning_module, self.optimizers
         assert module is not None
-        with collective_loading(mapped_sections=sharded.SHARDED_KEYS):
+        with collective_loading(mapped_sections=sharded_index.SHARDED_KEYS):
             if path.is_dir():
                 require_valid_folder(path)
                 state_dict.check_shapes(

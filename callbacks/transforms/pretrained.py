@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ravine.errors import MissingFileError, UsageError
-from ravine.strategies.checkpoint import sharded, state_dict
+from ravine.strategies.checkpoint import sharded_index, state_dict
 from ravine.strategies.checkpoint.atomic_io import (
     CHECKPOINT_SUFFIX,
     AtomicCheckpointIO,
@@ -140,7 +140,9 @@ def load_weights(module: L.LightningModule, path: str) -> None:
     A parameter on the meta device gets its values from the mapped file after sharding.
     """
     # mapped, because load_state_dict copies the weights below
-    with collective_loading(mapped_sections=sharded.SHARDED_KEYS, should_share_checksums=False):
+    with collective_loading(
+        mapped_sections=sharded_index.SHARDED_KEYS, should_share_checksums=False
+    ):
         checkpoint: dict[str, Any] = AtomicCheckpointIO().load_checkpoint(path)
     changed = {"quantize", "adapt"} & checkpoint.get("transforms", {}).keys()
     if changed:

@@ -32,7 +32,7 @@ from torch import Tensor
 from ravine.errors import sort_by_similarity
 from ravine.files import atomic_write
 
-from . import mapped_file, sharded, validation, zip_archive
+from . import mapped_file, sharded, sharded_index, validation, zip_archive
 from .checkpoint_error import CheckpointError
 from .mapped_file import SAFE_TORCH_TYPES, SAFE_TYPES
 from .plain_values import with_plain_hyperparameters
@@ -173,10 +173,10 @@ def find_damage(path: str | Path, verify_checksums: bool = True) -> str | None:
     path, key = Path(path), ()
     try:
         if path.is_dir():
-            if (reason := sharded.find_structural_damage(path)) is None:
-                key = sharded.folder_identity(path)
+            if (reason := sharded_index.find_structural_damage(path)) is None:
+                key = sharded_index.folder_identity(path)
                 if verify_checksums and key not in _verified_files:
-                    reason = sharded.find_checksum_mismatch(path)
+                    reason = sharded_index.find_checksum_mismatch(path)
         else:
             with _open_regular_file(path) as file:
                 key = _file_identity(file)
@@ -208,14 +208,14 @@ def require_valid_folder(path: Path) -> None:
     def format_error(reason: str) -> str:
         return str(_damage_error(path, reason))
 
-    if (reason := sharded.find_structural_damage(path)) is None:
+    if (reason := sharded_index.find_structural_damage(path)) is None:
         try:
-            key, sizes = sharded.folder_identity(path), sharded.tensor_file_sizes(path)
+            key, sizes = sharded_index.folder_identity(path), sharded_index.tensor_file_sizes(path)
         except (OSError, CheckpointError) as error:  # it is being removed
             reason = str(error)
     readers.raise_first_problem(reason, format_error)
     readers.raise_first_problem(
-        sharded.find_checksum_mismatch(
+        sharded_index.find_checksum_mismatch(
             path, readers.assign_parts(sizes, key[1:], key in _verified_files)
         ),
         format_error,
@@ -258,7 +258,7 @@ def list_checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
             path = Path(top, name)
             with suppress(OSError):
                 status = path.stat()
-                if stat.S_ISREG(status.st_mode) or sharded.looks_like_checkpoint(path):
+                if stat.S_ISREG(status.st_mode) or sharded_index.looks_like_checkpoint(path):
                     checkpoints.append((status.st_mtime_ns, path))
     return checkpoints
 

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 from ravine.lightning_compat import saves_sharded
 
 from ..dtensor import first_mesh_rank, gather_to_first_rank, gather_trees_to_first_rank, local_shard
-from . import sharded
+from . import sharded, sharded_index
 from .atomic_io import CheckpointError
 from .validation import dtype_kind_mismatches
 
@@ -258,14 +258,14 @@ def load_sharded_state(
     indices = param_indices(module, stages)
     parameters = {number: p for p, number in indices.items() if is_owned(p)}
     params_by_name = dict(module.named_parameters())
-    entries = dict(sharded.iter_tensor_entries(path))
+    entries = dict(sharded_index.iter_tensor_entries(path))
     dtypes = {
         str(tensor_path[1]): e.properties.dtype
         for tensor_path, e in entries.items()
         if tensor_path[0] == "state_dict"
     }
     check_dtype_kinds(module, module.state_dict(), dtypes)
-    tensors: dict[sharded.TensorPath, Tensor] = {
+    tensors: dict[sharded_index.TensorPath, Tensor] = {
         ("state_dict", name): value
         for name, value in module.state_dict().items()
         if isinstance(value, Tensor) and ("state_dict", name) in entries
@@ -304,7 +304,7 @@ def stored_tensor_shapes(path: Path) -> TensorShapes:
     """Return the shape of each weight in a sharded checkpoint."""
     return {
         str(tensor_path[1]): tuple(e.size)
-        for tensor_path, e in sharded.iter_tensor_entries(path)
+        for tensor_path, e in sharded_index.iter_tensor_entries(path)
         if tensor_path[0] == "state_dict"
     }
 

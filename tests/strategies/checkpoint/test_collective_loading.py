@@ -22,7 +22,7 @@ from ravine.cli.trainer import Trainer
 from ravine.strategies import AtomicCheckpointIO, CheckpointError, MeshStrategy
 from ravine.strategies.checkpoint import (
     atomic_io,
-    sharded,
+    sharded_index,
     zip_archive,
 )
 from ravine.strategies.checkpoint.atomic_io import collective_loading, find_damage
@@ -116,17 +116,20 @@ class Stop(L.Callback):
 def load_counted(path, strategy, degrees):
     """Load a checkpoint; the records that this rank compared, and the bytes of its tensors."""
     compared = []
-    broken, different_checksum = zip_archive.find_corrupt_record, sharded.find_checksum_mismatch
+    broken, different_checksum = (
+        zip_archive.find_corrupt_record,
+        sharded_index.find_checksum_mismatch,
+    )
 
     def counted(table, names):
         compared.extend(name for name in names if "/data/" in name)
         return broken(table, names)
 
     def counted_parts(folder, names=None):
-        compared.extend(sharded.tensor_file_sizes(folder) if names is None else names)
+        compared.extend(sharded_index.tensor_file_sizes(folder) if names is None else names)
         return different_checksum(folder, names)
 
-    zip_archive.find_corrupt_record, sharded.find_checksum_mismatch = counted, counted_parts
+    zip_archive.find_corrupt_record, sharded_index.find_checksum_mismatch = counted, counted_parts
     if strategy == "mesh":
         run = trainer(mesh(**degrees), devices=2, callbacks=[Stop()], max_steps=4)
     else:
@@ -175,7 +178,7 @@ def divided(compared, sizes):
 def test_each_record_is_compared_by_one_rank_which_keeps_only_its_part(ranks, files, name):
     found = ranks(load_counted, 2, files / name, "mesh", {})
     if name == "parts.ckpt":
-        every = sharded.tensor_file_sizes(files / name)
+        every = sharded_index.tensor_file_sizes(files / name)
         assert all(each.endswith(".distcp") for each in every)
         compared = [[each for each in rank[0] if each in every] for rank in found]
     else:
@@ -239,7 +242,7 @@ def test_a_flipped_byte_in_any_record_is_refused_by_all_ranks_alike(ranks, files
 def refuse_each(source, folder):
     """What this rank says of copies of a checkpoint, in each of which one record is changed."""
     if source.is_dir():
-        places = dict.fromkeys(sharded.tensor_file_sizes(source), 0)
+        places = dict.fromkeys(sharded_index.tensor_file_sizes(source), 0)
     else:
         with zipfile.ZipFile(source) as table:
             found = [each for each in table.infolist() if "/data/" in each.filename]

@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint import FileSystemWriter, save
 
-from ravine.strategies.checkpoint import safe_pickle, sharded
+from ravine.strategies.checkpoint import safe_pickle, sharded, sharded_index
 from ravine.strategies.checkpoint.atomic_io import (
     AtomicCheckpointIO,
     CheckpointError,
@@ -53,19 +53,19 @@ PAYLOADS = [
 
 def seal(folder: Path) -> None:
     """Write the manifest of a folder, as an attacker would after changing a file."""
-    parts = [p for p in folder.iterdir() if p.name != sharded.MANIFEST_FILE]
+    parts = [p for p in folder.iterdir() if p.name != sharded_index.MANIFEST_FILE]
     files = {p.name: [p.stat().st_size, zlib.crc32(p.read_bytes())] for p in parts}
-    (folder / sharded.MANIFEST_FILE).write_text(json.dumps({"format": 1, "files": files}))
+    (folder / sharded_index.MANIFEST_FILE).write_text(json.dumps({"format": 1, "files": files}))
 
 
 @pytest.fixture
 def parts(tmp_path: Path) -> Path:
     """A checkpoint in parts, as one rank writes it."""
     folder = tmp_path / "parts.ckpt"
-    tensors = {sharded.encode_path(("state_dict", "weight")): WEIGHT}
+    tensors = {sharded_index.encode_path(("state_dict", "weight")): WEIGHT}
     with pytest.warns(UserWarning, match=r"torch.distributed is disabled"):
         save(tensors, storage_writer=FileSystemWriter(folder, thread_count=1), no_dist=True)
-    torch.save({"state_dict": {}, "epoch": 3}, folder / sharded.META_FILE)
+    torch.save({"state_dict": {}, "epoch": 3}, folder / sharded_index.META_FILE)
     seal(folder)
     return folder
 
@@ -81,10 +81,10 @@ def test_an_index_that_names_a_program_is_refused_and_nothing_runs(
     parts: Path, module: str, name: str
 ) -> None:
     mark = parts.parent / "mark"
-    (parts / sharded.INDEX_FILE).write_bytes(call(module, name, f"touch {mark}"))
+    (parts / sharded_index.INDEX_FILE).write_bytes(call(module, name, f"touch {mark}"))
     seal(parts)
     for read in (
-        sharded.iter_tensor_entries,
+        sharded_index.iter_tensor_entries,
         sharded.load_full,
         AtomicCheckpointIO().load_checkpoint,
     ):
@@ -94,7 +94,7 @@ def test_an_index_that_names_a_program_is_refused_and_nothing_runs(
 
 
 def test_a_refusal_never_recommends_a_file_that_is_refused_too(parts: Path) -> None:
-    (parts / sharded.INDEX_FILE).write_bytes(call(*PAYLOADS[0], "true"))
+    (parts / sharded_index.INDEX_FILE).write_bytes(call(*PAYLOADS[0], "true"))
     seal(parts)
     bad = parts.with_name("bad.ckpt")
     bad.write_bytes(b"no checkpoint")
@@ -229,7 +229,7 @@ def test_a_fifo_is_refused_at_once(tmp_path: Path) -> None:
 
 
 def changed(folder: Path, old: bytes, new: bytes, count: int) -> None:
-    index = folder / sharded.INDEX_FILE
+    index = folder / sharded_index.INDEX_FILE
     content = index.read_bytes()
     assert old in content
     index.write_bytes(content.replace(old, new, count))
@@ -265,7 +265,7 @@ def test_a_part_that_is_no_archive_is_refused_though_its_checksum_is_right(parts
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", ""])
 def test_a_manifest_names_files_of_its_folder_only(parts: Path, name: str) -> None:
-    manifest = json.loads((parts / sharded.MANIFEST_FILE).read_text())
+    manifest = json.loads((parts / sharded_index.MANIFEST_FILE).read_text())
     manifest["files"][name] = [0, 0]
-    (parts / sharded.MANIFEST_FILE).write_text(json.dumps(manifest))
+    (parts / sharded_index.MANIFEST_FILE).write_text(json.dumps(manifest))
     assert "outside the folder" in str(find_damage(parts))

@@ -24,7 +24,7 @@ from ravine.datamodules import TextDataModule
 from ravine.datamodules.text import python_docs_text
 from ravine.lightning_modules import LanguageModel
 from ravine.strategies import AtomicCheckpointIO, CheckpointError, MeshStrategy
-from ravine.strategies.checkpoint import sharded
+from ravine.strategies.checkpoint import sharded_index
 from ravine.strategies.checkpoint.atomic_io import latest_valid_checkpoint
 
 # a validation loss that was reduced already is logged by each rank
@@ -294,7 +294,7 @@ def test_an_index_that_would_run_a_program_is_not_read(written, tmp_path):
     shutil.copytree(written[0] / "zero3 2.ckpt", path := tmp_path / "evil.ckpt")
     (path / ".metadata").write_bytes(pickle.dumps(os.getcwd))
     with pytest.raises(CheckpointError, match=r"asks for posix.getcwd"):
-        list(sharded.iter_tensor_entries(path))
+        list(sharded_index.iter_tensor_entries(path))
 
 
 def write_more_than_fits(path):
