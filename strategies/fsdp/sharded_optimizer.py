@@ -18,7 +18,6 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import keystr, tree_map_only, tree_map_with_path
@@ -29,6 +28,7 @@ from ..checkpoint.checkpoint_error import CheckpointError
 from ..work_partition import assign_balanced
 from .optimizer_probe import ProbeResult, StateShapeFlags, probe_optimizer
 from .original_parameters import distribute_like, iter_nested_optimizers
+from .owner_exchange import gather_to_owners, scatter_from_owners, shard_group, sharded_axis
 
 StateDict = dict[Any, Any]
 VERDICT_ORDER = ("elementwise", "per tensor", "coupled")
@@ -476,7 +476,7 @@ class OwnerStepper(_PlainTensorStepper):
             for p in group["params"]:
                 if isinstance(p, DTensor) and id(p) not in self.owner_by_id:
                     num_ranks = (
-                        dist.get_world_size(_shard_group(p)) if _sharded_axis(p) is not None else 1
+                        dist.get_world_size(shard_group(p)) if sharded_axis(p) is not None else 1
                     )
                     params_by_num_ranks.setdefault(num_ranks, []).append(p)
             for num_ranks, parameters in params_by_num_ranks.items():
@@ -489,7 +489,7 @@ class OwnerStepper(_PlainTensorStepper):
 
     def rank_in_shard_group(self, parameter: Any) -> int:
         """Return this rank's index in the group over which a parameter is sharded."""
-        return dist.get_rank(_shard_group(parameter)) if _sharded_axis(parameter) is not None else 0
+        return dist.get_rank(shard_group(parameter)) if sharded_axis(parameter) is not None else 0
 
     def keeps_state_of(self, parameter: Any) -> bool:
         """Whether this rank owns a parameter."""
@@ -511,7 +511,7 @@ class OwnerStepper(_PlainTensorStepper):
             local_tensors = [(p, p._local_tensor) for p in parameters]
             with_grad = [(p, p.grad) for p in parameters if step and p.grad is not None]
             local_tensors += [(p, _local_gradient(p, gradient)) for p, gradient in with_grad]
-            full_tensors = _gather_to_owners(local_tensors, self.owner_by_id)
+            full_tensors = gather_to_owners(local_tensors, self.owner_by_id)
             values = dict(zip(map(id, parameters), full_tensors, strict=False))
             grad_ids = (id(p) for p, _ in with_grad)
             grads = dict(zip(grad_ids, full_tensors[len(parameters) :], strict=True))
@@ -538,9 +538,7 @@ class OwnerStepper(_PlainTensorStepper):
         self._restore_params()
         pairs = self._param_pairs
         if self._has_values:
-            _scatter_from_owners(
-                [(p, full_param.data) for p, full_param in pairs], self.owner_by_id
-            )
+            scatter_from_owners([(p, full_param.data) for p, full_param in pairs], self.owner_by_id)
         for _, full_param in pairs:
             full_param.data = full_param.data.new_empty(0)
 
@@ -555,20 +553,6 @@ class OwnerStepper(_PlainTensorStepper):
         return {**state_dict, "state": state} if params_by_index else state_dict
 
 
-def _sharded_axis(parameter: Any) -> int | None:
-    """Return the mesh axis over which a parameter is sharded; None if it is replicated."""
-    for axis, placement in enumerate(parameter.placements):
-        if not placement.is_replicate() and parameter.device_mesh.size(axis) > 1:
-            return axis
-    return None
-
-
-def _shard_group(parameter: Any) -> ProcessGroup:
-    axis = _sharded_axis(parameter)
-    assert axis is not None
-    return parameter.device_mesh.get_group(axis)
-
-
 def _has_same_memory(one: Tensor, other: Tensor) -> bool:
     return one.data_ptr() == other.data_ptr() and one.shape == other.shape
 
@@ -581,95 +565,3 @@ def _local_gradient(parameter: Any, gradient: Tensor) -> Tensor:
     if param_spec is not grad_spec and tuple(param_spec.placements) != tuple(grad_spec.placements):
         gradient = gradient.redistribute(parameter.device_mesh, parameter.placements)
     return gradient._local_tensor
-
-
-def _iter_message_groups(
-    pairs: list[tuple[Any, Tensor]],
-) -> Iterator[tuple[ProcessGroup | None, list[int]]]:
-    """Yield the process group and the indices of tensors that one message can hold."""
-    message_groups: dict[Any, tuple[ProcessGroup | None, list[int]]] = {}
-    for index, (p, tensor) in enumerate(pairs):
-        group = _shard_group(p) if _sharded_axis(p) is not None else None
-        message_groups.setdefault((group, tensor.dtype), (group, []))[1].append(index)
-    yield from message_groups.values()
-
-
-def _num_rows(parameter: Any, num_ranks: int, rank: int) -> int:
-    """Return how many rows of a parameter a rank holds."""
-    chunk = -(-parameter.shape[0] // num_ranks)
-    return min(max(parameter.shape[0] - rank * chunk, 0), chunk)
-
-
-def _exchange_sizes(
-    pairs: list[tuple[Any, Tensor]], indices: list[int], owner: dict[int, int], num_ranks: int
-) -> list[list[list[int]]]:
-    """Return the number of elements of each tensor, in order, as [owner][holder]."""
-    sizes: list[list[list[int]]] = [[[] for _ in range(num_ranks)] for _ in range(num_ranks)]
-    for index in indices:
-        p = pairs[index][0]
-        row_numel = p.shape[1:].numel()
-        for holder in range(num_ranks):
-            sizes[owner[id(p)]][holder].append(_num_rows(p, num_ranks, holder) * row_numel)
-    return sizes
-
-
-@torch.no_grad()
-def _gather_to_owners(pairs: list[tuple[Any, Tensor]], owner: dict[int, int]) -> list[Any]:
-    """Gather full tensors on the owners of their parameters; None on other ranks.
-
-    There is one all-to-all per dtype: a rank sends its rows to the owner of each tensor.
-    """
-    full_tensors: list[Any] = [None] * len(pairs)
-    for group, indices in _iter_message_groups(pairs):
-        if group is None:
-            for index in indices:
-                full_tensors[index] = pairs[index][1].clone()
-            continue
-        num_ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-        sizes = _exchange_sizes(pairs, indices, owner, num_ranks)
-        by_owner = [[i for i in indices if owner[id(pairs[i][0])] == r] for r in range(num_ranks)]
-        send = torch.cat(
-            [pairs[i][1].reshape(-1) for owned_indices in by_owner for i in owned_indices]
-        )
-        send_sizes = [sum(sizes[r][rank]) for r in range(num_ranks)]
-        receive_sizes = [sum(sizes[rank][r]) for r in range(num_ranks)]
-        received = send.new_empty(sum(receive_sizes))
-        dist.all_to_all_single(received, send, receive_sizes, send_sizes, group=group)
-        chunks_by_rank = [
-            chunk.split(sizes[rank][r]) if by_owner[rank] else []
-            for r, chunk in enumerate(received.split(receive_sizes))
-        ]
-        for number, i in enumerate(by_owner[rank]):
-            full = torch.cat([chunks[number] for chunks in chunks_by_rank])
-            full_tensors[i] = full.view(pairs[i][0].shape)
-    return full_tensors
-
-
-@torch.no_grad()
-def _scatter_from_owners(pairs: list[tuple[Any, Tensor]], owner: dict[int, int]) -> None:
-    """Scatter the rows of the owners' full tensors into the shards of the parameters."""
-    for group, indices in _iter_message_groups(pairs):
-        if group is None:
-            for index in indices:
-                pairs[index][0]._local_tensor.copy_(pairs[index][1])
-            continue
-        num_ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-        sizes = _exchange_sizes(pairs, indices, owner, num_ranks)
-        by_owner = [[i for i in indices if owner[id(pairs[i][0])] == r] for r in range(num_ranks)]
-        send_chunks = []
-        for holder in range(num_ranks):
-            for i in by_owner[rank]:
-                p, full = pairs[i]
-                chunk = -(-p.shape[0] // num_ranks)
-                rows = full[holder * chunk : holder * chunk + _num_rows(p, num_ranks, holder)]
-                send_chunks.append(rows.reshape(-1))
-        empty = pairs[indices[0]][0]._local_tensor.new_empty(0)
-        send = torch.cat(send_chunks) if send_chunks else empty
-        send_sizes = [sum(sizes[rank][r]) for r in range(num_ranks)]
-        receive_sizes = [sum(sizes[r][rank]) for r in range(num_ranks)]
-        received = send.new_empty(sum(receive_sizes))
-        dist.all_to_all_single(received, send, receive_sizes, send_sizes, group=group)
-        for r, received_rows in enumerate(received.split(receive_sizes)):
-            for i, rows in zip(by_owner[r], received_rows.split(sizes[r][rank]), strict=True):
-                local = pairs[i][0]._local_tensor
-                local.copy_(rows.view(local.shape))
