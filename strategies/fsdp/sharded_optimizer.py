@@ -553,10 +553,6 @@ class OwnerStepper(_PlainTensorStepper):
         return {**state_dict, "state": state} if params_by_index else state_dict
 
 
-def _has_same_memory(one: Tensor, other: Tensor) -> bool:
-    return one.data_ptr() == other.data_ptr() and one.shape == other.shape
-
-
 def _local_gradient(parameter: Any, gradient: Tensor) -> Tensor:
     """Return the gradient of this rank's rows; under tp it may have other placements."""
     if not isinstance(gradient, DTensor):
