@@ -211,7 +211,8 @@ class UnitOptions:
     Args:
         is_sharded: if false, there are no units, and each rank has full parameters (ZeRO-1).
         keep_until_backward: keep gathered parameters from a forward to its backward (ZeRO-2).
-        min_unit_bytes: a smaller member of a list is not a unit of its own; None: SMALLEST bytes.
+        min_unit_bytes: a smaller member of a list is not a unit of its own; None:
+            DEFAULT_MIN_UNIT_BYTES.
         half_dtype: dtype of the gathered parameters; None: the dtype of the shards.
         gather_around_steps: whether small children may be gathered together around a step. The
             backward pass must then follow the step.

@@ -63,12 +63,6 @@ def looks_like_checkpoint(path: Path) -> bool:
     return any((path / name).exists() for name in (MANIFEST_FILE, META_FILE, INDEX_FILE))
 
 
-def find_folder_damage(path: Path) -> str | None:
-    """Return None if the folder is a valid checkpoint, else a description of the damage."""
-    reason = find_structural_damage(path)
-    return find_checksum_mismatch(path) if reason is None else reason
-
-
 def find_structural_damage(path: Path) -> str | None:
     """Return the damage of a folder, without comparing the checksums of tensor data."""
     if not (path / MANIFEST_FILE).is_file():
