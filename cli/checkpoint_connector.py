@@ -24,7 +24,7 @@ from ravine.strategies.checkpoint import sharded_index, state_dict
 from ravine.strategies.checkpoint.atomic_io import (
     CheckpointError,
     collective_loading,
-    damage_message,
+    damage_error,
 )
 from ravine.strategies.checkpoint.safe_pickle import UnsafePickle, check_tree_size
 from ravine.strategies.checkpoint.validation import find_malformed_section
@@ -145,8 +145,8 @@ def load_metadata(path: Path) -> dict[str, Any]:
         CheckpointError: the checkpoint is damaged.
         UsageError: the file is not a checkpoint of a trainer.
     """
-    if problem := damage_message(path, verify_checksums=not is_launched()):
-        raise CheckpointError(problem)
+    if error := damage_error(path, verify_checksums=not is_launched()):
+        raise error
     file = path / "meta.pt" if path.is_dir() else path
     checkpoint = torch.load(file, map_location="meta", mmap=True, weights_only=True)
     if problem := find_malformed_section(checkpoint):

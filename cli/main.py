@@ -94,9 +94,7 @@ def as_sharding_error(error: Exception) -> Exception | None:
         return None
     if not sharding_errors.is_sharding_error(error):
         return None
-    return sharding_errors.ShardingError(
-        sharding_errors.sharding_error_message("the module or a callback", error, "in a hook")
-    )
+    return sharding_errors.sharding_error("the module or a callback", error, "in a hook")
 
 
 def wants_help(argv: list[str]) -> bool:

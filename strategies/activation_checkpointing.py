@@ -55,21 +55,26 @@ def apply_activation_checkpointing(module: nn.Module, mode: CheckpointingMode) -
         return
     if mode not in ("selective", "full"):
         raise UsageError(
-            f"recompute is {mode!r}; allowed: none, selective, full; type"
-            " --trainer.strategy.activation_checkpointing=full"
+            f"activation_checkpointing is {mode!r}",
+            ["none", "selective", "full"],
+            'use "full"',
+            flag="--trainer.strategy.activation_checkpointing=full",
         )
     blocks = find_blocks(module) or find_sequentials(module)
     if not blocks:
         raise UsageError(
-            f"activation_checkpointing={mode}: {type(module).__name__} has no blocks (a "
-            "ModuleDict or ModuleList"
-            " of them, or a Sequential) to recompute one by one; leave it out"
+            f"activation_checkpointing={mode}: {type(module).__name__} has no blocks to recompute "
+            "one by one",
+            ["networks with a ModuleList or ModuleDict of blocks, or a Sequential"],
+            "remove activation_checkpointing",
         )
     for block in blocks:
         if "recomputed" in block.__dict__ and block.__dict__["recomputed"] != mode:
             raise UsageError(
-                f"activation_checkpointing={mode}: the blocks recompute already"
-                f" ({block.__dict__['recomputed']}); ask for it once"
+                f"activation_checkpointing={mode}: the blocks already use activation "
+                f"checkpointing with mode {block.__dict__['recomputed']}",
+                ["an argument of the strategy, or the callback ActivationCheckpointing"],
+                "remove one of the two",
             )
         if "recomputed" not in block.__dict__:
             block.forward = _checkpointed_forward(block, block.forward, mode)

@@ -71,23 +71,28 @@ class ContextParallel:
         self._rng_checked = False
         if not self.attention_modules or not self.position_modules:
             raise UsageError(
-                f"cp={self.num_ranks}: {name} has no attention with the attributes `attention_fn` "
-                "and "
-                "`position_ids_override`,"
-                " which a cut sequence needs; type --trainer.strategy zero3"
+                f"cp={self.num_ranks}: {name} has no modules with the attributes attention_fn and "
+                "position_ids_override, which context parallelism sets",
+                ["networks with both attributes"],
+                'use Trainer(strategy="zero3")',
+                flag="--trainer.strategy=zero3",
             )
         if any(getattr(m, "dropout", 0) for m in self.attention_modules):
             raise UsageError(
-                f"cp={self.num_ranks}: {name} drops attention weights, which no rank has whole; "
-                "type"
-                " --model.dropout=0, or --trainer.strategy zero3"
+                f"cp={self.num_ranks}: {name} applies dropout to attention weights, and no rank "
+                "has all weights of a query",
+                ["attention without dropout"],
+                'use dropout=0 in the network, or Trainer(strategy="zero3")',
+                flag="--model.dropout=0, or --trainer.strategy=zero3",
             )
         for submodule_name, m in module.named_modules():
             if isinstance(m, _DropoutNd) and m.p > 0:
                 raise UsageError(
-                    f"cp={self.num_ranks}: {name} has dropout ({submodule_name}), and ranks would "
-                    "drop the same"
-                    " of different tokens; type --model.dropout=0, or --trainer.strategy zero3"
+                    f"cp={self.num_ranks}: {name} has dropout ({submodule_name}), and the ranks "
+                    "would draw the same mask for different tokens",
+                    ["networks without dropout"],
+                    'use dropout=0 in the network, or Trainer(strategy="zero3")',
+                    flag="--model.dropout=0, or --trainer.strategy=zero3",
                 )
         self.original_attention = [m.attention_fn for m in self.attention_modules]
 
@@ -116,10 +121,12 @@ class ContextParallel:
         lengths = {tensor.shape[1] for tensor in tensors if tensor.ndim > 1}
         if len(lengths) != 1:
             raise UsageError(
-                f"cp={self.num_ranks} cuts the tensors (b t ...) of a batch along t, and this "
-                "batch has"
-                f" {' and '.join(map(str, sorted(lengths))) or 'no'} lengths; type"
-                " --trainer.strategy zero3"
+                f"cp={self.num_ranks}: the tensors (b t ...) of this batch have "
+                f"{' and '.join(map(str, sorted(lengths))) or 'no'} lengths t, and cp splits all "
+                "tensors along one t",
+                ["batches whose tensors (b t ...) have one length t"],
+                'use Trainer(strategy="zero3")',
+                flag="--trainer.strategy=zero3",
             )
         times = zigzag_positions(lengths.pop(), self.rank, self.num_ranks).to(self._module_device)
         for module in self.position_modules:
@@ -135,10 +142,11 @@ class ContextParallel:
         yield
         if rng_states and not all(map(torch.equal, rng_states, self._rng_states())):
             raise UsageError(
-                f"cp={self.num_ranks}: {self.module_name}.training_step draws random numbers (a "
-                "dropout?), and"
-                " ranks would draw the same for different tokens; leave them out, or type"
-                " --trainer.strategy zero3"
+                f"cp={self.num_ranks}: {self.module_name}.training_step draws random numbers "
+                "(e.g. dropout), and the ranks would draw the same numbers for different tokens",
+                ["steps without random numbers"],
+                'use Trainer(strategy="zero3")',
+                flag="--trainer.strategy=zero3",
             )
         self._rng_checked = True
 
@@ -173,9 +181,11 @@ class ContextParallel:
         if length % num_chunks:
             nearest = max(num_chunks, round(length / num_chunks) * num_chunks)
             raise UsageError(
-                f"cp={self.num_ranks} does not cut {length} tokens into {num_chunks} equal "
-                "pieces; type"
-                f" --data.context_length={nearest}"
+                f"cp={self.num_ranks} does not split {length} tokens into {num_chunks} equal "
+                "pieces",
+                [f"multiples of {num_chunks}"],
+                f"use sequences of {nearest} tokens",
+                flag=f"--data.context_length={nearest}",
             )
 
 

@@ -68,9 +68,10 @@ def check_constant_accumulation(trainer: Any) -> None:
         getattr(callback, "supports_accumulation_schedule", False) for callback in callbacks
     ):
         raise UsageError(
-            "GradientAccumulationScheduler would make an optimizer step larger than "
-            "batch_size, which counts all samples of one; allowed: ravine's Trainer, or "
-            "ravine.callbacks.RunChecks in trainer.callbacks; add RunChecks()"
+            "GradientAccumulationScheduler would make an optimizer step larger than batch_size, "
+            "which is the number of samples per optimizer step",
+            ["ravine.Trainer, or the callback ravine.callbacks.RunChecks"],
+            "add RunChecks() to Trainer(callbacks=...)",
         )
 
 
@@ -151,11 +152,11 @@ class DataParallelStrategy(DDPStrategy):
             if UNFINISHED_REDUCTION_TEXT not in str(error):
                 raise
             raise UsageError(
-                f"{type(self.lightning_module).__name__}: the loss does not depend on"
-                f" {self._unreached_param_names(str(error))}, whose gradients ddp waits for; "
-                "allowed: a loss"
-                " that depends on all trainable parameters; type"
-                " --trainer.strategy ddp_find_unused_parameters_true"
+                f"{type(self.lightning_module).__name__}: the loss does not depend on "
+                f"{self._unreached_param_names(str(error))}, and ddp waits for all gradients",
+                ["losses that depend on all trainable parameters"],
+                'use Trainer(strategy="ddp_find_unused_parameters_true")',
+                flag="--trainer.strategy=ddp_find_unused_parameters_true",
             ) from error
 
     def _unreached_param_names(self, text: str) -> str:
@@ -194,10 +195,14 @@ def check_gradients_in_buckets(optimizer: Any) -> None:
             continue
         if gradient.untyped_storage().data_ptr() != gradient._base.untyped_storage().data_ptr():
             raise UsageError(
-                f"`p.grad.data = new` for a parameter of shape {tuple(parameter.shape)}: ddp keeps"
-                " gradients in its buckets (gradient_as_bucket_view); allowed: p.grad.copy_(new),"
-                " p.grad = new; type that, or --trainer.strategy=DataParallelStrategy"
-                " --trainer.strategy.gradient_as_bucket_view=false"
+                f"`p.grad.data = new` for a parameter of shape {tuple(parameter.shape)} replaces "
+                "the memory of a gradient, which ddp keeps in a bucket",
+                ["p.grad.copy_(new)", "p.grad = new"],
+                "use p.grad.copy_(new), or DataParallelStrategy(gradient_as_bucket_view=False)",
+                flag=(
+                    "--trainer.strategy=DataParallelStrategy "
+                    "--trainer.strategy.gradient_as_bucket_view=false"
+                ),
             )
 
 
@@ -218,11 +223,14 @@ def check_no_gradient_in_state(optimizer: Any) -> None:
                 continue
             if value.numel() and value.untyped_storage().data_ptr() == gradient_address:
                 raise UsageError(
-                    f"{type(optimizer).__name__} keeps a gradient as its state {name!r}, and ddp"
-                    " overwrites gradients in place (gradient_as_bucket_view); allowed: states with"
-                    " memory of their own; type"
-                    " --trainer.strategy=DataParallelStrategy"
-                    " --trainer.strategy.gradient_as_bucket_view=false"
+                    f"{type(optimizer).__name__} keeps a gradient as its state {name!r}, and ddp "
+                    "overwrites gradients in place",
+                    ["states with memory of their own"],
+                    "use DataParallelStrategy(gradient_as_bucket_view=False)",
+                    flag=(
+                        "--trainer.strategy=DataParallelStrategy "
+                        "--trainer.strategy.gradient_as_bucket_view=false"
+                    ),
                 )
 
 

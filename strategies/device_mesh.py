@@ -38,8 +38,10 @@ def resolve_degrees(degrees: dict[str, int], world_size: int) -> dict[str, int]:
     free_axes = [axis for axis, size in axes.items() if size == -1]
     if len(free_axes) > 1 or any(size < 1 and size != -1 for size in (*axes.values(), ep)):
         raise UsageError(
-            f"{call_text}: a degree is 1 or more, and one may be -1 (what the others leave); type"
-            " --trainer.strategy.dp_shard=-1 --trainer.strategy.tp=1"
+            f"{call_text}: a degree is less than 1, or more than one degree is -1",
+            ["1 or more, and -1 for one degree: the remaining ranks"],
+            "use MeshStrategy(dp_shard=-1, tp=1)",
+            flag="--trainer.strategy.dp_shard=-1 --trainer.strategy.tp=1",
         )
     product = 1
     for axis, size in axes.items():
@@ -48,17 +50,19 @@ def resolve_degrees(degrees: dict[str, int], world_size: int) -> dict[str, int]:
         axes[free_axes[0]] = world_size // product
     elif product != world_size:
         raise UsageError(
-            f"{call_text} needs {'a multiple of ' if free_axes else ''}{product} processes; there "
-            "are"
-            f" {world_size} (devices x nodes); type --trainer.devices={product}"
+            f"{call_text} needs {'a multiple of ' if free_axes else ''}{product} processes, and "
+            f"there are {world_size} (devices x nodes)",
+            hint=f"use Trainer(devices={product})",
+            flag=f"--trainer.devices={product}",
         )
     ep = axes["dp_shard"] if ep == -1 else ep
     if axes["dp_shard"] % ep:
         divisors = [n for n in range(1, axes["dp_shard"] + 1) if axes["dp_shard"] % n == 0]
         raise UsageError(
-            f"{call_text}: ep={ep} does not divide the {axes['dp_shard']} ranks of dp_shard; "
-            "allowed:"
-            f" {', '.join(map(str, divisors))}; type --trainer.strategy.ep={divisors[-1]}"
+            f"{call_text}: ep={ep} does not divide the {axes['dp_shard']} ranks of dp_shard",
+            divisors,
+            f"use MeshStrategy(ep={divisors[-1]})",
+            flag=f"--trainer.strategy.ep={divisors[-1]}",
         )
     return {**axes, "ep": ep}
 
@@ -72,31 +76,42 @@ def validate_strategy_args(
     gather_once: bool = False,
 ) -> None:
     """Raise UsageError for invalid arguments of MeshStrategy, when it is created."""
-    flag = "type --trainer.strategy"
     if zero_stage not in (1, 2, 3):
-        raise UsageError(f"zero_stage is {zero_stage}; allowed: 1, 2, 3; {flag}.zero_stage=3")
-    if pipeline_schedule not in allowed_schedules:
-        allowed = ", ".join(allowed_schedules)
         raise UsageError(
-            f"pipeline_schedule is {pipeline_schedule!r}; allowed: {allowed}; "
-            f"{flag}.pipeline_schedule=1f1b"
+            f"zero_stage is {zero_stage}",
+            [1, 2, 3],
+            "use zero_stage=3",
+            flag="--trainer.strategy.zero_stage=3",
+        )
+    if pipeline_schedule not in allowed_schedules:
+        raise UsageError(
+            f"pipeline_schedule is {pipeline_schedule!r}",
+            allowed_schedules,
+            'use pipeline_schedule="1f1b"',
+            flag="--trainer.strategy.pipeline_schedule=1f1b",
         )
     if num_microbatches < 1:
         raise UsageError(
-            f"num_microbatches is {num_microbatches}; allowed: 1 or more; {flag}.num_microbatches=4"
+            f"num_microbatches is {num_microbatches}",
+            ["1 or more"],
+            "use num_microbatches=4",
+            flag="--trainer.strategy.num_microbatches=4",
         )
     is_int = isinstance(min_unit_bytes, int) and not isinstance(min_unit_bytes, bool)
     if min_unit_bytes is not None and not (is_int and min_unit_bytes >= 0):
         raise UsageError(
-            f"min_unit_bytes is {min_unit_bytes!r}; allowed: a number of bytes, 0 or more;"
-            f" {flag}.min_unit_bytes=1048576"
+            f"min_unit_bytes is {min_unit_bytes!r}",
+            ["a number of bytes, 0 or more"],
+            "use min_unit_bytes=2**20",
+            flag="--trainer.strategy.min_unit_bytes=1048576",
         )
     if zero_stage == 1 and (gather_once or min_unit_bytes is not None):
         name = "gather_once" if gather_once else "min_unit_bytes"
         raise UsageError(
-            f"{name} has no effect with zero_stage=1, where every rank has whole parameters; "
-            "allowed"
-            f" with zero_stage=2 and 3; {flag}.zero_stage=2, or leave {name} out"
+            f"{name} has no effect with zero_stage=1, where every rank has full parameters",
+            ["zero_stage=2 or 3"],
+            f"use zero_stage=2, or remove {name}",
+            flag="--trainer.strategy.zero_stage=2",
         )
 
 
@@ -104,14 +119,19 @@ def validate_module(module: Any, degrees: dict[str, int], sequence_parallel: boo
     """Raise UsageError for axes in the `unsupported_parallelism` of a module."""
     if sequence_parallel and not module.automatic_optimization:
         raise UsageError(
-            f"{type(module).__name__} steps its own optimizers (manual optimization), which"
-            " sequence_parallel cannot follow; type --trainer.strategy tp"
+            f"{type(module).__name__} steps its own optimizers (manual optimization), which "
+            "sequence_parallel does not support",
+            ["automatic optimization"],
+            'use Trainer(strategy="tp")',
+            flag="--trainer.strategy=tp",
         )
     for axis in getattr(module, "unsupported_parallelism", ()):
         if degrees[axis] > 1:
             raise UsageError(
-                f"{axis}={degrees[axis]}: {type(module).__name__} cannot be cut along {axis};"
-                " allowed: zero1, zero2, zero3, hsdp, tp, ddp; type --trainer.strategy zero3"
+                f"{axis}={degrees[axis]}: {type(module).__name__} does not support {axis}",
+                ["zero1", "zero2", "zero3", "hsdp", "tp", "ddp"],
+                'use Trainer(strategy="zero3")',
+                flag="--trainer.strategy=zero3",
             )
 
 
@@ -125,21 +145,28 @@ def validate_combination(
     num_stage_ranks = degrees["pp"]
     if sequence_parallel and degrees["tp"] == 1:
         raise UsageError(
-            "sequence_parallel cuts along tp, and tp is 1; type --trainer.strategy.tp=2"
+            "sequence_parallel=True splits activations over the ranks of tp, and tp is 1",
+            ["tp of 2 or more"],
+            "use MeshStrategy(tp=2)",
+            flag="--trainer.strategy.tp=2",
         )
     if sequence_parallel and num_stage_ranks > 1:
         raise UsageError(
-            "sequence_parallel does not go together with a pipeline yet; type"
-            " --trainer.strategy.sequence_parallel=false"
+            f"sequence_parallel=True is not supported with a pipeline (pp={num_stage_ranks})",
+            [False],
+            "use sequence_parallel=False",
+            flag="--trainer.strategy.sequence_parallel=false",
         )
     rounds = max(1, num_microbatches // num_stage_ranks)
     too_few = pipeline_schedule == "1f1b" and num_microbatches < num_stage_ranks
     if too_few or (pipeline_schedule == "interleaved" and num_microbatches % rounds):
         allowed = f"{num_stage_ranks} or more" if too_few else f"multiples of {num_stage_ranks}"
         raise UsageError(
-            f"num_microbatches={num_microbatches} for a pipeline of {num_stage_ranks} ranks "
-            f"({pipeline_schedule}); allowed:"
-            f" {allowed}; type --trainer.strategy.num_microbatches={num_stage_ranks * rounds}"
+            f"num_microbatches={num_microbatches} does not fit a pipeline of {num_stage_ranks} "
+            f"ranks ({pipeline_schedule})",
+            [allowed],
+            f"use num_microbatches={num_stage_ranks * rounds}",
+            flag=f"--trainer.strategy.num_microbatches={num_stage_ranks * rounds}",
         )
 
 

@@ -39,11 +39,13 @@ def shard_experts(module: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
     expert_modules = find_experts(module)
     if not expert_modules:
         has_experts_arg = "num_experts" in (getattr(module, "hparams", None) or {})
-        fix = "type --model.num_experts=8, or" if has_experts_arg else "give it one, or type"
+        flag = "--trainer.strategy=zero3"
+        flag = f"--model.num_experts=8, or {flag}" if has_experts_arg else flag
         raise UsageError(
-            f"ep={mesh.size()}: {type(module).__name__} has no mixture of experts (a module called"
-            f" `experts`, with the experts as the first axis of its parameters); {fix}"
-            " --trainer.strategy zero3"
+            f"ep={mesh.size()}: {type(module).__name__} has no mixture of experts",
+            ["networks with a module `experts`, whose parameters have the experts as first axis"],
+            'use Trainer(strategy="zero3")',
+            flag=flag,
         )
     for experts in expert_modules:
         count = next(experts.parameters()).shape[0]
@@ -51,8 +53,10 @@ def shard_experts(module: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
             fitting = [n for n in range(1, count + 1) if count % n == 0]
             nearest = max(n for n in fitting if n <= mesh.size())
             raise UsageError(
-                f"ep={mesh.size()} does not divide the {count} experts; allowed:"
-                f" {', '.join(map(str, fitting))}; type --trainer.strategy.ep={nearest}"
+                f"ep={mesh.size()} does not divide the {count} experts",
+                fitting,
+                f"use MeshStrategy(ep={nearest})",
+                flag=f"--trainer.strategy.ep={nearest}",
             )
         for name, parameter in list(experts.named_parameters()):
             shard = distribute_tensor(parameter.detach(), mesh, [Shard(0)])

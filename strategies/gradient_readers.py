@@ -119,9 +119,8 @@ def find_gradient_readers(trainer: Any) -> list[str]:
             reader_names.append(f"a hook before the step of {type(optimizer).__name__}")
     if reader_names:
         rank_zero_info(
-            f"zero1: {', '.join(reader_names)} may read gradients: each rank keeps all of them, "
-            "and a step"
-            " sends 3 W in place of 2 W"
+            f"zero1: {', '.join(reader_names)} may read gradients. So each rank keeps all "
+            "gradients, and a step sends 3 times the bytes of the parameters instead of 2 times."
         )
     return reader_names
 

@@ -4,7 +4,7 @@ It applies to any LightningModule. The processes form a mesh with named axes (de
 along `dp_shard` see different data, and each keeps a shard of every parameter (ZeRO-3). Ranks along
 `tp` see the same data, and each keeps a shard of every matrix.
 
-    Trainer(strategy=MeshStrategy(), devices=4)        # --trainer.strategy zero3
+    Trainer(strategy=MeshStrategy(), devices=4)        # --trainer.strategy=zero3
     Trainer(strategy=MeshStrategy(tp=2), devices=4)    # dp_shard 2 x tp 2
 """
 
@@ -102,7 +102,7 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         cp: number of ranks that share each sequence; needs the attributes that
             context_parallel.py names.
         tp: number of ranks that split each matrix of the net's `tensor_parallel_plan`; -1: all
-        remaining ranks.
+            remaining ranks.
         sequence_parallel: shard the activations between the split matrices along time, over `tp`.
         zero_stage: ZeRO stage. The ranks of `dp_shard` shard the optimizer state (1), the gradients
             as well (2), the parameters as well (3). Stage 2 sends less than 3 and needs more
@@ -286,10 +286,11 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         unsummed_degrees = [f"{k}={degrees[k]}" for k in ("pp", "ep") if degrees[k] > 1]
         if unsummed_degrees:
             raise UsageError(
-                f"gradient_clip_val={bound:g} cannot add up the norm over ranks with different "
-                f"parameters ({', '.join(unsummed_degrees)}); allowed: strategies without pp and "
-                "ep; use "
-                f"the callback GradientClipping(max_norm={bound:g})"
+                f"gradient_clip_val={bound:g} clips by the gradient norm of one rank, and with "
+                f"{', '.join(unsummed_degrees)} the ranks have different parameters",
+                ["strategies without pp and ep"],
+                f"remove gradient_clip_val, and add GradientClipping(max_norm={bound:g}) to "
+                "Trainer(callbacks=...)",
             )
 
     def _synchronize_batchnorm(self, module: nn.Module) -> None:
@@ -301,8 +302,11 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         assert self.mesh_layout is not None
         if self.root_device.type == "cpu":
             raise UsageError(
-                "sync_batchnorm=True: torch synchronizes BatchNorm on GPUs only, and this run is on"
-                " a CPU; allowed: false; type --trainer.sync_batchnorm=false"
+                "sync_batchnorm=True: torch synchronizes BatchNorm on GPUs only, and this run "
+                "uses a CPU",
+                [False],
+                "use Trainer(sync_batchnorm=False)",
+                flag="--trainer.sync_batchnorm=false",
             )
         nn.SyncBatchNorm.convert_sync_batchnorm(module, self.mesh_layout.data_mesh.get_group())
 

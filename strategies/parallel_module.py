@@ -274,7 +274,7 @@ def parallelize_module(
             f"{type(module).__name__} has nothing to shard: no child module holds a parameter",
             ["modules that are built in __init__ or configure_model"],
             "use a strategy that shards nothing, such as ddp",
-            flag="--trainer.strategy ddp",
+            flag="--trainer.strategy=ddp",
         )
     return parallel_module
 
@@ -355,9 +355,13 @@ def _raise_on_deepcopy(unit: nn.Module, memo: Any) -> None:
     """Replace `__deepcopy__` of a unit: FSDP2 does not support it, and its error has no hint."""
     name = type(unit).__name__.removeprefix("FSDP")
     raise UsageError(
-        f"copy.deepcopy({name}): ranks share its parameters; allowed: a copy that __init__, setup "
-        "or configure_model makes, and copies of parameters and of state_dict(); make it there, or "
-        "type --trainer.strategy ddp"
+        f"copy.deepcopy({name}) is called for a module whose parameters are sharded",
+        [
+            "copies in __init__, setup or configure_model, and copies of parameters or of "
+            "state_dict()"
+        ],
+        f'copy {name} in configure_model, or use Trainer(strategy="ddp")',
+        flag="--trainer.strategy=ddp",
     )
 
 
@@ -466,9 +470,10 @@ def broadcast_from_rank_zero(module: nn.Module, device: torch.device) -> None:
     for name, parameter in module.named_parameters():
         if isinstance(parameter, nn.UninitializedParameter):
             raise UsageError(
-                f"{type(module).__name__}: {name} is of a lazy layer that has not been called, so "
-                "that ranks cannot share it; allowed: layers whose shapes are known; call the "
-                "network once with an example in __init__ or configure_model"
+                f"{type(module).__name__}: {name} belongs to a lazy layer that has not been "
+                "called, so it has no shape",
+                ["layers whose shapes are known"],
+                "call the network once with an example in __init__ or configure_model",
             )
     for tensor in chain(module.parameters(), module.buffers()):
         if isinstance(tensor, DTensor) or tensor.is_meta or tensor.numel() == 0:

@@ -68,8 +68,11 @@ class Pipeline:
         self.group, self.rank, self.num_ranks = mesh.get_group(), mesh.get_local_rank(), mesh.size()
         if find_experts(module):
             raise UsageError(
-                f"pp={mesh.size()}: the balance of experts is part of the loss, and only the last"
-                " stage has a loss; type --trainer.strategy ep"
+                f"pp={mesh.size()}: the load balancing loss of experts needs all layers, and only "
+                "the last stage computes a loss",
+                ["networks without experts"],
+                'use Trainer(strategy="ep")',
+                flag="--trainer.strategy=ep",
             )
         schedule_class, stages_per_rank = SCHEDULE_CLASSES[pipeline_schedule]
         self.schedule_class, self.num_microbatches, self.num_stages = (
@@ -179,8 +182,11 @@ class Pipeline:
         if size % n:
             largest_divisor = max(d for d in range(1, min(size, n) + 1) if size % d == 0)
             raise UsageError(
-                f"num_microbatches={n} does not divide the {size} samples of a rank's batch; type"
-                f" --trainer.strategy.num_microbatches={largest_divisor}, or --data.batch_size={n}"
+                f"num_microbatches={n} does not divide the {size} samples of a rank's batch",
+                [f"divisors of {size}"],
+                f"use MeshStrategy(num_microbatches={largest_divisor}), or a batch size of {n}",
+                flag=f"--trainer.strategy.num_microbatches={largest_divisor}, or "
+                f"--data.batch_size={n}",
             )
         microbatches = [
             tree_map_only(Tensor, lambda leaf, i=i: leaf.chunk(n)[i], batch) for i in range(n)
@@ -202,7 +208,11 @@ class Pipeline:
             return captured.inputs
         finally:
             hook.remove()
-        raise UsageError(f"pp: {type(self.module).__name__}.training_step does not call its net")
+        raise UsageError(
+            f"pp: {type(self.module).__name__}.training_step does not call its network",
+            ["steps that call the network once"],
+            "call self.net in training_step",
+        )
 
     def _microbatch_loss(self, x: Tensor, number: Tensor) -> Tensor:
         """Compute the loss of micro-batch `number` by training_step, from the stage output x."""
@@ -272,8 +282,10 @@ class Pipeline:
         if total is not None:
             if local_spec != self.log_spec:
                 raise UsageError(
-                    f"pp: {type(self.module).__name__}.training_step logs other names than in its"
-                    " first step; log the same in each"
+                    f"pp: {type(self.module).__name__}.training_step logs other names than in its "
+                    "first step",
+                    ["the same names in each step"],
+                    "log the same names in each step",
                 )
             values[0] = total
             for i, (name, _, _) in enumerate(self.log_spec, 1):

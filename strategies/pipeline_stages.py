@@ -28,8 +28,11 @@ def find_pipeline_net(module: nn.Module, num_ranks: int) -> Any:
         if all(hasattr(net, name) for name in PIPELINE_ATTRS):
             return net
     raise UsageError(
-        f"pp={num_ranks}: {type(module).__name__} has no net that can be cut into stages: one with"
-        f" {', '.join(PIPELINE_ATTRS)}; type --trainer.strategy zero3, which needs none of it"
+        f"pp={num_ranks}: {type(module).__name__} has no network that can be split into pipeline "
+        "stages",
+        [f"networks with {', '.join(PIPELINE_ATTRS)}"],
+        'use Trainer(strategy="zero3")',
+        flag="--trainer.strategy=zero3",
     )
 
 
@@ -38,12 +41,15 @@ def partition_blocks(
 ) -> list[list[str]]:
     """Return the block names of each stage, in order; stage sizes differ by at most one."""
     if len(block_names) < num_stages:
-        fix = f"pp={len(block_names)}" if len(block_names) < num_ranks else "pipeline_schedule=1f1b"
+        has_too_many_ranks = len(block_names) < num_ranks
+        name = "pp" if has_too_many_ranks else "pipeline_schedule"
+        value = len(block_names) if has_too_many_ranks else "1f1b"
         raise UsageError(
-            f"{owner_name} has {len(block_names)} blocks, fewer than the {num_stages} stages "
-            f"({num_stages // num_ranks} on"
-            f" each of {num_ranks} ranks); allowed: up to {len(block_names)} stages; type"
-            f" --trainer.strategy.{fix}"
+            f"{owner_name} has {len(block_names)} blocks, fewer than the {num_stages} pipeline "
+            f"stages ({num_stages // num_ranks} on each of {num_ranks} ranks)",
+            [f"up to {len(block_names)} stages"],
+            f"use MeshStrategy({name}={value!r})",
+            flag=f"--trainer.strategy.{name}={value}",
         )
     sizes = [
         len(block_names) // num_stages + (i < len(block_names) % num_stages)

@@ -70,10 +70,9 @@ def check_same_config(config: dict[str, Any], group: ProcessGroup | None = None)
     values = [_truncate(config_text.get(key, ABSENT_VALUE)) for config_text in configs]
     differing_rank = next(rank for rank, value in enumerate(values) if value != values[0])
     raise RankMismatchError(
-        f"ranks of one job have different configurations: {key} is {values[0]} on rank 0 and"
-        f" {values[differing_rank]} on rank {differing_rank}; start every rank with the same "
-        "arguments, config files"
-        " and environment variables"
+        f"the ranks of this job have different configurations: {key} is {values[0]} on rank 0 and "
+        f"{values[differing_rank]} on rank {differing_rank}",
+        hint="start every rank with the same arguments, config files and environment variables",
     )
 
 

@@ -38,9 +38,7 @@ def raise_as_sharding_error(module: Any, location: str) -> Iterator[None]:
     except Exception as error:
         if os.environ.get("RAVINE_TRACEBACK", "") not in ("", "0") or not is_sharding_error(error):
             raise
-        raise ShardingError(
-            sharding_error_message(type(module).__name__, error, location)
-        ) from error
+        raise sharding_error(type(module).__name__, error, location) from error
 
 
 def is_sharding_error(error: Exception) -> bool:
@@ -55,14 +53,21 @@ def is_sharding_error(error: Exception) -> bool:
     return has_known_text or (is_internal and isinstance(error, RuntimeError | NotImplementedError))
 
 
-def sharding_error_message(name: str, error: Exception, location: str) -> str:
-    """Return the one-line error message."""
+def sharding_error(name: str, error: Exception, location: str) -> ShardingError:
+    """Return the one-line error for an error of torch.
+
+    Args:
+        name: the class of the module.
+        error: the error of torch.
+        location: where it was raised, e.g. "in its step".
+    """
     error_text = " ".join(str(error).split())[:160]
-    return (
-        f"{name}: {location}{_user_code_line(error)} an operation cannot work with sharded "
-        f"parameters ({type(error).__name__}: {error_text}); allowed: strategies where each rank "
-        "has "
-        "whole parameters: ddp, zero1; type --trainer.strategy ddp"
+    return ShardingError(
+        f"{name}: an operation {location}{_user_code_line(error)} does not support sharded "
+        f"parameters ({type(error).__name__}: {error_text})",
+        ["strategies with full parameters on each rank, such as ddp and zero1"],
+        'use Trainer(strategy="ddp")',
+        flag="--trainer.strategy=ddp",
     )
 
 

@@ -10,13 +10,13 @@ from lightning.pytorch.callbacks import ModelPruning
 from ravine.errors import UsageError
 from ravine.lightning_compat import averaging_callbacks
 
-COPIES_REASON = "copies the network in setup, before it is built, changed or placed"
-USE_EMA_HINT = "use ravine.callbacks.EMA; type --trainer.callbacks+=EMA"
+COPIES_REASON = "copies the network in setup, before configure_model builds it"
+USE_EMA_HINT = "add ravine.callbacks.EMA()"
 # by class: the reason, and the alternative
 UNSUPPORTED_CALLBACKS: dict[type, tuple[str, str]] = {
     **{kind: (COPIES_REASON, USE_EMA_HINT) for kind in averaging_callbacks()},
     ModelPruning: (
-        "replaces weights in setup, before the network is built, and gives them other names",
+        "replaces and renames weights in setup, before configure_model builds the network",
         "use torch.nn.utils.prune in the module's configure_model",
     ),
 }
@@ -29,6 +29,6 @@ def check_stock_callbacks(trainer: Any) -> None:
             if isinstance(callback, callback_class):
                 name = type(callback).__name__
                 raise UsageError(
-                    f"{name} {reason}; allowed: another way; take {name} out of "
-                    f"trainer.callbacks and {instead}"
+                    f"{name} {reason}",
+                    hint=f"remove {name} from Trainer(callbacks=...), and {instead}",
                 )

@@ -28,12 +28,12 @@ from ravine.errors import UsageError
 
 SPLIT_AXIS = {"colwise": 0, "rowwise": 1}  # of a weight (out in)
 PLAN_STYLES = {
-    "colwise": "split the outputs",
-    "rowwise": "split the inputs, sum the outputs over ranks",
-    "shared": "its split parts read one input (b t d): their gradients are added up once",
-    "scatter": "with sequence_parallel, from its output (b t d) on each rank has a part of t",
-    "sequence": "with sequence_parallel, its input is such a part, and so are its gradients",
-    "gather": "with sequence_parallel, it needs its input (b t d) whole again",
+    "colwise": "split the outputs over ranks",
+    "rowwise": "split the inputs over ranks, and sum the outputs",
+    "shared": "replicate the input (b t d) of the split matrices inside, and sum its gradients once",
+    "scatter": "with sequence_parallel, split the output (b t d) along t over ranks",
+    "sequence": "with sequence_parallel, the input is split along t, so gradients are partial sums",
+    "gather": "with sequence_parallel, gather the input (b t d) along t",
 }
 ALONG_TIME = Shard(1)
 
@@ -55,7 +55,7 @@ def apply_tensor_parallel(
             f"tp={mesh.size()}: {type(module).__name__} has no tensor-parallel plan",
             ["a net whose tensor_parallel_plan() returns, say, {'mlp.up': 'colwise'}"],
             "use a strategy that needs no plan, such as zero3",
-            flag="--trainer.strategy zero3",
+            flag="--trainer.strategy=zero3",
         )
     plans = [(net, net.tensor_parallel_plan()) for net in nets]  # pyright: ignore[reportCallIssue]
     resolved = [_resolve_plan(net, plan) for net, plan in plans]
@@ -65,7 +65,7 @@ def apply_tensor_parallel(
             "this net",
             ["plans with a module of style 'colwise' or 'rowwise'"],
             "use a strategy that needs no plan, such as zero3",
-            flag="--trainer.strategy zero3",
+            flag="--trainer.strategy=zero3",
         )
     partial_sum_modules = []
     for (net, plan), styles in zip(plans, resolved, strict=True):
@@ -76,7 +76,7 @@ def apply_tensor_parallel(
                 " is split and gathered",
                 ["plans with a module of style 'scatter' and a later one of style 'gather'"],
                 "use sequence_parallel=False",
-                flag="--trainer.strategy tp",
+                flag="--trainer.strategy=tp",
             )
         for name, style in styles.items():
             _parallelize_submodule(net, name, style, mesh, sequence_parallel)
@@ -97,9 +97,13 @@ def _parallelize_submodule(
     def is_sequence_sharded(x: Tensor) -> bool:
         is_sharded = sequence_parallel and torch.is_grad_enabled() and module.training
         if is_sharded and style == "scatter" and x.shape[1] % mesh.size():
+            length = x.shape[1] // mesh.size() * mesh.size() or mesh.size()
             raise UsageError(
-                f"sequence_parallel: tp={mesh.size()} does not divide {x.shape[1]} tokens; type"
-                f" --data.context_length={x.shape[1] // mesh.size() * mesh.size() or mesh.size()}"
+                f"sequence_parallel: tp={mesh.size()} does not divide the {x.shape[1]} tokens of "
+                "a sequence",
+                [f"multiples of {mesh.size()}"],
+                f"use sequences of {length} tokens",
+                flag=f"--data.context_length={length}",
             )
         return is_sharded
 
@@ -147,16 +151,18 @@ def _resolve_plan(net: nn.Module, plan: dict[str, str]) -> dict[str, str]:
     for glob, style in plan.items():
         if style not in PLAN_STYLES:
             raise UsageError(
-                f"{type(net).__name__}.tensor_parallel_plan: unknown style {style!r} of {glob!r}; "
-                "allowed:"
-                f" {', '.join(PLAN_STYLES)}"
+                f"{type(net).__name__}.tensor_parallel_plan: the style {style!r} of {glob!r} does "
+                "not exist",
+                PLAN_STYLES,
+                "correct the style in tensor_parallel_plan",
             )
         matching_names = [name for name in names if _matches_glob(name, glob)]
         if not matching_names and not _is_absent(net, names, glob):
             raise UsageError(
-                f"{type(net).__name__}.tensor_parallel_plan: {glob!r} matches no module; its "
-                "modules are"
-                f" {', '.join(sorted(names)[:12])}, ..."
+                f"{type(net).__name__}.tensor_parallel_plan: {glob!r} matches no module",
+                [*sorted(names)[:12], "..."],
+                "correct the name in tensor_parallel_plan",
+                label="modules",
             )
         styles.update(dict.fromkeys(matching_names, style))
     return styles
@@ -184,13 +190,18 @@ def _check_divisible(net: nn.Module, name: str, style: str, num_ranks: int) -> N
     weight = getattr(module, "weight", None)
     if weight is None or weight.ndim != 2:
         raise UsageError(
-            f"{type(net).__name__}.tensor_parallel_plan: {name!r} is a {type(module).__name__};"
-            " only matrices split"
+            f"{type(net).__name__}.tensor_parallel_plan: {name!r} is a {type(module).__name__}, "
+            "which has no matrix to split",
+            ["modules with a matrix `weight`"],
+            f"remove {name!r} from tensor_parallel_plan",
         )
     if "weight" not in module._parameters:  # the weight is quantized: stored as blocks of codes
         raise UsageError(
-            f"tp={num_ranks}: the weight of {name} is quantized, and blocks of codes do not split;"
-            " type --trainer.strategy=zero3, which shards them"
+            f"tp={num_ranks}: the weight of {name} is quantized, and blocks of codes cannot be "
+            "split",
+            ["strategies that shard quantized weights, such as zero3"],
+            'use Trainer(strategy="zero3")',
+            flag="--trainer.strategy=zero3",
         )
     head_width = getattr(net.get_submodule(name.rpartition(".")[0]), "head_dim", None)
     num_pieces = weight.shape[SPLIT_AXIS[style]] // (head_width or 1)
@@ -199,14 +210,15 @@ def _check_divisible(net: nn.Module, name: str, style: str, num_ranks: int) -> N
         nearest = min(allowed, key=lambda n: abs(n - num_ranks))
         raise UsageError(
             f"tp={num_ranks} does not divide the {num_pieces} "
-            f"{'heads' if head_width else 'channels'} of"
-            f" {name}; allowed: {', '.join(map(str, allowed[:8]))}; type"
-            f" --trainer.strategy.tp={nearest}"
+            f"{'heads' if head_width else 'channels'} of {name}",
+            allowed[:8],
+            f"use MeshStrategy(tp={nearest})",
+            flag=f"--trainer.strategy.tp={nearest}",
         )
     for leaf, parameter in module.named_parameters(recurse=False):
         if style == "colwise" and parameter.ndim and parameter.shape[0] % num_ranks:
             raise UsageError(
-                f"tp={num_ranks} does not divide the {parameter.shape[0]} rows of {name}.{leaf}; "
-                "give it a"
-                f" multiple of {num_ranks}, an adapter by --trainer.callbacks.rank={num_ranks}"
+                f"tp={num_ranks} does not divide the {parameter.shape[0]} rows of {name}.{leaf}",
+                [f"multiples of {num_ranks}"],
+                f"use a multiple of {num_ranks}, for an adapter LoRA(rank={num_ranks})",
             )

@@ -83,8 +83,11 @@ def check_not_sharded_over(
             axis_ranks = set(dist.get_process_group_ranks(mesh.get_group(axis)))
             if not placement.is_replicate() and len(axis_ranks & ranks) > 1:
                 raise UsageError(
-                    f"zero1: {name} is sharded over the ranks that it is to be owned by;"
-                    " allowed: whole parameters, or shards over tp; type --trainer.strategy zero3"
+                    f"zero1: {name} is sharded over the data-parallel ranks, of which one is to "
+                    "own it",
+                    ["full parameters, or shards over tp"],
+                    'use Trainer(strategy="zero3")',
+                    flag="--trainer.strategy=zero3",
                 )
 
 
@@ -284,9 +287,9 @@ class Zero1Reducer:
         if count > self._expected_arrivals[parameter] and bucket < self._num_launched:
             raise RunError(
                 f"zero1: the gradient of {self._param_name(parameter)} arrives more often than in "
-                "earlier"
-                " steps (re-entrant checkpointing?), after it was sent; allowed: the same number"
-                " in each step; use checkpoint(..., use_reentrant=False)"
+                "earlier steps, after it was sent (e.g. with re-entrant checkpointing)",
+                ["the same number of gradients in each step"],
+                "use checkpoint(..., use_reentrant=False)",
             )
         self._num_missing[bucket] -= count == self._expected_arrivals[parameter]
         while self._num_launched < len(self._buckets) and not self._num_missing[self._num_launched]:
@@ -309,9 +312,9 @@ class Zero1Reducer:
                 continue
             if gradient.layout != torch.strided:
                 raise UsageError(
-                    f"zero1: the gradient of {self._param_name(parameter)} is sparse; allowed: "
-                    "dense"
-                    " gradients; set sparse=False"
+                    f"zero1: the gradient of {self._param_name(parameter)} is sparse",
+                    ["dense gradients"],
+                    "use sparse=False in the layer",
                 )
             set_gradient(parameter, local_view(gradient).contiguous())
         for message in plan.get(None, []):
@@ -392,9 +395,11 @@ class Zero1Reducer:
         """Replace `step`: each rank steps the parameters it owns and sends them to other ranks."""
         if needs_closure(optimizer):
             raise UsageError(
-                f"{type(optimizer).__name__} computes the gradient of all parameters several times"
-                " a step, which ranks cannot share; allowed: optimizers whose step needs no"
-                " closure, such as AdamW; type --trainer.strategy ddp"
+                f"{type(optimizer).__name__} computes the gradient of all parameters several "
+                "times a step, which ranks with different parameters cannot do",
+                ["optimizers whose step needs no closure, such as AdamW"],
+                'use Trainer(strategy="ddp")',
+                flag="--trainer.strategy=ddp",
             )
         original_step = optimizer.step
 

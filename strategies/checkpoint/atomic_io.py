@@ -135,7 +135,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             try:
                 return sharded.load_full(source)
             except CheckpointError as error:
-                raise _damage_error(source, str(error)) from error
+                raise _damage_error(source, error.problem) from error
         return _load_file(source, map_location, is_safe, readers, mapped_sections)
 
     def remove_checkpoint(self, path: str | Path) -> None:
@@ -193,10 +193,10 @@ def find_damage(path: str | Path, verify_checksums: bool = True) -> str | None:
     return reason
 
 
-def damage_message(path: Path, verify_checksums: bool = True) -> str | None:
-    """Return None if a checkpoint is valid, else the error message; see `find_damage`."""
+def damage_error(path: Path, verify_checksums: bool = True) -> CheckpointError | None:
+    """Return None if a checkpoint is valid, else the error to raise; see `find_damage`."""
     reason = find_damage(path, verify_checksums)
-    return None if reason is None else str(_damage_error(path, reason))
+    return None if reason is None else _damage_error(path, reason)
 
 
 def require_valid_folder(path: Path) -> None:
@@ -205,20 +205,20 @@ def require_valid_folder(path: Path) -> None:
     key: tuple[int, ...] = ()
     sizes: dict[str, int] = {}
 
-    def format_error(reason: str) -> str:
-        return str(_damage_error(path, reason))
+    def make_error(reason: str) -> CheckpointError:
+        return _damage_error(path, reason)
 
     if (reason := sharded_index.find_structural_damage(path)) is None:
         try:
             key, sizes = sharded_index.folder_identity(path), sharded_index.tensor_file_sizes(path)
         except (OSError, CheckpointError) as error:  # it is being removed
-            reason = str(error)
-    readers.raise_first_problem(reason, format_error)
+            reason = error.problem if isinstance(error, CheckpointError) else str(error)
+    readers.raise_first_problem(reason, make_error)
     readers.raise_first_problem(
         sharded_index.find_checksum_mismatch(
             path, readers.assign_parts(sizes, key[1:], key in _verified_files)
         ),
-        format_error,
+        make_error,
     )
     _verified_files.add(key)
 
@@ -280,10 +280,10 @@ def check_serializable(value: Any, name: str = "") -> None:
             check_serializable(item, f"{name}[{i}]")
     elif value_type not in torch.serialization.get_safe_globals():
         raise CheckpointError(
-            f"{name} is a {value_type.__module__}.{value_type.__qualname__}; a checkpoint holds "
-            "tensors and "
-            "plain values (numbers, text, lists, dicts): convert it, or leave it out with "
-            "save_hyperparameters(ignore=[...])",
+            f"{name} is a {value_type.__module__}.{value_type.__qualname__}, which "
+            "torch.load(weights_only=True) cannot read",
+            ["tensors", "numbers", "text", "lists", "dicts"],
+            "convert it, or leave it out with save_hyperparameters(ignore=[...])",
             exit_status=1,
         )
 
@@ -316,7 +316,7 @@ def _open_regular_file(path: Path) -> IO[bytes]:
     file.close()
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
-    raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    raise OSError(errno.EINVAL, "it is not a regular file", str(path))
 
 
 def _file_identity(file: IO[bytes]) -> tuple[int, ...]:
@@ -334,22 +334,23 @@ def _load_file(
 ) -> dict[str, Any]:
     """Validate a file on all ranks, and load it from the same handle: it may be replaced."""
 
-    def format_error(reason: str) -> str:
-        return reason if reason.startswith("no checkpoint ") else str(_damage_error(path, reason))
+    def make_error(reason: str) -> CheckpointError:
+        return _damage_error(path, reason)
 
     for _ in range(MAX_OPEN_ATTEMPTS):
-        reason, file = None, None
+        reason: str | CheckpointError | None = None
+        file = None
         try:
             file = _open_regular_file(path)
             reason = _find_file_damage(file, is_safe)
         except OSError as error:
             reason = (
-                str(_missing_file_error(path))
+                _missing_file_error(path)
                 if not os.path.lexists(path)
                 else _describe_os_error(error)
             )
         try:
-            readers.raise_first_problem(reason, format_error)
+            readers.raise_first_problem(reason, make_error)
             assert file is not None
             key, (sizes, table) = _file_identity(file), zip_archive.tensor_record_sizes(file)
             # the file was replaced before the last rank opened it
@@ -366,13 +367,13 @@ def _load_file(
                 if not is_safe:
                     raise
                 reason = _describe_damage(error)
-            readers.raise_first_problem(reason, format_error)
+            readers.raise_first_problem(reason, make_error)
             _verified_files.add(key)
             return cast(dict[str, Any], checkpoint)  # another program may have written any type
         finally:
             if file is not None:
                 file.close()
-    raise CheckpointError(format_error("it was replaced again and again while the ranks opened it"))
+    raise make_error("another program replaced it while the ranks opened it")
 
 
 def _load_open(file: IO[bytes], map_location: Any, plain: bool) -> dict[str, Any]:
@@ -461,7 +462,7 @@ def _describe_damage(error: BaseException) -> str:
 def _describe_os_error(error: OSError) -> str:
     if isinstance(error, FileNotFoundError):
         link = error.filename is not None and os.path.islink(error.filename)
-        return "it is a link to a file that is not there" if link else "there is no such file"
+        return "it is a link to a missing file" if link else "the file does not exist"
     if isinstance(error, IsADirectoryError):
         return "it is a folder, not a checkpoint file"
     return f"it cannot be read ({error.strerror or error})"
@@ -469,39 +470,52 @@ def _describe_os_error(error: OSError) -> str:
 
 def _damage_error(path: Path, reason: str) -> CheckpointError:
     latest, _ = latest_valid_checkpoint(path.parent)
-    hint = f"the newest whole one there: --ckpt_path {latest}" if latest else "none there is whole"
-    return CheckpointError(f"the checkpoint {path} cannot be used: {reason}; {hint}")
+    problem = f"the checkpoint {path} cannot be used: {reason}"
+    if latest is None:
+        return CheckpointError(
+            problem, hint=f"no checkpoint in {path.parent} is valid: use another"
+        )
+    return CheckpointError(
+        problem,
+        hint=f'use ckpt_path="{latest}", the newest valid checkpoint there',
+        flag=f"--ckpt_path={latest}",
+    )
 
 
 def _missing_file_error(path: Path) -> CheckpointError:
     folder = path.parent
     names = sorted(p.name for p in folder.glob(f"*{CHECKPOINT_SUFFIX}"))
     nearest = sort_by_similarity(path.name, names)[:3]
-    if not nearest:
-        folder_text = f"{folder} holds none" if folder.is_dir() else f"there is no folder {folder}"
+    if nearest:
         return CheckpointError(
-            f"no checkpoint {path}: {folder_text}; --ckpt_path auto finds the newest"
+            f"there is no checkpoint {path}",
+            nearest,
+            f'use ckpt_path="{folder / nearest[0]}"',
+            flag=f"--ckpt_path={folder / nearest[0]}",
         )
+    reason = f"{folder} has no checkpoint" if folder.is_dir() else f"there is no folder {folder}"
     return CheckpointError(
-        f"no checkpoint {path}; {folder} holds {', '.join(nearest)}; "
-        f"--ckpt_path {folder / nearest[0]}"
+        f"there is no checkpoint {path}: {reason}",
+        hint="use the path of an existing checkpoint",
+        flag="--ckpt_path=auto",
     )
 
 
 def write_error(path: Path, error: OSError) -> CheckpointError:
     """Return the error for a checkpoint that cannot be written, with a hint."""
-    is_disk_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    latest = max(list_checkpoints(path.parent), default=None)
-    resume_hint = (
-        f"go on with --ckpt_path {latest[1]}" if latest else "begin anew: there is none before"
+    problem = (
+        f"the checkpoint {path} cannot be written ({error.strerror or error}); earlier "
+        "checkpoints are unchanged"
     )
-    hint = (
-        f"make room in {path.parent}, then {resume_hint}"
-        if is_disk_full
-        else f"make {path.parent} writable or choose a folder: --trainer.default_root_dir=<folder>"
-    )
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        latest = max(list_checkpoints(path.parent), default=None)
+        restart = f"resume from {latest[1]}" if latest else "train anew: there is no checkpoint"
+        return CheckpointError(
+            problem, hint=f"free space in {path.parent}, then {restart}", exit_status=1
+        )
     return CheckpointError(
-        f"the checkpoint {path} cannot be written ({error.strerror or error}); "
-        f"the files written before are untouched; {hint}",
+        problem,
+        hint=f"make {path.parent} writable, or use Trainer(default_root_dir=...)",
+        flag="--trainer.default_root_dir=FOLDER",
         exit_status=1,
     )

@@ -46,7 +46,7 @@ def load_mapped(file: IO[bytes], sections: Collection[str]) -> Any:
             byteorder_records
             and table.read(byteorder_records[0]).decode(errors="replace") != sys.byteorder
         ):
-            raise UnmappableFileError("it was written on a machine with another order of bytes")
+            raise UnmappableFileError("it was written on a machine with another byte order")
     file.seek(0)
     try:
         tree = torch.load(file, "meta", weights_only=True)
@@ -103,11 +103,15 @@ class _TensorMapper:
         """Return the view of the mapped pages for a meta tensor."""
         is_strided = type(like) in (Tensor, nn.Parameter) and like.layout == torch.strided
         if not is_strided or like.is_quantized or like.is_conj() or like.is_neg():
-            raise UnmappableFileError(f"it holds a {type(like).__name__} that is no plain tensor")
+            raise UnmappableFileError(
+                f"it holds a {type(like).__name__} that is not a plain tensor"
+            )
         storage = like.untyped_storage()
         start = getattr(storage, "_checkpoint_offset", None)
         if start is None:
-            raise UnmappableFileError("this version of torch does not say where records begin")
+            raise UnmappableFileError(
+                "this version of torch does not return the offsets of records"
+            )
         view = torch.empty(0, dtype=like.dtype).set_(
             self.map_storage(start, storage.nbytes()),
             like.storage_offset(),

@@ -14,7 +14,7 @@ class ReadingRanks:
 
     readers = ReadingRanks.from_job()
     names = readers.assign_parts({"data/0": 4000, "data/1": 40}, (inode, size, time), False)
-    readers.raise_first_problem(problem, lambda reason: f"the checkpoint cannot be used: {reason}")
+    readers.raise_first_problem(problem, lambda reason: CheckpointError(f"it is damaged: {reason}"))
     """
 
     def __init__(self, rank: int = 0, num_ranks: int = 1) -> None:
@@ -36,25 +36,29 @@ class ReadingRanks:
         dist.all_gather_object(values, value)
         return values
 
-    def raise_first_problem(self, problem: str | None, format_error: Callable[[str], str]) -> None:
+    def raise_first_problem(
+        self,
+        problem: str | CheckpointError | None,
+        make_error: Callable[[str], CheckpointError],
+    ) -> None:
         """Raise the first problem of any rank on all ranks; return if there is none.
 
         Args:
-            problem: the problem that this rank found, or None.
-            format_error: makes the message of the error; called on rank 0 only, because it may read
+            problem: the problem that this rank found, or the error itself, or None.
+            make_error: makes the error for a problem; called on rank 0 only, because it may read
                 other files.
 
         Raises:
-            CheckpointError: with the same message on all ranks.
+            CheckpointError: the same on all ranks.
         """
         first = next(
             (reported for reported in self.gather_values(problem) if reported is not None), None
         )
         if first is None:
             return
-        raise CheckpointError(
-            self.gather_values(format_error(first) if self.rank == 0 else None)[0]
-        )
+        if isinstance(first, str):
+            first = self.gather_values(make_error(first) if self.rank == 0 else None)[0]
+        raise first
 
     def assign_parts(
         self, sizes: Mapping[str, int], file_identity: tuple[int, ...], is_verified: bool

@@ -157,7 +157,7 @@ class _PlainUnpickler(pickle._Unpickler):  # the C version allocates sizes given
     def find_class(self, module: str, name: str) -> Any:
         global_name = GlobalName(module, name)
         if "." in name or not self.is_allowed(global_name):
-            raise UnsafePickle(f"it asks for {global_name}")
+            raise UnsafePickle(f"it refers to {global_name}")
         return global_name
 
     def persistent_load(self, pid: Any) -> Any:
@@ -234,7 +234,7 @@ class _PlainUnpickler(pickle._Unpickler):  # the C version allocates sizes given
 
 def _build_call(function: Any, arguments: Any) -> Any:
     if not isinstance(function, GlobalName) or not isinstance(arguments, tuple):
-        raise UnsafePickle("it calls an object that is no function")
+        raise UnsafePickle("it calls an object that is not a function")
     match (function.module, function.name), arguments:
         case ("collections", "OrderedDict"), ():
             return OrderedDict()
@@ -245,7 +245,7 @@ def _build_call(function: Any, arguments: Any) -> Any:
         case ("builtins" | "__builtin__", "bytearray"), _ if isinstance(
             next(iter(arguments), b""), int
         ):
-            raise UnsafePickle("it asks for memory by a number of bytes")
+            raise UnsafePickle("it allocates a given number of bytes")
     return CallRecord(function, arguments)
 
 

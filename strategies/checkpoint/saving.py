@@ -36,7 +36,9 @@ def save_on_all_ranks(trainer: L.Trainer, path: str | Path) -> None:
         error = problem
         trainer.strategy.barrier("failed save")  # matches the barrier that ends a save elsewhere
     if not trainer.strategy.reduce_boolean_decision(error is None):
-        text = trainer.strategy.broadcast(str(error or "another rank could not save"))
+        text = trainer.strategy.broadcast(
+            str(error or "another rank could not save the checkpoint")
+        )
         raise error or CheckpointError(text, exit_status=1)
 
 
@@ -134,9 +136,9 @@ def weights_are_finite(trainer: L.Trainer) -> bool:
     if trainer.strategy.reduce_boolean_decision(name is None):
         return True
     rank_zero_warn(
-        f"no checkpoint at step {trainer.global_step}: {name or 'a tensor of another rank'} is "
-        "not finite, or its square is not; the last good file stays; "
-        "--trainer.callbacks+=NaNGuard stops such a run"
+        f"no checkpoint is written at step {trainer.global_step}, because "
+        f"{name or 'a tensor of another rank'} is not finite, or its square is not. The last "
+        "valid checkpoint is kept. Add NaNGuard() to Trainer(callbacks=...) to stop such a run."
     )
     return False
 

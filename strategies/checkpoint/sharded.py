@@ -236,7 +236,7 @@ def load_sharded(path: Path, tensors: dict[TensorPath, Tensor]) -> None:
         raise
     except Exception as error:  # a changed byte can make zipfile and torch raise nearly any type
         text = " ".join(str(error).split())[-120:] or type(error).__name__
-        raise CheckpointError(f"the parts of {path} are not those of its index ({text})") from error
+        raise CheckpointError(f"the files of {path} do not match its index ({text})") from error
 
 
 def _load_chunk(
@@ -266,7 +266,7 @@ def _load_chunk(
                 or stored_tensor.shape != chunk.sizes
                 or stored_tensor.dtype != dtype
             ):
-                raise UsageError("a part holds another tensor")
+                raise UsageError("a file has another tensor")
             record = zip_archive.open_tensor_record(table, window)  # type: ignore[arg-type]
         is_dense = (
             stored_tensor.is_contiguous()
@@ -327,7 +327,7 @@ def _load_rows(
             content = bytearray((last - first) * row_bytes)
             record.seek(first * row_bytes)
             if record.readinto(content) != len(content):
-                raise UsageError("a part is cut short")
+                raise UsageError("a file ends too early")
             shape = [last - first, *sizes[1:]] if sizes else []
             yield first, last, torch.frombuffer(content, dtype=dtype).view(shape)
 

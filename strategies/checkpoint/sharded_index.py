@@ -73,9 +73,9 @@ def find_structural_damage(path: Path) -> str | None:
         files = _load_manifest(path)
         for name, (size, _) in files.items():
             if not (path / name).is_file():
-                return f"its part {name} is missing"
+                return f"its file {name} is missing"
             if (path / name).stat().st_size != size:
-                return f"its part {name} does not match its checksum"
+                return f"its file {name} does not match its checksum"
         if (reason := find_checksum_mismatch(path, [META_FILE, INDEX_FILE])) is not None:
             return reason
         with (path / META_FILE).open("rb") as file, zipfile.ZipFile(file) as table:
@@ -83,10 +83,10 @@ def find_structural_damage(path: Path) -> str | None:
             zip_archive.validate_pickled_tensors(table, files[META_FILE][0])
         _load_index(path)
     except CheckpointError as error:
-        return str(error)
+        return error.problem
     except Exception as error:  # a changed byte can make zipfile raise nearly any type
         text = " ".join(str(error).split())[:80] or type(error).__name__
-        return f"its part {META_FILE} is damaged ({text})"
+        return f"its file {META_FILE} is damaged ({text})"
     return None
 
 
@@ -96,9 +96,9 @@ def find_checksum_mismatch(path: Path, names: Collection[str] | None = None) -> 
         checked_names = tensor_file_sizes(path) if names is None else names
         for name, (size, crc) in _load_manifest(path).items():
             if name in checked_names and file_checksum(path / name) != [size, crc]:
-                return f"its part {name} does not match its checksum"
+                return f"its file {name} does not match its checksum"
     except CheckpointError as error:
-        return str(error)
+        return error.problem
     except OSError as error:
         return f"it cannot be read ({error.strerror or error})"
     return None
@@ -192,7 +192,7 @@ def _parse_metadata(root: Any, file_sizes: dict[str, int]) -> Metadata:
             total += math.prod(entry.size) * entry.properties.dtype.itemsize
     # names may share a tensor
     if total > 4 * sum(file_sizes.values()) + zip_archive.MAX_EXTRA_BYTES:
-        raise UsageError("its tensors are larger than its parts")
+        raise UsageError("its tensors are larger than its files")
     for record, info_record in fields["storage_data"].items():
         index, info = (
             _record_fields(record, "MetadataIndex"),
@@ -200,27 +200,27 @@ def _parse_metadata(root: Any, file_sizes: dict[str, int]) -> Metadata:
         )
         name, start, length = info["relative_path"], info["offset"], info["length"]
         if info.get("transform_descriptors"):
-            raise UsageError("a part is compressed")
+            raise UsageError("a file is compressed")
         if name not in file_sizes or not 0 <= start <= start + length <= file_sizes[name]:
-            raise UsageError("a tensor is outside its part")
+            raise UsageError("a tensor is outside its file")
         offset = None if index.get("offset") is None else _parse_shape(index["offset"])
         storage_infos[MetadataIndex(index["fqn"], offset)] = _StorageInfo(name, start, length)
     for key, entry in entries.items():
         for chunk in entry.chunks:
             if (info := storage_infos.get(MetadataIndex(key, chunk.offsets))) is None:
-                raise UsageError(f"{key[:40]} is in no part")
+                raise UsageError(f"{key[:40]} is in no file")
             size = math.prod(chunk.sizes) * entry.properties.dtype.itemsize
             bytes_by_location[info.relative_path, info.offset] = size
             if size > info.length:
-                raise UsageError(f"{key[:40]} is larger than its part")
+                raise UsageError(f"{key[:40]} is larger than its file")
     if sum(bytes_by_location.values()) > sum(file_sizes.values()):
-        raise UsageError("its tensors are larger than its parts")
+        raise UsageError("its tensors are larger than its files")
     return Metadata(entries, storage_data=storage_infos, storage_meta=StorageMeta())
 
 
 def _record_fields(record: Any, name: str) -> dict[str, Any]:
     if not isinstance(record, CallRecord) or record.name.name != name:
-        raise UsageError(f"no {name}")
+        raise UsageError(f"a record is not a {name}")
     if not isinstance(record.state, dict):
         raise UsageError(f"a {name} without its fields")
     return record.state
@@ -230,7 +230,7 @@ def _parse_tensor_entry(record: Any) -> TensorStorageMetadata:
     fields = _record_fields(record, "TensorStorageMetadata")
     dtype = fields["properties"].state[0]
     if not isinstance(dtype, GlobalName) or dtype.name not in DTYPES_BY_NAME:
-        raise UsageError("a tensor of no dtype")
+        raise UsageError("a tensor has no valid dtype")
     size = _parse_shape(fields["size"])
     chunks = []
     for chunk_record in fields["chunks"]:
@@ -240,17 +240,17 @@ def _parse_tensor_entry(record: Any) -> TensorStorageMetadata:
         )
         ends = zip(chunk.offsets, chunk.sizes, size, strict=True)
         if any(start + length > full_size for start, length, full_size in ends):
-            raise UsageError("a part of a tensor is outside the tensor")
+            raise UsageError("a chunk of a tensor is outside the tensor")
         chunks.append(chunk)
     if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(size):
-        raise UsageError("the parts of a tensor are not the whole")
+        raise UsageError("the chunks of a tensor do not make up the tensor")
     return TensorStorageMetadata(TensorProperties(DTYPES_BY_NAME[dtype.name]), size, chunks)
 
 
 def _parse_shape(record: Any) -> torch.Size:
     (sizes,) = record.arguments if record.name == GlobalName("torch", "Size") else ((-1,),)
     if len(sizes) > 64 or not all(type(n) is int and 0 <= n < 2**62 for n in sizes):
-        raise UsageError("a shape is no shape")
+        raise UsageError("a shape is not valid")
     return torch.Size(sizes)
 
 
@@ -263,7 +263,7 @@ def _decode_path(key: str) -> TensorPath:
     tensor_path = tuple(json.loads(key))
     is_valid = 2 <= len(tensor_path) <= 16 and all(type(step) in (str, int) for step in tensor_path)
     if not is_valid or tensor_path[0] not in SHARDED_KEYS:
-        raise UsageError(f"{key[:40]} is no place in a checkpoint")
+        raise UsageError(f"{key[:40]} is not a path in a checkpoint")
     return tensor_path
 
 

@@ -53,7 +53,7 @@ class StagingFolder:
             and not self.path.is_symlink()
             and not looks_like_checkpoint(self.path)
         ):
-            raise OSError(errno.EEXIST, "a folder that is no checkpoint stands there")
+            raise OSError(errno.EEXIST, "a folder that is not a checkpoint exists there")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         remove_stale_folders(self.path.parent)
         while self.lock_fd is None:

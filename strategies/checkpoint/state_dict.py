@@ -320,16 +320,19 @@ def shape_mismatches(
         strict: whether missing and unexpected names count as differences
     """
     mismatches = [
-        f"{name} is {module_shapes[name]} here and {checkpoint_shapes[name]} there"
+        f"{name} is {module_shapes[name]} in the module and {checkpoint_shapes[name]} in the "
+        "checkpoint"
         for name in module_shapes.keys() & checkpoint_shapes.keys()
         if module_shapes[name] != checkpoint_shapes[name]
     ]
     if strict:
         mismatches += [
-            f"{name} is only here" for name in module_shapes.keys() - checkpoint_shapes.keys()
+            f"{name} is only in the module"
+            for name in module_shapes.keys() - checkpoint_shapes.keys()
         ]
         mismatches += [
-            f"{name} is only there" for name in checkpoint_shapes.keys() - module_shapes.keys()
+            f"{name} is only in the checkpoint"
+            for name in checkpoint_shapes.keys() - module_shapes.keys()
         ]
     rest_text = [f"and {len(mismatches) - MAX_SHOWN} more"] if len(mismatches) > MAX_SHOWN else []
     return "; ".join(sorted(mismatches)[:MAX_SHOWN] + rest_text)
@@ -341,9 +344,8 @@ def check_shapes(
     """Raise CheckpointError if shapes or names differ, before any weight is changed."""
     if mismatches := shape_mismatches(module_shapes, checkpoint_shapes, module.strict_loading):  # type: ignore[arg-type]
         raise CheckpointError(
-            f"the checkpoint's weights do not fit this {type(module).__name__}: {mismatches}; "
-            "build the"
-            " model as the run did, or choose another checkpoint"
+            f"the checkpoint's weights do not fit this {type(module).__name__}: {mismatches}",
+            hint="build the model as the run did, or choose another checkpoint",
         )
 
 
@@ -356,17 +358,19 @@ def check_dtype_kinds(
     """
     if mismatches := dtype_kind_mismatches(module_values, checkpoint_values):
         raise CheckpointError(
-            f"the checkpoint's weights are no weights of this {type(module).__name__}: "
-            f"{mismatches};"
-            " choose another checkpoint"
+            f"the checkpoint's weights have other dtypes than this {type(module).__name__}: "
+            f"{mismatches}",
+            hint="choose another checkpoint",
         )
 
 
 def _check_optimizer_count(optimizers: list[Optimizer], saved: list[Any]) -> None:
     if len(optimizers) != len(saved):
         raise CheckpointError(
-            f"the checkpoint has the states of {len(saved)} optimizers, and there are"
-            f" {len(optimizers)}; build them as the run did, or choose another checkpoint"
+            f"the checkpoint has the states of {len(saved)} optimizers, and the module has "
+            f"{len(optimizers)}",
+            hint="return the optimizers of the run from configure_optimizers, or choose another "
+            "checkpoint",
         )
 
 
@@ -388,8 +392,9 @@ def _load_optimizer(
     saved_groups = [group["params"] for group in saved["param_groups"]]
     if len(groups) != len(saved_groups):
         raise CheckpointError(
-            f"the checkpoint's optimizer has {len(saved_groups)} groups of parameters and this one"
-            f" {len(groups)}: build it as the run did, or begin anew without --ckpt_path"
+            f"the checkpoint's optimizer has {len(saved_groups)} param groups, and this optimizer "
+            f"has {len(groups)}",
+            hint="build the optimizer as the run did, or train without ckpt_path",
         )
     parameters = [p for group_params in groups for p in group_params]
     ids = [i for saved_group in saved_groups for i in saved_group]

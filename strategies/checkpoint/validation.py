@@ -34,7 +34,7 @@ def find_malformed_section(checkpoint: Any) -> str | None:
             return _type_mismatch_message(f"its {name}", checkpoint[name], expected_type)
     for name in checkpoint.get("state_dict", {}):
         if not isinstance(name, str):
-            return f"its state_dict has {name!r} for a name"
+            return f"its state_dict has the name {name!r}, which is not a string"
     for number, state in enumerate(checkpoint.get("optimizer_states", [])):
         label = f"its optimizer_states[{number}]"
         if not isinstance(state, Mapping):
@@ -44,13 +44,13 @@ def find_malformed_section(checkpoint: Any) -> str | None:
                 return _type_mismatch_message(f"{label}[{key!r}]", state[key], expected_type)
         for group in state.get("param_groups", []):
             if not isinstance(group, Mapping) or not isinstance(group.get("params", []), list):
-                return f"{label} has a parameter group that is not one"
+                return f"{label} has a malformed param group"
         for values in state.get("state", {}).values():
             if not isinstance(values, Mapping | Tensor | int | float | list | None):
                 return _type_mismatch_message(f"{label}['state']", values, Mapping)
     for key, state in checkpoint.get("callbacks", {}).items():
         if not _is_valid_best_files(state):
-            return f"its list of the best files, of {key}, is none"
+            return f"its list of best files, of {key}, is malformed"
     return None
 
 
@@ -137,7 +137,9 @@ def dtype_kind_mismatches(
             and checkpoint_dtype is not None
             and _dtype_kind(module_dtype) != _dtype_kind(checkpoint_dtype)
         ):
-            mismatches.append(f"{name} is {module_dtype} here and {checkpoint_dtype} there")
+            mismatches.append(
+                f"{name} is {module_dtype} in the module and {checkpoint_dtype} in the checkpoint"
+            )
     return _join_truncated(mismatches)
 
 
@@ -194,7 +196,7 @@ def find_changed_kinds(states: list[Any], recorded: Any, param_names: list[str])
             changes += [
                 f"{key} of {_param_name(number, param_names)} has {new.get(key, 'real')} numbers "
                 "in the "
-                f"optimizer state, and was written with {old.get(key, 'real')} ones"
+                f"optimizer state, and was saved with {old.get(key, 'real')} ones"
                 for key in sorted(old.keys() | new.keys())
                 if old.get(key) != new.get(key)
             ]

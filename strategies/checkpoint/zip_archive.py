@@ -156,12 +156,10 @@ def validate_pickled_tensors(archive: zipfile.ZipFile, size: int) -> None:
             case ("storage", GlobalName() as kind, str() as key, str(), int() as count):
                 width = STORAGE_ITEM_SIZES.get(kind.name)
             case _:
-                raise UnsafePickle("it refers to what is no storage")
+                raise UnsafePickle("it refers to an object that is not a storage")
         record_bytes = lengths.get(folder + key)
         if width is None or record_bytes is None or not 0 <= count * width <= record_bytes:
-            raise DamagedArchiveError(
-                f"storage {key[:20]!r} is larger than its record, or not there"
-            )
+            raise DamagedArchiveError(f"storage {key[:20]!r} is larger than its record, or missing")
         return CallRecord(kind, (count,))
 
     tree = safe_pickle.load_plain(content, lambda _: True, resolve_storage)
@@ -196,7 +194,7 @@ def _tensor_bytes(arguments: tuple[Any, ...]) -> int:
             raise DamagedArchiveError("a tensor has no storage")
     numbers = [*size, *stride, offset]
     if len(size) != len(stride) or not all(type(n) is int and n >= 0 for n in numbers):
-        raise DamagedArchiveError("a tensor's shape is no shape")
+        raise DamagedArchiveError("the shape of a tensor is not valid")
     width = STORAGE_ITEM_SIZES[storage.name.name]
     if storage.name.name != "UntypedStorage" and math.prod(size):
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))

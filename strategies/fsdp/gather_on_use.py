@@ -143,9 +143,10 @@ class GatherOnUse:
         copies = [getattr(p, "_unsharded_param", None) for p in parameters]
         if any(copy is not None and copy.grad is not None for copy in copies):
             raise UsageError(
-                f"{type(self.module).__name__}: loss.backward() was called on weights that are used"
-                " outside of a layer's forward; allowed: backward passes that the strategy starts;"
-                " type self.manual_backward(loss)"
+                f"{type(self.module).__name__}: loss.backward() was called for weights that are "
+                "used outside of their layer's forward",
+                ["backward passes that the strategy starts"],
+                "use self.manual_backward(loss)",
             )
 
     @property
@@ -205,8 +206,9 @@ class GatherOnUse:
         name = f"{next(names, '')}.{attribute}".lstrip(".")
         raise UsageError(
             f"{type(self.module).__name__}: {name} was changed within a step, where it is a "
-            "gathered copy in half precision; allowed: changes before or after the step; move it "
-            "to on_train_batch_end"
+            "gathered copy in half precision",
+            ["changes before or after the step"],
+            "change it in on_train_batch_end",
         )
 
     def end_backward(self) -> None:

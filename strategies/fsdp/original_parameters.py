@@ -52,8 +52,10 @@ class OriginalParameters:
                 raise UsageError(
                     f"{type(module).__name__}: {name} has a hook of "
                     "register_post_accumulate_grad_hook, and gradients of sharded parameters are "
-                    "accumulated in gathered copies; allowed: Tensor.register_hook, "
-                    "on_after_backward; type --trainer.strategy ddp"
+                    "accumulated in gathered copies",
+                    ["Tensor.register_hook", "on_after_backward"],
+                    'use Trainer(strategy="ddp")',
+                    flag="--trainer.strategy=ddp",
                 )
         self._sharded_params: dict[str, Tensor] = {}
         for alias_path, tensor, name in find_param_views(module):
@@ -61,9 +63,10 @@ class OriginalParameters:
             if tensor.shape != parameter.shape or tensor.stride() != parameter.stride():
                 raise UsageError(
                     f"{type(module).__name__}: {alias_path} is a view of the parameter {name}, "
-                    "which "
-                    "sharding replaces; allowed: a view that is taken when it is used; type "
-                    f"{name} there, or --trainer.strategy ddp"
+                    "which sharding replaces",
+                    ["views that are created when they are used"],
+                    f'create the view of {name} where it is used, or use Trainer(strategy="ddp")',
+                    flag="--trainer.strategy=ddp",
                 )
             self._aliases_by_id[id(tensor)] = weakref.ref(tensor), name
 
@@ -162,10 +165,10 @@ class OriginalParameters:
         sharded = tensor if id(tensor) in param_ids else self.find_replacement(tensor)
         if sharded is None:
             raise UsageError(
-                f"{type(optimizer).__name__} has a tensor of shape {tuple(tensor.shape)} that is no"
-                f" parameter of {type(self.module).__name__}, so that ranks would not share it; "
-                "allowed: parameters of the module, in the optimizers of configure_optimizers; "
-                "register it as an nn.Parameter of the module"
+                f"{type(optimizer).__name__} has a tensor of shape {tuple(tensor.shape)} that is "
+                f"not a parameter of {type(self.module).__name__}, so it would not be sharded",
+                ["parameters of the module, in the optimizers of configure_optimizers"],
+                "register the tensor as an nn.Parameter of the module",
             )
         return sharded
 
@@ -234,10 +237,11 @@ def check_no_shared_memory(module: nn.Module) -> None:
         for other, known_extent in same_storage:
             if extents_overlap(extent, known_extent):
                 raise UsageError(
-                    f"{type(module).__name__}: {other} and {name} are two parameters in the same "
-                    "memory, and ranks would step them apart; allowed: one parameter with two "
-                    f"names ({name.rpartition('.')[0] or 'self'}.{name.rpartition('.')[2]} = the "
-                    "other parameter); or type --trainer.strategy ddp"
+                    f"{type(module).__name__}: the parameters {other} and {name} have the same "
+                    "memory, and their shards would be stepped separately",
+                    ["one parameter with two names"],
+                    f'assign the parameter {other} to {name}, or use Trainer(strategy="ddp")',
+                    flag="--trainer.strategy=ddp",
                 )
         same_storage.append((name, extent))
 

@@ -61,9 +61,11 @@ def check_not_coupled(optimizer: Optimizer, result: ProbeResult) -> None:
     """
     if result.update_kind == "coupled":
         raise UsageError(
-            f"{type(optimizer).__name__} {result.reason}, so that ranks cannot share its "
-            "parameters; allowed: optimizers that step each parameter by itself, such as AdamW; "
-            "type --trainer.strategy ddp"
+            f"{type(optimizer).__name__} {result.reason}, so its parameters cannot be divided "
+            "among ranks",
+            ["optimizers that step each parameter separately, such as AdamW"],
+            'use Trainer(strategy="ddp")',
+            flag="--trainer.strategy=ddp",
         )
 
 
@@ -127,9 +129,11 @@ def _check_row_sharded(member: Optimizer, parameters: list[DTensor]) -> None:
             placement.is_shard(0) for placement in shard_placements
         ):
             raise UsageError(
-                f"{type(member).__name__} needs whole tensors, and here they are split over more "
-                "than the data ranks; allowed: elementwise optimizers such as AdamW; type "
-                "--trainer.strategy zero3"
+                f"{type(member).__name__} needs full tensors, and these are split over more than "
+                "the data-parallel ranks",
+                ["elementwise optimizers such as AdamW"],
+                'use Trainer(strategy="zero3")',
+                flag="--trainer.strategy=zero3",
             )
 
 
@@ -424,9 +428,11 @@ class LocalShardStepper(_PlainTensorStepper):
             # the condition is the same on all ranks
             if is_param_shaped is None and require_known and leaf.ndim == num_axes:
                 raise CheckpointError(
-                    f"{type(self.optimizer).__name__} keeps{keystr(path)} in its state, which a "
-                    "trial of three steps did not, so that its shards cannot be joined; allowed: "
-                    "entries that the first steps make; type --trainer.strategy ddp",
+                    f"{type(self.optimizer).__name__} keeps{keystr(path)} in its state, which it "
+                    "did not in a trial of three steps, so its shards cannot be gathered",
+                    ["entries that the first steps create"],
+                    'use Trainer(strategy="ddp")',
+                    flag="--trainer.strategy=ddp",
                     exit_status=1,
                 )
             return change(

@@ -145,8 +145,11 @@ def _assign_data(parameter: Tensor, value: Tensor) -> None:
             local.copy_(value.to_local())
         return
     raise UsageError(
-        f"`p.data = new` with a tensor of shape {tuple(value.shape)} for a sharded parameter of "
-        f"shape {tuple(parameter.shape)}; allowed: its own shape; type --trainer.strategy ddp"
+        f"`p.data = new` assigns a tensor of shape {tuple(value.shape)} to a sharded parameter of "
+        f"shape {tuple(parameter.shape)}",
+        ["tensors of the shape of the parameter"],
+        'use Trainer(strategy="ddp")',
+        flag="--trainer.strategy=ddp",
     )
 
 
@@ -401,9 +404,11 @@ def _register_gradient_hook(sharded: Any, hook: Callable[[Tensor], Any]) -> Remo
 
 def _refuse_post_accumulate_hook(sharded: Any, hook: Callable[[Tensor], Any]) -> None:
     raise UsageError(
-        "register_post_accumulate_grad_hook on a sharded parameter: gradients are accumulated in "
-        "gathered copies; allowed: Tensor.register_hook, on_after_backward; type "
-        "--trainer.strategy ddp"
+        "register_post_accumulate_grad_hook is not supported for a sharded parameter: gradients "
+        "are accumulated in gathered copies",
+        ["Tensor.register_hook", "on_after_backward"],
+        'use Trainer(strategy="ddp")',
+        flag="--trainer.strategy=ddp",
     )
 
 

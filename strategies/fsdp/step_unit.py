@@ -56,9 +56,11 @@ class StepUnit(nn.Module):
             return
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.members.parameters()):
             raise RunError(
-                f"{type(member).__name__} is called with gradients outside of training_step, where"
-                " its shards cannot be gathered for the backward pass; allowed: calls in"
-                " training_step or under torch.no_grad(); type --trainer.strategy ddp"
+                f"{type(member).__name__} is called with gradients outside of training_step, "
+                "where its shards cannot be gathered for the backward pass",
+                ["calls in training_step", "calls under torch.no_grad()"],
+                'use Trainer(strategy="ddp")',
+                flag="--trainer.strategy=ddp",
             )
         cast(FSDPModule, self).unshard()
 

@@ -59,8 +59,10 @@ def check_fsdp_attributes(module: nn.Module) -> None:
     missing = next(_find_missing_attrs(module), None)
     if missing is not None:
         raise UsageError(
-            f"torch {torch.__version__} has no {missing}, which zero2 and zero3 use; allowed: "
-            f"torch {TESTED_TORCH_VERSIONS}; type --trainer.strategy ddp"
+            f"torch {torch.__version__} has no {missing}, which zero2 and zero3 use",
+            [f"torch {TESTED_TORCH_VERSIONS}"],
+            'use Trainer(strategy="ddp")',
+            flag="--trainer.strategy=ddp",
         )
 
 

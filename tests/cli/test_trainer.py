@@ -255,7 +255,7 @@ def test_an_average_that_copies_the_net_too_early_is_refused_by_the_name_of_ours
 
     with pytest.raises(Exception, match="EMAWeightAveraging copies the network in setup") as e:
         Trainer(callbacks=[EMAWeightAveraging()])
-    assert "--trainer.callbacks+=EMA" in str(e.value)
+    assert "and add ravine.callbacks.EMA()" in str(e.value)
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])

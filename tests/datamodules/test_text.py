@@ -334,7 +334,7 @@ class Harm:
 
 @pytest.mark.parametrize(
     ("meta", "message"),
-    [(Harm(), "it asks for posix.system"), ({}, "'itos'"), ({"itos": {0: "b", 1: "a"}}, "sort")],
+    [(Harm(), "it refers to posix.system"), ({}, "'itos'"), ({"itos": {0: "b", 1: "a"}}, "sort")],
 )
 def test_a_pickle_that_is_more_than_a_table_is_refused(
     tmp_path: Path, meta: object, message: str

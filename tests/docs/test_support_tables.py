@@ -122,7 +122,7 @@ AWAITING = {  # callbacks without an effect in two steps: the event that they ne
 STIRRERS = ("EMA", "GradientClipping", "Pretrained")
 REASONS = (
     "has no tensor-parallel plan",
-    "blocks of codes do not split",
+    "blocks of codes cannot be split",
     "computes the loss several times in a step, which is not possible with a pipeline",
     "steps its own optimizers (manual optimization)",
 )

@@ -97,7 +97,7 @@ def refused():
 
 def test_an_error_of_shards_names_module_and_line_and_strategies(ranks):
     for text in ranks(refused, 2):
-        assert text.startswith("CallsOperator: in its step (test_buffer_sync.py:")
-        assert text.endswith("type --trainer.strategy ddp")
+        assert text.startswith("CallsOperator: an operation in its step (test_buffer_sync.py:")
+        assert text.endswith('; use Trainer(strategy="ddp")')
         assert "mixed torch.Tensor and DTensor" in text
         assert "\n" not in text

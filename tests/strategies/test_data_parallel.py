@@ -204,9 +204,9 @@ def test_an_optimizer_that_keeps_a_gradient_is_refused_after_its_first_step(foun
 def test_parameters_that_no_loss_depends_on_are_named_in_one_line(found):
     for each in found:
         assert each["refused"][1] == (
-            "Net: the loss does not depend on unused.weight, unused.bias, whose gradients ddp waits"
-            " for; allowed: a loss that depends on all trainable parameters; type"
-            " --trainer.strategy ddp_find_unused_parameters_true"
+            "Net: the loss does not depend on unused.weight, unused.bias, and ddp waits for all "
+            "gradients; allowed: losses that depend on all trainable parameters; use "
+            'Trainer(strategy="ddp_find_unused_parameters_true")'
         )
 
 

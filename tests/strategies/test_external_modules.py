@@ -91,7 +91,7 @@ def test_toggled_optimizers_train_with_zero2_as_with_ddp(ranks):
 
 
 def test_ddp_tells_the_module_that_steps_by_hand_what_to_type(ranks):
-    with pytest.raises(AssertionError, match=f"UsageError: .*type --trainer.strategy {UNUSED}"):
+    with pytest.raises(AssertionError, match=f'UsageError: .*use Trainer.strategy="{UNUSED}".'):
         ranks(train, 2, TwoOptimizers, "ddp", 2)
 
 

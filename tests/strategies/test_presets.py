@@ -108,10 +108,14 @@ def test_the_command_above_a_file_names_it_and_can_be_typed(name):
 @pytest.mark.parametrize(
     ("words", "devices", "message"),
     [
-        (["2d"], 3, "(dp_shard=-1, tp=2) needs a multiple of 2 processes; there are 3"),
-        (["3d"], 4, "needs a multiple of 8 processes; there are 4"),
-        (["hsdp"], 3, "needs a multiple of 2 processes; there are 3"),
-        (["tp", "--trainer.strategy.tp=3"], 2, "(dp_shard=1, tp=3) needs 3 processes; there are 2"),
+        (["2d"], 3, "(dp_shard=-1, tp=2) needs a multiple of 2 processes, and there are 3"),
+        (["3d"], 4, "needs a multiple of 8 processes, and there are 4"),
+        (["hsdp"], 3, "needs a multiple of 2 processes, and there are 3"),
+        (
+            ["tp", "--trainer.strategy.tp=3"],
+            2,
+            "(dp_shard=1, tp=3) needs 3 processes, and there are 2",
+        ),
         (["zero3", "--trainer.strategy=pp", "--trainer.strategy.pp=3"], 2, "pp=3) needs 3 proc"),
     ],
 )

@@ -509,9 +509,9 @@ class ShardsItself(Net):
 
 
 REFUSED = {
-    Sparse: "zero1: the gradient of table.weight is sparse; allowed: dense gradients; set",
+    Sparse: "zero1: the gradient of table.weight is sparse; allowed: dense gradients; use",
     Irregular: "zero1: the gradient of net.* arrives more often than in earlier steps",
-    ShardsItself: "zero1: head.weight is sharded over the ranks that it is to be owned by; allowed",
+    ShardsItself: "zero1: head.weight is sharded over the data-parallel ranks, .*; allowed",
 }
 
 

@@ -149,8 +149,9 @@ def test_a_width_that_does_not_fit_is_refused_before_anything_is_loaded(
     assert main(words) == 2
     assert capsys.readouterr().err == (
         f"ravine: error: the weights in {trained} do not fit this NetInInit: "
-        "net.0.bias is (4,) here and (8,) there; net.0.weight is (4, 4) here and (8, 4) there; "
-        "net.2.weight is (1, 4) here and (1, 8) there\n"
+        "net.0.bias is (4,) in the module and (8,) in the checkpoint; "
+        "net.0.weight is (4, 4) in the module and (8, 4) in the checkpoint; "
+        "net.2.weight is (1, 4) in the module and (1, 8) in the checkpoint\n"
         "  type: the command without --model.width\n"
     )
 
@@ -162,7 +163,9 @@ def test_weights_that_only_one_side_has_are_named() -> None:
     other = NetInInit(width=8)
     other.head = nn.Linear(1, 1)
     trainer.save_checkpoint("here.ckpt")
-    with pytest.raises(ValueError, match=r"head.bias is only here; head.weight is only here"):
+    with pytest.raises(
+        ValueError, match=r"head.bias is only in the module; head.weight is only in "
+    ):
         Trainer(accelerator="cpu").validate(other, ckpt_path="here.ckpt")
     other.strict_loading = False
     Trainer(accelerator="cpu").validate(other, ckpt_path="here.ckpt", verbose=False)
@@ -369,7 +372,9 @@ def test_a_file_of_torch_save_that_is_no_checkpoint_is_refused_in_words(
 def _metrics(trained: Path) -> dict[str, float]:
     trainer = Trainer(devices=2, strategy="zero3", accelerator="cpu", logger=False)
     module = NetInInit(width=4, batch_size=4)
-    with pytest.raises(ValueError, match=r"net.0.bias is \(4,\) here and \(8,\) there"):
+    with pytest.raises(
+        ValueError, match=r"net.0.bias is \(4,\) in the module and \(8,\) in the checkpoint"
+    ):
         trainer.validate(module, ckpt_path=str(trained), verbose=False)
     return {}
 

@@ -350,7 +350,11 @@ TABLE: dict[str, tuple[list[str], str, list[str]]] = {
     "what the constructor of a strategy refuses": (
         [*MODEL, "--trainer.strategy=pp", "--trainer.strategy.num_microbatches=0"],
         "",
-        ["num_microbatches is 0; allowed: 1 or more; type --trainer.strategy.num_microbatches=4"],
+        [
+            "num_microbatches is 0",
+            "  allowed: 1 or more",
+            "  type: --trainer.strategy.num_microbatches=4",
+        ],
     ),
     "a value of a strategy's argument": (
         [*MODEL, "--trainer.strategy=MeshStrategy", "--trainer.strategy.pipeline_schedule=1f2b"],

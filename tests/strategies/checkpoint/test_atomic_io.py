@@ -193,8 +193,8 @@ def test_a_disk_that_is_full_at_any_moment_leaves_the_file_before(path: Path) ->
     with os.fdopen(reader) as pipe:
         said = pipe.read().splitlines()
     message = (
-        f"1 the checkpoint {path} cannot be written (File too large); the files written before "
-        f"are untouched; make room in {path.parent}, then go on with --ckpt_path {path}"
+        f"1 the checkpoint {path} cannot be written (File too large); earlier checkpoints are "
+        f"unchanged; free space in {path.parent}, then resume from {path}"
     )
     assert said == [message] * 4
     assert same(IO.load_checkpoint(path))
@@ -211,7 +211,7 @@ def test_no_space_left_is_one_line(path: Path, monkeypatch: pytest.MonkeyPatch) 
         ),
     )
     with pytest.raises(
-        CheckpointError, match=r"\(No space left on device\).*make room in"
+        CheckpointError, match=r"\(No space left on device\).*free space in"
     ) as message:
         IO.save_checkpoint(CONTENT | {"epoch": 4}, path)
     assert message.value.exit_status == 1
@@ -230,9 +230,8 @@ def test_a_folder_that_may_not_be_written_is_one_line(
     with pytest.raises(CheckpointError) as message:
         IO.save_checkpoint(CONTENT | {"epoch": 4}, path)
     assert str(message.value) == (
-        f"the checkpoint {path} cannot be written (Permission denied); the files written before "
-        f"are untouched; make {path.parent} writable or choose a folder: "
-        "--trainer.default_root_dir=<folder>"
+        f"the checkpoint {path} cannot be written (Permission denied); earlier checkpoints are "
+        f"unchanged; make {path.parent} writable, or use Trainer(default_root_dir=...)"
     )
     assert same(IO.load_checkpoint(path))
     assert [p.name for p in path.parent.iterdir()] == [path.name]
@@ -286,8 +285,8 @@ def test_the_newest_whole_file_is_found_and_the_damaged_ones_are_named(path: Pat
     with pytest.raises(CheckpointError) as message:
         IO.load_checkpoint(others[1])
     assert str(message.value) == (
-        f"the checkpoint {others[1]} cannot be used: {damaged[0][1]}; the newest whole one there: "
-        f"--ckpt_path {path}"
+        f"the checkpoint {others[1]} cannot be used: {damaged[0][1]}; use "
+        f'ckpt_path="{path}", the newest valid checkpoint there'
     )
     assert message.value.exit_status == 2
 
@@ -296,10 +295,11 @@ def test_a_missing_file_names_the_nearest(path: Path) -> None:
     with pytest.raises(CheckpointError) as message:
         IO.load_checkpoint(path.with_name("step=000010.ckpt"))
     assert str(message.value) == (
-        f"no checkpoint {path.with_name('step=000010.ckpt')}; {path.parent} holds {path.name}; "
-        f"--ckpt_path {path}"
+        f"there is no checkpoint {path.with_name('step=000010.ckpt')}; allowed: {path.name}; use "
+        f'ckpt_path="{path}"'
     )
-    with pytest.raises(CheckpointError, match=r"there is no folder .*--ckpt_path auto"):
+    assert message.value.flag == f"--ckpt_path={path}"
+    with pytest.raises(CheckpointError, match=r"no checkpoint .*: there is no folder .*; use the"):
         IO.load_checkpoint(path.parent / "nowhere" / "last.ckpt")
 
 
@@ -309,7 +309,7 @@ def test_what_is_not_a_checkpoint_is_told(path: Path, content: bytes) -> None:
     with pytest.raises(CheckpointError, match="cannot be used: it is"):
         IO.load_checkpoint(path)
     assert find_damage(path.parent) == "it is a folder, not a checkpoint file"
-    assert find_damage(path.with_name("x")) == "there is no such file"
+    assert find_damage(path.with_name("x")) == "the file does not exist"
 
 
 @pytest.mark.parametrize(
@@ -370,14 +370,17 @@ def test_a_mapped_file_that_is_cut_in_place_ends_the_process(path: Path) -> None
 
 
 UNMAPPABLE = {
-    "another order of bytes": ({"state_dict": {}}, "another order of bytes"),
+    "another order of bytes": ({"state_dict": {}}, "another byte order"),
     "a tensor as a key": ({"state_dict": {}, "a": {torch.ones(1): 1}}, "a key is a tensor"),
     "an object": ({"state_dict": {"a": Point(1)}}, "it holds a Point"),
     "a set of tensors": ({"state_dict": {"a": {torch.ones(1)}}}, "it holds a set"),
-    "a sparse tensor": ({"state_dict": {"a": SPARSE}}, "holds a sparse tensor|is no plain tensor"),
+    "a sparse tensor": (
+        {"state_dict": {"a": SPARSE}},
+        "holds a sparse tensor|is not a plain tensor",
+    ),
     "a conjugate": (
         {"state_dict": {"a": torch.ones(2, dtype=torch.complex64).conj()}},
-        "it holds a Tensor that is no plain tensor",
+        "it holds a Tensor that is not a plain tensor",
     ),
 }
 

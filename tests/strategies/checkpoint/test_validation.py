@@ -87,7 +87,10 @@ ODD = {  # what is done to the checkpoint, and what the refusal names
     "no fit_loop": (lambda c: c["loops"].pop("fit_loop"), "fit_loop"),
     "loops cut short": (lambda c: c["loops"]["fit_loop"].pop("epoch_progress"), "epoch_progress"),
     "state_dict a list": (lambda c: c.update(state_dict=[1]), "state_dict is a list"),
-    "names of numbers": (lambda c: c.update(state_dict={1: torch.ones(1)}), "1 for a name"),
+    "names of numbers": (
+        lambda c: c.update(state_dict={1: torch.ones(1)}),
+        "its state_dict has the name 1, which is not a string",
+    ),
     "optimizers a dict": (lambda c: c.update(optimizer_states={}), "optimizer_states is a dict"),
     "an optimizer a list": (lambda c: c.update(optimizer_states=[[]]), "[0] is a list"),
     "its state a list": (lambda c: c["optimizer_states"][0].update(state=[]), "'state'] is a list"),
@@ -119,7 +122,7 @@ ODD = {  # what is done to the checkpoint, and what the refusal names
     ),
     "a list of files": (
         lambda c: c["callbacks"].update(Checkpoint={"best_k_models": ["x"]}),
-        "its list of the best files, of Checkpoint, is none",
+        "its list of best files, of Checkpoint, is malformed",
     ),
     "a step of text": (lambda c: c.update(global_step="4"), "global_step is a str"),
 }
@@ -231,12 +234,12 @@ def test_a_full_disk_recommends_only_a_checkpoint_that_is_there(tmp_path, monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(CheckpointError, match="begin anew: there is none before"):
+    with pytest.raises(CheckpointError, match="train anew: there is no checkpoint"):
         AtomicCheckpointIO().save_checkpoint({"epoch": 1}, tmp_path / "new.ckpt")
     monkeypatch.undo()
     AtomicCheckpointIO().save_checkpoint({"epoch": 1}, tmp_path / "old.ckpt")
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(CheckpointError, match=r"go on with --ckpt_path .*old\.ckpt"):
+    with pytest.raises(CheckpointError, match=r"free space in .*, then resume from .*old\.ckpt"):
         AtomicCheckpointIO().save_checkpoint({"epoch": 1}, tmp_path / "new.ckpt")
 
 

@@ -365,11 +365,11 @@ class NeverCalled(Classifier):
 
 
 REFUSED = {
-    NeverCalled: r"net\.0\.weight is of a lazy layer that has not been called",
+    NeverCalled: r"net\.0\.weight belongs to a lazy layer that has not been called",
     ViewOfInit: r"rows is a view of the parameter net\.0\.weight",
-    CommonMemory: r"net\.0\.weight and other\.weight are two parameters in the same memory",
+    CommonMemory: r"the parameters net\.0\.weight and other\.weight have the same memory",
     HookAfterwards: r"net\.0\.weight has a hook of register_post_accumulate_grad_hook",
-    CopiesLater: r"copy\.deepcopy\(Sequential\): ranks share its parameters",
+    CopiesLater: r"copy\.deepcopy\(Sequential\) is called for a module whose parameters are sh",
 }
 
 

@@ -330,9 +330,9 @@ def saves_late(folder):
 def test_state_that_no_trial_has_shown_is_not_saved_as_a_shard(ranks, tmp_path):
     for said in ranks(saves_late, 2, tmp_path):
         assert said == (
-            "Late keeps['late'] in its state, which a trial of three steps did not, so that its "
-            "shards cannot be joined; allowed: entries that the first steps make; type "
-            "--trainer.strategy ddp"
+            "Late keeps['late'] in its state, which it did not in a trial of three steps, so its "
+            "shards cannot be gathered; allowed: entries that the first steps create; use "
+            'Trainer(strategy="ddp")'
         )
 
 
@@ -355,9 +355,9 @@ def test_whole_tensors_are_refused_for_parameters_that_are_split_by_columns_or_t
         assert (
             said
             == [
-                "TrustRatio needs whole tensors, and here they are split over more than the data"
-                " ranks; allowed: elementwise optimizers such as AdamW; type"
-                " --trainer.strategy zero3"
+                "TrustRatio needs full tensors, and these are split over more than the "
+                "data-parallel ranks; allowed: elementwise optimizers such as AdamW; use "
+                'Trainer(strategy="zero3")'
             ]
             * 2
         )
@@ -405,4 +405,4 @@ def test_coupled_optimizers_are_refused_in_one_line_before_the_first_step(ranks)
         ):
             assert name in text
             assert "\n" not in text
-            assert "--trainer.strategy ddp" in text
+            assert text.endswith('; use Trainer(strategy="ddp")')

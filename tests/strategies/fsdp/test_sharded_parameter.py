@@ -283,12 +283,12 @@ REFUSED = {
         CallsBackward,
         (3, 1),
         "32-true",
-    ): r"weights that are used .*; type self.manual_backward\(loss\)$",
-    (StrayTensor, (3, None), "32-true"): r"a tensor of shape \(7,\) that is no parameter of StrayT"
-    ".*; register it as an nn.Parameter of the module$",
-    (OtherShape, (3, None), "32-true"): r"\(4,\) for a sharded parameter of shape \(10,\); .*; type"
-    " --trainer.strategy ddp$",
-    (WritesOnce, (2, 1), "bf16-mixed"): r"net\.0\.bias was changed within a step, .*; move it to"
+    ): r"weights that are used .*; use self.manual_backward\(loss\)$",
+    (StrayTensor, (3, None), "32-true"): r"a tensor of shape \(7,\) that is not a parameter of Stra"
+    ".*; register the tensor as an nn.Parameter of the module$",
+    (OtherShape, (3, None), "32-true"): r"\(4,\) to a sharded parameter of shape \(10,\); .*; use"
+    r" Trainer\(strategy=\"ddp\"\)$",
+    (WritesOnce, (2, 1), "bf16-mixed"): r"net\.0\.bias was changed within a step, .*; change it in"
     " on_train_batch_end$",
 }
 

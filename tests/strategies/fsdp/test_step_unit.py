@@ -201,7 +201,7 @@ def test_a_call_with_gradients_outside_of_a_step_is_refused_in_one_line(ranks):
         assert works
         assert text.startswith("Linear is called with gradients outside of training_step")
         assert "allowed: " in text
-        assert text.endswith("--trainer.strategy ddp")
+        assert text.endswith('; use Trainer(strategy="ddp")')
         assert "\n" not in text
 
 

@@ -77,7 +77,7 @@ def test_each_missing_attribute_is_named_with_the_version_of_torch(ranks):
             expected = "FSDPModule._get_fsdp_state" if "_get_fsdp_state" in name else name
             assert text == (
                 f"torch {torch.__version__} has no {expected}, which zero2 and zero3 use; allowed:"
-                f" torch {torch_attributes.TESTED_TORCH_VERSIONS}; type --trainer.strategy ddp"
+                f' torch {torch_attributes.TESTED_TORCH_VERSIONS}; use Trainer(strategy="ddp")'
             )
 
 
