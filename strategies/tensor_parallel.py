@@ -30,7 +30,7 @@ SPLIT_AXIS = {"colwise": 0, "rowwise": 1}  # of a weight (out in)
 PLAN_STYLES = {
     "colwise": "split the outputs over ranks",
     "rowwise": "split the inputs over ranks, and sum the outputs",
-    "shared": "replicate the input (b t d) of the split matrices inside, and sum its gradients once",
+    "shared": "replicate the input (b t d) of its split matrices, and sum its gradients once",
     "scatter": "with sequence_parallel, split the output (b t d) along t over ranks",
     "sequence": "with sequence_parallel, the input is split along t, so gradients are partial sums",
     "gather": "with sequence_parallel, gather the input (b t d) along t",
