@@ -469,27 +469,6 @@ COMMAND_WORDS = re.compile(
 # Strings that still speak of the command line outside of a `flag`: at most so many a file.
 FLAGS_IN_TEXT: dict[str, int] = {
     "callbacks/optimizers/state_codec.py": 6,
-    "strategies/activation_checkpointing.py": 1,
-    "strategies/checkpoint/atomic_io.py": 5,
-    "strategies/checkpoint/saving.py": 1,
-    "strategies/checkpoint/state_dict.py": 1,
-    "strategies/context_parallel.py": 6,
-    "strategies/data_parallel.py": 3,
-    "strategies/device_mesh.py": 8,
-    "strategies/expert_parallel.py": 4,
-    "strategies/fsdp/original_parameters.py": 4,
-    "strategies/fsdp/sharded_optimizer.py": 3,
-    "strategies/fsdp/sharded_parameter.py": 3,
-    "strategies/fsdp/step_unit.py": 1,
-    "strategies/fsdp/torch_attributes.py": 1,
-    "strategies/mesh_strategy.py": 1,
-    "strategies/parallel_module.py": 1,
-    "strategies/pipeline_parallel.py": 3,
-    "strategies/pipeline_stages.py": 2,
-    "strategies/sharding_errors.py": 1,
-    "strategies/stock_callbacks.py": 1,
-    "strategies/tensor_parallel.py": 4,
-    "strategies/zero1.py": 2,
 }
 # Errors that have a flag and no hint: at most so many a file.
 FLAGS_WITHOUT_HINT: dict[str, int] = {}
