@@ -68,10 +68,19 @@ NAN, VERSION = float("nan"), "pytorch-lightning_version"
 ODD = {  # what is done to the checkpoint, and what the refusal names
     "a NaN": (lambda c: weight(c, torch.tensor([[1, NAN, 0]])), "net.weight is not finite"),
     "infinity": (lambda c: weight(c, torch.full((1, 3), torch.inf)), "net.weight is not finite"),
-    "int8": (lambda c: weight(c, torch.ones(1, 3, dtype=torch.int8)), "torch.int8 in the checkpoint"),
-    "bool": (lambda c: weight(c, torch.ones(1, 3, dtype=torch.bool)), "torch.bool in the checkpoint"),
+    "int8": (
+        lambda c: weight(c, torch.ones(1, 3, dtype=torch.int8)),
+        "torch.int8 in the checkpoint",
+    ),
+    "bool": (
+        lambda c: weight(c, torch.ones(1, 3, dtype=torch.bool)),
+        "torch.bool in the checkpoint",
+    ),
     "complex": (lambda c: weight(c, torch.ones(1, 3) * 1j), "torch.complex64 in the checkpoint"),
-    "weight of a shape": (lambda c: weight(c, torch.ones(3, 1)), "net.weight is (1, 3) in the module"),
+    "weight of a shape": (
+        lambda c: weight(c, torch.ones(3, 1)),
+        "net.weight is (1, 3) in the module",
+    ),
     "no optimizers": (lambda c: c.update(optimizer_states=[]), "states of 0 optimizers"),
     "one state": (lambda c: state(c).pop(1), "optimizer state of net.bias is missing"),
     "one moment": (lambda c: state(c)[0].pop("exp_avg"), "exp_avg of net.weight is missing"),
