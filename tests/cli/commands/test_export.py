@@ -15,7 +15,7 @@ import ravine.lightning_modules
 from ravine.callbacks import LoRA, Pretrained
 from ravine.callbacks.lora import inject_lora, lora_layers
 from ravine.callbacks.quantization.layers import QuantizedLinear
-from ravine.cli.commands.merge import merge_adapters
+from ravine.cli.commands.export import merge_adapters
 from ravine.cli.loading import load_model
 from ravine.cli.main import main
 from ravine.errors import UsageError
