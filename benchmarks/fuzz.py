@@ -292,7 +292,7 @@ def change_tree(dice: random.Random, files: Files) -> Files:
 
 
 def read_checkpoint(path: Path) -> None:
-    from ravine.cli import checkpoint_connector, loading
+    from ravine.cli import checkpoint_metadata, loading
     from ravine.cli.config import saved_config
     from ravine.strategies.checkpoint.atomic_io import (
         AtomicCheckpointIO,
@@ -307,7 +307,7 @@ def read_checkpoint(path: Path) -> None:
     config = saved_config.load_saved_config(path)
     if config:
         saved_config.to_argv(config)
-    checkpoint_connector.load_metadata(path)
+    checkpoint_metadata.load_metadata(path)
     loading.load_model(path)
 
 

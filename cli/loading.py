@@ -17,7 +17,8 @@ from ravine.lightning_modules import TaskModule
 from ravine.lightning_modules.task_module import imported_subclasses
 from ravine.strategies.checkpoint.atomic_io import AtomicCheckpointIO, CheckpointError, find_damage
 
-from . import checkpoint_connector, resume_path
+from . import resume_path
+from .checkpoint_metadata import load_metadata, saved_config_of
 from .commands import method_flags
 from .config.trust import TrustPolicy, split_trust_flags
 from .error_report import unknown_name_error
@@ -189,8 +190,8 @@ def list_tasks() -> dict[str, type[TaskModule]]:
 
 def find_task_class(path: Path, trust: Iterable[str] = ()) -> type[TaskModule]:
     """Return the class whose weights a checkpoint holds, from its saved config or class name."""
-    checkpoint = checkpoint_connector.load_metadata(path)
-    config = checkpoint_connector.saved_config_of(checkpoint, path).get("model") or {}
+    checkpoint = load_metadata(path)
+    config = saved_config_of(checkpoint, path).get("model") or {}
     name = config.get("class_path") or checkpoint.get("task", "")
     name = name if isinstance(name, str) else ""
     module, _, last = name.rpartition(".")

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from ravine.errors import UsageError
 from ravine.strategies.checkpoint.atomic_io import CheckpointError, find_damage, list_checkpoints
 
-from .checkpoint_connector import load_metadata, saved_config_of
+from .checkpoint_metadata import load_metadata, saved_config_of
 from .config import presets
 from .config.values import ConfigValue, from_argv, from_env
 from .rank_zero import call_on_rank_zero

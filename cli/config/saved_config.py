@@ -28,7 +28,8 @@ from ravine.checkpoint_format import record_format
 from ravine.errors import UsageError
 from ravine.lightning_compat import checkpoint_connector
 
-from ..checkpoint_connector import RavineCheckpointConnector, load_metadata, saved_config_of
+from ..checkpoint_connector import RavineCheckpointConnector
+from ..checkpoint_metadata import load_metadata, saved_config_of
 from .trust import TrustPolicy
 
 Config = dict[str, Any]
