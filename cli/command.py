@@ -2,7 +2,6 @@
 
 import enum
 import inspect
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +25,7 @@ import ravine.callbacks
 import ravine.datamodules
 import ravine.lightning_modules
 import ravine.strategies  # only imported classes are found by a bare name
-from ravine.errors import RunError, UsageError
+from ravine.errors import UsageError
 from ravine.lightning_compat.command_line import CommandLine
 from ravine.strategies.rank_agreement import flatten_config
 
@@ -36,7 +35,8 @@ from .config import presets, saved_config, trust
 from .config.saved_config import ConfigSaver
 from .error_report import is_raised_by_parser, program_name, unwrap_error
 from .resume_path import iter_values
-from .trainer import CHECKPOINT_FOLDERS_FILE, Trainer, check_run_links
+from .run_dir import check_run_links, raise_if_run_dir_removed, remove_empty_run_dir
+from .trainer import Trainer
 
 STRATEGY_KEY_PREFIX = "trainer.strategy."  # prefix of the strategy's arguments
 
@@ -266,32 +266,6 @@ def find_last_checkpoint(trainer: Trainer) -> str | None:
     ]
     paths = [path for path in paths if path and Path(path).exists()]
     return max(paths, key=lambda path: Path(path).stat().st_mtime_ns, default=None)
-
-
-def raise_if_run_dir_removed(trainer: Trainer, error: BaseException) -> None:
-    """Raise RunDirRemovedError instead of an error that a removed run directory has caused."""
-    folder, step = trainer.run_dir, trainer.global_step
-    if folder and step and isinstance(error, Exception) and not Path(folder).is_dir():
-        raise RunDirRemovedError(
-            f"the run's folder {folder} was removed while the run wrote to it, at step {step}"
-            f" ({type(error).__name__}); its checkpoints are gone with it; type the same again, and"
-            " leave the folder until the run has ended"
-        ) from error
-
-
-class RunDirRemovedError(RunError):
-    """The directory of a run was removed before its end."""
-
-
-def remove_empty_run_dir(trainer: Trainer) -> None:
-    """Remove the directory of a run that failed before its first step, if it has no other files."""
-    folder = trainer.run_dir
-    if not folder or trainer.global_step or not trainer.is_global_zero:
-        return
-    file_names = [path.name for path in Path(folder).rglob("*") if path.is_file()]
-    metadata_files = ("config.yaml", "hparams.yaml", CHECKPOINT_FOLDERS_FILE)
-    if all(name in metadata_files or name.startswith("events.out.") for name in file_names):
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def expand_strategy_preset(argv: list[str]) -> list[str]:

@@ -18,7 +18,7 @@ from .checkpoint_metadata import load_metadata, saved_config_of
 from .config import presets
 from .config.values import ConfigValue, from_argv, from_env
 from .rank_zero import call_on_rank_zero
-from .trainer import CHECKPOINT_FOLDERS_FILE
+from .run_dir import CHECKPOINT_FOLDERS_FILE, external_checkpoint_folders
 
 
 def iter_values(argv: list[str]) -> Iterator[ConfigValue]:
@@ -100,15 +100,6 @@ def iter_checkpoints(folder: Path, name: str | None) -> Iterator[tuple[Path, str
         reverse=True,
     ):
         yield path, info_by_path[path][1]
-
-
-def external_checkpoint_folders(run: Path) -> list[Path]:
-    """Return the folders outside of the run directory to which the run has written checkpoints."""
-    try:
-        lines = (run / CHECKPOINT_FOLDERS_FILE).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError):
-        return []
-    return [Path(line) for line in lines if line]
 
 
 def _iter_runs(folder: Path, name: str | None) -> Iterator[Path]:

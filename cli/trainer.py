@@ -13,7 +13,6 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.loggers import (
-    CSVLogger,
     Logger,
     MLFlowLogger,
     TensorBoardLogger,
@@ -51,12 +50,9 @@ from ravine.strategies.rank_agreement import check_same_config
 from ravine.strategies.stock_callbacks import check_stock_callbacks
 
 from .checkpoint_connector import RavineCheckpointConnector
-from .error_report import DISK_FULL_ERRNOS
 from .lightning_noise import silence_lightning
+from .run_dir import CHECKPOINT_FOLDERS_FILE, RunCSVLogger, check_run_name, run_dir_error
 
-CHECKPOINT_FOLDERS_FILE = (
-    "checkpoint_folders.txt"  # file in the run directory: other folders with its checkpoints
-)
 EQUIVALENT_CLASSES = {Checkpoint: ModelCheckpoint, ProgressBar: LightningProgressBar}
 DEVICES_PATTERN = re.compile(r"auto|-1|[1-9]\d*|\d+,|\d+(, ?\d+)+")
 LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
@@ -287,47 +283,6 @@ class Trainer(L.Trainer):
         count = torch.get_num_threads()
         threads = f", {count} thread{'s' * (count > 1)}" if device.type == "cpu" else ""
         return f"{ranks_text}{device_name}{threads}, precision {self.precision}"
-
-
-def check_run_name(name: str) -> None:
-    """Raise an error if a run name, perhaps of a checkpoint, leads out of default_root_dir."""
-    if os.path.isabs(name) or ".." in Path(name).parts:
-        raise UsageError(
-            f"the run's name {name!r} leads out of the folder of all runs",
-            ["a name, or several with / between"],
-            flag="--trainer.name=NAME --trainer.default_root_dir=FOLDER",
-        )
-
-
-def check_run_links(name: str | None, root: str | Path) -> None:
-    """Raise an error if a link puts the directory of a checkpoint's run name outside of `root`."""
-    if name:
-        check_run_name(name)
-    if name and not Path(root, name).resolve().is_relative_to(Path(root).resolve()):
-        raise UsageError(
-            f"the run's name {name!r}, of the checkpoint, leads out of {root} by a link",
-            ["a folder below it"],
-            flag=f"--trainer.name={name}, if you mean it, or --trainer.name=ANOTHER",
-        )
-
-
-class RunCSVLogger(CSVLogger):
-    """Lightning's CSVLogger, which creates its folder again if it was removed during the run."""
-
-    def save(self) -> None:
-        """Write the metrics; create the folder if it is missing."""
-        os.makedirs(self.log_dir, exist_ok=True)
-        super().save()
-
-
-def run_dir_error(folder: Path, error: OSError) -> Exception:
-    """Return the error for a run directory that cannot be created; a full disk keeps its error."""
-    if error.errno in DISK_FULL_ERRNOS:
-        return error
-    return UsageError(
-        f"the run's folder {folder} cannot be made: {error.strerror}",
-        flag="--trainer.default_root_dir=FOLDER, or --trainer.name=NAME",
-    )
 
 
 def select_loggers(logger: Any, is_barebones: bool) -> list[Any]:

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from ravine.callbacks import EMA, ExactResume, Pretrained
 from ravine.cli import error_report
 from ravine.cli.checkpoint_connector import explain_restore_errors
-from ravine.cli.command import find_last_checkpoint, raise_if_run_dir_removed
+from ravine.cli.command import find_last_checkpoint
+from ravine.cli.run_dir import raise_if_run_dir_removed
 from ravine.cli.trainer import Trainer
 from ravine.strategies import AtomicCheckpointIO, CheckpointError
 from ravine.strategies.checkpoint.atomic_io import latest_valid_checkpoint

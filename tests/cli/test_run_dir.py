@@ -1,0 +1,114 @@
+"""Each run has a folder of its own, and a folder that cannot be made is an error in one line."""
+
+import csv
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from external_modules.net_in_init import NetInInit
+
+from ravine.cli.trainer import Trainer
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_each_run_gets_a_folder_of_its_own_with_its_curves_numbers_and_checkpoint() -> None:
+    for _ in range(2):
+        Trainer(max_epochs=1, log_every_n_steps=1, accelerator="cpu").fit(NetInInit())
+    for number in range(2):
+        folder = Path("runs/netininit", f"version_{number}")
+        names = {p.name.split(".")[0] for p in folder.iterdir()}
+        assert names == {"metrics", "events", "loss", "hparams", "checkpoints"}
+        assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step=000004.ckpt"]
+        rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+        assert [row["train_loss"] != "" for row in rows] == [True] * 4 + [False]
+
+
+def test_a_folder_that_another_run_has_just_made_is_left_to_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real, taken = Path.mkdir, []
+
+    def mkdir(self: Path, *args: Any, **kwargs: Any) -> None:
+        if self.name == "version_0" and not taken:
+            taken.append(self)
+            real(self, parents=True)  # the other run is a moment quicker
+        real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    trainer = Trainer(name="a/b", fast_dev_run=False, max_steps=1, accelerator="cpu")
+    trainer.fit(NetInInit())
+    assert trainer.log_dir == os.path.join("runs", "a/b", "version_1")
+
+
+def test_a_folder_that_cannot_be_made_is_named_and_not_looked_for_for_ever() -> None:
+    Path("runs/b/version_²").mkdir(parents=True)  # a digit, but no number
+    trainer = Trainer(name="b", max_steps=1, accelerator="cpu")
+    trainer.fit(NetInInit())
+    assert trainer.log_dir == os.path.join("runs", "b", "version_0")
+    Path("runs").rename("others")
+    Path("runs").symlink_to("nowhere")
+    with pytest.raises(ValueError, match=r"folder runs/a/version_0 cannot be made: File exists"):
+        Trainer(name="a", max_steps=1, accelerator="cpu").fit(NetInInit())
+    Path("file").touch()
+    with pytest.raises(ValueError, match=r"; --trainer\.default_root_dir=FOLDER"):
+        Trainer(default_root_dir="file", max_steps=1, accelerator="cpu").fit(NetInInit())
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_a_place_that_refuses_a_runs_folder_is_left_in_words(
+    code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mkdir(self: Path, *args: Any, **kwargs: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    full = code == errno.ENOSPC  # where another place on the disk would not help
+    said = r"\[Errno 28\] No space" if full else r"a/version_0 cannot be made: .*; --trainer"
+    with pytest.raises(OSError if full else ValueError, match=said):
+        Trainer(name="a", max_steps=1, accelerator="cpu").fit(NetInInit())
+
+
+def _refused(root: str) -> str:
+    trainer = Trainer(
+        default_root_dir=root, max_steps=1, accelerator="cpu", devices=2, strategy="ddp"
+    )
+    with pytest.raises(ValueError, match="cannot be made") as wrong:
+        trainer.fit(NetInInit())
+    return str(wrong.value)
+
+
+def test_a_folder_that_rank_0_cannot_make_is_missed_by_all(
+    ranks: Callable[..., list[Any]], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    first, other = ranks(_refused, 2, str(tmp_path / "file"))
+    assert "; --trainer.default_root_dir=FOLDER" in first
+    assert "; --trainer.default_root_dir=FOLDER" in other
+
+
+def test_fit_and_test_on_one_trainer_share_a_folder_and_log_dir_is_none_before() -> None:
+    trainer = Trainer(max_steps=1, default_root_dir="elsewhere", accelerator="cpu")
+    assert trainer.log_dir is None
+    trainer.fit(NetInInit())
+    trainer.validate(NetInInit(), verbose=False)
+    assert [str(p) for p in Path("elsewhere").glob("*/*")] == ["elsewhere/netininit/version_0"]
+
+
+def _log_dir() -> list[str]:
+    trainer = Trainer(max_steps=1, devices=2, accelerator="cpu", strategy="ddp", logger="csv")
+    trainer.fit(NetInInit(batch_size=4))
+    return [str(trainer.log_dir), *(str(c.dirpath) for c in trainer.checkpoint_callbacks)]
+
+
+def test_all_ranks_agree_on_the_folder(ranks: Callable[..., list[Any]]) -> None:
+    one, other = ranks(_log_dir, 2)
+    assert one == other
+    assert one[0].endswith("version_0")
+    assert one[1] == os.path.join(one[0], "checkpoints")
