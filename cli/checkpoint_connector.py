@@ -120,8 +120,9 @@ def explain_restore_errors(section: str) -> Iterator[None]:
         error_text = " ".join(str(error).split())[:160]
         raise CheckpointError(
             f"the section {section!r} of the checkpoint cannot be restored"
-            f" ({type(error).__name__}: {error_text}); build the run as it was, or choose another"
-            " checkpoint: --ckpt_path FILE"
+            f" ({type(error).__name__}: {error_text})",
+            hint="use the model, data and callbacks of that run, or another checkpoint",
+            flag="--ckpt_path=ANOTHER",
         ) from error
 
 
@@ -146,9 +147,10 @@ def check_weight_shapes(trainer: L.Trainer, path: Path, changed_keys: list[str])
         flags = [f"--{key}" for key in changed_keys if key.startswith("model.")]
         raise UsageError(
             f"the weights in {path} do not fit this {type(module).__name__}: {mismatches}",
-            flag=f"the command without {' and '.join(flags)}"
+            hint="build the model of the checkpoint, or use a checkpoint of this model",
+            flag=f"the same command without {' and '.join(flags)}"
             if flags
-            else "a checkpoint of this model",
+            else "--ckpt_path=ANOTHER",
         )
 
 

@@ -32,15 +32,20 @@ def load_metadata(path: Path) -> dict[str, Any]:
     file = path / "meta.pt" if path.is_dir() else path
     checkpoint = torch.load(file, map_location="meta", mmap=True, weights_only=True)
     if problem := find_malformed_section(checkpoint):
-        text = f"the checkpoint {path} cannot be used: {problem}; choose another: --ckpt_path FILE"
-        raise CheckpointError(text)
+        raise CheckpointError(
+            f"the checkpoint {path} cannot be used: {problem}",
+            hint="use another checkpoint",
+            flag="--ckpt_path=ANOTHER",
+        )
     if isinstance(checkpoint, dict) and (path.is_dir() or "state_dict" in checkpoint):
         check_format(checkpoint, f"the checkpoint {path}")
         return checkpoint
     raise UsageError(
-        f"{path} is a file of torch.save, but no checkpoint of a trainer: it has no 'state_dict'",
-        flag="--ckpt_path=auto, or a file of a run: "
-        "runs/NAME/version_0/checkpoints/step=000100.ckpt",
+        f"{path} is a file of torch.save, but not a checkpoint of a trainer: it has no "
+        "'state_dict'",
+        "checkpoints of a run, such as runs/NAME/version_0/checkpoints/step=000100.ckpt",
+        hint="use a checkpoint of a run",
+        flag="--ckpt_path=auto",
     )
 
 
@@ -67,9 +72,10 @@ def saved_config_of(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
     if is_valid:
         return config
     raise UsageError(
-        f"{path}: its configuration, ravine.config, is not one that a command has written{reason}",
+        f"{path}: its configuration, ravine.config, was not written by a command{reason}",
         ["model, data, seed_everything, trainer.name, trainer.callbacks"],
-        flag="a checkpoint of `fit`, or in a script ckpt_path=FILE with the model built there",
+        hint="use another checkpoint, or build the model and pass ckpt_path to trainer.fit",
+        flag="--ckpt_path=ANOTHER",
     )
 
 

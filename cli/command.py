@@ -141,7 +141,7 @@ class RavineCLI(CommandLine):
         ]
         if not plans:
             raise UsageError(
-                "--print_groups, and no callback plans the optimizers: the model has its own",
+                "--print_groups needs OptimizerPlan, and the model builds its own optimizer",
                 flag="--trainer.callbacks+=OptimizerPlan --trainer.callbacks.optimizer=AdamW",
             )
         for plan in plans:
@@ -159,8 +159,8 @@ class RavineCLI(CommandLine):
             and not any(g.key[:5] == "model" for g in iter_values(argv))
         ):
             raise UsageError(
-                f"{self.checkpoint_path} does not say which model it holds: no command has "
-                "written it",
+                f"{self.checkpoint_path} was not written by a command, so it does not name its "
+                "model",
                 flag=f"{program_name()} {argv[0]} --ckpt_path={self.checkpoint_path} --model=NAME "
                 "--data=NAME",
             )
@@ -205,9 +205,9 @@ class RavineCLI(CommandLine):
         )
         if start_step is None or step <= start_step:
             print(
-                f"nothing was trained: {saved_paths[0]} is at step {step}, where the run was to end"
+                f"no step was trained: {saved_paths[0]} is at step {step}, the last step of the run"
             )
-            print(f"next: the same words with --trainer.max_steps={2 * step}")
+            print(f"next: the same command with --trainer.max_steps={2 * step}")
             return
         if unvalidated := missing_validation_message(self.trainer):
             print(unvalidated)

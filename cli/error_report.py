@@ -25,6 +25,10 @@ OUT_OF_MEMORY_TEXTS = (
     "std::bad_alloc",
     "out of memory",
 )
+BATCH_SIZE_FLAGS = {  # by command; export has no batches
+    **dict.fromkeys(("fit", "validate", "test", "predict"), "--data.batch_size=NUMBER"),
+    "generate": "--batch_size=NUMBER",
+}
 REFUSED_ERRNOS = (*DISK_FULL_ERRNOS, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -67,39 +71,77 @@ def print_error(text: str) -> None:
 def report_interrupt(argv: list[str]) -> int:
     """Print that Ctrl-C ended the command before a signal handler was set; return the status."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        note = " before the first step: nothing was saved" if "fit" in argv else ""
-        sys.stderr.write(f"\nstopped by Ctrl-C{note}\n")
+        note = " before the first step: no checkpoint was saved" if "fit" in argv else ""
+        error = RunError(f"stopped by Ctrl-C{note}", hint="run the same command to start again")
+        sys.stderr.write(f"\n{format_parts(error)}\n")
     return INTERRUPTED_STATUS
 
 
 def message_of(error: Exception, argv: list[str]) -> str:
-    """Return the text to print for an exception.
+    """Return the text to print for an exception that ended a command.
 
-    A UsageError has one line each for the problem, the allowed values, and the suggested flag.
-    Advice is added for a full disk and for too little memory, since the system gives none.
+    The errors of Ravine and of the operating system have a line for the problem, for the allowed
+    values, and for the fix. An error of Lightning is printed unchanged.
+
+    Args:
+        error: an exception for which `exit_status` is not None.
+        argv: the command and its arguments.
+    """
+    if isinstance(error, UsageError | RunError) and hasattr(error, "problem"):
+        return format_parts(error)
+    if (system_error := explain_system_error(error, argv)) is not None:
+        return format_parts(system_error)
+    return str(error.args[0] if isinstance(error, LookupError) else error)
+
+
+def format_parts(error: UsageError | RunError) -> str:
+    """Return the parts of an error, one a line: the command line shows its flag, or else its hint.
+
+    A flag follows the word "type". A script shows the hint, because it has no command line.
+    """
+    allowed = [f"  {error.label}: {', '.join(error.allowed)}"] if error.allowed else []
+    fix = [f"  type: {error.flag}"] if error.flag else [f"  {error.hint}"] if error.hint else []
+    return "\n".join([strip_worker_traceback(error.problem), *allowed, *fix])
+
+
+def explain_system_error(error: Exception, argv: list[str]) -> UsageError | RunError | None:
+    """Return the parts of an error for which the system gives no advice; None for other errors.
+
+    Such errors are a full disk, a missing permission, too little memory, and an invalid file name.
     """
     if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
-        checkpoint_path = getattr(error, "checkpoint", None)
-        resume_hint = (
-            f"go on with --ckpt_path={checkpoint_path}"
-            if checkpoint_path
-            else "type the same again"
+        path = getattr(error, "checkpoint", None)  # set by RavineCLI.run_subcommand
+        note = "" if path or "fit" not in argv else "; no checkpoint was saved"
+        end = f"with --ckpt_path={path}" if path else "again"
+        return RunError(
+            f"{error.strerror or error}{file_note(error)}{note}",
+            "a disk with free space",
+            f"free disk space, then run the same command {end}",
         )
-        loss_note = "" if checkpoint_path or "fit" not in argv else "; no checkpoint was written"
-        return f"{error}{loss_note}; make room, then {resume_hint}"
-    if isinstance(error, UsageError):
-        allowed = [f"  {error.label}: {', '.join(error.allowed)}"] if error.allowed else []
-        fix = [f"  type: {error.flag}"] if error.flag else [f"  {error.hint}"] if error.hint else []
-        return "\n".join([strip_worker_traceback(error.problem), *allowed, *fix])
-    if isinstance(error, RunError):
-        return strip_worker_traceback(str(error))
-    if invalid_file_name_message(error):
-        problem = invalid_file_name_message(error)
-        return f"{problem}; allowed: 255 bytes in each part, no NUL; type a shorter name"
+    if isinstance(error, OSError) and error.errno in REFUSED_ERRNOS:
+        return RunError(
+            f"{error.strerror or error}{file_note(error)}",
+            "a path with the needed permission",
+            "change the permission, or use another path",
+        )
+    if problem := invalid_file_name_message(error):
+        allowed = "at most 255 bytes in each part of the path, and no NUL character"
+        return UsageError(problem, allowed, "use another name")
     if is_out_of_memory(error):
-        error_text = " ".join(str(error).split())[:120] or "no more was to be had"
-        return f"out of memory: {error_text}; type a smaller --data.batch_size or a smaller model"
-    return str(error.args[0] if isinstance(error, LookupError) else error)
+        text = " ".join(str(error).split())[:120]
+        command = next((word for word in argv if word in BATCH_SIZE_FLAGS), "")
+        return RunError(
+            f"out of memory: {text}" if text else "out of memory",
+            "a smaller batch or a smaller model",
+            "use a smaller model",
+            flag=BATCH_SIZE_FLAGS.get(command, ""),
+        )
+    return None
+
+
+def file_note(error: OSError) -> str:
+    """Return the file of an error, to be appended to its reason; "" if the system names none."""
+    return f": {error.filename}" if error.filename else ""
 
 
 def strip_worker_traceback(text: str) -> str:
@@ -116,9 +158,9 @@ def invalid_file_name_message(error: BaseException) -> str:
     """Return why no file can have the requested name; "" for any other error."""
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         longest = max(str(error.filename or "").split(os.sep), key=len)
-        return f"the name {longest[:40]}... of {len(os.fsencode(longest))} bytes is too long"
+        return f"the file name {longest[:40]}... has {len(os.fsencode(longest))} bytes"
     if isinstance(error, ValueError) and "embedded null" in str(error):
-        return "a name holds a NUL character"
+        return "a file name contains a NUL character"
     return ""
 
 

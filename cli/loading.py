@@ -1,4 +1,4 @@
-"""Load a trained model from a checkpoint, without a trainer: `load` is `ravine.load_model`."""
+"""Load a trained model from a checkpoint, without a trainer: `ravine.load_model`."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,7 @@ from lightning.pytorch.core import saving
 import ravine.callbacks  # checkpoints name callbacks that transformed their net
 import ravine.lightning_modules
 from ravine.callbacks.transforms.base import apply_saved_transforms
-from ravine.errors import MissingFileError, UsageError
+from ravine.errors import MissingFileError, UsageError, sort_by_similarity
 from ravine.lightning_modules import TaskModule
 from ravine.lightning_modules.task_module import imported_subclasses
 from ravine.strategies.checkpoint.atomic_io import AtomicCheckpointIO, CheckpointError, find_damage
@@ -21,7 +21,6 @@ from . import resume_path
 from .checkpoint_metadata import load_metadata, saved_config_of
 from .commands import method_flags
 from .config.trust import TrustPolicy, split_trust_flags
-from .error_report import unknown_name_error
 
 NAME_KEY, ROOT_KEY = (
     "trainer.name",
@@ -98,13 +97,13 @@ def check_location(map_location: Any) -> None:
     for location in named:
         if not isinstance(location, str | torch.device):
             continue
-        problem = f"map_location is {str(location)!r}, which keeps no values"
+        problem = f"load_model: a tensor on map_location={str(location)!r} has no values"
         try:
             usable = not torch.empty(0, device=location).is_meta
         except Exception as error:  # torch raises several exception types
             usable, message = False, " ".join(str(error).split())[:80]
             problem = (
-                f"map_location is {str(location)!r}, and this machine has no such device "
+                f"load_model: this machine has no device for map_location={str(location)!r} "
                 f"({message})"
             )
         if not usable:
@@ -120,17 +119,22 @@ def hyperparameters_in(file: Path) -> dict[str, Any]:
         ".yaml": saving.load_hparams_from_yaml,
     }
     if file.suffix.lower() not in readers:
-        raise UsageError(f"hparams_file is {file}", [*readers], "use hparams_file='hparams.yaml'")
+        raise UsageError(
+            f"load_model: the format of hparams_file={str(file)!r} is not known",
+            [*readers],
+            "use hparams_file='hparams.yaml'",
+        )
     if not file.is_file():
         raise MissingFileError(
-            f"there is no hparams_file {file}", hint="leave it out: the checkpoint has them"
+            f"load_model: hparams_file={str(file)!r} does not exist",
+            hint="remove hparams_file, because the checkpoint has the hyperparameters",
         )
     values = readers[file.suffix.lower()](file)
     if not isinstance(values, Mapping):
         raise UsageError(
-            f"hparams_file {file} holds a {type(values).__name__}",
-            ["a mapping of names to values"],
-            "leave it out: the checkpoint has them",
+            f"load_model: hparams_file={str(file)!r} contains a {type(values).__name__}",
+            "a mapping of names to values",
+            "remove hparams_file, because the checkpoint has the hyperparameters",
         )
     return dict(values)
 
@@ -144,19 +148,19 @@ def load_from_argv(
     task = find_task_class(path, trusted)
     if not any_task and not callable(getattr(task, command, None)):
         capable_tasks = [n for n, c in list_tasks().items() if callable(getattr(c, command, None))]
-        problem = f"a {task.__name__} cannot {command}"
         raise UsageError(
-            problem,
+            f"{command} is not possible with the {task.__name__} in {path}",
             capable_tasks,
-            flag=f"{command} --ckpt_path=FILE, of one that can",
-            label="models that can",
+            flag=f"{command} --ckpt_path=ANOTHER",
+            label="possible with",
         )
     return load_model(path, trusted), path, typed_flags
 
 
 def checkpoint_from_argv(argv: list[str], command: str) -> tuple[Path, list[tuple[str, str]]]:
     """Return the verified path of the checkpoint in `--ckpt_path`, and the other flags."""
-    typed_flags = method_flags.parse_flags(argv[1:])
+    suggested = "folder" if command == "export" else "prompt"
+    typed_flags = method_flags.parse_flags(argv[1:], suggested)
     request = dict(typed_flags).get("ckpt_path")
     if request is None:
         problem = f"{command} needs a trained model"
@@ -173,9 +177,10 @@ def checkpoint_from_argv(argv: list[str], command: str) -> tuple[Path, list[tupl
     else:
         path = Path(request)
     if path is None:
-        raise UsageError("there is no checkpoint", flag=f"{command} --ckpt_path=FILE")
+        raise UsageError("no checkpoint exists", flag=f"{command} --ckpt_path=FILE")
     if reason := find_damage(path):  # a flipped byte would give wrong but plausible samples
-        raise CheckpointError(f"{path} cannot be used: {reason}; take another, or type auto")
+        problem = f"the checkpoint {path} cannot be used: {reason}"
+        raise CheckpointError(problem, "a complete checkpoint", flag="--ckpt_path=auto")
     return path, [
         (name, v) for name, v in typed_flags if name not in ("ckpt_path", NAME_KEY, ROOT_KEY)
     ]
@@ -204,8 +209,10 @@ def find_task_class(path: Path, trust: Iterable[str] = ()) -> type[TaskModule]:
     if last not in list_tasks() and not module and len(imported) == 1:
         return imported[0]
     if last not in list_tasks():
-        problem = f"{path} holds the weights of {name or 'another program'}"
-        raise unknown_name_error(
-            problem, last, list_tasks(), lambda near: f"--ckpt_path=FILE, of a {near}", "FILE"
+        raise UsageError(
+            f"{path} contains the weights of {name or 'another program'}, which is not a task",
+            sort_by_similarity(last, list_tasks()),
+            hint="load the checkpoint of one of these tasks",
+            flag="--ckpt_path=ANOTHER",
         )
     return list_tasks()[last]

@@ -178,7 +178,7 @@ def add_current_folder_to_path() -> None:
     try:
         current_folder = os.getcwd()
     except FileNotFoundError as error:
-        raise UsageError("the folder you are in has been removed", flag="cd FOLDER") from error
+        raise UsageError("the current folder has been removed", flag="cd FOLDER") from error
     if sys.path[0] != current_folder:
         sys.path.insert(0, current_folder)
 
@@ -237,7 +237,7 @@ def import_command(module: str) -> ModuleType:
         if "torchvision::" not in str(error):
             raise
         raise UsageError(
-            "torch and torchvision are not of one build, so torchvision cannot be imported",
+            "torch and torchvision are of different builds, so torchvision cannot be imported",
             flag="pip install --force-reinstall torch torchvision",
         ) from error
     finally:

@@ -94,8 +94,9 @@ def call_on_rank_zero(find_path: Callable[[], str | None] | None) -> str | None:
         raise KeyboardInterrupt
     if not message.get("asked"):
         raise UsageError(
-            f"rank {launcher_job.rank} has --ckpt_path=auto or last, and rank 0 has not",
-            flag="the same words on every rank",
+            f"rank {launcher_job.rank} has --ckpt_path=auto or last, but rank 0 has not",
+            "the same --ckpt_path on every rank",
+            flag="the same command on every rank",
         )
     return message["answer"]
 
@@ -131,7 +132,7 @@ def _call_and_publish(
 
 def usage_error_parts(error: Exception) -> dict[str, Any]:
     """Return the arguments that rebuild a UsageError on another rank; for other errors the text."""
-    if not isinstance(error, UsageError):
+    if not isinstance(error, UsageError | RunError):
         return {"problem": str(error)}
     return {name: getattr(error, name) for name in ("problem", "allowed", "hint", "flag", "label")}
 
@@ -153,9 +154,9 @@ def _open_store(launcher_job: LauncherJob) -> Any:
         store = TCPStore(launcher_job.address, port, None, is_server, limit, wait_for_workers=False)
     except (OSError, RuntimeError) as error:
         raise UsageError(
-            f"the ranks cannot meet at {launcher_job.address}:{port} to agree on a checkpoint:"
+            f"the ranks cannot connect to {launcher_job.address}:{port} to agree on a checkpoint:"
             f" {' '.join(str(error).split())[:100]}",
-            ["a port of this address that every rank reaches"],
+            "a port of this address that every rank can reach",
             flag="--ckpt_path=FILE",
         ) from error
     _open_stores.append(store)
@@ -185,6 +186,6 @@ def _wait_for_value(store: Any, key: str) -> str:
         return value
     except RuntimeError as error:
         raise RunError(
-            "rank 0 has ended before it found the checkpoint that --ckpt_path=auto or last means;"
-            " allowed: a job in which rank 0 finds it; see the output of rank 0 for the cause"
+            "rank 0 ended before it found the checkpoint for --ckpt_path=auto or last",
+            hint="read the error in the output of rank 0",
         ) from error

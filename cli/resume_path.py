@@ -67,14 +67,15 @@ def find_latest(command: str, request: str, name: str | None, root: str) -> Path
         if request == "last":
             raise UsageError(
                 f"the last checkpoint, {path}, cannot be used: {reason}",
-                flag="--ckpt_path auto, which takes the newest that is whole",
+                "auto, which is the newest complete checkpoint",
+                flag="--ckpt_path=auto",
             )
-        print_once(f"--ckpt_path auto: {path} is passed over: {reason}")
+        print_once(f"--ckpt_path auto: {path} is skipped: {reason}")
     if request == "auto" and command == "fit":
-        print_once(f"--ckpt_path auto: no checkpoint under {folder} yet, starting anew")
+        print_once(f"--ckpt_path auto: no checkpoint in {folder} yet, starting from scratch")
         return None
     raise UsageError(
-        f"--ckpt_path {request}: there is no checkpoint under {folder}",
+        f"--ckpt_path {request}: there is no checkpoint in {folder}",
         sorted({str(run.parent.relative_to(root)) for run in _iter_runs(Path(root), None)}),
         flag="--trainer.name=NAME, or --ckpt_path=FILE",
         label="names with checkpoints",

@@ -23,8 +23,9 @@ def check_run_name(name: str) -> None:
     """Raise an error if a run name, perhaps of a checkpoint, leads out of default_root_dir."""
     if os.path.isabs(name) or ".." in Path(name).parts:
         raise UsageError(
-            f"the run's name {name!r} leads out of the folder of all runs",
-            ["a name, or several with / between"],
+            f"the run name {name!r} leads to a folder outside of default_root_dir",
+            "a name without '..', which may contain /",
+            hint="use name='NAME' and default_root_dir='FOLDER'",
             flag="--trainer.name=NAME --trainer.default_root_dir=FOLDER",
         )
 
@@ -35,9 +36,9 @@ def check_run_links(name: str | None, root: str | Path) -> None:
         check_run_name(name)
     if name and not Path(root, name).resolve().is_relative_to(Path(root).resolve()):
         raise UsageError(
-            f"the run's name {name!r}, of the checkpoint, leads out of {root} by a link",
-            ["a folder below it"],
-            flag=f"--trainer.name={name}, if you mean it, or --trainer.name=ANOTHER",
+            f"the run name {name!r} of the checkpoint leads outside of {root} by a symbolic link",
+            f"a folder in {root}",
+            flag=f"--trainer.name={name}, if the link is intended, or --trainer.name=ANOTHER",
         )
 
 
@@ -46,7 +47,9 @@ def run_dir_error(folder: Path, error: OSError) -> Exception:
     if error.errno in DISK_FULL_ERRNOS:
         return error
     return UsageError(
-        f"the run's folder {folder} cannot be made: {error.strerror}",
+        f"the run directory {folder} cannot be created: {error.strerror}",
+        "a folder with write permission",
+        hint="use default_root_dir='FOLDER' or name='NAME'",
         flag="--trainer.default_root_dir=FOLDER, or --trainer.name=NAME",
     )
 
@@ -74,9 +77,9 @@ def raise_if_run_dir_removed(trainer: "Trainer", error: BaseException) -> None:
     folder, step = trainer.run_dir, trainer.global_step
     if folder and step and isinstance(error, Exception) and not Path(folder).is_dir():
         raise RunDirRemovedError(
-            f"the run's folder {folder} was removed while the run wrote to it, at step {step}"
-            f" ({type(error).__name__}); its checkpoints are gone with it; type the same again, and"
-            " leave the folder until the run has ended"
+            f"the run directory {folder} was removed at step {step}, while the run was writing to"
+            f" it ({type(error).__name__}), and its checkpoints with it",
+            hint="run the same command again and keep the folder until the run ends",
         ) from error
 
 

@@ -67,9 +67,11 @@ def check_not_spawned(strategy: Any) -> None:
     """
     if start_method(strategy) in ("spawn", "forkserver"):
         raise UsageError(
-            f"{type(strategy).__name__} starts its processes by {start_method(strategy)}, which "
-            "would pickle the trainer; allowed: ddp, and in a notebook ddp_notebook; type "
-            "--trainer.strategy ddp"
+            f"{type(strategy).__name__} starts its processes by {start_method(strategy)}, for "
+            "which the trainer would be pickled, and it cannot be pickled",
+            ["ddp", "ddp_notebook in a notebook"],
+            hint="use strategy='ddp'",
+            flag="--trainer.strategy=ddp",
         )
 
 
@@ -238,7 +240,7 @@ class Trainer(L.Trainer):
                 problem = error
         if folder := self.strategy.broadcast(folder):
             return folder
-        raise problem or run_dir_error(Path(self.default_root_dir), OSError(0, "not by rank 0"))
+        raise problem or run_dir_error(Path(self.default_root_dir), OSError(0, "rank 0 failed"))
 
     def _create_run_dir(self) -> str:
         """Create the next free run directory; runs that start together get different ones."""
@@ -296,17 +298,19 @@ def select_loggers(logger: Any, is_barebones: bool) -> list[Any]:
 
 def check_counts(options: dict[str, Any]) -> None:
     """Raise an error for counts below one; Lightning accepts them and then divides by them."""
-    for key, min_value in (
-        ("accumulate_grad_batches", 1),
-        ("num_nodes", 1),
-        ("val_check_interval", 1e-9),
+    for key, min_value, allowed in (
+        ("accumulate_grad_batches", 1, "1 or more"),
+        ("num_nodes", 1, "1 or more"),
+        ("val_check_interval", 1e-9, "above 0: a fraction of an epoch, or batches"),
     ):
         if isinstance(value := options.get(key), int | float) and value < min_value:
-            raise UsageError(f"{key} is {value}", ["1 or more"], flag=f"--trainer.{key}=1")
+            problem = f"Trainer: {key}={value} is too small"
+            raise UsageError(problem, allowed, hint=f"use {key}=1", flag=f"--trainer.{key}=1")
     devices = options.get("devices", "auto")
     if isinstance(devices, int | str) and not DEVICES_PATTERN.fullmatch(str(devices)):
         allowed = ["auto", "-1 (all)", "1 or more", "a list: 0,3"]
-        raise UsageError(f"devices is {devices!r}", allowed, flag="--trainer.devices=1")
+        problem = f"Trainer: devices={devices!r} names no devices"
+        raise UsageError(problem, allowed, hint="use devices=1", flag="--trainer.devices=1")
 
 
 def add_atomic_checkpoint_io(plugins: list[Any]) -> list[Any]:
@@ -368,5 +372,6 @@ def check_logger_installed(logger: Logger | LoggerName) -> None:
     if logger in ("wandb", "mlflow") and find_spec(str(logger)) is None:
         raise UsageError(
             f"the logger {logger!r} needs the package {logger}, which is not installed",
+            hint=f"pip install {logger}, or use logger=['csv', 'tensorboard']",
             flag=f"pip install {logger}, or --trainer.logger=[csv,tensorboard]",
         )

@@ -84,9 +84,9 @@ def merge_adapters(module: TaskModule) -> list[str]:
     for one, other in tied_names:
         if not torch.equal(state[one], state[other]):
             raise UsageError(
-                f"{one} and {other} are one weight in this model and differ once merged, so no "
-                "plain checkpoint of it can hold them",
-                flag="fit with --model.tie_embeddings=false, or adapters on neither of the two",
+                f"{one} and {other} share one weight in this model, but differ after the merge, so "
+                "a plain checkpoint cannot store them",
+                hint="train with --model.tie_embeddings=false, or without adapters on these layers",
             )
     return names
 
@@ -101,12 +101,15 @@ def save_merged(
     """Save model.ckpt and model.safetensors in a folder, in float or in the quantization scheme."""
     if requires_adapters and not lora_layers(module):
         raise UsageError(
-            f"{path} holds no adapters: there is nothing to merge",
-            flag="export --format=..., or --quantize=int8",
+            f"{path} has no adapters to merge",
+            flag="--format=NAME, or --quantize=int8",
         )
     target = folder / "model.ckpt"
     if target.exists() and target.samefile(path):
-        raise UsageError(f"{target} is what is to be exported", flag="--folder=ANOTHER")
+        raise UsageError(
+            f"{target} is the checkpoint to export, and would be overwritten",
+            flag="--folder=ANOTHER",
+        )
     merge_adapters(module)
     checkpoint = AtomicCheckpointIO().load_checkpoint(path)
     checkpoint = {key: value for key, value in checkpoint.items() if key not in RUN_KEYS}
@@ -146,11 +149,11 @@ def consolidate(path: Path, typed_flags: list[tuple[str, str]]) -> int:
     """Save a sharded checkpoint, or any other, as one new file."""
     (_, target), *other_flags = typed_flags
     if other_flags or not target:
-        flag = f"--{other_flags[0][0]}" if other_flags else "a file's name"
+        flag = f"--{other_flags[0][0]}" if other_flags else "a file name"
         problem = f"export --consolidate {'takes no ' if other_flags else 'needs '}{flag}"
         raise UsageError(problem, flag=f"export --ckpt_path={path} --consolidate=FILE.ckpt")
     if Path(target).exists():
-        raise UsageError(f"{target} is there already", flag="--consolidate=ANOTHER_NAME.ckpt")
+        raise UsageError(f"{target} already exists", flag="--consolidate=ANOTHER_NAME.ckpt")
     output_path.check_writable(target, "consolidate", is_file=True)
     files = AtomicCheckpointIO()
     files.save_checkpoint(files.load_checkpoint(path), target)

@@ -24,6 +24,7 @@ from . import method_flags, output_path
 DEVICE_FLAGS = {"device": str}  # flags that are not passed to the task
 TEXT_FLAGS = DEVICE_FLAGS | {"prompt_file": str}
 IMAGE_FLAGS = DEVICE_FLAGS | {"file": str, "folder": str}
+PROMPT_FILE, PROMPT_FLAG = "a text file with one prompt per line", "--prompt_file=FILE"
 
 
 def run_argv(argv: list[str]) -> int:
@@ -57,7 +58,11 @@ def select_device(name: str | None) -> torch.device:
     available += ["mps"] if torch.backends.mps.is_available() else []
     if name not in available:
         raise unknown_name_error(
-            f"no device {name!r} is here", name, available, lambda n: f"--device={n}", "cpu"
+            f"this machine has no device {name!r}",
+            name,
+            available,
+            lambda n: f"--device={n}",
+            "cpu",
         )
     return torch.device(name)
 
@@ -72,7 +77,7 @@ def save_images(
     if folder is not None:
         if Path(folder).is_dir() and any(Path(folder).iterdir()):
             problem = f"the folder {folder} is not empty"
-            raise UsageError(problem, ["a new one"], flag=f"--folder={folder}_2")
+            raise UsageError(problem, "a new or empty folder", flag=f"--folder={folder}_2")
         output_path.check_writable(folder, "folder", is_file=False)
     method: Any = module.generate
     images = method(**arguments)
@@ -97,15 +102,13 @@ def load_prompts(file: Path, typed_prompts: Any) -> list[str]:
     try:
         lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except FileNotFoundError:
-        raise UsageError(f"no file {file}", flag="--prompt_file=FILE, one prompt a line") from None
+        raise UsageError(f"the file {file} does not exist", PROMPT_FILE, flag=PROMPT_FLAG) from None
     except IsADirectoryError:
-        raise UsageError(
-            f"{file} is a folder", flag="--prompt_file=FILE, one prompt a line"
-        ) from None
+        raise UsageError(f"{file} is a folder", PROMPT_FILE, flag=PROMPT_FLAG) from None
     texts = [_decode_line(line.removesuffix(b"\r"), file, n) for n, line in enumerate(lines, 1)]
     file_prompts = [method_flags.unescape_text(line) for line in texts if line]
     if not file_prompts:
-        raise UsageError(f"{file} holds no prompt", flag="--prompt_file=FILE, one prompt a line")
+        raise UsageError(f"{file} contains no prompt", PROMPT_FILE, flag=PROMPT_FLAG)
     first_prompts = [typed_prompts] if isinstance(typed_prompts, str) else list(typed_prompts or [])
     return first_prompts + file_prompts
 
@@ -113,13 +116,15 @@ def load_prompts(file: Path, typed_prompts: Any) -> list[str]:
 def _decode_line(line: bytes, file: Path, number: int) -> str:
     """Decode a line. Only a line feed ends a line, not Unicode's other line breaks."""
     if b"\0" in line:
-        problem = f"{file}, line {number}: no text: byte 0x00 at position {line.index(0)}"
+        problem = f"{file}, line {number}, is not text: byte 0x00 at position {line.index(0)}"
         raise UsageError(problem, flag=f"iconv -f utf-16 -t utf-8 '{file}' > prompts.txt")
     try:
         return line.decode()
     except UnicodeDecodeError as error:
         encoding = "utf-16" if line[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "latin1"
-        problem = f"{file}, line {number}: not UTF-8: byte 0x{line[error.start]:02x} at position "
+        problem = (
+            f"{file}, line {number}, is not UTF-8: byte 0x{line[error.start]:02x} at position "
+        )
         fix = f"iconv -f {encoding} -t utf-8 '{file}' > prompts.txt"
         raise UsageError(f"{problem}{error.start}", flag=fix) from None
 

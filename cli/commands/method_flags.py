@@ -52,12 +52,17 @@ def method_flags(method: Callable[..., Any]) -> dict[str, MethodFlag]:
     return flags_by_name
 
 
-def parse_flags(argv: Iterable[str]) -> list[tuple[str, str]]:
-    """Parse `--key=value` and `--key value` into pairs."""
+def parse_flags(argv: Iterable[str], suggested: str = "prompt") -> list[tuple[str, str]]:
+    """Parse `--key=value` and `--key value` into pairs.
+
+    Args:
+        argv: the arguments after the command.
+        suggested: the flag to suggest for a value without a flag.
+    """
     flag_values, remaining = [], iter(argv)
     for word in remaining:
         if not word.startswith("--"):
-            raise UsageError(f"{word!r} belongs to no flag", flag=f"--prompt={word!r}")
+            raise UsageError(f"the value {word!r} has no flag", flag=f"--{suggested}={word!r}")
         name, equals, value = word[2:].partition("=")
         if not equals:
             value = next(remaining, None)
@@ -90,7 +95,7 @@ def convert_flags(
 def convert_value(name: str, text: str, flag: MethodFlag) -> Any:
     """Convert one value; in repeatable texts \\n is a line break, hard to type in a shell."""
     if flag.choices and text not in flag.choices:
-        problem, first = f"--{name} is {text!r}", flag.choices[0]
+        problem, first = f"--{name} cannot be {text!r}", flag.choices[0]
         raise unknown_name_error(problem, text, flag.choices, lambda n: f"--{name}={n}", first)
     if flag.value_type is str:
         return unescape_text(text) if flag.is_repeatable else text
@@ -98,9 +103,8 @@ def convert_value(name: str, text: str, flag: MethodFlag) -> Any:
         return flag.value_type(text)
     except ValueError:
         fix = f"--{name}={flag.default if isinstance(flag.default, int | float) else 10}"
-        raise UsageError(
-            f"--{name} is {text!r}, not {NUMBER_DESCRIPTIONS[flag.value_type]}", flag=fix
-        ) from None
+        allowed = NUMBER_DESCRIPTIONS[flag.value_type]
+        raise UsageError(f"--{name} cannot be {text!r}", allowed, flag=fix) from None
 
 
 def unescape_text(text: str) -> str:

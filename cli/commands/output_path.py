@@ -12,11 +12,11 @@ def check_writable(name: str, flag: str, is_file: bool) -> None:
     existing = path.parent if is_file else path
     while not existing.exists():
         existing = existing.parent
-    reason = "" if os.access(existing, os.W_OK) else "may not be written"
+    reason = "" if os.access(existing, os.W_OK) else "is not writable"
     if not existing.is_dir():
-        reason = "is no folder"
+        reason = "is not a folder"
     elif is_file and path.is_dir():
         existing, reason = path, "is a folder"
     if reason:
         problem = f"{name} cannot be written: {existing} {reason}"
-        raise UsageError(problem, ["a place of your own"], flag=f"--{flag}=ANOTHER/{path.name}")
+        raise UsageError(problem, "a writable path", flag=f"--{flag}=ANOTHER/{path.name}")

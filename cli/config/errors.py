@@ -93,7 +93,8 @@ class ConfigErrorFinder:
         if any(config_value.key.startswith(f"{key}.") for key, hint in hints.items() if hint):
             fix = f"--{config_value.key}={config_value.text}"
             raise UsageError(
-                f"{config_value.location}: no variable reaches inside a class", flag=fix
+                f"{config_value.location}: no variable can set an argument of a class",
+                flag=fix,
             )
         self.check_key(self.parser, "", config_value.key, config_value)
 
@@ -169,7 +170,7 @@ class ConfigErrorFinder:
             elif name := DEFAULT_CLASSES.get(key):
                 fix = f"--{key}={name} {config_value.with_key('', '')}"
                 raise UsageError(
-                    f"{config_value.location}: no class is named that could take it", flag=fix
+                    f"{config_value.location}: no class is given that has this argument", flag=fix
                 )
         elif (
             isinstance(config_value.node, yaml.SequenceNode)
@@ -213,12 +214,14 @@ class ConfigErrorFinder:
         if "class_path" in children:
             self.choose_class(class_choices, key, children["class_path"])
         if key not in self.chosen_classes:
-            raise UsageError(f"{config_value.location}: it names no class", flag="class_path: NAME")
+            raise UsageError(
+                f"{config_value.location}: class_path is missing", flag="class_path: NAME"
+            )
         stray_args = [child for name, child in children.items() if name not in CLASS_SPEC_KEYS]
         if stray_args and "class_path" in children:
             fix = f"init_args: {{{stray_args[0].name}: {stray_args[0].text}}}"
             raise UsageError(
-                f"{stray_args[0].location}: arguments stand under init_args",
+                f"{stray_args[0].location}: arguments of a class belong under init_args",
                 CLASS_SPEC_KEYS,
                 flag=fix,
             )
@@ -282,11 +285,11 @@ def import_class(config_value: ConfigValue, base_names: str, bases: tuple[type, 
             files = [file.stem for file in Path().glob("[!.]*.py")]
             problem = (
                 f"{config_value.location}: no module is called {missing!r}, in this folder or "
-                "installed"
+                "among the installed packages"
             )
             fix = lambda file: config_value.with_value(f"{file}.{name}")  # noqa: E731
             raise unknown_name_error(problem, missing, files, fix, "FILE") from error
-        reason = f"importing {path} ends in {type(error).__name__}: {error}"
+        reason = f"the import of {path} raises {type(error).__name__}: {error}"
         raise UsageError(
             f"{config_value.location}: {reason}", flag=f'python -c "import {path}"'
         ) from error
@@ -325,8 +328,10 @@ def missing_argument(
         config = "--config shakespeare/quick" if command == "fit" else "--ckpt_path=FILE"
         return UsageError(f"no {key} was given", flag=f"{program_name()} {command} {config}")
     if match := re.search(r"argument (--[\w.]+)\S*: expected one argument", message):
-        return UsageError(f"on the command line, {match[1]}: no value", flag=f"{match[1]}=VALUE")
+        return UsageError(
+            f"on the command line, {match[1]}: the value is missing", flag=f"{match[1]}=VALUE"
+        )
     if match := re.search(r"unrecognized arguments: (\S+)", message):
-        problem = f"on the command line, {match[1]}: it belongs to no flag"
+        problem = f"on the command line, {match[1]}: a value without a flag"
         return UsageError(problem, flag=f"--KEY={match[1]}")
     return UsageError(message.strip(), flag=f"{program_name()} {command} --help=all")

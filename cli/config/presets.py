@@ -24,7 +24,8 @@ def find_config(name: str) -> str:
     """Return the path of the config called ``name``; a user's file precedes an installed preset."""
     if name == "-" or name.startswith(("/dev/", "/proc/")):
         raise UsageError(
-            f"{name} can be read only once, and every process of a run reads its configs: save it",
+            f"{name} can be read only once, but every process of a run reads the configs",
+            "a file",
             flag="--config=run.yaml",
         )
     for path in (
@@ -79,9 +80,10 @@ def check_config_file(path: str) -> None:
 
     try:
         if (size := Path(path).stat().st_size) > MAX_CONFIG_BYTES:
-            reason = f"{path} has {size:,} bytes, and a config has at most {MAX_CONFIG_BYTES:,}"
             raise UsageError(
-                reason, flag="--config=FILE.yaml, with what differs from the defaults alone"
+                f"{path} has {size:,} bytes, too many for a config",
+                f"at most {MAX_CONFIG_BYTES:,} bytes",
+                "keep only the values that differ from the defaults",
             )
         text = Path(path).read_text(encoding="utf-8")
         check_yaml_size(text, path)
@@ -98,14 +100,14 @@ def check_config_file(path: str) -> None:
     except UsageError:
         raise
     except (TypeError, ValueError, RecursionError) as error:
-        reason = f"{path} is YAML, but no plain values: {error}"
+        reason = f"{path} is YAML with values that are not plain: {error}"
         raise UsageError(
             reason, ["text", "numbers", "lists", "mappings"], flag="key: value"
         ) from error
     if not isinstance(root, yaml.MappingNode):
         found_type = "empty" if root is None else "a list" if root.id == "sequence" else "one value"
         raise UsageError(
-            f"{path} is {found_type}; it must map keys to values",
+            f"{path} is {found_type}, but a config maps keys to values",
             CONFIG_SECTIONS,
             flag="model: NAME",
         )
@@ -114,8 +116,8 @@ def check_config_file(path: str) -> None:
         line = key.start_mark.line + 1
         if key.value in first_lines:
             first_line = first_lines[key.value]
-            reason = f"in {path}, line {line}: {key.value!r} stands in line {first_line} already"
-            raise UsageError(reason, flag=f"{key.value}: once, with what stands below both")
+            reason = f"in {path}, line {line}: {key.value!r} is already in line {first_line}"
+            raise UsageError(reason, ["each key once"], f"join both under one {key.value!r}")
         first_lines[key.value] = line
         if key.value == "trainer" and not isinstance(value, yaml.MappingNode):
             reason = f"in {path}, line {line}: 'trainer' must map arguments to values"
@@ -147,11 +149,11 @@ def check_yaml_size(text: str, name: str) -> None:
             if event.anchor is not None:
                 sizes[event.anchor] = 1
         if count > MAX_CONFIG_VALUES or len(open_collections) > MAX_CONFIG_LEVELS:
-            limits_text = f"{MAX_CONFIG_VALUES:,} values and {MAX_CONFIG_LEVELS} levels"
-            limits_text += ", aliases counted in full"
-            reason = f"{name} holds too much: a config has at most {limits_text}"
             raise UsageError(
-                reason, flag="--config=FILE.yaml, with what differs from the defaults alone"
+                f"{name} is too large for a config",
+                f"at most {MAX_CONFIG_VALUES:,} values and {MAX_CONFIG_LEVELS} levels, aliases "
+                "counted in full",
+                "keep only the values that differ from the defaults",
             )
 
 
@@ -166,8 +168,6 @@ def check_config_order(paths: list[str]) -> None:
     for path in paths:
         trainer = yaml.safe_load(Path(path).read_text(encoding="utf-8")).get("trainer") or {}
         if adding_config and "callbacks" in trainer:
-            reason = (
-                f"{adding_config} adds to trainer.callbacks, and {path} behind it sets them anew"
-            )
+            reason = f"{adding_config} adds to trainer.callbacks, but {path} after it replaces them"
             raise UsageError(reason, flag=f"--config {path} --config {adding_config}")
         adding_config = path if "callbacks+" in trainer else adding_config

@@ -154,7 +154,7 @@ def extra_argv(
         path = spec["class_path"]
         is_left_out = not takes_all and path not in present_classes
         if is_left_out and not trust.is_admitted(path):
-            rank_zero_only(print)(f"{path} of the checkpoint is left out: it is not imported")
+            rank_zero_only(print)(f"callback of the checkpoint not used: {path} is not trusted")
         elif takes_all or (is_left_out and _is_transform(spec)):
             trust.check_callback(spec, source)
             flags.append(f"--trainer.callbacks+={json.dumps(spec)}")
@@ -204,14 +204,16 @@ def report_changes(config: Config, parsed: Config, path: str, command: str = "te
         class_path = config["model"]["class_path"]
         raise UsageError(
             f"{path} names the model {class_path!r}, which cannot be imported: {error}",
-            flag="the command from the folder that has its file, or another checkpoint",
+            flag="cd FOLDER, to the folder with its file, or --ckpt_path=ANOTHER",
         ) from error
     parsed_class = _import_spec_class(parsed["model"])
     if not issubclass(saved_class, parsed_class) and not issubclass(parsed_class, saved_class):
         raise UsageError(
-            f"{path} holds the weights of a {saved_class.__name__}, and the model given is a "
-            f"{parsed_class.__name__}: they are of different tasks",
-            flag=f"--model={saved_class.__name__}, or the command without --model and --config",
+            f"{path} contains the weights of a {saved_class.__name__}, which do not fit the model "
+            f"{parsed_class.__name__} of the command",
+            [saved_class.__name__],
+            flag=f"--model={saved_class.__name__}, or the same command without --model and "
+            "--config",
         )
     is_fit = command == "fit"
     parsed_leaves, saved_leaves = (
@@ -268,7 +270,7 @@ def _is_transform(spec: Config) -> bool:
 def _import_spec_class(spec: Config) -> Any:
     module, _, name = spec["class_path"].rpartition(".")
     if not module:
-        raise ImportError(f"{name!r} is no dotted path of a class")
+        raise ImportError(f"{name!r} is not the dotted path of a class")
     return getattr(import_module(module), name)
 
 

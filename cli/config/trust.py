@@ -53,7 +53,7 @@ def split_trust_flags(argv: Iterable[str]) -> tuple[list[str], list[str]]:
         value = value if equals else next(remaining, "")
         names = [name.strip() for name in value.split(",")]
         if not all(all(segment.isidentifier() for segment in name.split(".")) for name in names):
-            problem = f"{TRUST_FLAG} is {value!r}, which is no name of a package"
+            problem = f"{TRUST_FLAG}={value} is not the name of a package"
             raise UsageError(problem, flag=f"{TRUST_FLAG}=PACKAGE, or {TRUST_FLAG}=ONE,ANOTHER")
         package_names += names
     return other_words, package_names
@@ -147,20 +147,21 @@ class TrustPolicy:
             return
         if not DOTTED_PATH.fullmatch(str(path)):
             raise UsageError(
-                f"{location} has {str(path)[:80]!r} where a class may be named: it is not read, "
-                "since"
-                " that could import anything",
-                ["a class of Ravine, torch.nn, torch.optim or lightning.pytorch.callbacks"],
-                flag="another checkpoint, or in a script ckpt_path=FILE with the model built there",
+                f"{location} has {str(path)[:80]!r} instead of the name of a class; it is not "
+                "imported, because that could run any code",
+                "a class of Ravine, torch.nn, torch.optim or lightning.pytorch.callbacks",
+                hint="use another checkpoint, or build the model and pass ckpt_path to trainer.fit",
+                flag="--ckpt_path=ANOTHER",
             )
         path_text = str(path)[:80]
         package = path_text.partition(".")[0]
         raise UsageError(
-            f"{location} names {path_text!r}, which is no class of Ravine, and no word of this "
-            "command "
-            "names it: it is not imported, since that would run its code",
-            [f"{TRUST_FLAG}={package}", f"in Python trust=[{package!r}]"],
-            flag=f"the same with {TRUST_FLAG}={package}, if you trust the author of the checkpoint",
+            f"{location} names {path_text!r}, which is not a class of Ravine; it is not imported, "
+            "because that would run its code",
+            "classes of Ravine, torch.nn, torch.optim and lightning.pytorch.callbacks, and of "
+            "packages that you trust",
+            hint=f"pass trust=[{package!r}] if you trust the author of the checkpoint",
+            flag=f"{TRUST_FLAG}={package}, if you trust the author of the checkpoint",
         )
 
 

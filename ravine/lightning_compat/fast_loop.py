@@ -70,7 +70,11 @@ class FastOptimization(_AutomaticOptimization):
         output = trainer.strategy.training_step(*kwargs.values())
         names["_current_fx_name"] = None
         if output is None and trainer.world_size > 1:
-            raise RunError("training_step returned None: a rank cannot skip a step alone")
+            raise RunError(
+                "training_step returned None, but a rank cannot skip a step alone",
+                "a loss on every rank",
+                "return a loss multiplied by 0",
+            )
         if isinstance(output, Tensor) and trainer.accumulate_grad_batches == 1:
             return ClosureResult(output)  # a division by one would add a node to the graph
         return ClosureResult.from_training_step_output(output, trainer.accumulate_grad_batches)

@@ -200,7 +200,7 @@ def test_a_run_resumed_at_its_end_says_that_nothing_was_trained(
     assert "done: " in capsys.readouterr().out
     assert main([*words, "--ckpt_path=auto"]) == 0
     out = capsys.readouterr().out
-    assert "nothing was trained: " in out
+    assert "no step was trained: " in out
     assert "--trainer.max_steps=4" in out
     assert "done: " not in out
 
@@ -351,4 +351,4 @@ def test_print_groups_lists_the_parameters_of_each_rule(capsys: pytest.CaptureFi
     assert main(["fit", "--config", "text.yaml", "--trainer.max_steps=1", "--print_groups"]) == 0
     assert "net.embed.weight" in capsys.readouterr().out
     assert main(["fit", "--config", "base.yaml", "--print_groups"]) == 2
-    assert "no callback plans the optimizers" in capsys.readouterr().err
+    assert "--print_groups needs OptimizerPlan" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from torch.distributed import TCPStore
 
 from ravine.cli import error_report, rank_zero
 from ravine.errors import UsageError
+from ravine.strategies import CheckpointError
 
 
 @pytest.fixture
@@ -32,8 +33,10 @@ def in_job(monkeypatch, rank, port):
 
 def three_parts(text, port):
     given, allowed, fix = text.split("\n")
-    assert given.startswith(f"the ranks cannot meet at 127.0.0.1:{port} to agree on a checkpoint: ")
-    assert allowed == "  allowed: a port of this address that every rank reaches"
+    assert given.startswith(
+        f"the ranks cannot connect to 127.0.0.1:{port} to agree on a checkpoint: "
+    )
+    assert allowed == "  allowed: a port of this address that every rank can reach"
     assert fix == "  type: --ckpt_path=FILE"
 
 
@@ -60,14 +63,17 @@ def test_the_end_of_rank_0_ends_a_rank_that_waits(monkeypatch, port):
     store = TCPStore("127.0.0.1", port, None, True, wait_for_workers=False)
     rank_zero._open_store(rank_zero.detect_job())
     del store
-    with pytest.raises(RuntimeError, match="rank 0 has ended before it found") as error:
+    with pytest.raises(RuntimeError, match="rank 0 ended before it found") as error:
         rank_zero.call_on_rank_zero(lambda: "a.ckpt")
-    assert "see the output of rank 0" in str(error.value)
+    assert "in the output of rank 0" in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_the_other_ranks_raise_the_error_of_rank_0_with_its_parts() -> None:
     error = UsageError("no checkpoint is called 'lst'", ["last"], flag="--x=last", label="nearest")
+    again = UsageError(**json.loads(json.dumps(rank_zero.usage_error_parts(error))))
+    assert error_report.message_of(again, []) == error_report.message_of(error, [])
+    error = CheckpointError("a.ckpt is damaged", "a whole file", "use b.ckpt", flag="--x=b.ckpt")
     again = UsageError(**json.loads(json.dumps(rank_zero.usage_error_parts(error))))
     assert error_report.message_of(again, []) == error_report.message_of(error, [])
     assert rank_zero.usage_error_parts(OSError("no such folder")) == {"problem": "no such folder"}

@@ -54,10 +54,12 @@ def test_a_folder_that_cannot_be_made_is_named_and_not_looked_for_for_ever() -> 
     assert trainer.log_dir == os.path.join("runs", "b", "version_0")
     Path("runs").rename("others")
     Path("runs").symlink_to("nowhere")
-    with pytest.raises(ValueError, match=r"folder runs/a/version_0 cannot be made: File exists"):
+    with pytest.raises(
+        ValueError, match=r"directory runs/a/version_0 cannot be created: File exists"
+    ):
         Trainer(name="a", max_steps=1, accelerator="cpu").fit(NetInInit())
     Path("file").touch()
-    with pytest.raises(ValueError, match=r"; --trainer\.default_root_dir=FOLDER"):
+    with pytest.raises(ValueError, match=r"; use default_root_dir=\'FOLDER\'"):
         Trainer(default_root_dir="file", max_steps=1, accelerator="cpu").fit(NetInInit())
 
 
@@ -70,7 +72,11 @@ def test_a_place_that_refuses_a_runs_folder_is_left_in_words(
 
     monkeypatch.setattr(Path, "mkdir", mkdir)
     full = code == errno.ENOSPC  # where another place on the disk would not help
-    said = r"\[Errno 28\] No space" if full else r"a/version_0 cannot be made: .*; --trainer"
+    said = (
+        r"\[Errno 28\] No space"
+        if full
+        else r"a/version_0 cannot be created: .*; use default_root_dir="
+    )
     with pytest.raises(OSError if full else ValueError, match=said):
         Trainer(name="a", max_steps=1, accelerator="cpu").fit(NetInInit())
 
@@ -79,7 +85,7 @@ def _refused(root: str) -> str:
     trainer = Trainer(
         default_root_dir=root, max_steps=1, accelerator="cpu", devices=2, strategy="ddp"
     )
-    with pytest.raises(ValueError, match="cannot be made") as wrong:
+    with pytest.raises(ValueError, match="cannot be created") as wrong:
         trainer.fit(NetInInit())
     return str(wrong.value)
 
@@ -89,8 +95,8 @@ def test_a_folder_that_rank_0_cannot_make_is_missed_by_all(
 ) -> None:
     (tmp_path / "file").touch()
     first, other = ranks(_refused, 2, str(tmp_path / "file"))
-    assert "; --trainer.default_root_dir=FOLDER" in first
-    assert "; --trainer.default_root_dir=FOLDER" in other
+    assert "; use default_root_dir='FOLDER'" in first
+    assert "; use default_root_dir='FOLDER'" in other
 
 
 def test_fit_and_test_on_one_trainer_share_a_folder_and_log_dir_is_none_before() -> None:

@@ -368,17 +368,17 @@ REFUSED = {
     "  type: --num_steps=50, or",
     "--num_steps=2000": "NoiseSchedule('linear'): num_steps=2000 is out of range\n"
     "  allowed: 1 to 1000\n  type: --num_steps=1000, or",
-    "--num_steps=ten": "--num_steps is 'ten', not a whole number",
-    "--sampler=dim": "--sampler is 'dim'\n  nearest: ddim",
+    "--num_steps=ten": "--num_steps cannot be 'ten'\n  allowed: a whole number",
+    "--sampler=dim": "--sampler cannot be 'dim'\n  nearest: ddim",
     "--num_samples=0": "generate: num_samples=0 is too small\n  allowed: 1 or more\n"
     "  type: --num_samples=1\n",
     "--prompt=hello": "generate has no flag --prompt",
     "--file=": "'' does not end in the suffix of an image format",
     "--file=samples.txt": "'samples.txt' does not end in the suffix of an image format\n"
     "  allowed: .png, .jpg, .jpeg\n  type: --file=samples.png\n",
-    "--file=model.ckpt/a.png": "cannot be written: {here}/model.ckpt is no folder",
+    "--file=model.ckpt/a.png": "cannot be written: {here}/model.ckpt is not a folder",
     "--file=taken.png": "cannot be written: {here}/taken.png is a folder",
-    "--folder=model.ckpt": "cannot be written: {here}/model.ckpt is no folder",
+    "--folder=model.ckpt": "cannot be written: {here}/model.ckpt is not a folder",
     "--folder=.": "the folder . is not empty",
 }
 
@@ -405,7 +405,7 @@ def test_a_place_that_may_not_be_written_is_refused_before_anything_is_drawn(
                         ("export", "--consolidate=locked/one.ckpt")):  # fmt: skip
         assert main([what, "--ckpt_path", checkpoint, words]) == 2
         said = capsys.readouterr().err
-        assert f"cannot be written: {Path.cwd()}/locked may not be written" in said
+        assert f"cannot be written: {Path.cwd()}/locked is not writable" in said
         assert f"type: {words.split('=')[0]}=ANOTHER/" in said
     monkeypatch.chdir("locked")
     assert main(["generate", "--ckpt_path", checkpoint]) == 2
@@ -423,7 +423,7 @@ def test_a_disk_that_is_full_takes_no_older_picture_away(
     before = sorted(Path().rglob("*"))
     monkeypatch.setattr("PIL.Image.Image.save", full)
     assert main(["generate", "--ckpt_path", checkpoint, "--file=samples.png", "--num_steps=1"]) == 1
-    assert "make room, then type the same again\n" in capsys.readouterr().err
+    assert "free disk space, then run the same command again\n" in capsys.readouterr().err
     assert sorted(Path().rglob("*")) == before
     assert Path("samples.png").read_bytes() == b"an older one"
     pictures = Diffusion.load_from_checkpoint(checkpoint).generate(

@@ -209,7 +209,7 @@ def test_an_export_does_not_replace_what_it_reads(here: Path, capsys) -> None:
     before = Path("once/model.ckpt").read_bytes()
     words = ["export", "--ckpt_path=once/model.ckpt", "--quantize=int8", "--folder=once"]
     assert main(words) == 2
-    assert "once/model.ckpt is what is to be exported" in capsys.readouterr().err
+    assert "once/model.ckpt is the checkpoint to export" in capsys.readouterr().err
     assert Path("once/model.ckpt").read_bytes() == before
 
 
@@ -234,7 +234,9 @@ def test_weights_that_were_one_and_differ_once_merged_are_not_exported() -> None
     inject_lora(model, "embed", rank=2)
     for layer in lora_layers(model).values():
         nn.init.normal_(layer.lora_b)
-    with pytest.raises(UsageError, match="are one weight in this model and differ once merged"):
+    with pytest.raises(
+        UsageError, match="share one weight in this model, but differ after the merge"
+    ):
         merge_adapters(model)
 
 
@@ -268,7 +270,7 @@ def test_the_adapters_of_a_preset_fit_its_net(preset: str) -> None:
 def test_merging_what_has_no_adapters_is_refused(here: Path, capsys) -> None:
     words = ["export", f"--ckpt_path={file_of('base')}", "--merge", "--folder=nothing"]
     assert main(words) == 2
-    assert "holds no adapters: there is nothing to merge" in capsys.readouterr().err
+    assert "has no adapters to merge" in capsys.readouterr().err
     assert not Path("nothing").exists()
 
 

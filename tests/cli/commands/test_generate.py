@@ -75,9 +75,9 @@ def test_a_file_of_prompts_may_have_a_mark_and_other_breaks_within_lines(
         Path("p.txt").write_bytes((mark + end.join([*lines, ""])).encode())
         assert generate.load_prompts(Path("p.txt"), None) == lines
     for content, message in {
-        b"good\ncaf\xe9\n": "p.txt, line 2: not UTF-8: byte 0xe9 at position 3; iconv",
-        "text".encode("utf-16"): "p.txt, line 1: no text: byte 0x00 at position 3",
-        b"\xef\xbb\xbf\n\n": "p.txt holds no prompt",
+        b"good\ncaf\xe9\n": "p.txt, line 2, is not UTF-8: byte 0xe9 at position 3; iconv",
+        "text".encode("utf-16"): "p.txt, line 1, is not text: byte 0x00 at position 3",
+        b"\xef\xbb\xbf\n\n": "p.txt contains no prompt",
     }.items():
         Path("p.txt").write_bytes(content)
         with pytest.raises(ValueError) as error:  # noqa: PT011 - the text follows
@@ -109,18 +109,18 @@ REFUSED = {
         "DecodingConfig: temperature=-1.0 is out of range\n  allowed: 0 (the most probable token) "
         "or more\n  type: --temperature=0.8, or --model.sampling.temperature=0.8\n"
     ),
-    "--ckpt_path=X --temperature=warm": "--temperature is 'warm', not a number",
+    "--ckpt_path=X --temperature=warm": "--temperature cannot be 'warm'\n  allowed: a number",
     "--ckpt_path=X --top_k=40": (
         "DecodingConfig: top_k=40 exceeds the vocabulary of 29 tokens\n  allowed: 1 to 29\n"
         "  type: --top_k=29, or"
     ),
-    "--ckpt_path=X --top_k=4.5": "--top_k is '4.5', not a whole number",
+    "--ckpt_path=X --top_k=4.5": "--top_k cannot be '4.5'\n  allowed: a whole number",
     "--ckpt_path=X --temprature=1": "generate has no flag --temprature\n  nearest: temperature",
     "--ckpt_path=X --context_overflow=jump": (
         "allowed: error, slide\n  type: --context_overflow=slide"
     ),
-    "--ckpt_path=X --device=gpu": "no device 'gpu' is here",
-    "--ckpt_path=X --device=cuda:99": "no device 'cuda:99' is here",
+    "--ckpt_path=X --device=gpu": "this machine has no device 'gpu'",
+    "--ckpt_path=X --device=cuda:99": "this machine has no device 'cuda:99'",
     "--ckpt_path=X --context_overflow=error": (
         "generate: a prompt of 1 tokens and 200 new tokens exceed the context of 16 tokens\n"
         "  allowed: max_new_tokens up to 16\n"
@@ -133,9 +133,9 @@ REFUSED = {
     "--ckpt_path=X --num_samples=0": (
         "generate: num_samples=0 is too small\n  allowed: 1 or more\n  type: --num_samples=1\n"
     ),
-    "--ckpt_path=X --prompt_file=no.txt": "no file no.txt",
+    "--ckpt_path=X --prompt_file=no.txt": "the file no.txt does not exist",
     "--ckpt_path=X --prompt": "--prompt has no value",
-    "--ckpt_path=X hello": "'hello' belongs to no flag",
+    "--ckpt_path=X hello": "the value 'hello' has no flag\n  type: --prompt='hello'",
     "--ckpt_path=none.ckpt": "no checkpoint is called 'none.ckpt'",
 }
 

@@ -75,7 +75,7 @@ TABLE: dict[str, tuple[list[str], str, list[str]]] = {
         ["fit"],
         "# model: LanguageModel\n",
         [
-            "run.yaml is empty; it must map keys to values",
+            "run.yaml is empty, but a config maps keys to values",
             "  allowed: model, data, trainer, seed_everything, ckpt_path",
             "  type: model: NAME",
         ],
@@ -84,8 +84,8 @@ TABLE: dict[str, tuple[list[str], str, list[str]]] = {
         ["fit", "--config=/dev/fd/63"],
         "",
         [
-            "/dev/fd/63 can be read only once, and every process of a run reads its configs: "
-            "save it",
+            "/dev/fd/63 can be read only once, but every process of a run reads the configs",
+            "  allowed: a file",
             "  type: --config=run.yaml",
         ],
     ),
@@ -110,7 +110,7 @@ TABLE: dict[str, tuple[list[str], str, list[str]]] = {
         ["fit"],
         "- model: LanguageModel\n",
         [
-            "run.yaml is a list; it must map keys to values",
+            "run.yaml is a list, but a config maps keys to values",
             "  allowed: model, data, trainer, seed_everything, ckpt_path",
             "  type: model: NAME",
         ],
@@ -119,8 +119,9 @@ TABLE: dict[str, tuple[list[str], str, list[str]]] = {
         ["fit"],
         "trainer: {max_steps: 1}\nmodel: LanguageModel\ntrainer: {devices: 1}\n",
         [
-            "in run.yaml, line 3: 'trainer' stands in line 1 already",
-            "  type: trainer: once, with what stands below both",
+            "in run.yaml, line 3: 'trainer' is already in line 1",
+            "  allowed: each key once",
+            "  join both under one 'trainer'",
         ],
     ),
     "the model, on the command line": (
@@ -163,13 +164,13 @@ TABLE: dict[str, tuple[list[str], str, list[str]]] = {
     "arguments of no class": (
         ["fit"],
         "model:\n  init_args: {num_layers: 2}\n",
-        ["in run.yaml, line 1, model: it names no class", "  type: class_path: NAME"],
+        ["in run.yaml, line 1, model: class_path is missing", "  type: class_path: NAME"],
     ),
     "arguments beside init_args": (
         ["fit"],
         "model:\n  class_path: LanguageModel\n  num_layers: 2\n",
         [
-            "in run.yaml, line 3, model.num_layers: arguments stand under init_args",
+            "in run.yaml, line 3, model.num_layers: arguments of a class belong under init_args",
             "  allowed: class_path, init_args, dict_kwargs",
             "  type: init_args: {num_layers: 2}",
         ],
@@ -275,12 +276,15 @@ TABLE: dict[str, tuple[list[str], str, list[str]]] = {
     "a value left out": (
         [*MODEL, "--trainer.max_steps"],
         "",
-        ["on the command line, --trainer.max_steps: no value", "  type: --trainer.max_steps=VALUE"],
+        [
+            "on the command line, --trainer.max_steps: the value is missing",
+            "  type: --trainer.max_steps=VALUE",
+        ],
     ),
     "a word without a flag": (
         [*MODEL, "10"],
         "",
-        ["on the command line, 10: it belongs to no flag", "  type: --KEY=10"],
+        ["on the command line, 10: a value without a flag", "  type: --KEY=10"],
     ),
     "the precision": (
         [*MODEL, "--trainer.precision=bf16-mixd"],
@@ -314,7 +318,7 @@ TABLE: dict[str, tuple[list[str], str, list[str]]] = {
         [*MODEL, "--trainer.strategy.tp=2"],
         "",
         [
-            "on the command line, --trainer.strategy.tp: no class is named that could take it",
+            "on the command line, --trainer.strategy.tp: no class is given that has this argument",
             "  type: --trainer.strategy=MeshStrategy --trainer.strategy.tp=2",
         ],
     ),
@@ -322,8 +326,8 @@ TABLE: dict[str, tuple[list[str], str, list[str]]] = {
         [*MODEL, "--trainer.strategy=ddp", "--trainer.strategy.zero_stage=1"],
         "",
         [
-            "on the command line, --trainer.strategy.zero_stage: no class is named that could "
-            "take it",
+            "on the command line, --trainer.strategy.zero_stage: no class is given that has this "
+            "argument",
             "  type: --trainer.strategy=MeshStrategy --trainer.strategy.zero_stage=1",
         ],
     ),
@@ -394,7 +398,7 @@ TABLE: dict[str, tuple[list[str], str, list[str]]] = {
         "",
         [
             "on the command line, --model: no module is called 'my_tsk', "
-            "in this folder or installed",
+            "in this folder or among the installed packages",
             "  nearest: my_task",
             "  type: --model=my_task.MyTask",
         ],
@@ -421,7 +425,7 @@ TABLE: dict[str, tuple[list[str], str, list[str]]] = {
         ["fit", "--model=fails.MyTask"],
         "",
         [
-            "on the command line, --model: importing fails ends in ZeroDivisionError: "
+            "on the command line, --model: the import of fails raises ZeroDivisionError: "
             "division by zero",
             '  type: python -c "import fails"',
         ],
@@ -449,7 +453,7 @@ VARIABLES = {
         "  type: export PL_FIT__TRAINER__MAX_STEPS=many",
     ],
     "PL_FIT__MODEL__NUM_LAYERS": [
-        "in the environment, PL_FIT__MODEL__NUM_LAYERS: no variable reaches inside a class",
+        "in the environment, PL_FIT__MODEL__NUM_LAYERS: no variable can set an argument of a class",
         "  type: --model.num_layers=many",
     ],
 }
@@ -512,7 +516,10 @@ def test_a_config_that_is_not_text_is_refused(
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("a: &b [*b]", "run.yaml is YAML, but no plain values: Circular reference detected"),
+        (
+            "a: &b [*b]",
+            "run.yaml is YAML with values that are not plain: Circular reference detected",
+        ),
         ("? [a, b]\n: 3", "in run.yaml, line 1: not YAML: found unhashable key"),
         ("model: !!python/object/apply:os.getcwd []", "not YAML: could not determine"),
     ],
@@ -554,5 +561,5 @@ def test_callbacks_that_a_later_config_would_drop_are_refused(
     Path("run.yaml").write_text("model: LanguageModel\ntrainer:\n  callbacks: []\n")
     assert main(["fit", "--config=more.yaml", "--config=run.yaml"]) == 2
     hint = capsys.readouterr().err
-    assert "more.yaml adds to trainer.callbacks, and run.yaml behind it sets them anew" in hint
+    assert "more.yaml adds to trainer.callbacks, but run.yaml after it replaces them" in hint
     assert "type: --config run.yaml --config more.yaml" in hint

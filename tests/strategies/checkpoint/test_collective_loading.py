@@ -375,8 +375,8 @@ def test_auto_reads_files_on_one_rank_and_all_take_its_choice(ranks, files, tmp_
     words = ["test", "--trainer.name=b", "--ckpt_path=last"]
     said = ranks(settle_counted, 2, tmp_path, words, own_store, None)
     assert said[0] == said[1]
-    assert "there is no checkpoint under runs/b" in said[0][0]
+    assert "there is no checkpoint in runs/b" in said[0][0]
     if own_store:  # which ends with rank 0
         return
     said = ranks(settle_counted, 2, tmp_path, words, own_store, 0)
-    assert said[1][0].startswith("rank 1 has --ckpt_path=auto or last, and rank 0 has not")
+    assert said[1][0].startswith("rank 1 has --ckpt_path=auto or last, but rank 0 has not")

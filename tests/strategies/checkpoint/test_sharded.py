@@ -188,7 +188,7 @@ def test_a_folder_becomes_one_file_that_torch_reads(written, tmp_path, capsys):
         == expected["optimizer_states"][0]["state"].keys()
     )
     assert main(words) == 2  # nothing is written over
-    assert f"{target} is there already" in capsys.readouterr().err
+    assert f"{target} already exists" in capsys.readouterr().err
     assert len(LanguageModel.load_from_checkpoint(target).generate("T", max_new_tokens=3)) == 4
 
 
