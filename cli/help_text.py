@@ -5,42 +5,42 @@ usage: {0} COMMAND [--config NAME ...] [--key=value ...]
 
   fit        train a model            {0} fit --config shakespeare/quick
   validate   measure a checkpoint     {0} validate --ckpt_path=FILE
-  test       the final measurement    {0} test --ckpt_path=FILE
+  test       measure on the test data {0} test --ckpt_path=FILE
   predict    apply it to new data     {0} predict --ckpt_path=FILE
-  generate   let a model write, draw  {0} generate --ckpt_path=FILE --prompt=TEXT
-  export     weights for others       {0} export --ckpt_path=FILE --folder=NAME
+  generate   sample texts or images   {0} generate --ckpt_path=FILE --prompt=TEXT
+  export     save for other programs  {0} export --ckpt_path=FILE --folder=NAME
   list       configs, classes, names  {0} list configs
   show       one of them, in full     {0} show EMA
   new        a file to start from     {0} new task MyTask
   completion for bash or zsh          {0} completion bash
 
-{0} COMMAND --help says more; {0} --version says which versions run here.
+{0} COMMAND --help shows the arguments of a command; {0} --version shows the versions.
 """
 
 FIT_HELP = """\
 usage: {0} fit --config NAME [--config OVERLAY ...] [--key=value ...]
 
-  --config shakespeare/quick  a preset or a YAML file of yours; the later one wins
-  --model=NAME --model.KEY=V  a task by its class; one of yours is my_file.MyTask
-  --data=NAME --data.KEY=V    what it learns from
+  --config shakespeare/quick  a preset or your YAML file; a later config overrides
+  --model=NAME --model.KEY=V  the class of the task; a class of yours is my_file.MyTask
+  --data=NAME --data.KEY=V    the class of the datamodule
   --trainer.max_steps=200     any argument of Lightning's Trainer
-  --trainer.callbacks+=NAME --trainer.callbacks.KEY=V     one callback more
-  --ckpt_path=auto            go on from the newest whole checkpoint; or last; or a file
-  --trust=PACKAGE, --debug    import what only the checkpoint names; show tracebacks
-  --print_config, --help=all  what would run; every argument, of one class: --model.help=NAME
+  --trainer.callbacks+=NAME --trainer.callbacks.KEY=V     add a callback
+  --ckpt_path=auto            resume from the newest complete checkpoint; or last; or a file
+  --trust=PACKAGE, --debug    import classes that only the checkpoint names; show tracebacks
+  --print_config, --help=all  show the config; show every argument (of a class: --model.help=NAME)
 """
 
 EVALUATE_HELP = """\
 usage: {0} {1} --ckpt_path=FILE [--config NAME ...] [--key=value ...]
 
   {2}
-  --ckpt_path=FILE            a checkpoint: it knows its model and data; or auto; or last
+  --ckpt_path=FILE            a checkpoint, with its model and data; or auto; or last
   --data.KEY=V                {3}
-  --config NAME               a preset or a YAML file, for what the checkpoint leaves open
+  --config NAME               a preset or a YAML file, for values that the checkpoint lacks
   --trainer.devices=2         any argument of Lightning's Trainer
-  --trust=PACKAGE             import what the checkpoint names beside Ravine's own classes
-  --print_config, --debug     show what would run; show tracebacks
-  --help=all                  every argument; those of a class: --data.help=NAME
+  --trust=PACKAGE             import classes of other packages that the checkpoint names
+  --print_config, --debug     show the config; show tracebacks
+  --help=all                  show every argument; of a class: --data.help=NAME
 """
 
 GENERATE_HELP = """\
@@ -49,9 +49,9 @@ usage: {0} generate --ckpt_path=FILE [--prompt=TEXT | --labels=0-9] [--key=value
   --ckpt_path=FILE            a trained model; or auto; or last (of --trainer.name=NAME)
   texts:  --prompt=TEXT       may be repeated; \\n is a line break; or --prompt_file=FILE
     --max_new_tokens=200 --temperature=0.8 --top_k=40 --top_p=0.9 --min_p=0.05
-    --stop=TEXT --context_overflow=slide    where a text ends; error: not beyond the model's context
-  pictures:  --labels=0-4,7   what they show, a row each; into --file=samples.png
-    --guidance_scale=0.5 --num_steps=20 --sampler=ddim --eta=0 --folder=NAME, for single files
+    --stop=TEXT --context_overflow=slide    end of a text; beyond the context: slide or error
+  images:  --labels=0-4,7     the classes, one row each; saved in --file=samples.png
+    --guidance_scale=0.5 --num_steps=20 --sampler=ddim --eta=0 --folder=NAME (one file each)
   both:  --num_samples=8 --seed=0 --batch_size=64 --device=cpu --trust=PACKAGE
 """
 
@@ -59,13 +59,13 @@ EXPORT_HELP = """\
 usage: {0} export --ckpt_path=FILE --folder=NAME [--format=NAME | --merge | --quantize=NAME]
 
   --ckpt_path=FILE            a trained model; or auto; or last (of --trainer.name=NAME)
-  --folder=NAME               where to write; files of the same names are replaced
+  --folder=NAME               the output folder; files with the same names are replaced
   --format=gpt2               language: model.safetensors and config.json for transformers
   --format=safetensors        images: model.safetensors and config.json
-  --merge                     the plain model, its adapters added to the weights: model.ckpt,
-                              which needs no callback, and model.safetensors
-  --quantize=int8             the same in 8 bits a weight, or nf4 in 4
-  --consolidate=FILE.ckpt     instead: a checkpoint in parts as one file, which goes anywhere
+  --merge                     the model with its adapters merged: model.ckpt, which needs no
+                              callback, and model.safetensors
+  --quantize=int8             the same in 8 bits per weight; nf4: in 4 bits
+  --consolidate=FILE.ckpt     instead: a sharded checkpoint as one file, for any strategy
 """
 
 LIST_HELP = """\
@@ -105,10 +105,10 @@ The Tab key then completes commands, configs, flags, class names and their value
 
 COMMAND_DESCRIPTIONS = {
     "validate": "Measure a model on the validation data.",
-    "test": "Measure a model on the test data, which training never sees.",
-    "predict": "Apply a model to new data, and write what it says.",
+    "test": "Measure a model on the test data, which training does not use.",
+    "predict": "Apply a model to new data and save its predictions.",
 }
-DATA_DESCRIPTIONS = {"predict": "what to read: of the spam classifier --data.predict_path=FILE"}
+DATA_DESCRIPTIONS = {"predict": "the input; for the spam classifier --data.predict_path=FILE"}
 
 COMMAND_HELP = {
     "fit": FIT_HELP,
@@ -152,6 +152,4 @@ def shadowed_command_warning() -> str:
     program_path = shutil.which("lightning")
     if program_path is None or b"ravine" in Path(program_path).read_bytes():
         return ""
-    return (
-        f"warning: {program_path} is not this program (lightning-sdk installs one): type ravine\n"
-    )
+    return f"warning: {program_path} is another program (lightning-sdk installs one): use ravine\n"

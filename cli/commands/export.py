@@ -130,7 +130,7 @@ def save_merged(
     from safetensors.torch import save_file
 
     with atomic_write(folder / "model.safetensors") as file:
-        save_file(tensors, file, metadata={"format": "pt"})
+        save_file(tensors, file.name, metadata={"format": "pt"})
     AtomicCheckpointIO().save_checkpoint(checkpoint | {"state_dict": tensors}, target)
     return f"{folder}/model.ckpt, model.safetensors"
 

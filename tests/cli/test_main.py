@@ -108,7 +108,7 @@ def test_the_version_warns_of_another_lightning_on_the_path(
         assert main.main(["--version"]) == 0
         out = capsys.readouterr().out
         assert out.startswith("ravine ")
-        assert (f"warning: {script} is not this program" in out) == warned
+        assert (f"warning: {script} is another program" in out) == warned
 
 
 # Words that mean the same, wherever the config and the command stand among them.

@@ -1,6 +1,8 @@
 """Optimizers of other packages, by kind: each steps, saves and resumes under a plan as alone."""
 
+import dis
 import enum
+import inspect
 import io
 import re
 import threading
@@ -847,12 +849,22 @@ def test_the_source_folders_name_no_package_of_the_trials():
         assert not pattern.search(file.read_text()), file
 
 
-def test_a_training_step_does_not_inspect_the_optimizers_again(monkeypatch):
+def test_only_the_first_training_step_inspects_the_bytecode_of_an_optimizer(monkeypatch):
+    class Uncached(SGD):  # no other test has used this class
+        def step(self, closure=None):
+            return super().step(closure)
+
+    inspected, get_instructions = [], dis.get_instructions
+    monkeypatch.setattr(
+        "dis.get_instructions", lambda code: inspected.append(code) or get_instructions(code)
+    )
     net, rows = problem()
-    optimizer = planned(Counted, net)
+    optimizer = planned(Uncached, net)
     descend(net, rows, optimizer, range(1))
-    monkeypatch.setattr("dis.get_instructions", lambda code: pytest.fail("inspected again"))
+    assert inspected.count(inspect.unwrap(Uncached.step).__code__) == 1
+    num_inspected = len(inspected)
     descend(net, rows, optimizer, range(1, 3))
+    assert len(inspected) == num_inspected
 
 
 def test_hooks_of_the_composite_itself_run():

@@ -4,6 +4,7 @@ A new optimizer is one row of OPTIMIZERS; one that is written here is also a row
 """
 
 import copy
+import re
 from functools import partial
 from typing import ClassVar
 
@@ -33,6 +34,7 @@ from ravine.callbacks.optimizers.composite import CompositeOptimizer
 from ravine.callbacks.optimizers.elementwise import ElementwiseOptimizer
 from ravine.datamodules.loaders import DataParallelInfo, ResumableLoader
 from ravine.datamodules.samplers import EpochSampler
+from ravine.errors import UsageError
 from ravine.strategies import MeshStrategy
 
 
@@ -530,11 +532,14 @@ def test_a_run_saved_on_one_layout_continues_on_another(ranks, tmp_path, layout)
             assert furthest(continued, straight[name]) < 1e-12, name
 
 
-def refused_on_several_ranks():
+def error_on_several_ranks():
     OPTIMIZERS["LBFGS"] = torch.optim.LBFGS
-    with pytest.raises(ValueError, match=r"not possible with other optimizers, .*several ranks"):
+    with pytest.raises(UsageError) as error:
         train("LBFGS", "ddp")
+    return str(error.value)
 
 
-def test_an_optimizer_that_cannot_be_spread_is_refused_in_words(ranks):
-    ranks(refused_on_several_ranks, 2)
+def test_lbfgs_on_several_ranks_is_refused_on_each_rank(ranks):
+    first, second = ranks(error_on_several_ranks, 2)
+    assert first == second
+    assert re.search(r"not possible with other optimizers, .*several ranks", first)
