@@ -87,7 +87,7 @@ def message_of(error: Exception, argv: list[str]) -> str:
         error: an exception for which `exit_status` is not None.
         argv: the command and its arguments.
     """
-    if isinstance(error, UsageError | RunError) and hasattr(error, "problem"):
+    if isinstance(error, UsageError | RunError):
         return format_parts(error)
     if (system_error := explain_system_error(error, argv)) is not None:
         return format_parts(system_error)
