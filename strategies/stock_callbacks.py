@@ -11,13 +11,14 @@ from ravine.errors import UsageError
 from ravine.lightning_compat import averaging_callbacks
 
 COPIES_REASON = "copies the network in setup, before configure_model builds it"
-USE_EMA_HINT = "add ravine.callbacks.EMA()"
-# by class: the reason, and the alternative
-UNSUPPORTED_CALLBACKS: dict[type, tuple[str, str]] = {
-    **{kind: (COPIES_REASON, USE_EMA_HINT) for kind in averaging_callbacks()},
+EMA_NAME = "ravine.callbacks.EMA"
+# by class: the reason, what is allowed instead, and what replaces the callback
+UNSUPPORTED_CALLBACKS: dict[type, tuple[str, str, str]] = {
+    **{kind: (COPIES_REASON, EMA_NAME, "EMA()") for kind in averaging_callbacks()},
     ModelPruning: (
         "replaces and renames weights in setup, before configure_model builds the network",
-        "use torch.nn.utils.prune in the module's configure_model",
+        "torch.nn.utils.prune in configure_model",
+        "",
     ),
 }
 
@@ -25,10 +26,8 @@ UNSUPPORTED_CALLBACKS: dict[type, tuple[str, str]] = {
 def check_stock_callbacks(trainer: Any) -> None:
     """Raise UsageError for a Lightning callback that would have no effect or a wrong one."""
     for callback in trainer.callbacks:
-        for callback_class, (reason, instead) in UNSUPPORTED_CALLBACKS.items():
+        for callback_class, (reason, allowed, new) in UNSUPPORTED_CALLBACKS.items():
             if isinstance(callback, callback_class):
                 name = type(callback).__name__
-                raise UsageError(
-                    f"{name} {reason}",
-                    hint=f"remove {name} from Trainer(callbacks=...), and {instead}",
-                )
+                change = f"replace {name} by {new} in" if new else f"remove {name} from"
+                raise UsageError(f"{name} {reason}", [allowed], f"{change} Trainer(callbacks=...)")

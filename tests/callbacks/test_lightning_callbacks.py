@@ -416,7 +416,7 @@ class Task(TaskModule):
 def test_a_task_without_other_callbacks_refuses_an_average_made_before_its_net() -> None:
     callbacks = [stock.StochasticWeightAveraging(0.1)]
     trainer = L.Trainer(**QUIET, max_epochs=1, callbacks=callbacks)
-    with pytest.raises(ValueError, match=r"add ravine.callbacks.EMA\(\)"):
+    with pytest.raises(ValueError, match=r"replace StochasticWeightAveraging by EMA\(\)"):
         trainer.fit(Task(), DataLoader(TensorDataset(ROWS), 4))
 
 

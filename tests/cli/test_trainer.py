@@ -157,7 +157,7 @@ def test_an_average_that_copies_the_net_too_early_is_refused_by_the_name_of_ours
 
     with pytest.raises(Exception, match="EMAWeightAveraging copies the network in setup") as e:
         Trainer(callbacks=[EMAWeightAveraging()])
-    assert "and add ravine.callbacks.EMA()" in str(e.value)
+    assert "; replace EMAWeightAveraging by EMA() in Trainer(callbacks=...)" in str(e.value)
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
