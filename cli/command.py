@@ -109,6 +109,7 @@ class RavineCLI(CommandLine):
         self.checkpoint_path = checkpoint_path
         argv, self.trusted_packages = trust.split_trust_flags(argv)
         self.changed_keys: list[str] = []  # config keys that differ from the checkpoint
+        self.saved_config_values: saved_config.Config = {}  # of the checkpoint
         super().__init__(
             trainer_class=Trainer,
             save_config_callback=ConfigSaver,  # type: ignore
@@ -128,6 +129,10 @@ class RavineCLI(CommandLine):
         """Build trainer, model and data; the ranks first compare their configurations."""
         super().instantiate_classes()
         config = self._resolved_config(self.subcommand or "fit")
+        if self.saved_config_values:
+            cast(Trainer, self.trainer).changed_arguments = saved_config.changed_arguments(
+                self.saved_config_values, config
+            )
         cast(Trainer, self.trainer).check_same_config_on_ranks(flatten_config(config))
 
     def before_fit(self) -> None:
@@ -153,6 +158,7 @@ class RavineCLI(CommandLine):
         saved_config_values = (
             saved_config.load_saved_config(self.checkpoint_path) if self.checkpoint_path else {}
         )
+        self.saved_config_values = saved_config_values
         if (
             self.checkpoint_path
             and not saved_config_values

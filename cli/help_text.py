@@ -13,6 +13,7 @@ usage: {0} COMMAND [--config NAME ...] [--key=value ...]
   show       one of them, in full     {0} show EMA
   new        a file to start from     {0} new task MyTask
   completion for bash or zsh          {0} completion bash
+  runs       list, compare, clean     {0} runs; {0} runs compare A B
 
 {0} COMMAND --help shows the arguments of a command; {0} --version shows the versions.
 """
@@ -25,7 +26,7 @@ usage: {0} fit --config NAME [--config OVERLAY ...] [--key=value ...]
   --data=NAME --data.KEY=V    the class of the datamodule
   --trainer.max_steps=200     any argument of Lightning's Trainer
   --trainer.callbacks+=NAME --trainer.callbacks.KEY=V     add a callback
-  --ckpt_path=auto            resume from the newest complete checkpoint; or last; or a file
+  --ckpt_path=auto            resume from the newest complete checkpoint; or a file; spam/quick/3
   --trust=PACKAGE, --debug    import classes that only the checkpoint names; show tracebacks
   --print_config, --help=all  show the config; show every argument (of a class: --model.help=NAME)
 """
@@ -34,7 +35,7 @@ EVALUATE_HELP = """\
 usage: {0} {1} --ckpt_path=FILE [--config NAME ...] [--key=value ...]
 
   {2}
-  --ckpt_path=FILE            a checkpoint, with its model and data; or auto; or last
+  --ckpt_path=FILE            a checkpoint, with its model and data; or last; best; spam/quick/3
   --data.KEY=V                {3}
   --config NAME               a preset or a YAML file, for values that the checkpoint lacks
   --trainer.devices=2         any argument of Lightning's Trainer
@@ -103,6 +104,19 @@ usage: {0} completion bash|zsh
 The Tab key then completes commands, configs, flags, class names and their values.
 """
 
+RUNS_HELP = """\
+usage: {0} runs [show | compare | clean WHAT] [NAME ...] [--key=value ...]
+
+  runs shakespeare            list the runs whose names begin so; without a name, all
+    --task=NAME --status=done --best=..0.5 --steps=100.. --time=10m..2h --size=1GB..
+    --sort=best --limit=20 --json        status: running, done, failed, interrupted, killed
+  runs show NAME              command, commit, versions, machine, metrics of a run
+  runs compare A B            what differs; curves.png, comparison.html: --metrics= --folder=
+  runs clean WHAT             checkpoints (never a newest or best), evaluations, events, failed;
+    --yes                     deletes what is shown without it; filters as above
+  NAME: a path, task/config/3, the beginning of one name, or last; --root=runs is their folder
+"""
+
 COMMAND_DESCRIPTIONS = {
     "validate": "Measure a model on the validation data.",
     "test": "Measure a model on the test data, which training does not use.",
@@ -118,6 +132,7 @@ COMMAND_HELP = {
     "show": SHOW_HELP,
     "new": NEW_HELP,
     "completion": COMPLETION_HELP,
+    "runs": RUNS_HELP,
 }
 
 

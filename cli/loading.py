@@ -21,6 +21,7 @@ from . import resume_path
 from .checkpoint_metadata import load_metadata, saved_config_of
 from .commands import method_flags
 from .config.trust import TrustPolicy, split_trust_flags
+from .run_folders import index
 
 NAME_KEY, ROOT_KEY = (
     "trainer.name",
@@ -171,9 +172,17 @@ def checkpoint_from_argv(argv: list[str], command: str) -> tuple[Path, list[tupl
             label="checkpoints",
         )
     flag_values = dict(typed_flags)
-    if request in ("auto", "last"):
-        root = flag_values.get(ROOT_KEY, "runs")
-        path = resume_path.find_latest(command, request, flag_values.get(NAME_KEY), root)
+    root = flag_values.get(ROOT_KEY, "runs")
+    if request in ("auto", "last", "best"):
+
+        def accepts(class_path: str) -> bool:
+            known_task = list_tasks().get(class_path.rpartition(".")[2])
+            return known_task is None or command != "generate" or hasattr(known_task, command)
+
+        name = flag_values.get(NAME_KEY)
+        path = resume_path.find_latest(command, request, name, root, accepts)
+    elif index.split_run_request(request, Path(root)):
+        path = resume_path.find_in_run(request, root)
     else:
         path = Path(request)
     if path is None:

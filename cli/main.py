@@ -14,6 +14,7 @@ from ravine.errors import UsageError
 
 from . import error_report, help_text
 from .config import environment, presets
+from .run_folders import record
 
 # Each command and the module whose `run(argv) -> int` executes it.
 COMMANDS: dict[str, str] = dict.fromkeys(
@@ -25,6 +26,7 @@ LOOKUP_COMMANDS: dict[str, str] = {
     "show": "ravine.cli.commands.show",
     "new": "ravine.cli.commands.new_file",
     "completion": "ravine.cli.commands.completion",
+    "runs": "ravine.cli.commands.runs",
 }
 
 
@@ -187,6 +189,7 @@ def run_subcommand(raw_argv: list[str]) -> int:
     """Run the checks that need no torch, then call the module of the command."""
     add_current_folder_to_path()
     argv = normalize_argv(raw_argv)
+    record.set_typed_command([error_report.program_name(), *raw_argv])
     environment.check_env_vars(os.environ, argv[0], COMMANDS)
     configs = [word.partition("=")[2] for word in argv if word.startswith("--config=")]
     for path in configs:

@@ -1,11 +1,15 @@
-"""Resolve `--ckpt_path=auto` and `last`: find the newest checkpoint of a run before it starts.
+"""Resolve `--ckpt_path=auto`, `last`, `best` and names of runs to a file before the run starts.
+
+    auto, last             the newest checkpoint of the same config, or of the model's class
+    best                   of the newest run of that config, the best by the monitored metric
+    spam/quick/3           the newest of that run; with /best behind it, its best
 
 This happens before the trainer is built, because the processes that it starts run the command
 again. All of them must load the same file, even if one has saved another meanwhile. If a launcher
 starts the ranks, rank 0 searches for all, because the search verifies the checksums of whole files.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,8 @@ from .config import presets
 from .config.values import ConfigValue, from_argv, from_env
 from .rank_zero import call_on_rank_zero
 from .run_dir import CHECKPOINT_FOLDERS_FILE, external_checkpoint_folders
+from .run_folders import index
+from .run_folders.best_checkpoints import best_checkpoint
 
 
 def iter_values(argv: list[str]) -> Iterator[ConfigValue]:
@@ -35,13 +41,17 @@ def resolve_argv(argv: list[str]) -> tuple[list[str], Path | None]:
         values["trainer.name"] = presets.run_name(configs[0])
         argv = [*argv, f"--trainer.name={values['trainer.name']}"]
     request = values.get("ckpt_path")
-    if request not in ("auto", "last"):
+    root = str(values.get("trainer.default_root_dir", "runs"))
+    names_run = isinstance(request, str) and bool(index.split_run_request(request, Path(root)))
+    if request not in ("auto", "last", "best") and not names_run:
         call_on_rank_zero(None)
         return argv, Path(request) if request else None
-    root = str(values.get("trainer.default_root_dir", "runs"))
 
     def find_path() -> str | None:
-        latest = find_latest(argv[0], request, values.get("trainer.name"), root)
+        if names_run:
+            return str(find_in_run(str(request), root))
+        accepts = _accepts_class_of(values.get("model"))
+        latest = find_latest(argv[0], str(request), values.get("trainer.name"), root, accepts)
         return None if latest is None else str(latest)
 
     path_text = call_on_rank_zero(find_path)
@@ -49,22 +59,84 @@ def resolve_argv(argv: list[str]) -> tuple[list[str], Path | None]:
     return [*argv, f"--ckpt_path={path or 'null'}"], path
 
 
-def find_latest(command: str, request: str, name: str | None, root: str) -> Path | None:
+def _accepts_class_of(model: Any) -> Callable[[str], bool]:
+    """Return whether a class path is of the class of `--model`; any class without that flag."""
+    spec = model.get("class_path") if isinstance(model, dict) else model
+    wanted = spec.rpartition(".")[2] if isinstance(spec, str) else ""
+    return lambda class_path: not wanted or class_path.rpartition(".")[2] == wanted
+
+
+def find_in_run(request: str, root: str) -> Path:
+    """Return the newest or the best checkpoint of a run that is given by its name.
+
+    Raises:
+        UsageError: no run has that name, or it has no such checkpoint.
+    """
+    folder, wants_best = index.split_run_request(request, Path(root)) or (Path(request), False)
+    for time_and_path in sorted(list_checkpoints(folder / "checkpoints"), reverse=True):
+        path = time_and_path[1]
+        if find_damage(path) is None:
+            chosen = find_best(path) if wants_best else path
+            rank_zero_only(print)(f"--ckpt_path {request}: {chosen}")
+            return chosen
+    raise UsageError(
+        f"the run {folder} has no checkpoint that is whole", flag="--ckpt_path=last, or FILE"
+    )
+
+
+def find_best(newest: Path) -> Path:
+    """Return the best checkpoint of the run whose newest checkpoint is given.
+
+    Raises:
+        UsageError: no metric was monitored, or the best file was removed.
+    """
+    path, metric = best_checkpoint(newest)
+    if not metric:
+        raise UsageError(
+            f"the run of {newest} has no best checkpoint: the metric that Checkpoint monitors was "
+            "never logged",
+            flag="--ckpt_path=last",
+        )
+    if path is None:
+        raise UsageError(
+            f"the best checkpoint by {metric} of the run of {newest} is not in its folder",
+            flag="--ckpt_path=last",
+        )
+    return path
+
+
+def find_latest(
+    command: str,
+    request: str,
+    name: str | None,
+    root: str,
+    accepts: Callable[[str], bool] = lambda class_path: True,
+) -> Path | None:
     """Return the newest checkpoint of a run name, or of all names if none is given.
 
     auto: the newest complete checkpoint; if there is none, `fit` starts from scratch. last: the
-    newest checkpoint, which must exist and be complete.
+    newest checkpoint, which must exist and be complete. best: the best one of its run.
+
+    Args:
+        command: the subcommand.
+        request: auto, last or best.
+        name: the name of the run, or None.
+        root: the folder of all runs.
+        accepts: returns whether a class path is one of the model's; used if `name` is None.
     """
     folder = Path(root, name or "")
     print_once = rank_zero_only(print)
     for path, run in iter_checkpoints(folder, name):
-        reason, checkpoint_run_name = _inspect_checkpoint(path)
+        reason, checkpoint_run_name, class_path = _inspect_checkpoint(path)
+        if name is None and reason is None and class_path and not accepts(class_path):
+            continue
         if run is not None and reason is None and checkpoint_run_name not in (None, run):
             continue  # runs of several names share the folder
         if reason is None:
+            path = find_best(path) if request == "best" else path
             print_once(f"--ckpt_path {request}: {path}")
             return path
-        if request == "last":
+        if request in ("last", "best"):
             raise UsageError(
                 f"the last checkpoint, {path}, cannot be used: {reason}",
                 "auto, which is the newest complete checkpoint",
@@ -115,12 +187,15 @@ def _iter_runs(folder: Path, name: str | None) -> Iterator[Path]:
     yield from sorted(run_folders)
 
 
-def _inspect_checkpoint(path: Path) -> tuple[str | None, str | None]:
-    """Return why a checkpoint cannot be resumed, or None, and the name of its run."""
+def _inspect_checkpoint(path: Path) -> tuple[str | None, str | None, str]:
+    """Return why a checkpoint cannot be resumed, or None; its run's name; its model's class."""
     if reason := find_damage(path):
-        return reason, None
+        return reason, None, ""
     try:
-        return None, saved_config_of(load_metadata(path), path).get("trainer.name")
+        checkpoint = load_metadata(path)
+        config = saved_config_of(checkpoint, path)
+        task = (config.get("model") or {}).get("class_path") or checkpoint.get("task")
+        return None, config.get("trainer.name"), task if isinstance(task, str) else ""
     except (CheckpointError, UsageError) as error:  # a checkpoint of another program in the folder
         text = error.problem if isinstance(error, UsageError) else str(error)
-        return text.partition("\n")[0], None
+        return text.partition("\n")[0], None, ""

@@ -3,13 +3,16 @@
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 from ravine.errors import RunError, UsageError
 
 from .error_report import DISK_FULL_ERRNOS
+from .run_folders.csv_rows import open_experiment
+from .run_folders.record import METADATA_FILES
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -55,7 +58,28 @@ def run_dir_error(folder: Path, error: OSError) -> Exception:
 
 
 class RunCSVLogger(CSVLogger):
-    """Lightning's CSVLogger, which creates its folder again if it was removed during the run."""
+    """Lightning's CSVLogger, which creates its folder again if it was removed during the run.
+
+    Args:
+        kept_steps: number of optimizer steps whose rows a run that goes on keeps, or None.
+        options: arguments of CSVLogger.
+    """
+
+    def __init__(self, *options: Any, kept_steps: int | None = None, **named: Any) -> None:
+        """Store the number of steps."""
+        super().__init__(*options, **named)
+        self.kept_steps, self._is_open = kept_steps, False
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """Return the writer; the first access opens it with the rows to keep."""
+        if self._is_open:
+            return super().experiment
+        self._is_open = True
+        return open_experiment(
+            Path(self.log_dir), self.kept_steps, lambda: super(RunCSVLogger, self).experiment
+        )
 
     def save(self) -> None:
         """Write the metrics; create the folder if it is missing."""
@@ -93,6 +117,6 @@ def remove_empty_run_dir(trainer: "Trainer") -> None:
     if not folder or trainer.global_step or not trainer.is_global_zero:
         return
     file_names = [path.name for path in Path(folder).rglob("*") if path.is_file()]
-    metadata_files = ("config.yaml", "hparams.yaml", CHECKPOINT_FOLDERS_FILE)
+    metadata_files = ("config.yaml", "hparams.yaml", CHECKPOINT_FOLDERS_FILE, *METADATA_FILES)
     if all(name in metadata_files or name.startswith("events.out.") for name in file_names):
         shutil.rmtree(folder, ignore_errors=True)

@@ -32,6 +32,7 @@ from ravine.callbacks.stability.token_weighted_loss import TokenWeightedLoss
 from ravine.callbacks.stock_callbacks.gradient_accumulation import count_optimizer_steps
 from ravine.errors import UsageError
 from ravine.lightning_compat import (
+    checkpoint_connector,
     install_fast_loop,
     replace_checkpoint_connector,
     replace_method,
@@ -52,6 +53,9 @@ from ravine.strategies.stock_callbacks import check_stock_callbacks
 from .checkpoint_connector import RavineCheckpointConnector
 from .lightning_noise import silence_lightning
 from .run_dir import CHECKPOINT_FOLDERS_FILE, RunCSVLogger, check_run_name, run_dir_error
+from .run_folders.index import FIRST_LOGGED_STEP
+from .run_folders.placement import Placement, create_numbered_folder, place_run
+from .run_folders.recorder import RunRecorder
 
 EQUIVALENT_CLASSES = {Checkpoint: ModelCheckpoint, ProgressBar: LightningProgressBar}
 DEVICES_PATTERN = re.compile(r"auto|-1|[1-9]\d*|\d+,|\d+(, ?\d+)+")
@@ -78,15 +82,18 @@ def check_not_spawned(strategy: Any) -> None:
 class Trainer(L.Trainer):
     """`lightning.Trainer` with other defaults; it accepts the same arguments.
 
-    Each run has its own directory, `runs/<name>/version_<k>` with the next free k. No run writes
-    into the directory of another; a resumed run is a new run.
+    Each run has its own directory, `runs/<name>/version_<k>` with the next free k, and a record,
+    `run.json`, that says what made it. A test, validation or prediction of a run's checkpoint
+    writes to `test_<k>` inside of that directory. On the command line a fit from the newest
+    checkpoint of a run, with the same arguments, goes on in its directory; any other resumed fit
+    is a new run, whose record names the parent (`run_folders/placement.py`).
 
         Trainer(max_steps=1000, precision="auto").fit(model, datamodule=data)
 
     Default callbacks, unless one of the same kind is given: ExactResume, GracefulStop,
-    TokenWeightedLoss, PredictionTable and RunChecks, and with several ranks RankWatchdog. Default
-    plugin: AtomicCheckpointIO. Unless switched off: Checkpoint (enable_checkpointing), ProgressBar
-    (enable_progress_bar) and LossPlot (logger).
+    TokenWeightedLoss, PredictionTable, RunRecorder and RunChecks, and with several ranks
+    RankWatchdog. Default plugin: AtomicCheckpointIO. Unless switched off: Checkpoint
+    (enable_checkpointing), ProgressBar (enable_progress_bar) and LossPlot (logger).
     """
 
     def __init__(
@@ -125,6 +132,8 @@ class Trainer(L.Trainer):
         silence_lightning()
         check_counts(kwargs)
         self._run_name, self.run_dir = name, None
+        self._kept_steps: int | None = None  # steps of the run that goes on in its directory
+        self.changed_arguments: list[str] | None = None  # on a resume; None if not known
         self._requested_loggers = select_loggers(
             logger, is_barebones := bool(kwargs.get("barebones"))
         )
@@ -137,6 +146,7 @@ class Trainer(L.Trainer):
             ProgressBar: enable_progress_bar and not is_barebones,
             LossPlot: bool(self._requested_loggers) and not is_dry_run,
             PredictionTable: not is_barebones,
+            RunRecorder: not is_dry_run,
         }
         super().__init__(
             precision=resolve_precision(precision, kwargs.get("accelerator", "auto")),
@@ -202,7 +212,7 @@ class Trainer(L.Trainer):
     def log_dir(self) -> str | None:
         """Return the run directory; all ranks create it together on the first access in a run."""
         if self.run_dir is None and self.lightning_module is not None and not self._is_dry_run:
-            self.run_dir = self._broadcast_run_dir()
+            self.run_dir, self._kept_steps = self._broadcast_run_dir()
             self.loggers = [
                 self._make_logger(requested, self.run_dir) for requested in self._requested_loggers
             ]
@@ -210,7 +220,8 @@ class Trainer(L.Trainer):
                 if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                     callback.dirpath = os.path.join(self.run_dir, "checkpoints")
             self._record_checkpoint_folders(self.run_dir)
-            self.print(f"run: {self.run_dir}, on {self._describe_machine()}")
+            continued = f", from step {self._kept_steps}" if self._kept_steps is not None else ""
+            self.print(f"run: {self.run_dir}{continued}, on {self._describe_machine()}")
         return self.run_dir
 
     def _record_checkpoint_folders(self, folder: str) -> None:
@@ -230,34 +241,48 @@ class Trainer(L.Trainer):
         if lines and self.is_global_zero:
             Path(folder, CHECKPOINT_FOLDERS_FILE).write_text("\n".join(lines), encoding="utf-8")
 
-    def _broadcast_run_dir(self) -> str:
-        """Return the run directory created by rank 0; all ranks raise an error if that fails."""
-        folder, problem = "", None
+    def _broadcast_run_dir(self) -> tuple[str, int | None]:
+        """Return the run directory, and the steps of the run that goes on there, or None.
+
+        Rank 0 creates it; all ranks raise an error if that fails.
+        """
+        created: tuple[str, int | None] = ("", None)
+        problem = None
         if self.is_global_zero:
             try:
-                folder = self._create_run_dir()
+                created = self._create_run_dir()
             except (UsageError, OSError) as error:
                 problem = error
-        if folder := self.strategy.broadcast(folder):
-            return folder
+        created = self.strategy.broadcast(created)
+        if created[0]:
+            return created
         raise problem or run_dir_error(Path(self.default_root_dir), OSError(0, "rank 0 failed"))
 
-    def _create_run_dir(self) -> str:
-        """Create the next free run directory; runs that start together get different ones."""
+    def _create_run_dir(self) -> tuple[str, int | None]:
+        """Create the run directory or choose that of a run that goes on; start its record."""
         name = self._run_name or type(self.lightning_module).__name__.lower()
         check_run_name(name)
-        root = Path(self.default_root_dir, name)
-        used_numbers = [int(p.name[8:]) for p in root.glob("version_*") if p.name[8:].isdecimal()]
-        number = max(used_numbers, default=-1) + 1
-        while True:
-            folder = root / f"version_{number}"
-            try:
-                folder.mkdir(parents=True)
-                return str(folder)
-            except OSError as error:
-                if not os.path.lexists(folder):  # a parent is a file or a broken link
-                    raise run_dir_error(folder, error) from error
-                number += 1
+        root = Path(self.default_root_dir)
+        verb = "fit" if self.state.fn is None else str(self.state.fn.value)
+        selected_path = checkpoint_connector(self).selected_path
+        checkpoint = None if selected_path is None else str(selected_path)
+        placement = place_run(verb, checkpoint, root, name, self.changed_arguments)
+        folder = placement.continued or create_numbered_folder(
+            placement.parent, placement.prefix, run_dir_error
+        )
+        if placement.reason and verb == "fit":
+            self.print(f"{folder.name} is a new version: {placement.reason}")
+        self._start_record(folder, verb, name, placement)
+        step = (placement.origin or {}).get("step") if placement.continued else None
+        return str(folder), step
+
+    def _start_record(self, folder: Path, verb: str, name: str, placement: Placement) -> None:
+        recorder = next((c for c in self.callbacks if isinstance(c, RunRecorder)), None)  # type: ignore
+        if recorder is not None:
+            is_continued = placement.continued is not None
+            recorder.start(
+                folder, verb, name, self.lightning_module, placement.origin, is_continued
+            )
 
     def _make_logger(self, logger: Logger | LoggerName, folder: str) -> Logger:
         """Build a logger by name for the run directory; a Logger object is returned unchanged."""
@@ -265,9 +290,14 @@ class Trainer(L.Trainer):
         name = os.path.relpath(folder, self.default_root_dir)
         match logger:
             case "csv":
-                return RunCSVLogger(root, name="", version=version)
+                return RunCSVLogger(root, name="", version=version, kept_steps=self._kept_steps)
             case "tensorboard":
-                return TensorBoardLogger(root, name="", version=version, default_hp_metric=False)
+                options = {}
+                if self._kept_steps is not None:
+                    options["purge_step"] = self._kept_steps + FIRST_LOGGED_STEP
+                return TensorBoardLogger(
+                    root, name="", version=version, default_hp_metric=False, **options
+                )
             case "wandb":
                 return WandbLogger(name=name, save_dir=folder)
             case "mlflow":  # one store for all runs

@@ -7,9 +7,11 @@ from pathlib import Path
 from ravine.errors import UsageError
 
 from ..error_report import unknown_name_error
+from ..run_folders import index
 
 CONFIG_SECTIONS = ("model", "data", "trainer", "seed_everything", "ckpt_path")
 RESOLVED_LATER = ("auto", "last", "best", "hpc", "registry", "null")
+ROOT_FLAG = "--trainer.default_root_dir"
 MAX_CONFIG_BYTES, MAX_CONFIG_VALUES, MAX_CONFIG_LEVELS = 2**18, 10_000, 100  # limits of a config
 CONFIGS_FOLDER = Path(__file__).resolve().parents[2] / "configs"
 
@@ -46,17 +48,30 @@ def find_config(name: str) -> str:
 
 
 def check_checkpoint_exists(argv: list[str]) -> None:
-    """Raise an error if the checkpoint does not exist; `auto` and `last` are resolved later."""
+    """Raise an error if no checkpoint and no run has the name in `--ckpt_path`.
+
+    `auto`, `last`, `best` and names of runs are resolved later.
+    """
+    roots = [word.partition("=")[2] for word in argv if word.startswith(f"{ROOT_FLAG}=")]
+    root = Path(roots[-1] if roots else "runs")
     for word, next_word in zip(argv, [*argv[1:], ""], strict=True):
         flag, equals, name = word.partition("=")
         name = name if equals else next_word
         if flag != "--ckpt_path" or name in RESOLVED_LATER or "://" in name or os.path.exists(name):
             continue
+        if index.split_run_request(name, root):
+            continue
         existing = [str(path) for path in Path(name).parent.glob("*.ckpt")]
         raise unknown_name_error(
             f"no checkpoint is called {name!r}",
             name,
-            [*existing, "auto", "last"],
+            [
+                *existing,
+                *(index.run_name_of(f, root) for f in index.find_run_folders(root)),
+                "auto",
+                "last",
+                "best",
+            ],
             "--ckpt_path={}".format,
             "auto",
         )

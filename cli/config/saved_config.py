@@ -233,6 +233,34 @@ def report_changes(config: Config, parsed: Config, path: str, command: str = "te
     return changed
 
 
+def changed_arguments(config: Config, parsed: Config) -> list[str]:
+    """Return the arguments of a fit that are not those of the checkpoint's run.
+
+    Lengths, output paths, and arguments of the machine do not count: with other ones the run of
+    the checkpoint can go on.
+    """
+    before, now = (
+        c | {"trainer.callbacks": [_without_output_paths(spec) for spec in _callback_specs(c)]}
+        for c in (
+            config,
+            {k: v for k, v in parsed.items() if k != "trainer"}
+            | {f"trainer.{k}": v for k, v in parsed["trainer"].items()},
+        )
+    )
+    saved_leaves, parsed_leaves = (dict(_compared_leaves(c, True)) for c in (before, now))
+    changed = {
+        key
+        for key in saved_leaves.keys() | parsed_leaves.keys()
+        if key not in saved_leaves
+        or key not in parsed_leaves
+        or saved_leaves[key] != parsed_leaves[key]
+    }
+    classes = [[spec["class_path"] for spec in _callback_specs(c)] for c in (before, now)]
+    if classes[0] != classes[1]:
+        changed.add("trainer.callbacks")
+    return sorted(changed)
+
+
 def _compared_leaves(config: Config, is_fit: bool) -> Iterator[tuple[str, Any]]:
     """Yield the values of model, data, callbacks and seed by key, and for a fit the trainer's."""
     callbacks = {spec["class_path"]: spec.get("init_args", {}) for spec in _callback_specs(config)}

@@ -43,11 +43,21 @@ class CheckpointConnector(_CheckpointConnector):
     """Lightning's checkpoint connector, with a public name for the first step of a restore.
 
     Reason: weights of other shapes must be refused before any weight is loaded. No callback is
-    called between reading the file and loading the weights.
+    called between reading the file and loading the weights. The run directory depends on the
+    checkpoint, and `trainer.ckpt_path` is set after the directory is created.
 
     Upstream: pytorch/trainer/connectors/checkpoint_connector.py
     Seen on: 2.5.6 to 2.6.6
+
+    Attributes:
+        selected_path: the checkpoint that the last call of fit, validate, test or predict loads.
     """
+
+    selected_path: Any = None
+
+    def _select_ckpt_path(self, *args: Any, **kwargs: Any) -> Any:
+        self.selected_path = private(super(), "_select_ckpt_path")(*args, **kwargs)
+        return self.selected_path
 
     def _restore_modules_and_callbacks(self, checkpoint_path: Any = None, *args: Any) -> None:
         self.before_restore(checkpoint_path)

@@ -57,9 +57,10 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def files(name: str, version: int = 0) -> list[str]:
-    """What a run has left, checkpoints apart."""
+    """What a run has left, checkpoints and the record apart."""
     folder = Path("runs", name, f"version_{version}")
-    return sorted(p.name.split(".out.")[0] for p in folder.iterdir())
+    names = {p.name.split(".out.")[0] for p in folder.iterdir()}
+    return sorted(names - {"run.json", "changes.diff", "packages.txt"})
 
 
 def checkpoints(name: str, version: int = 0) -> list[Path]:
@@ -86,18 +87,19 @@ def test_spam_is_trained_validated_tested_and_predicted(
     assert files("spam") == sorted(USUAL)
     assert main(["validate", "--ckpt_path=last"]) == 0
     assert main(["test", "--ckpt_path=last"]) == 0
-    rows = list(csv.DictReader(Path("runs/spam/version_2/metrics.csv").read_text().splitlines()))
+    run = Path("runs/spam/version_0")
+    rows = list(csv.DictReader((run / "test_0/metrics.csv").read_text().splitlines()))
     assert {"test/accuracy", "test/f1", "test/auroc"} <= rows[-1].keys()
     Path("mails.txt").write_text("WIN a free prize now!\nsee you at noon, [bold] as always\n")
     words = ["predict", "--ckpt_path=last", "--data.predict_path=mails.txt"]
     capsys.readouterr()
     assert main(words) == 0
-    text = Path("runs/spam/version_3/predictions.csv").read_text()
+    text = (run / "predict_0/predictions.csv").read_text()
     rows = list(csv.DictReader(text.splitlines()))
     assert list(rows[0]) == ["line", "message", "probability", "label"]
     assert [row["message"] for row in rows] == Path("mails.txt").read_text().splitlines()
     out = capsys.readouterr().out
-    assert "2 rows in runs/spam/version_3/predictions.csv" in out
+    assert "2 rows in runs/spam/version_0/predict_0/predictions.csv" in out
     assert "as always" in out
 
 
@@ -107,7 +109,7 @@ def test_a_language_model_is_trained_validated_and_tested() -> None:
     assert Path("runs/text/version_0/samples.txt").read_text().startswith("--- step 3 ---\nso")
     for command in ("validate", "test"):
         assert main([command, "--ckpt_path=last"]) == 0
-    text = Path("runs/text/version_2/metrics.csv").read_text()
+    text = Path("runs/text/version_0/test_0/metrics.csv").read_text()
     assert "test/bits_per_byte" in text
 
 
@@ -120,7 +122,8 @@ def test_modules_of_others_run_by_their_dotted_path(name: str) -> None:
     again = ["validate", f"--ckpt_path={checkpoints(run)[-1]}"]
     assert main(again) == 2  # only the checkpoint names the class
     assert main([*again, "--trust=external_modules"]) == 0
-    assert config(run, 1)["model"]["class_path"] == f"external_modules.{name}"
+    text = Path("runs", run, "version_0/validate_0/config.yaml").read_text()
+    assert yaml.safe_load(text)["model"]["class_path"] == f"external_modules.{name}"
 
 
 def test_an_overlay_changes_what_it_names_and_keeps_the_rest() -> None:

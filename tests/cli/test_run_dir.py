@@ -23,8 +23,8 @@ def test_each_run_gets_a_folder_of_its_own_with_its_curves_numbers_and_checkpoin
         Trainer(max_epochs=1, log_every_n_steps=1, accelerator="cpu").fit(NetInInit())
     for number in range(2):
         folder = Path("runs/netininit", f"version_{number}")
-        names = {p.name.split(".")[0] for p in folder.iterdir()}
-        assert names == {"metrics", "events", "loss", "hparams", "checkpoints"}
+        names = {p.name.split(".")[0] for p in folder.iterdir()} - {"changes"}
+        assert names == {"metrics", "events", "loss", "hparams", "checkpoints", "run", "packages"}
         assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step=000004.ckpt"]
         rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
         assert [row["train_loss"] != "" for row in rows] == [True] * 4 + [False]

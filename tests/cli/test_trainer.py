@@ -23,6 +23,7 @@ from ravine.callbacks import (
 )
 from ravine.callbacks.checks.run_checks import RunChecks
 from ravine.cli import trainer as trainer_module
+from ravine.cli.run_folders.recorder import RunRecorder
 from ravine.cli.trainer import Trainer, default_precision
 from ravine.strategies import AtomicCheckpointIO
 
@@ -63,7 +64,7 @@ def kinds(trainer: L.Trainer) -> list[type]:
 
 def test_defaults_are_there_once_and_what_is_given_takes_their_place() -> None:
     defaults = {ExactResume, GracefulStop, TokenWeightedLoss, Checkpoint, ProgressBar, LossPlot}
-    defaults |= {PredictionTable, RunChecks}
+    defaults |= {PredictionTable, RunChecks, RunRecorder}
     assert set(kinds(Trainer())) == defaults
     resume, checkpoint = ExactResume(), ModelCheckpoint(monitor="val_loss")
     given = Trainer(callbacks=[resume, checkpoint], logger=False)

@@ -1,0 +1,264 @@
+"""The command runs: list, show, compare and clean the folders that runs have written."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from ravine.errors import UsageError
+
+from ..error_report import program_name, unknown_name_error
+from ..run_folders import filters, index, record
+from ..run_folders.index import RunSummary
+
+ACTIONS = ("show", "compare", "clean")
+FILTER_FLAGS = ("task", "status", "best", "steps", "time", "size")
+LIST_FLAGS = (*FILTER_FLAGS, "sort", "limit", "root", "json")
+SWITCHES = ("json", "yes")  # flags without a value
+ACTION_FLAGS = {
+    "show": ("root", "json"),
+    "compare": ("root", "folder", "metrics"),
+    "clean": (*FILTER_FLAGS, "root", "yes"),
+}
+
+
+def run_argv(argv: list[str]) -> int:
+    """List the runs, or show, compare or clean those that are named; return the exit status."""
+    words = argv[1:]
+    action = next((word for word in words[:1] if word in ACTIONS), None)
+    words = words[1:] if action else words
+    names, flags = parse_words(words, ACTION_FLAGS[action] if action else LIST_FLAGS, action)
+    root = Path(flags.pop("root", "runs"))
+    if action == "show":
+        return show_runs(names or ["last"], root, "json" in flags)
+    if action == "compare":
+        from ..run_folders import comparison
+
+        return comparison.compare_runs(names, root, flags)
+    if action == "clean":
+        from ..run_folders import cleaning
+
+        return cleaning.clean_runs(names, root, flags)
+    return list_runs(names, root, flags)
+
+
+def parse_words(
+    words: list[str], allowed: tuple[str, ...], action: str | None
+) -> tuple[list[str], dict[str, str]]:
+    """Separate the names of runs from the flags, `--key=value` or `--key value`."""
+    names: list[str] = []
+    flags: dict[str, str] = {}
+    remaining = iter(words)
+    command = " ".join(["runs", *([action] if action else [])])
+    for word in remaining:
+        if not word.startswith("-"):
+            names.append(word)
+            continue
+        name, equals, value = word.lstrip("-").partition("=")
+        if name not in allowed:
+            raise unknown_name_error(
+                f"{command} has no flag --{name}",
+                name,
+                allowed,
+                lambda near: f"--{near}" if near in SWITCHES else f"--{near}=...",
+                allowed[0],
+            )
+        if not equals and name not in SWITCHES:
+            value = next(remaining, None)
+            if value is None:
+                raise UsageError(f"--{name} has no value", flag=f"--{name}=VALUE")
+        flags[name] = value
+    return names, flags
+
+
+def list_runs(names: list[str], root: Path, flags: dict[str, str]) -> int:
+    """Print a table of the runs whose names begin with one of `names`, or of all runs."""
+    runs = select_runs(index.list_runs(root), names, root, flags)
+    if "sort" in flags:
+        runs = filters.sort_runs(runs, flags["sort"])
+    total = len(runs)
+    if "limit" in flags:
+        if not flags["limit"].isdecimal() or int(flags["limit"]) < 1:
+            raise UsageError(f"--limit={flags['limit']}", ["1 or more"], flag="--limit=20")
+        runs = runs[: int(flags["limit"])]
+    if "json" in flags:
+        print(json.dumps([as_json(run) for run in runs], indent=1))
+        return 0
+    if not runs:
+        condition = " that fits the filters" if flags or names else ""
+        print(f"no run{condition} under {root}")
+        if not condition:
+            print(f"next: {program_name()} fit --config shakespeare/quick")
+        return 0
+    print(format_table(runs))
+    shown = f"the first {len(runs)} of {total} runs" if len(runs) < total else f"{total} run"
+    plural = "s" if len(runs) == total and total != 1 else ""
+    print(f"{shown}{plural} under {root}, {format_size(sum(run.size for run in runs))}")
+    return 0
+
+
+def select_runs(
+    runs: list[RunSummary], names: list[str], root: Path, flags: dict[str, str]
+) -> list[RunSummary]:
+    """Return the runs whose names begin with one of `names` and that satisfy the filters."""
+    chosen = runs
+    if names:
+        kept: dict[Path, RunSummary] = {}
+        for name in names:
+            matching = _runs_called(runs, name, root)
+            if not matching:
+                all_names = {run.name for run in runs}
+                parents = {n.rpartition("/")[0] for n in all_names} - {""}
+                raise unknown_name_error(
+                    f"no run under {root} is called {name!r}, and no name begins with it",
+                    name,
+                    sorted(all_names | parents),
+                    "runs {}".format,
+                    "",
+                )
+            kept |= {run.folder: run for run in matching}
+        chosen = [run for run in runs if run.folder in kept]
+    return filters.apply_filters(chosen, {k: v for k, v in flags.items() if k in FILTER_FLAGS})
+
+
+def _runs_called(runs: list[RunSummary], name: str, root: Path) -> list[RunSummary]:
+    if name == "last":
+        return runs[:1]
+    if path := index.run_at_path(name):
+        return [run for run in runs if run.folder.resolve() == path.resolve()]
+    wanted = index.short_name(name, root)
+    return [r for r in runs if r.name == wanted] or [r for r in runs if r.name.startswith(wanted)]
+
+
+def show_runs(names: list[str], root: Path, as_json_text: bool) -> int:
+    """Print the record of each named run."""
+    for name in names:
+        folder = index.find_run(name, root, "runs show")
+        run = index.summarize(folder, root)
+        if as_json_text:
+            print(json.dumps(as_json(run) | {"record": run.record}, indent=1))
+            continue
+        rows = describe_run(run)
+        width = max(len(key) for key, _ in rows)
+        for key, text in rows:
+            print(f"{printable(key):<{width}}  {printable(text)}")
+    return 0
+
+
+def describe_run(run: RunSummary) -> list[tuple[str, str]]:
+    """Return what a run's folder says of it, as pairs of a title and a text."""
+    known: dict[str, Any] = run.record or {}
+    git = known.get("git") if isinstance(known.get("git"), dict) else {}
+    commit = str(git.get("commit", ""))[:12]
+    changed = git.get("num_changed_files") if git.get("is_dirty") else 0
+    changes = f", {changed} files changed since: {record.DIFF_FILE}" if changed else ""
+    machine = known.get("machine") if isinstance(known.get("machine"), dict) else {}
+    parent = known.get("parent") if isinstance(known.get("parent"), dict) else {}
+    versions = known.get("versions") if isinstance(known.get("versions"), dict) else {}
+    command = known.get("command") if isinstance(known.get("command"), list) else []
+    rows = [
+        ("run", run.name),
+        ("folder", str(run.folder)),
+        ("command", " ".join(str(word) for word in command)),
+        ("status", f"{run.status} {known.get('error') or ''}".strip()),
+        ("task", run.task or ""),
+        ("steps", "" if run.steps is None else f"{run.steps:,}"),
+        ("best", format_best(run)),
+        ("time", format_time(run.seconds)),
+        ("started", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run.started))),
+        ("size", format_size(run.size)),
+        ("resumed", f"from {parent.get('run')} at step {parent.get('step')}" if parent else ""),
+        ("commit", f"{commit}{changes}" if commit else ""),
+        ("machine", ", ".join(f"{key} {value}" for key, value in machine.items())),
+        ("versions", ", ".join(f"{key} {value}" for key, value in versions.items())),
+    ]
+    if run.record is None:
+        rows.append(("record", "none: an older version of Ravine has made it"))
+    metrics = known.get("metrics") if isinstance(known.get("metrics"), dict) else {}
+    rows += [(str(name), format_number(value)) for name, value in sorted(metrics.items())]
+    rows += [("judged", text) for text in index.list_evaluations(run.folder)]
+    return [(key, text) for key, text in rows if text]
+
+
+def as_json(run: RunSummary) -> dict[str, Any]:
+    """Return a summary as plain values."""
+    values = run._asdict() | {"folder": str(run.folder)}
+    return {key: value for key, value in values.items() if key != "record"}
+
+
+def format_table(runs: list[RunSummary]) -> str:
+    """Return the table of the list; the metric's name stands beside each best value."""
+    head = ("run", "status", "task", "steps", "best", "time", "size", "started")
+    rows = [
+        (
+            run.name if run.verb == "fit" else f"{run.name} ({run.verb})",
+            run.status,
+            run.task or "-",
+            "-" if run.steps is None else f"{run.steps:,}",
+            format_best(run) or "-",
+            format_time(run.seconds),
+            format_size(run.size),
+            format_age(run.started),
+        )
+        for run in runs
+    ]
+    cells = [[printable(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    is_right = (False, False, False, True, False, True, True, True)
+    lines = [
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, is_right, strict=True)
+        ).rstrip()
+        for row in cells
+    ]
+    width = shutil.get_terminal_size().columns
+    return "\n".join([lines[0], "-" * min(max(map(len, lines)), max(width, 20)), *lines[1:]])
+
+
+def printable(text: str) -> str:
+    """Replace the characters of a file that could control the terminal."""
+    return "".join(c if c.isprintable() else "�" for c in text)
+
+
+def format_best(run: RunSummary) -> str:
+    """Return the monitored metric and its best value."""
+    return "" if run.best is None else f"{run.metric} {format_number(run.best)}"
+
+
+def format_number(value: Any) -> str:
+    """Return a number with four significant digits."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return f"{value:.4g}" if is_number else str(value)
+
+
+def format_time(seconds: float | None) -> str:
+    """Return a duration: 42 s, 7:05, 3:07:05."""
+    if seconds is None:
+        return "-"
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    hours, rest = divmod(whole, 3600)
+    minutes, left = divmod(rest, 60)
+    return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
+
+
+def format_size(size: float) -> str:
+    """Return a number of bytes in the largest unit that leaves at least one."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" or size >= 10 else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:,.1f} TB"
+
+
+def format_age(started: float) -> str:
+    """Return how long ago a run has started."""
+    seconds = max(0.0, time.time() - started)
+    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= length:
+            count = int(seconds // length)
+            return f"{count} {unit}{'s' * (count > 1)} ago"
+    return "now" if seconds < 5 else f"{int(seconds)} s ago"

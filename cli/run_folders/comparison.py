@@ -1,0 +1,362 @@
+"""Comparison: what differs between the configurations of runs, beside their metrics and curves.
+
+Writes `curves.png` and `comparison.html`, one file without scripts that needs no other. Every name
+and value of the runs is escaped: a run's files are data.
+"""
+
+import base64
+import html
+import json
+import os
+import tempfile
+from contextlib import suppress
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ravine.errors import UsageError
+
+from ..error_report import unknown_name_error
+from . import index
+from .index import RunSummary
+from .record import read_regular_file, write_atomically
+
+Curves = dict[str, list[tuple[float, float]]]
+MAX_RUNS, MAX_PANELS, MAX_POINTS = 12, 12, 2000
+MAX_CONFIG_BYTES, MAX_CELL_CHARS = 2**18, 60
+IGNORED_KEYS = ("trainer.name", "trainer.default_root_dir", "config", "ckpt_path")
+PREFERRED = ("val/loss", "train/loss", "val/accuracy", "test/loss")  # order of the first panels
+PICTURE, PAGE = "curves.png", "comparison.html"
+CONTENT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+STYLE = """
+body { font-family: system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; margin-bottom: 2rem; }
+th, td { border: 1px solid #ccc; padding: .3rem .6rem; text-align: left; vertical-align: top; }
+th { background: #f3f3f3; } td.best { font-weight: bold; } img { max-width: 100%; }
+"""
+
+
+class ComparedRun(NamedTuple):
+    """A run with its configuration, flattened to dotted keys, and its curves."""
+
+    summary: RunSummary
+    config: dict[str, Any]
+    curves: Curves
+    metrics: dict[str, float]
+
+
+def compare_runs(names: list[str], root: Path, flags: dict[str, str]) -> int:
+    """Print what differs between runs, write the picture and the page; return the exit status."""
+    if len(names) < 2:
+        newest = [run.name for run in index.list_runs(root)[:2]]
+        example = newest if len(newest) == 2 else ["A", "B"]
+        raise UsageError(
+            f"runs compare needs two runs or more, and {len(names)} was given",
+            flag=f"runs compare {' '.join(example)}",
+        )
+    if len(names) > MAX_RUNS:
+        raise UsageError(f"{len(names)} runs are too many for one page", [f"2 to {MAX_RUNS}"])
+    folders = [index.find_run(name, root, "runs compare") for name in names]
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UsageError("the same run was given twice", [str(folder) for folder in folders])
+    runs = [read_run(folder, root) for folder in folders]
+    chosen = choose_metrics(runs, flags.get("metrics"))
+    differences = differing_values(runs)
+    folder = Path(flags.get("folder", root / "comparison"))
+    picture = draw_curves(runs, chosen)
+    print(format_columns(runs, differences))
+    write_files(folder, picture, make_page(runs, differences, picture))
+    print(f"curves of {', '.join(chosen) or 'no metric'}: {folder / PICTURE}")
+    print(f"page: {folder / PAGE}")
+    return 0
+
+
+def read_run(folder: Path, root: Path) -> ComparedRun:
+    """Read a run's record, configuration and curves."""
+    summary = index.summarize(folder, root)
+    curves = index.joined_curves(summary, root)
+    metrics = {name: points[-1][1] for name, points in curves.items() if points}
+    recorded = (summary.record or {}).get("metrics")
+    for name, value in recorded.items() if isinstance(recorded, dict) else ():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            metrics[str(name)] = float(value)
+    return ComparedRun(summary, read_config(folder / "config.yaml"), curves, metrics)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return a configuration as dotted keys and plain values; {} if it is missing or malformed."""
+    import yaml
+
+    from ..config.presets import check_yaml_size
+
+    text = read_regular_file(path, MAX_CONFIG_BYTES)
+    if text is None:
+        return {}
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        check_yaml_size(text, str(path))
+        content = yaml.load(text, loader)
+        json.dumps(content, default=str)  # rejects recursive anchors
+    except (yaml.YAMLError, UsageError, TypeError, ValueError, RecursionError):
+        return {}
+    return dict(flatten(content)) if isinstance(content, dict) else {}
+
+
+def flatten(value: Any, key: str = "") -> list[tuple[str, Any]]:
+    """Return the leaves of a configuration as the command line names them: without init_args.
+
+    A list of classes is addressed by their names: `trainer.callbacks.EMA.decay`.
+    """
+    if isinstance(value, dict):
+        leaves = []
+        for name, child in value.items():
+            inner = key if name == "init_args" else f"{key}.{name}".lstrip(".")
+            leaves += flatten(child, inner)
+        return leaves
+    if isinstance(value, list) and any(isinstance(v, dict) and "class_path" in v for v in value):
+        leaves, seen = [], set()
+        for position, child in enumerate(value):
+            class_path = child.get("class_path", "") if isinstance(child, dict) else ""
+            name = str(class_path).rpartition(".")[2] or str(position)
+            name = f"{name}.{position}" if name in seen else name
+            seen.add(name)
+            leaves += flatten(child, f"{key}.{name}")
+        return leaves
+    return [(key, value)]
+
+
+def differing_values(runs: list[ComparedRun]) -> dict[str, list[str]]:
+    """Return the keys whose values are not the same in all runs, with the values as texts."""
+    keys = sorted({key for run in runs for key in run.config})
+    found = {}
+    for key in keys:
+        if key.startswith(IGNORED_KEYS):
+            continue
+        texts = [value_text(run.config[key]) if key in run.config else "-" for run in runs]
+        if len(set(texts)) > 1:
+            found[key] = texts
+    return found
+
+
+def value_text(value: Any) -> str:
+    """Return a configuration's value as it is typed."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def facts_of(run: ComparedRun) -> dict[str, str]:
+    """Return what the top of the table says of a run."""
+    from ..commands.runs import format_best, format_size, format_time
+
+    summary, known = run.summary, run.summary.record or {}
+    git, machine, parent = (
+        known.get(key) if isinstance(known.get(key), dict) else {}
+        for key in ("git", "machine", "parent")
+    )
+    commit = str(git.get("commit", ""))[:12]  # type: ignore[union-attr]
+    dirty = " + changes" if commit and git.get("is_dirty") else ""  # type: ignore[union-attr]
+    return {
+        "status": summary.status,
+        "task": summary.task or "-",
+        "steps": "-" if summary.steps is None else f"{summary.steps:,}",
+        "best": format_best(summary) or "-",
+        "time": format_time(summary.seconds),
+        "size": format_size(summary.size),
+        "commit": f"{commit}{dirty}" or "-",
+        "device": str(machine.get("device", "-")),  # type: ignore[union-attr]
+        "resumed from": f"{parent.get('run')} at step {parent.get('step')}"  # type: ignore[union-attr]
+        if parent
+        else "-",
+    }
+
+
+def table_sections(
+    runs: list[ComparedRun], differences: dict[str, list[str]]
+) -> list[tuple[str, dict[str, list[str]]]]:
+    """Return the sections of the table: facts, differing configuration, last metrics."""
+    from ..commands.runs import format_number
+
+    facts = [facts_of(run) for run in runs]
+    rows = {key: [fact[key] for fact in facts] for key in facts[0]}
+    rows = {key: texts for key, texts in rows.items() if set(texts) != {"-"}}
+    names = sorted({name for run in runs for name in run.metrics})
+    metrics = {
+        name: [format_number(run.metrics[name]) if name in run.metrics else "-" for run in runs]
+        for name in names
+    }
+    return [("run", rows), ("differs", differences), ("last value", metrics)]
+
+
+def format_columns(runs: list[ComparedRun], differences: dict[str, list[str]]) -> str:
+    """Return the table for the terminal: a column for each run."""
+    from ..commands.runs import printable
+
+    lines = [("", *(run.summary.name for run in runs))]
+    for title, rows in table_sections(runs, differences):
+        lines.append((f"[{title}]", *("" for _ in runs)))
+        if not rows:
+            nothing = "nothing in config.yaml" if title == "differs" else "nothing"
+            lines.append((nothing, *("" for _ in runs)))
+        lines += [(key, *texts) for key, texts in rows.items()]
+    cells = [[shorten(printable(text)) for text in line] for line in lines]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(runs) + 1)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in cells
+    )
+
+
+def shorten(text: str) -> str:
+    """Shorten a cell of the terminal; the page has the whole text."""
+    return text if len(text) <= MAX_CELL_CHARS else text[: MAX_CELL_CHARS - 1] + "…"
+
+
+def choose_metrics(runs: list[ComparedRun], requested: str | None) -> list[str]:
+    """Return the metrics to draw: those requested, or those that most runs have, losses first.
+
+    Raises:
+        UsageError: no run has a requested metric.
+    """
+    counts: dict[str, int] = {}
+    for run in runs:
+        for name, points in run.curves.items():
+            counts[name] = counts.get(name, 0) + (len(points) > 0)
+    if requested is None:
+
+        def rank(name: str) -> tuple[Any, ...]:
+            place = PREFERRED.index(name) if name in PREFERRED else len(PREFERRED)
+            return place, -counts[name], not name.startswith("val"), name
+
+        return sorted(counts, key=rank)[:MAX_PANELS]
+    names = [name.strip() for name in requested.split(",") if name.strip()]
+    for name in names:
+        if name not in counts:
+            raise unknown_name_error(
+                f"none of these runs has the metric {name!r}",
+                name,
+                counts,
+                "--metrics={}".format,
+                "val/loss",
+            )
+    return names[:MAX_PANELS]
+
+
+def draw_curves(runs: list[ComparedRun], metrics: list[str]) -> bytes:
+    """Return a PNG with one panel for each metric, and one line for each run."""
+    import warnings
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(2, max(1, len(metrics)))
+    rows = max(1, -(-len(metrics) // columns))
+    figure = Figure(figsize=(6.4 * columns, 3.6 * rows), layout="constrained")
+    if not metrics:
+        figure.text(0.5, 0.5, "no metric in metrics.csv", ha="center")
+    for number, metric in enumerate(metrics):
+        axes = figure.add_subplot(rows, columns, number + 1)
+        axes.set_xlabel("optimizer step")
+        axes.set_title(plain_label(metric))
+        for position, run in enumerate(runs):
+            points = thin(run.curves.get(metric, []))
+            if points:
+                marker = "o-" if len(points) <= 30 else "-"
+                axes.plot(
+                    *zip(*points, strict=True),
+                    marker,
+                    ms=3,
+                    lw=1.2,
+                    color=f"C{position % 10}",
+                    label=plain_label(run.summary.name),
+                )
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    buffer = BytesIO()
+    with warnings.catch_warnings():  # a name in a script that the font lacks
+        warnings.simplefilter("ignore")
+        FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
+def plain_label(text: str) -> str:
+    """Return a text that matplotlib does not read as a formula, and does not hide."""
+    escaped = text.replace("\\", "/").replace("$", r"\$")
+    return f" {escaped}" if escaped.startswith("_") else escaped
+
+
+def thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return at most MAX_POINTS finite points, evenly chosen, with the last."""
+    finite = [p for p in points if abs(p[1]) < 1e300]
+    stride = -(-len(finite) // MAX_POINTS) or 1
+    return finite[::stride] + (finite[-1:] if (len(finite) - 1) % stride else [])
+
+
+def make_page(runs: list[ComparedRun], differences: dict[str, list[str]], picture: bytes) -> str:
+    """Return the page: the table and the picture in one HTML file without scripts."""
+    head = "".join(f"<th>{html.escape(run.summary.name)}</th>" for run in runs)
+    body = []
+    for title, rows in table_sections(runs, differences):
+        titles = {
+            "run": "Runs",
+            "differs": "Configuration that differs",
+            "last value": "Metrics, last value",
+        }
+        body.append(f"<h2>{titles[title]}</h2>")
+        if not rows:
+            body.append("<p>nothing</p>")
+            continue
+        lines = [
+            f"<tr><th>{html.escape(key)}</th>"
+            + "".join(f"<td>{html.escape(text)}</td>" for text in texts)
+            + "</tr>"
+            for key, texts in rows.items()
+        ]
+        body.append(
+            f'<div class="wide"><table><tr><th></th>{head}</tr>{"".join(lines)}</table></div>'
+        )
+    image = base64.b64encode(picture).decode("ascii")
+    commands = "".join(
+        f"<li>{html.escape(run.summary.name)}: <code>{html.escape(command)}</code></li>"
+        for run in runs
+        if (command := command_text(run))
+    )
+    title = html.escape(" and ".join(run.summary.name for run in runs))
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">'
+        f'<meta name="viewport" content="width=device-width">'
+        f"<title>{title}</title><style>{STYLE}</style></head><body><h1>{title}</h1>"
+        f"{''.join(body)}<h2>Curves</h2>"
+        f'<img alt="curves of the metrics" src="data:image/png;base64,{image}">'
+        f"<h2>Commands</h2><ul>{commands or '<li>not recorded</li>'}</ul></body></html>\n"
+    )
+
+
+def command_text(run: ComparedRun) -> str:
+    """Return the command that made a run; "" if it was not recorded."""
+    words = (run.summary.record or {}).get("command")
+    return " ".join(str(word) for word in words) if isinstance(words, list) else ""
+
+
+def write_files(folder: Path, picture: bytes, page: str) -> None:
+    """Write the picture and the page; earlier ones of the same folder are replaced.
+
+    Raises:
+        UsageError: the folder cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".tmp-")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(picture)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, folder / PICTURE)
+        finally:
+            with suppress(OSError):
+                os.unlink(temporary)
+        write_atomically(folder / PAGE, page)
+    except OSError as error:
+        raise UsageError(
+            f"{folder} cannot be written: {error.strerror}", flag="--folder=ANOTHER"
+        ) from error

@@ -1,0 +1,380 @@
+"""Run index: find the runs below a folder, summarize each, and find one by its name.
+
+A run is called by its path, by `task/config/3` (the folder `task/config/version_3`), by the
+beginning of such a name, or by `last`. Runs without a record, of an older version of Ravine, are
+summarized from their files. Links below the folder of all runs are not followed.
+
+This module needs the standard library only: a thousand runs are listed in less than a second.
+"""
+
+import csv
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ravine.errors import UsageError, suggest_names
+
+from .record import Record, read_record, read_regular_file, status_of
+
+RUN_MARKERS = {"run.json", "config.yaml", "hparams.yaml", "metrics.csv", "checkpoints"}
+MAX_DEPTH = 12  # folders between the folder of all runs and a run
+MAX_METRICS_BYTES = 2**21  # of a run without a record, whose best value is looked for in the list
+MAX_CURVES_BYTES = 2**28
+VERSION_PREFIX = "version_"
+FIRST_LOGGED_STEP = 0  # the number that the loggers write for the first optimizer step
+STEP_PATTERN = re.compile(r"step=(\d{1,15})")
+CLASS_PATTERN = re.compile(r"^model:\s*\n\s+class_path:\s*['\"]?([\w.]{1,200})", re.MULTILINE)
+
+
+class RunSummary(NamedTuple):
+    """What the list shows of a run; None stands for what its folder does not say."""
+
+    name: str  # spam/quick/3
+    folder: Path
+    verb: str
+    status: str
+    task: str | None
+    steps: int | None
+    metric: str | None
+    mode: str  # min, or max
+    best: float | None
+    seconds: float | None
+    size: int  # bytes of all its files
+    started: float  # seconds since 1970
+    record: Record | None
+
+
+class FolderFacts(NamedTuple):
+    """What a walk through a run's folder finds."""
+
+    size: int
+    last_written: float
+    first_written: float
+    checkpoints: list[str]  # names
+
+
+def find_run_folders(root: Path) -> Iterator[Path]:
+    """Yield the folders of runs below `root`, without those inside of another run.
+
+    Raises:
+        UsageError: `root` is no folder.
+    """
+    root = root.resolve() if root.is_symlink() else root
+    if root.exists() and not root.is_dir():
+        raise UsageError(f"{root} is no folder", flag="--root=FOLDER")
+    pending = [(root, 0)]
+    while pending:
+        folder, depth = pending.pop()
+        subfolders, is_run = [], False
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    is_run = is_run or entry.name in RUN_MARKERS
+                    if entry.name[0] != "." and entry.is_dir(follow_symlinks=False):
+                        subfolders.append((Path(entry.path), depth + 1))
+        except OSError:
+            continue
+        if is_run and depth:
+            yield folder
+        elif depth < MAX_DEPTH:
+            pending += subfolders
+
+
+def run_name_of(folder: Path, root: Path) -> str:
+    """Return the short name of a run: `spam/quick/3` for `runs/spam/quick/version_3`."""
+    try:
+        parts = list(folder.relative_to(root).parts)
+    except ValueError:
+        try:
+            parts = list(folder.resolve().relative_to(root.resolve()).parts)
+        except ValueError:
+            return folder.as_posix()
+    if parts and parts[-1].removeprefix(VERSION_PREFIX).isdecimal():
+        parts[-1] = parts[-1].removeprefix(VERSION_PREFIX)
+    return "/".join(parts)
+
+
+def list_runs(root: Path) -> list[RunSummary]:
+    """Return all runs below `root`, the newest first."""
+    root = root.resolve() if root.is_symlink() else root
+    found = [summarize(folder, root) for folder in find_run_folders(root)]
+    return sorted(found, key=lambda run: (-run.started, run.name))
+
+
+def summarize(folder: Path, root: Path) -> RunSummary:
+    """Summarize a run from its record, and from its files where the record says nothing."""
+    record, facts = read_record(folder), inspect_folder(folder)
+    known = record or {}
+    steps, seconds, started = (_number(known.get(k)) for k in ("steps", "duration_s", "started"))
+    status = status_of(record, facts.last_written)
+    best, metric, mode, task = None, None, "min", _text(known.get("task"))
+    recorded_best = known.get("best")
+    if isinstance(recorded_best, dict):
+        metric, best = _text(recorded_best.get("metric")), _number(recorded_best.get("value"))
+        mode = "max" if recorded_best.get("mode") == "max" else "min"
+    if record is None or (best is None and status in ("killed", "running")):
+        last_step, metric, best = read_best_loss(folder)
+        steps = max((s for s in (steps, last_step, checkpoint_step(facts)) if s), default=steps)
+        task = task or task_of_config(folder)
+    if record is None:
+        started, seconds = facts.first_written, facts.last_written - facts.first_written
+    elif seconds is None or status in ("killed", "running"):
+        seconds = max(0.0, facts.last_written - (started or facts.first_written))
+    return RunSummary(
+        name=run_name_of(folder, root),
+        folder=folder,
+        verb=_text(known.get("verb")) or "fit",
+        status=status,
+        task=task,
+        steps=None if steps is None else int(steps),
+        metric=metric,
+        mode=mode,
+        best=best,
+        seconds=seconds,
+        size=facts.size,
+        started=facts.first_written if started is None else started,
+        record=record,
+    )
+
+
+def _number(value: Any) -> float | None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and abs(value) < 1e300 else None
+
+
+def _text(value: Any) -> str | None:
+    return value[:200] if isinstance(value, str) and value else None
+
+
+def inspect_folder(folder: Path) -> FolderFacts:
+    """Sum the sizes of all files of a run, and find the times of its first and its last file."""
+    size, last, first, checkpoints = 0, 0.0, float("inf"), []
+    pending = [str(folder)]
+    while pending:
+        top = pending.pop()
+        with suppress(OSError), os.scandir(top) as entries:
+            for entry in entries:
+                if entry.name.endswith(".ckpt"):
+                    checkpoints.append(entry.name)
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(entry.path)
+                    continue
+                with suppress(OSError):
+                    status = entry.stat(follow_symlinks=False)
+                    if stat.S_ISREG(status.st_mode):
+                        size += status.st_size
+                        last, first = max(last, status.st_mtime), min(first, status.st_mtime)
+    if not last:
+        with suppress(OSError):
+            last = first = folder.lstat().st_mtime
+    return FolderFacts(size, last, min(first, last), checkpoints)
+
+
+def checkpoint_step(facts: FolderFacts) -> int | None:
+    """Return the largest step in the names of a run's checkpoints."""
+    matches = [STEP_PATTERN.search(name) for name in facts.checkpoints]
+    return max((int(match[1]) for match in matches if match), default=None)
+
+
+def task_of_config(folder: Path) -> str | None:
+    """Return the class of the model that `config.yaml` names, found without a YAML parser."""
+    text = read_regular_file(folder / "config.yaml", 2**20)
+    match = CLASS_PATTERN.search(text or "")
+    return match[1].rpartition(".")[2] if match else None
+
+
+def read_best_loss(folder: Path) -> tuple[int | None, str | None, float | None]:
+    """Return the steps in `metrics.csv`, and the name and smallest value of a validation loss."""
+    text = read_regular_file(folder / "metrics.csv", MAX_METRICS_BYTES)
+    if not text:
+        return None, None, None
+    lines = text.splitlines()
+    columns = lines[0].split(",")
+    names = [n for n in columns if n.startswith("val") and n.endswith("loss")]
+    step_column = columns.index("step") if "step" in columns else None
+    column = columns.index(names[0]) if names else None
+    best, last_step = None, None
+    for line in lines[1:]:
+        cells = line.split(",")
+        if len(cells) != len(columns):
+            continue
+        with suppress(ValueError):
+            if column is not None and cells[column]:
+                value = float(cells[column])
+                best = value if value == value and (best is None or value < best) else best
+            if step_column is not None and cells[step_column].isdecimal():
+                last_step = int(cells[step_column][:15]) + 1 - FIRST_LOGGED_STEP
+    return last_step, names[0] if best is not None else None, best
+
+
+def read_curves(
+    folder: Path, max_bytes: int = MAX_CURVES_BYTES
+) -> dict[str, list[tuple[float, float]]]:
+    """Return each metric of `metrics.csv` as points (step, value), sorted by step."""
+    text = read_regular_file(folder / "metrics.csv", max_bytes)
+    curves: dict[str, list[tuple[float, float]]] = {}
+    if not text:
+        return curves
+    for row in csv.DictReader(text.splitlines()):
+        with suppress(TypeError, ValueError):
+            step = float(row.get("step") or "")
+            for name, cell in row.items():
+                if cell and name not in ("step", "epoch", None) and isinstance(cell, str):
+                    with suppress(ValueError):
+                        curves.setdefault(name, []).append((step, float(cell)))
+    return {name: sorted(points, key=lambda point: point[0]) for name, points in curves.items()}
+
+
+def joined_curves(run: RunSummary, root: Path) -> dict[str, list[tuple[float, float]]]:
+    """Return the curves of a run, before its first step those of the runs it was resumed from.
+
+    Only runs below `root` are read, whatever the record says.
+    """
+    curves, seen, current = read_curves(run.folder), {run.folder.resolve()}, run.record
+    limit = float("inf")
+    while current is not None and isinstance(parent := current.get("parent"), dict):
+        step, folder = _number(parent.get("step")), parent_folder(parent, root)
+        if step is None or folder is None or folder.resolve() in seen:
+            break
+        seen.add(folder.resolve())
+        limit = min(limit, step)
+        for name, points in read_curves(folder).items():
+            own = curves.get(name, [])
+            start = min((s for s, _ in own), default=float("inf"))
+            end = min(start, limit + FIRST_LOGGED_STEP)
+            curves[name] = [point for point in points if point[0] < end] + own
+        current = read_record(folder)
+    return curves
+
+
+def parent_folder(parent: dict[str, Any], root: Path) -> Path | None:
+    """Return the folder of the run that a record names as its parent, if it lies below `root`."""
+    text = _text(parent.get("run"))
+    if text is None or "\0" in text:
+        return None
+    top, folder = root.resolve(), Path(root, text)
+    resolved = folder.resolve()
+    is_below = resolved.is_relative_to(top) and resolved != top and resolved.is_dir()
+    return folder if is_below else None
+
+
+def find_run(text: str, root: Path, flag: str = "runs") -> Path:
+    """Return the folder of the run called `text`.
+
+    Args:
+        text: a path, `task/config/3`, the beginning of one name alone, or `last`.
+        root: the folder of all runs.
+        flag: the beginning of the suggested command.
+
+    Raises:
+        UsageError: no run, or more than one, has that name.
+    """
+    if path := run_at_path(text):
+        return path
+    runs = {run_name_of(folder, root): folder for folder in find_run_folders(root)}
+    if not runs:
+        raise UsageError(
+            f"there is no run under {root}", flag="fit --config=NAME, or --root=FOLDER"
+        )
+    if text == "last":
+        return max(runs.values(), key=_start_time)
+    wanted = short_name(text, root)
+    if wanted in runs:
+        return runs[wanted]
+    matching = sorted(name for name in runs if wanted and name.startswith(wanted))
+    if len(matching) == 1:
+        return runs[matching[0]]
+    if matching:
+        shown = [*matching[:8], *([f"and {len(matching) - 8} more"] if len(matching) > 8 else [])]
+        raise AmbiguousRunError(
+            f"{len(matching)} runs begin with {text!r}",
+            shown,
+            flag=f"{flag} {matching[0]}",
+            label="these",
+        )
+    newest_first = sorted(runs, key=lambda name: -_start_time(runs[name]))
+    nearest = suggest_names(wanted, runs) or newest_first[:3]
+    raise UsageError(
+        f"no run is called {text!r}", nearest, flag=f"{flag} {nearest[0]}", label="nearest"
+    )
+
+
+def split_run_request(request: str, root: Path) -> tuple[Path, bool] | None:
+    """Return the run that `--ckpt_path` names, and whether its best checkpoint is meant.
+
+    None is returned for the path of a checkpoint, for a URL, and for a name that is no run's.
+    `task/config/3` and `task/config/3/last` are the newest checkpoint; `task/config/3/best` is the
+    best one.
+
+    Raises:
+        UsageError: several runs begin with that name.
+    """
+    is_keyword = request in ("auto", "last", "best", "hpc", "registry", "null")
+    if not request or is_keyword or "://" in request or request.endswith(".ckpt"):
+        return None
+    if os.path.exists(request) and not (
+        os.path.isdir(request) and os.path.isdir(os.path.join(request, "checkpoints"))
+    ):
+        return None
+    name, _, kind = request.rstrip("/").rpartition("/")
+    if kind not in ("best", "last") or not name:
+        name, kind = request, "last"
+    try:
+        return find_run(name, root, "--ckpt_path"), kind == "best"
+    except AmbiguousRunError:
+        raise
+    except UsageError:
+        return None
+
+
+class AmbiguousRunError(UsageError):
+    """More than one run begins with a name."""
+
+
+def run_at_path(text: str) -> Path | None:
+    """Return the folder of a run that is given as a path to it or to one of its files."""
+    if not text or "\0" in text:
+        return None
+    path = Path(text)
+    is_file = path.is_file() or path.suffix == ".ckpt"  # a checkpoint in parts is a folder
+    candidates = (path.parent, path.parent.parent) if is_file else (path,)
+    return next((f for f in candidates if path.exists() and is_run_folder(f)), None)
+
+
+def is_run_folder(folder: Path) -> bool:
+    """Return whether a folder has a file of a run."""
+    return folder.is_dir() and any((folder / name).exists() for name in RUN_MARKERS)
+
+
+def short_name(text: str, root: Path) -> str:
+    """Return a name as `run_name_of` writes it: without the root, and without `version_`."""
+    with suppress(ValueError):
+        text = Path(text).relative_to(root).as_posix()
+    head, slash, tail = text.rstrip("/").rpartition("/")
+    return f"{head}{slash}{tail.removeprefix(VERSION_PREFIX)}"
+
+
+def list_evaluations(folder: Path) -> list[str]:
+    """Return a line for each evaluation in a run's folder: its command and its metrics."""
+    found = []
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.is_dir(follow_symlinks=False):
+                continue
+            known = read_record(entry.path)
+            if known is None or known["verb"] == "fit":
+                continue
+            metrics = known.get("metrics")
+            pairs = metrics.items() if isinstance(metrics, dict) else ()
+            numbers = [f"{name} {value:.4g}" for name, value in pairs if _number(value) is not None]
+            found.append((_number(known.get("started")) or 0, entry.name, ", ".join(numbers)))
+    return [f"{name}: {text}" if text else name for _, name, text in sorted(found)]
+
+
+def _start_time(folder: Path) -> float:
+    started = _number((read_record(folder) or {}).get("started"))
+    return inspect_folder(folder).first_written if started is None else started

@@ -1,0 +1,187 @@
+"""Placement: decide which folder a run writes to.
+
+    fit                                   the next free version_<k>
+    fit from the newest checkpoint        the folder of the checkpoint's run, which goes on
+    fit from an older one, or changed     the next free version_<k>; its record names the parent
+    test, validate, predict               <verb>_<k> inside of the folder of the judged run
+    the same, of a file that is not a     <verb>_<k> beside the runs of that name
+    run's own, or may not be written to
+
+Nothing that a file says takes part in the choice except whether its run is still alive. A link is
+never followed: a checkpoint that is reached through a link of its run's folder is not the run's
+own.
+"""
+
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ravine.strategies.checkpoint.atomic_io import find_damage, list_checkpoints
+
+from . import index, record
+from .index import STEP_PATTERN
+
+VERBS = {"fit": "fit", "validate": "validate", "test": "test", "predict": "predict"}
+CHECKPOINTS_FOLDER = "checkpoints"
+
+
+class Placement(NamedTuple):
+    """Where a run writes.
+
+    Attributes:
+        parent: the folder below which a numbered folder is created.
+        prefix: the beginning of its name.
+        continued: the existing folder of a run that goes on; None creates a folder.
+        origin: what the record says of the checkpoint: run, checkpoint, step; None without one.
+        reason: why a resumed run gets a folder of its own, or "".
+    """
+
+    parent: Path
+    prefix: str
+    continued: Path | None = None
+    origin: dict[str, Any] | None = None
+    reason: str = ""
+
+
+def place_run(
+    verb: str,
+    checkpoint: str | None,
+    root: Path,
+    name: str,
+    changed_arguments: list[str] | None,
+) -> Placement:
+    """Decide where a run writes.
+
+    Args:
+        verb: fit, validate, test or predict.
+        checkpoint: the checkpoint that it loads, or None.
+        root: the folder of all runs.
+        name: the name of the run.
+        changed_arguments: arguments that differ from the checkpoint's run; None if they are not
+            known, as in a script.
+    """
+    parent = Path(root, name)
+    if checkpoint is None or "://" in str(checkpoint):
+        return Placement(parent, index.VERSION_PREFIX)
+    path = Path(checkpoint)
+    run, step = run_of_checkpoint(path), checkpoint_step(path)
+    origin = {"run": None, "checkpoint": str(path), "step": step}
+    if run is not None:
+        origin["run"] = relative_to_root(run, root)
+    if verb != "fit":
+        if run is not None and is_writable(run):
+            return Placement(run, f"{verb}_", origin=origin)
+        return Placement(parent, f"{verb}_", origin=origin)
+    reason = reason_for_new_version(path, run, parent, changed_arguments)
+    if reason or run is None:
+        return Placement(parent, index.VERSION_PREFIX, origin=origin, reason=reason)
+    return Placement(parent, index.VERSION_PREFIX, continued=run, origin=origin)
+
+
+def run_of_checkpoint(path: Path) -> Path | None:
+    """Return the folder of the run whose `checkpoints` folder holds a file, without any link."""
+    folder = next((p for p in path.parents if p.name == CHECKPOINTS_FOLDER), None)
+    if folder is None:
+        return None
+    run = folder.parent
+    is_linked = path.parent.resolve() != run.resolve() / path.parent.relative_to(run)
+    if is_linked or run.is_symlink() or not index.is_run_folder(run):
+        return None
+    return run
+
+
+def is_writable(run: Path) -> bool:
+    """Return whether a run's folder belongs to this user and may be written to.
+
+    A folder without any write permission counts as read-only for the superuser too.
+    """
+    try:
+        status = run.stat()
+    except OSError:
+        return False
+    is_own = not hasattr(os, "getuid") or status.st_uid == os.getuid()
+    return is_own and bool(stat.S_IMODE(status.st_mode) & 0o222) and os.access(run, os.W_OK)
+
+
+def reason_for_new_version(
+    path: Path, run: Path | None, parent: Path, changed_arguments: list[str] | None
+) -> str:
+    """Return why a fit from a checkpoint may not go on in its run's folder; "" if it may."""
+    if changed_arguments is None:
+        return "a script resumes into a new version"
+    if run is None:
+        return "the checkpoint does not lie in the folder of a run"
+    if run.resolve().parent != parent.resolve():
+        return f"the run has another name than {parent.name}"
+    if not is_writable(run):
+        return f"{run} may not be written to"
+    known = record.read_record(run)
+    if record.status_of(known, index.inspect_folder(run).last_written) == "running":
+        return f"{run} is still being written to"
+    if changed_arguments:
+        shown = ", ".join(changed_arguments[:3]) + (", ..." if len(changed_arguments) > 3 else "")
+        return f"{shown} changed"
+    if newer := newer_checkpoint(path, run):
+        return f"{newer.name} is newer than {path.name}"
+    return ""
+
+
+def newer_checkpoint(path: Path, run: Path) -> Path | None:
+    """Return a complete checkpoint of the run that is newer than a given one, or None."""
+    written = {p.resolve(): time for time, p in list_checkpoints(run / CHECKPOINTS_FOLDER)}
+    own = path.resolve()
+    limit = (written.get(own, 0), checkpoint_step_in_name(path) or 0)
+    for other, time in sorted(written.items(), key=lambda item: -item[1]):
+        is_newer = (time, checkpoint_step_in_name(other) or 0) > limit
+        if other != own and is_newer and find_damage(other) is None:
+            return other
+    return None
+
+
+def checkpoint_step_in_name(path: Path) -> int | None:
+    """Return the step that a checkpoint's name states, `step=000080.ckpt`."""
+    match = STEP_PATTERN.search(path.name)
+    return int(match[1]) if match else None
+
+
+def checkpoint_step(path: Path) -> int | None:
+    """Return the number of optimizer steps of a checkpoint, from its content; None if unknown."""
+    file = path / "meta.pt" if path.is_dir() else path
+    if find_damage(path, verify_checksums=False) is not None:
+        return checkpoint_step_in_name(path)
+    try:
+        content = torch.load(file, map_location="meta", mmap=True, weights_only=True)
+        step = content["global_step"]
+    except Exception:  # the strategy that loads it reports what is wrong
+        return checkpoint_step_in_name(path)
+    return step if isinstance(step, int) else checkpoint_step_in_name(path)
+
+
+def relative_to_root(run: Path, root: Path) -> str:
+    """Return the folder of a run relative to that of all runs, or absolute if it is not below."""
+    try:
+        return run.resolve().relative_to(Path(root).resolve()).as_posix()
+    except ValueError:
+        return str(run.resolve())
+
+
+def create_numbered_folder(
+    parent: Path, prefix: str, fail: Callable[[Path, OSError], Exception]
+) -> Path:
+    """Create the next free numbered folder; runs that start together get different ones."""
+    names = [path.name for path in parent.glob(f"{prefix}*")]
+    numbers = [int(n[len(prefix) :]) for n in names if n[len(prefix) :].isdecimal()]
+    number = max(numbers, default=-1) + 1
+    while True:
+        folder = parent / f"{prefix}{number}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except OSError as error:
+            if not os.path.lexists(folder):  # a parent is a file or a broken link
+                raise fail(folder, error) from error
+            number += 1

@@ -1,0 +1,155 @@
+"""RunRecorder: the callback that writes how far a run came, and how it ended, to its record."""
+
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from .record import Record, new_record, read_record, write_record, write_surroundings
+
+MAX_METRICS = 200
+
+
+class RunRecorder(L.Callback):
+    """Writes `run.json` in the run's folder: at the start, after validations, and at the end.
+
+    Rank 0 writes. A record that cannot be written does not end the run.
+
+    Example: `Trainer(callbacks=[RunRecorder()])`.
+    """
+
+    def __init__(self) -> None:
+        """Start without a run."""
+        self.record: Record | None = None
+        self.folder: Path | None = None
+        self._started = 0.0
+        self._best: dict[str, Any] | None = None
+
+    def start(
+        self,
+        folder: Path,
+        verb: str,
+        name: str,
+        module: L.LightningModule,
+        origin: dict[str, Any] | None,
+        is_continued: bool,
+    ) -> None:
+        """Write the first record of a run; the trainer calls this when the folder exists.
+
+        Args:
+            folder: the run's folder.
+            verb: fit, validate, test or predict.
+            name: the name of the run.
+            module: what it trains or judges.
+            origin: run, checkpoint and step that it starts from, or None.
+            is_continued: whether the folder is that of an earlier run, which goes on.
+        """
+        record = new_record(verb, name, type(module).__name__)
+        if is_continued:
+            earlier = read_record(folder) or {}
+            history = earlier.pop("history", [])
+            ended = {**earlier, "continued_from": origin} if earlier else {}
+            record["history"] = [*(history if isinstance(history, list) else []), ended]
+            record["parent"] = earlier.get("parent")
+            best = earlier.get("best")
+            self._best = best if isinstance(best, dict) else None
+            record["first_started"] = earlier.get("first_started", earlier.get("started"))
+            if (past := earlier.get("duration_s")) and isinstance(past, int | float):
+                record["earlier_duration_s"] = past
+        else:
+            record["parent" if verb == "fit" else "judged"] = origin
+        self.record, self.folder, self._started = record, folder, time.monotonic()
+        self._write()
+        with suppress(OSError):
+            write_surroundings(folder)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Add device and ranks to the record; a second fit of the same trainer reopens it."""
+        if self.record is None:
+            return
+        self.record["machine"].update(describe_trainer(trainer))
+        if stage == "fit" and self.record["status"] != "running":
+            self.record["status"], self._started = "running", time.monotonic()
+        self._write()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Record the metrics, so that a killed run shows how far it came."""
+        if self.record is not None and not trainer.sanity_checking:
+            self._update(trainer)
+            self._write()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Record that the run is done."""
+        self._end(trainer, "done")
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Record that the run failed or was interrupted, and the first line of the error."""
+        is_interrupt = isinstance(exception, KeyboardInterrupt | SystemExit)
+        text = str(exception).partition("\n")[0][:500]
+        error = f"{type(exception).__name__}: {text}" if text else type(exception).__name__
+        self._end(trainer, "interrupted" if is_interrupt else "failed", error)
+
+    def _end(self, trainer: L.Trainer, status: str, error: str | None = None) -> None:
+        if self.record is None:
+            return
+        self._update(trainer)
+        self.record["status"], self.record["ended"] = status, time.time()
+        self.record["error"] = error
+        self._write()
+
+    def _update(self, trainer: Any) -> None:
+        record = self.record
+        if record is None:
+            return
+        earlier = record.get("earlier_duration_s", 0.0)
+        record["duration_s"] = round(earlier + time.monotonic() - self._started, 3)
+        metrics = list(trainer.callback_metrics.items())[:MAX_METRICS]
+        record["metrics"] = record.get("metrics", {}) | {k: plain(v) for k, v in metrics}
+        if record["verb"] == "fit" and trainer.state.fn == "fit":
+            record["steps"] = trainer.global_step
+            record["best"] = self._find_best(trainer, record["metrics"])
+
+    def _find_best(self, trainer: Any, metrics: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the best value of the monitored metric so far, and the names of kept files."""
+        callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        monitored = next((c for c in callbacks if c.monitor), None)
+        metric = str(monitored.monitor) if monitored else "val/loss"
+        mode = monitored.mode if monitored else "min"
+        value, best = metrics.get(metric), self._best
+        if best is not None and best.get("metric") != metric:
+            best = None
+        if isinstance(value, int | float) and value == value:
+            is_first = best is None or not isinstance(best.get("value"), int | float)
+            is_better = not is_first and (
+                value > best["value"] if mode == "max" else value < best["value"]  # type: ignore
+            )
+            if is_first or is_better:
+                step = trainer.global_step
+                best = {"metric": metric, "mode": mode, "value": value, "step": step}
+        self._best = best
+        return best
+
+    def _write(self) -> None:
+        if self.record is not None and self.folder is not None:
+            with suppress(OSError):  # a full disk or a removed folder ends the run elsewhere
+                write_record(self.folder, self.record)
+
+
+def plain(value: Any) -> Any:
+    """Return a metric as a number."""
+    number = float(value)
+    return number if number == number and abs(number) < 1e300 else str(number)
+
+
+def describe_trainer(trainer: Any) -> dict[str, Any]:
+    """Return device, ranks and precision of a trainer."""
+    return {
+        "device": str(trainer.strategy.root_device),
+        "ranks": trainer.world_size,
+        "precision": str(trainer.precision),
+    }
