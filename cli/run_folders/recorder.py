@@ -27,6 +27,7 @@ class RunRecorder(L.Callback):
         self.folder: Path | None = None
         self._started = 0.0
         self._best: dict[str, Any] | None = None
+        self._earlier: Record | None = None  # of the run that goes on, until training starts
 
     def start(
         self,
@@ -49,7 +50,8 @@ class RunRecorder(L.Callback):
         """
         record = new_record(verb, name, type(module).__name__)
         if is_continued:
-            earlier = read_record(folder) or {}
+            self._earlier = read_record(folder)
+            earlier = dict(self._earlier or {})
             history = earlier.pop("history", [])
             ended = {**earlier, "continued_from": origin} if earlier else {}
             record["history"] = [*(history if isinstance(history, list) else []), ended]
@@ -75,6 +77,10 @@ class RunRecorder(L.Callback):
             self.record["status"], self._started = "running", time.monotonic()
         self._write()
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forget the record of the earlier run, which the history has."""
+        self._earlier = None
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record the metrics, so that a killed run shows how far it came."""
         if self.record is not None and not trainer.sanity_checking:
@@ -89,6 +95,11 @@ class RunRecorder(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         """Record that the run failed or was interrupted, and the first line of the error."""
+        if self._earlier is not None:  # nothing was trained: the run is as it was
+            self.record, self._earlier = self._earlier, None
+            self._write()
+            self.record = None
+            return
         is_interrupt = isinstance(exception, KeyboardInterrupt | SystemExit)
         text = str(exception).partition("\n")[0][:500]
         error = f"{type(exception).__name__}: {text}" if text else type(exception).__name__

@@ -75,10 +75,11 @@ def rank_of(node):
     return next(pid for pid, names in environments.items() if b"\0RANK=" in names)
 
 
-def until_a_checkpoint(nodes, folder, version):
+def until_a_checkpoint(nodes, folder, known=()):
+    """Wait until the run has written a checkpoint that is not among the known ones."""
     deadline = time.monotonic() + 60
-    where = f"runs/languagemodel/version_{version}/checkpoints/*.ckpt"
-    while not list(folder.glob(where)) and time.monotonic() < deadline:
+    where = "runs/languagemodel/version_0/checkpoints/*.ckpt"
+    while not {*folder.glob(where)} - {*known} and time.monotonic() < deadline:
         assert all(node.poll() is None for node in nodes), said(folder)
         time.sleep(0.02)
 
@@ -94,7 +95,7 @@ def test_a_signal_to_one_node_stops_both_and_the_same_command_goes_on(tmp_path, 
     there = tmp_path / "nodes"
     runs = there / "runs" / "languagemodel"
     with two_nodes(there) as nodes:
-        until_a_checkpoint(nodes, there, 0)
+        until_a_checkpoint(nodes, there)
         nodes[1].terminate()
         statuses = [node.wait(60) for node in nodes]
     assert statuses == [143, 143], said(there)
@@ -102,8 +103,9 @@ def test_a_signal_to_one_node_stops_both_and_the_same_command_goes_on(tmp_path, 
     assert not damaged_paths
     stopped_at = AtomicCheckpointIO().load_checkpoint(newest)["global_step"]
     assert 0 < stopped_at < STEPS
+    known = list((runs / "version_0" / "checkpoints").glob("*.ckpt"))
     with two_nodes(there) as nodes:
-        until_a_checkpoint(nodes, there, 1)
+        until_a_checkpoint(nodes, there, known)
         os.kill(rank_of(nodes[0]), signal.SIGKILL)
         assert [node.wait(90) for node in nodes] == [0, 0], said(there)
     whole = "".join(log.read_text() for log in there.glob("node*.log"))
@@ -113,7 +115,7 @@ def test_a_signal_to_one_node_stops_both_and_the_same_command_goes_on(tmp_path, 
     monkeypatch.chdir(tmp_path / "alone")
     assert main(["fit", *WORDS]) == 0
     dist.destroy_process_group()  # of this process, where other tests run
-    last = f"version_{{}}/checkpoints/step={STEPS:06d}.ckpt"
-    state_dict = torch.load(runs / last.format(2), weights_only=True)["state_dict"]
-    alone = Path("runs", "languagemodel", last.format(0))
+    last = f"version_0/checkpoints/step={STEPS:06d}.ckpt"  # each resume went on in the folder
+    state_dict = torch.load(runs / last, weights_only=True)["state_dict"]
+    alone = Path("runs", "languagemodel", last)
     assert furthest(state_dict, torch.load(alone, weights_only=True)["state_dict"]) < 2e-6

@@ -77,7 +77,8 @@ def test_a_checkpoint_is_all_that_an_evaluation_needs(
     Path("toys.py").write_text(TOYS)
     assert main(["fit", "--config=base", "--model=toys.Toy", "--data=toys.Data"]) == 0
     assert main([command, "--ckpt_path", str(saved()), "--trust=toys"]) == 0
-    config = yaml.safe_load(Path("runs/base/version_1/config.yaml").read_text())
+    text = Path(f"runs/base/version_0/{command}_0/config.yaml").read_text()
+    config = yaml.safe_load(text)
     assert config["model"] == {"class_path": "toys.Toy", "init_args": {"width": 8}}
     assert config["data"] == {"class_path": "toys.Data", "init_args": {"size": 3}}
     assert "is used" not in capsys.readouterr().out
@@ -108,7 +109,7 @@ class Data(L.LightningDataModule):
 
 def test_name_and_seed_come_back_too(trained: Path) -> None:
     assert main(["validate", "--ckpt_path", str(trained), TRUST]) == 0
-    config = yaml.safe_load(Path("runs/base/version_1/config.yaml").read_text())
+    config = yaml.safe_load(Path("runs/base/version_0/validate_0/config.yaml").read_text())
     assert (config["seed_everything"], config["trainer"]["name"]) == (7, "base")
 
 
@@ -277,7 +278,8 @@ def test_the_source_that_was_taken_is_written_down_and_taken_again(
     assert "# data source: embedded" in text
     words = ["fit", "--config=spam/quick", "--ckpt_path=auto", *tiny]
     assert main([*words, "--trainer.max_epochs=2"]) == 0
-    text = Path("runs/spam/quick/version_1/config.yaml").read_text()
+    text = Path("runs/spam/quick/version_0/config.yaml").read_text()  # it went on there
+    assert yaml.safe_load(text)["trainer"]["max_epochs"] == 2
     assert yaml.safe_load(text)["data"]["init_args"]["source"] == "embedded"
 
 
@@ -323,7 +325,7 @@ def test_auto_starts_anew_where_there_is_nothing_and_goes_on_where_there_is(
     assert main(words) == 0
     assert "no checkpoint in runs/base yet, starting from scratch" in capsys.readouterr().out
     assert main([*words, "--trainer.max_epochs=4"]) == 0
-    assert torch.load(saved(1), weights_only=True)["global_step"] == 16
+    assert torch.load(saved(), weights_only=True)["global_step"] == 16  # in the same folder
     assert main(["validate", "--trainer.name=other", "--ckpt_path=auto"]) == 2
     assert "names with checkpoints: base" in capsys.readouterr().err
 
@@ -666,7 +668,8 @@ def test_a_checkpoint_alone_restores_the_configuration_of_its_run(
     out = capsys.readouterr().out
     assert said in out
     assert "is used" not in out  # nothing differs
-    config = yaml.safe_load(Path("runs/base/version_1/config.yaml").read_text())
+    config = yaml.safe_load(Path("runs/base/version_0/config.yaml").read_text())  # it went on
+    assert config["trainer"]["max_epochs"] == 3
     assert config["trainer"]["accumulate_grad_batches"] == 2
     assert config["trainer"]["check_val_every_n_epoch"] is None
     assert main([*alone, "--trainer.callbacks=GradientClipping"]) == 2
