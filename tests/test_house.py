@@ -466,12 +466,6 @@ COMMAND_WORDS = re.compile(
     r"|\b(lightning|ravine) (fit|validate|test|predict|generate|export)\b"
     r"|(^|[;:,] |\bor |\bthen )type "  # an instruction to type
 )
-# Strings that still speak of the command line outside of a `flag`: at most so many a file.
-FLAGS_IN_TEXT: dict[str, int] = {
-    "callbacks/optimizers/state_codec.py": 6,
-}
-# Errors that have a flag and no hint: at most so many a file.
-FLAGS_WITHOUT_HINT: dict[str, int] = {}
 
 
 def is_flag_scope(node: ast.AST) -> bool:
@@ -546,15 +540,11 @@ def flags_without_hint(root: Path) -> dict[str, list[int]]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("check", "allowed"),
-    [(flags_in_text, FLAGS_IN_TEXT), (flags_without_hint, FLAGS_WITHOUT_HINT)],
-)
-def test_library_errors_speak_to_a_script_and_keep_flags_apart(
-    check: Callable[[Path], dict[str, list[int]]], allowed: dict[str, int]
+@pytest.mark.parametrize("check", [flags_in_text, flags_without_hint])
+def test_library_errors_have_flags_only_in_the_argument_flag_and_a_hint_beside_it(
+    check: Callable[[Path], dict[str, list[int]]],
 ) -> None:
-    found = check(ROOT)
-    assert {n: lines for n, lines in found.items() if len(lines) > allowed.get(n, 0)} == {}
+    assert check(ROOT) == {}
 
 
 @pytest.mark.parametrize(

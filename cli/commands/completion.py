@@ -58,7 +58,7 @@ def run_argv(argv: list[str]) -> int:
         raise UsageError("completion needs a shell", SCRIPTS, flag=f"{program} completion bash")
     if words[0] in SCRIPTS:
         raise UsageError(
-            f"completion takes one shell, and {' '.join(words[1:])!r} follows",
+            f"completion takes one shell, but {' '.join(words[1:])!r} was also given",
             flag=f"{program} completion {words[0]}",
         )
     raise unknown_name_error(

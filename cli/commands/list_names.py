@@ -20,7 +20,7 @@ def run_argv(argv: list[str]) -> int:
         raise UsageError(f"list has no flag {flag}", flag=f"{program_name()} list configs quick")
     if len(words) > 2:
         raise UsageError(
-            f"list takes a kind and one word, and {' '.join(words[2:])!r} is a third",
+            f"list takes a kind and one word, but {' '.join(words[2:])!r} was also given",
             flag=f"{program_name()} list {words[0]} {words[1]}",
         )
     if not words:

@@ -29,7 +29,7 @@ def run_argv(argv: list[str]) -> int:
     if not words or words[0] not in EXAMPLE_NAMES:
         kind_word = words[0] if words else ""
         raise unknown_name_error(
-            f"new writes no {kind_word!r}" if kind_word else "new needs what to write, and a name",
+            f"new cannot create a {kind_word!r}" if kind_word else "new needs a kind and a name",
             kind_word,
             EXAMPLE_NAMES,
             lambda kind: " ".join([program, "new", kind, *(words[1:] or [EXAMPLE_NAMES[kind]])]),
@@ -38,7 +38,7 @@ def run_argv(argv: list[str]) -> int:
     kind = words[0]
     if len(words) != 2:
         raise UsageError(
-            f"new {kind} needs one name, and {len(words) - 1} are given",
+            f"new {kind} needs one name, but {len(words) - 1} were given",
             flag=f"{program} new {kind} {EXAMPLE_NAMES[kind]}",
         )
     file_name, class_name = parse_name(words[1], kind)
@@ -49,12 +49,12 @@ def run_argv(argv: list[str]) -> int:
             file.write(text)
     except FileExistsError as error:
         raise UsageError(
-            f"{path} exists, and new replaces no file",
+            f"{path} already exists, and new does not replace a file",
             flag=f"{program} new {kind} {file_name}_2.{class_name}",
         ) from error
     except OSError as error:
         reason = f"{path} cannot be written: {error.strerror}"
-        raise UsageError(reason, flag="cd FOLDER, one that you may write to") from error
+        raise UsageError(reason, flag="cd FOLDER") from error
     commands = [f"  {line.strip()}" for line in read_commands(text)]
     print(
         f"wrote {path}: the {kind} {class_name}, which works as it is. Next:", *commands, sep="\n"

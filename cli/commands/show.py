@@ -67,7 +67,7 @@ def python_file_error(name: str) -> UsageError:
     module = Path(name).stem
     classes = [e.name for e in registry.user_entries() if e.name.startswith(f"{module}.")]
     return UsageError(
-        f"{name} is a file, and show takes a class in it",
+        f"{name} is a file, but show needs the name of a class in it",
         classes,
         flag=f"{program_name()} show {classes[0] if classes else f'{module}.NAME'}",
     )
