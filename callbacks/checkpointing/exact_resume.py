@@ -476,7 +476,7 @@ def _find_non_finite_raw(saved: Any) -> str | None:
     if not isinstance(raw, dict):
         return None
     name = first_non_finite((n, value) for n, value in raw.items() if isinstance(value, Tensor))
-    return f"the raw weight {name} beside the average" if name else None
+    return f"the raw weight {name} of EMA" if name else None
 
 
 def can_skip(loader: Any, batches: int) -> bool:

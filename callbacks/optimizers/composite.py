@@ -398,7 +398,11 @@ class CompositeOptimizer(Optimizer):
         saved_sizes = [len(group["params"]) for group in saved]
         if current_sizes != saved_sizes:
             more = len(saved_sizes) > len(current_sizes)
-            reason = "; parameters that were added during that run are missing here" if more else ""
+            reason = (
+                "; parameters that were added during that run are missing in this run"
+                if more
+                else ""
+            )
             raise UsageError(
                 f"the saved optimizer has groups of {saved_sizes} parameters, and this optimizer "
                 f"has groups of {current_sizes}{reason}",

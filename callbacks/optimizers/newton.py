@@ -58,8 +58,8 @@ class NewtonOptimizer(Optimizer):
         size = sum(p.numel() for p in self._all_parameters())
         if size > MAX_PARAMS or len(self.param_groups) > 1:
             raise UsageError(
-                f"Newton computes two gradients for each number in a step, and here are {size} "
-                f"numbers in {len(self.param_groups)} groups",
+                f"Newton computes two gradients for each number in a step; {size} numbers in "
+                f"{len(self.param_groups)} groups are too many",
                 [f"one group of at most {MAX_PARAMS} numbers"],
                 hint="use torch.optim.LBFGS",
             )

@@ -167,7 +167,7 @@ ODD_AVERAGES = {
     "no tensor": (lambda c: c["ema"]["raw"].update({"net.bias": 1}), "net.bias is no tensor"),
     "NaN": (
         lambda c: c["ema"]["raw"].update({"net.bias": torch.tensor([NAN])}),
-        "the raw weight net.bias beside the average is not finite",
+        "the raw weight net.bias of EMA is not finite",
     ),
     "int8": (
         lambda c: c["ema"]["raw"].update({"net.bias": torch.ones(1, dtype=torch.int8)}),
