@@ -182,9 +182,7 @@ def _describe_error(error: BaseException | None) -> tuple[str, dict[str, Any]] |
     if isinstance(error, KeyboardInterrupt):
         return "interrupt", {}
     if isinstance(error, UsageError | RunError):
-        fields = ("problem", "allowed", "hint", "flag", "label")
-        category = "usage" if isinstance(error, UsageError) else "failed"
-        return category, {name: getattr(error, name) for name in fields}
+        return "usage" if isinstance(error, UsageError) else "failed", error.to_arguments()
     text = str(error.args[0] if isinstance(error, LookupError) and error.args else error)
     problem = text or type(error).__name__
     return "failed", {"problem": problem, "hint": "see the output of local rank 0"}

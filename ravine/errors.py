@@ -5,6 +5,7 @@ The command line prints such an error without a traceback. Any other exception k
 
 import difflib
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class _ErrorParts(Exception):
@@ -35,6 +36,11 @@ class _ErrorParts(Exception):
         super().__init__(
             "; ".join(sentence for sentence in (problem, names, hint or flag) if sentence)
         )
+
+    def to_arguments(self) -> dict[str, Any]:
+        """Return the arguments of an equal error, as plain values that another rank can receive."""
+        names = ("problem", "allowed", "hint", "flag", "label")
+        return {name: getattr(self, name) for name in names}
 
 
 class UsageError(_ErrorParts, ValueError):
@@ -87,13 +93,17 @@ def format_arguments(arguments: Mapping[str, object]) -> str:
 
 
 def format_flags(prefix: str, arguments: Mapping[str, object]) -> str:
-    """Return arguments as flags of the command line: "--model.bias=all --model.d_ff=null"."""
+    """Return arguments as flags of the command line: "--model.bias=all --model.d_ff=null".
 
-    def to_yaml(value: object) -> str:
-        text = "null" if value is None else str(value)
-        return text.lower() if isinstance(value, bool) else text
+    Lists and texts with spaces are quoted for a shell: "--data.classes='[1, 2]'".
+    """
+    import json  # only in errors: `--help` is fast without it
+    import shlex
 
-    return " ".join(f"{prefix}{name}={to_yaml(value)}" for name, value in arguments.items())
+    texts = {
+        n: v if isinstance(v, str) else json.dumps(v, default=str) for n, v in arguments.items()
+    }
+    return " ".join(f"{prefix}{name}={shlex.quote(text)}" for name, text in texts.items())
 
 
 def suggest_names(

@@ -127,3 +127,7 @@ def test_arguments_are_written_as_python_and_as_flags() -> None:
         "--model.eps=1e-05 --model.n=1"
     )
     assert format_flags("--model.", {}) == ""
+    assert (
+        format_flags("--a.", {"of": ["x", "y"], "s": "a b"})
+        == "--a.of='[\"x\", \"y\"]' --a.s='a b'"
+    )

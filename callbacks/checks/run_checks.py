@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 
-from ravine.errors import UsageError
+from ravine.errors import RunError, UsageError
 from ravine.lightning_compat import combined_loader, load_batch, validation_loaders
 from ravine.strategies.checkpoint.atomic_io import (
     AtomicCheckpointIO,
@@ -290,10 +290,8 @@ def raise_on_all_ranks(trainer: L.Trainer, error: Exception | None) -> None:
 
 def _error_arguments(error: Exception) -> dict[str, Any]:
     """Return the arguments of a UsageError with the content of an error."""
-    if not isinstance(error, UsageError):
-        return {"problem": str(error)}
-    names = ("problem", "allowed", "hint", "flag", "label")
-    return {name: getattr(error, name) for name in names}
+    has_parts = isinstance(error, UsageError | RunError)
+    return error.to_arguments() if has_parts else {"problem": str(error)}
 
 
 def get_first_validation_batches(trainer: L.Trainer, module: L.LightningModule) -> list[Any] | None:

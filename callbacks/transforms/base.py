@@ -12,8 +12,6 @@ The module records applied phases with their plain arguments. A second trainer w
 skips them, and one with other transforms raises UsageError.
 """
 
-import json
-import shlex
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,11 +23,19 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.tensor import DTensor
 
-from ravine.errors import MissingFileError, RunError, UsageError, sort_by_similarity
+from ravine.errors import (
+    MissingFileError,
+    RunError,
+    UsageError,
+    format_arguments,
+    format_flags,
+    sort_by_similarity,
+)
 from ravine.strategies.materialize import collect_deferred_values, materialize_params
 
 from ..hooks import hook_owner, is_attached, override_hook, restore_hook
 
+CALLBACK_FLAG = "--trainer.callbacks."  # prefix of the arguments of the last callback
 RENAMING_PHASES = ("quantize", "adapt")  # phases that rename weights
 # part of the state_dict names after a phase
 CHANGED_NAMES = {"quantize": ".weight_codes", "adapt": "lora_"}
@@ -239,23 +245,25 @@ def check_saved_transforms(module: L.LightningModule, checkpoint: dict[str, Any]
             continue
         name, saved_arguments = saved[phase]["class"], saved[phase]["arguments"]
         if phase not in state.applied:
+            non_empty = {k: v for k, v in saved_arguments.items() if v not in (None, [], {})}
+            flags = format_flags(CALLBACK_FLAG, non_empty)
             raise UsageError(
                 f"the checkpoint was trained with {name}, which is missing in this run",
-                hint=f"add {name}({_format_arguments(saved_arguments)}) to Trainer(callbacks=...)",
-                flag=f"--trainer.callbacks+={name} {_format_flags(saved_arguments)}".rstrip(),
+                hint=f"add {name}({format_arguments(non_empty)}) to Trainer(callbacks=...)",
+                flag=f"--trainer.callbacks+={name} {flags}",
             )
         current = state.applied[phase]
         current = current if isinstance(current, dict) else {}
         changed = [key for key in current if saved_arguments.get(key) != current[key]]
         if changed:
             saved_changed = {key: saved_arguments.get(key) for key in changed}
-            saved_text = ", ".join(f"{key}={value!r}" for key, value in saved_changed.items())
-            current_text = ", ".join(f"{key}={current[key]!r}" for key in changed)
+            saved_text = format_arguments(saved_changed)
+            current_text = format_arguments({key: current[key] for key in changed})
             raise UsageError(
                 f"{name}: the checkpoint was trained with {saved_text}, and this run has "
                 f"{current_text}",
                 hint=f"use {name}({saved_text})",
-                flag=_format_flags(saved_changed),
+                flag=format_flags(CALLBACK_FLAG, saved_changed),
             )
     if "adapt" in saved and "quantize" in state.applied and "quantize" not in saved:
         raise UsageError(
@@ -274,21 +282,6 @@ def check_saved_transforms(module: L.LightningModule, checkpoint: dict[str, Any]
             "does not have",
             hint="use the sizes with which the checkpoint was trained",
         )
-
-
-def _format_arguments(arguments: dict[str, Any]) -> str:
-    """Return arguments of a callback as Python, without empty ones, which are the defaults."""
-    return ", ".join(f"{k}={v!r}" for k, v in arguments.items() if v not in (None, [], {}))
-
-
-def _format_flags(arguments: dict[str, Any]) -> str:
-    """Return arguments of the last callback as flags of the command line, without empty ones."""
-    texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in arguments.items()}
-    return " ".join(
-        f"--trainer.callbacks.{key}={shlex.quote(text)}"
-        for key, text in texts.items()
-        if text not in ("null", "[]", "{}")
-    )
 
 
 def _float_weight_name(name: str) -> str:

@@ -7,7 +7,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from ravine.errors import MissingFileError, UsageError
+from ravine.errors import MissingFileError, UsageError, format_arguments, format_flags
 from ravine.strategies.checkpoint import sharded_index, state_dict
 from ravine.strategies.checkpoint.atomic_io import (
     CHECKPOINT_SUFFIX,
@@ -204,14 +204,11 @@ def check_weight_shapes(module: L.LightningModule, checkpoint: dict[str, Any], p
         for key in saved_hparams.keys() & current_hparams.keys()
         if saved_hparams[key] != current_hparams[key]
     }
-    keys = sorted(key for key in changed if key[0] != "_")
+    sizes = {key: changed[key] for key in sorted(changed) if key[0] != "_"}
     name = type(module).__name__
     raise UsageError(
         f"Pretrained: the weights in {path} have other sizes than this {name}: {mismatches}",
         ["a model with the sizes of the checkpoint"],
-        hint=f"use {name}({', '.join(f'{key}={changed[key]!r}' for key in keys)})"
-        if keys
-        else "pass another path",
-        flag=" ".join(f"--model.{key}={changed[key]}" for key in keys)
-        or "--trainer.callbacks.path=FILE",
+        hint=f"use {name}({format_arguments(sizes)})" if sizes else "pass another path",
+        flag=format_flags("--model.", sizes) or "--trainer.callbacks.path=FILE",
     )

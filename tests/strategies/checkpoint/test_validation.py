@@ -128,7 +128,7 @@ ODD = {  # what is done to the checkpoint, and what the refusal names
     ),
     "a place in the data": (
         lambda c: c["loops"]["fit_loop"]["state_dict"].update(combined_loader=3),
-        "the places of the loaders are no list",
+        "the states of the loaders are not a list",
     ),
     "a list of files": (
         lambda c: c["callbacks"].update(Checkpoint={"best_k_models": ["x"]}),
