@@ -262,16 +262,19 @@ def language(callbacks: list, kind: type = Trainer, **arguments) -> L.Trainer:
     ("arguments", "message"),
     [
         ({"prompt": "ROMEO:"}, "character 'R'"),
-        ({"prompt": "the", "top_k": 200}, "top_k is 200"),
+        ({"prompt": "the", "top_k": 200}, "top_k=200 exceeds the vocabulary"),
         (
             {"prompt": "the", "temprature": 1.0},
             r"allowed: .*; use GenerateSamples\(\{'temperature': 1.0\}\)",
         ),
-        ({"prompt": "the", "max_new_tokens": 90, "context_overflow": "error"}, "do not fit"),
+        (
+            {"prompt": "the", "max_new_tokens": 90, "context_overflow": "error"},
+            "exceed the context",
+        ),
         ({"prompt": ""}, "a prompt is empty"),
         ({"stop": "#"}, "character '#'"),
-        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
-        ({"temperature": -1}, "temperature is -1"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0 is too small"),
+        ({"temperature": -1}, "temperature=-1 is out of range"),
     ],
 )
 @pytest.mark.parametrize("kind", [Trainer, L.Trainer])

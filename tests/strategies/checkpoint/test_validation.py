@@ -164,18 +164,18 @@ ODD_AVERAGES = {
     "no dict": (lambda c: c.update(ema="x"), "it has no raw weights"),
     "nothing raw": (lambda c: c["ema"].update(raw={}), "it has no raw weights"),
     "steps of text": (lambda c: c["ema"].update(num_updates="2"), "its number of updates is '2'"),
-    "no tensor": (lambda c: c["ema"]["raw"].update({"net.bias": 1}), "net.bias is no tensor"),
+    "no tensor": (lambda c: c["ema"]["raw"].update({"net.bias": 1}), "net.bias is not a tensor"),
     "NaN": (
         lambda c: c["ema"]["raw"].update({"net.bias": torch.tensor([NAN])}),
         "the raw weight net.bias of EMA is not finite",
     ),
     "int8": (
         lambda c: c["ema"]["raw"].update({"net.bias": torch.ones(1, dtype=torch.int8)}),
-        "the raw weight net.bias of the checkpoint is torch.int8",
+        "the raw weight net.bias is torch.int8 of shape [1] in the checkpoint",
     ),
     "a shape": (
         lambda c: c["ema"]["raw"].update({"net.bias": torch.ones(1, 1)}),
-        "of shape [1, 1], and here torch.float32 of [1]",
+        "of shape [1, 1] in the checkpoint, and torch.float32 of shape [1] in this model",
     ),
 }
 
@@ -234,7 +234,7 @@ def test_pretrained_refuses_weights_that_cannot_be_trained(kind, whole, tmp_path
     checkpoint = torch.load(whole, weights_only=True)
     change(checkpoint)
     torch.save(checkpoint, tmp_path / "odd.ckpt")
-    with pytest.raises(ValueError, match="--trainer") as refused:
+    with pytest.raises(ValueError, match="pass another path") as refused:
         fit(tmp_path, 4, callbacks=Pretrained(str(tmp_path / "odd.ckpt")))
     assert said in str(refused.value)
 
