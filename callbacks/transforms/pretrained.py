@@ -96,7 +96,7 @@ class Pretrained(Transform):
                 name = next(filter(None, non_finite_names), None)
         if name:
             raise UsageError(
-                f"Pretrained: {name} in {self.path} is not finite",
+                f"Pretrained: {name} is not finite in {self.path}",
                 ["weights without NaN and infinity"],
                 hint="pass another path",
                 flag="--trainer.callbacks.path=FILE",
