@@ -188,10 +188,10 @@ def _describe_error(error: BaseException | None) -> tuple[str, dict[str, Any]] |
     return "failed", {"problem": problem, "hint": "see the output of local rank 0"}
 
 
-def _raise_remote_error(category: str, parts: dict[str, Any]) -> None:
+def _raise_remote_error(category: str, fields: dict[str, Any]) -> None:
     if category == "interrupt":
         raise KeyboardInterrupt
     if category == "usage":
-        raise InvalidDataError(**parts)
-    problem = f"local rank 0 could not prepare the data: {parts['problem']}"
-    raise PreparationError(**parts | {"problem": problem})
+        raise InvalidDataError(**fields)
+    problem = f"local rank 0 could not prepare the data: {fields['problem']}"
+    raise PreparationError(**fields | {"problem": problem})

@@ -8,16 +8,16 @@ as uint8; a batch is one gather and a conversion to float.
 Axes: b batch, n images, c channels, y rows, x columns.
 """
 
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ravine.errors import MissingFileError, RunError, UsageError, sort_by_similarity
+from ravine.strategies.checkpoint.fingerprint import compute_fingerprint
 
 from .base import BaseDataModule, check_fraction
 from .downloads import download_if_missing, find_local, log_once
@@ -166,14 +166,15 @@ class ImageDataModule(BaseDataModule):
         self._splits = {name: self._select_classes(image_set) for name, image_set in splits.items()}
         self.class_names, self.num_classes = train.class_names, len(train.class_names)
         self.channels, self.image_size = train.images.shape[1], tuple(train.images.shape[2:])
-        digest = hashlib.sha256()
-        for image_set in self._splits.values():
-            for tensor in (image_set.images, image_set.labels):
-                digest.update(cast(Any, tensor.contiguous().numpy()))
+        fingerprint = compute_fingerprint(
+            tensor
+            for image_set in self._splits.values()
+            for tensor in (image_set.images, image_set.labels)
+        )
         self.provenance = {
             "source": self.source,
             "file": file,
-            "sha256": digest.hexdigest(),
+            "sha256": fingerprint,
             "class_names": list(self.class_names),
         }
         sizes = ", ".join(

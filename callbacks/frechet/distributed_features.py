@@ -9,7 +9,6 @@ pass. Every rank adds all blocks in the order of their indices. The sums are the
 bit on any number of ranks.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
@@ -20,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ravine.errors import UsageError
+from ravine.strategies.checkpoint.fingerprint import compute_fingerprint
 from ravine.strategies.data_parallel import DataParallelInfo
 
 from .statistics import Moments
@@ -144,9 +144,6 @@ def validate_images(images: Any, n: int, module_name: str) -> Tensor:
 
 def fingerprint_tensors(*tensors: Tensor) -> str:
     """Return the SHA-256 of shapes, dtypes and values of tensors."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        cpu_tensor = tensor.detach().cpu().contiguous()
-        digest.update(f"{cpu_tensor.dtype}{tuple(cpu_tensor.shape)}".encode())
-        digest.update(cpu_tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return compute_fingerprint(
+        item for tensor in tensors for item in (f"{tensor.dtype}{tuple(tensor.shape)}", tensor)
+    )

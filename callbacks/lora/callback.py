@@ -4,9 +4,8 @@ A checkpoint then holds the trained tensors and identifies the base weights. It 
 and a hash of their names and values, which are compared on loading.
 """
 
-import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import lightning as L
@@ -14,9 +13,10 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from ravine.errors import RunError, UsageError
+from ravine.strategies.checkpoint.fingerprint import compute_fingerprint
 from ravine.strategies.materialize import deferred_values, iter_value_blocks
 from ravine.strategies.zero1 import has_gradient
 
@@ -400,18 +400,18 @@ def _rank_messages(module: nn.Module, names: list[str]) -> list[str]:
 
 def fingerprint_weights(module: nn.Module) -> str:
     """Return the SHA-256 of the parameters' names, dtypes, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name, parameter in module.named_parameters():
-        if parameter.is_meta and deferred_values(parameter) is None:
-            raise UsageError(
-                f"LoRA: {name} has no values yet, because it is on the meta device",
-                hint="create the module on a device with values",
-            )
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        for block in iter_value_blocks(parameter):
-            raw = block.cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(raw.numpy().data)
-    return digest.hexdigest()
+
+    def iter_content() -> Iterator[str | Tensor]:
+        for name, parameter in module.named_parameters():
+            if parameter.is_meta and deferred_values(parameter) is None:
+                raise UsageError(
+                    f"LoRA: {name} has no values yet, because it is on the meta device",
+                    hint="create the module on a device with values",
+                )
+            yield f"{name} {parameter.dtype} {tuple(parameter.shape)}"
+            yield from iter_value_blocks(parameter)
+
+    return compute_fingerprint(iter_content())
 
 
 def _describe_base(base: dict[str, Any]) -> str:

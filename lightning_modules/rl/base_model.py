@@ -1,6 +1,5 @@
 """Base model of a policy: load and check the checkpoint of a pretrained language model."""
 
-import hashlib
 import inspect
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from ravine.strategies.checkpoint.atomic_io import (
     CheckpointError,
     collective_loading,
 )
+from ravine.strategies.checkpoint.fingerprint import compute_fingerprint
 
 from ..nn import Transformer
 
@@ -137,7 +137,7 @@ def load_base_model(base_checkpoint: str) -> BaseModel:
     }
     sizes = tokenizer.vocab_size, language["context_length"], net_kwargs
     _check_net(path, content.get("task"), weights, *sizes)
-    return BaseModel(*sizes, tokenizer, weights, compute_fingerprint(weights))
+    return BaseModel(*sizes, tokenizer, weights, fingerprint_weights(weights))
 
 
 def _check_net(
@@ -195,10 +195,6 @@ def check_fingerprint(base_checkpoint: str, actual: str, expected: str) -> None:
         )
 
 
-def compute_fingerprint(weights: dict[str, Tensor]) -> str:
-    """Checksum (SHA-256) of the names and values of weights, in hex."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(name.encode())
-        digest.update(weights[name].detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def fingerprint_weights(weights: dict[str, Tensor]) -> str:
+    """Return the SHA-256 of the names and values of weights, in hex."""
+    return compute_fingerprint(item for name in sorted(weights) for item in (name, weights[name]))
