@@ -119,7 +119,8 @@ def test_a_checkpoint_is_a_measure_with_a_name_and_an_accuracy(tmp_path: Path) -
     right = (extractor.compute_logits(features).argmax(1) == labels).float().mean()
     assert float(right) == pytest.approx(accuracy(module, trainer, data))
     with pytest.raises(
-        ValueError, match=r"images of \(1, 28, 28\) .* digits_cnn knows \(1, 8, 8\)"
+        ValueError,
+        match=r"images of shape \(1, 28, 28\) .* digits_cnn, which was trained on \(1, 8, 8\)",
     ):
         extractor(torch.zeros(1, 1, 28, 28, dtype=torch.uint8))
     assert FrechetDistance(extractor).metric_name == "fd_digits_cnn"
