@@ -226,7 +226,9 @@ def test_a_class_of_a_user_s_own_is_loaded_through_itself(line: Path, tmp_path: 
         loaded = Named.load_from_checkpoint(path)
         assert type(loaded) is type(load_model(path)) is kind
         assert "net.0.lora_a" in loaded.state_dict()
-    with pytest.raises(UsageError, match="written by Named, the model is SpamClassifier; allowed"):
+    with pytest.raises(
+        UsageError, match="written by Named, but the model is a SpamClassifier; allowed"
+    ):
         SpamClassifier.load_from_checkpoint(tmp_path / "Named.ckpt")
     config = {"lr": 0.1, "hidden": 2}
     path = trained(Configured(config), Points(), tmp_path / "configured.ckpt")
