@@ -287,7 +287,7 @@ def test_one_process_refuses_parts_of_another_architecture(written, text, capsys
     assert command(tmp_path, words) == 2
     said = capsys.readouterr().err
     assert f"the weights in {path} do not fit this LanguageModel: " in said
-    assert "type: a checkpoint of this model\n" in said
+    assert "  type: --ckpt_path=ANOTHER\n" in said
 
 
 def test_an_index_that_would_run_a_program_is_not_read(written, tmp_path):
@@ -309,5 +309,5 @@ def write_more_than_fits(path):
 
 def test_a_folder_that_cannot_be_written_is_one_line_on_all_ranks(ranks, tmp_path):
     for text, exists in ranks(write_more_than_fits, 2, str(tmp_path / "step=1.ckpt")):
-        assert re.search(r"cannot be written \(no space left, or .*make room in", text)
+        assert re.search(r"cannot be written \(no space left, or .*free space in", text)
         assert not exists
