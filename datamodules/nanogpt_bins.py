@@ -253,8 +253,8 @@ def _cached_token_range(file: Path, array: np.ndarray) -> tuple[int, int]:
             pass
     token_range = compute_token_range(array)
     if is_long:
-        with atomic_write(path) as file:
-            file.write(json.dumps(token_range).encode())
+        with atomic_write(path) as cache_file:
+            cache_file.write(json.dumps(token_range).encode())
     return token_range
 
 
