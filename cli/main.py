@@ -1,5 +1,6 @@
 """Command-line entry point: parses the command and answers help and simple errors without torch."""
 
+import io
 import os
 import shlex
 import signal
@@ -168,6 +169,8 @@ def normalize_argv(argv: list[str]) -> list[str]:
 def run_lookup_command(argv: list[str]) -> int:
     """Run a command that reads files only; a reader such as `head` may stop reading early."""
     add_current_folder_to_path()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without α shows a ?
     try:
         return import_module(LOOKUP_COMMANDS[argv[0]]).run_argv(argv)
     except BrokenPipeError:

@@ -3,11 +3,11 @@
 import sys
 from pathlib import Path
 
-from ravine.errors import UsageError
+from ravine.errors import UsageError, suggest_names
 
 from ..config import presets
 from ..discovery import class_pages, config_pages, registry
-from ..error_report import program_name, unknown_name_error
+from ..error_report import program_name
 
 
 def run_argv(argv: list[str]) -> int:
@@ -16,9 +16,9 @@ def run_argv(argv: list[str]) -> int:
     configs: list[str] = []
     pages: list[str] = []
     for name in names:
-        if name.endswith(".py"):
-            raise python_file_error(name)
-        path = config_path(name)
+        path = None if name.endswith(".py") else config_path(name)
+        if not path and "." not in (module := name.removesuffix(".py")):
+            check_no_python_file(module)
         entries = [] if path else class_pages.find_pages(name)
         if not path and not entries:
             raise unknown_error(name)
@@ -62,12 +62,13 @@ def config_path(name: str) -> str | None:
         return None
 
 
-def python_file_error(name: str) -> UsageError:
-    """Return the error for a Python file, which names the classes in it."""
-    module = Path(name).stem
+def check_no_python_file(module: str) -> None:
+    """Raise an error for the name of a Python file, which lists the classes in it."""
+    if not Path(f"{module}.py").is_file():
+        return
     classes = [e.name for e in registry.user_entries() if e.name.startswith(f"{module}.")]
-    return UsageError(
-        f"{name} is a file, but show needs the name of a class in it",
+    raise UsageError(
+        f"{module}.py is a file, but show needs the name of a class in it",
         classes,
         flag=f"{program_name()} show {classes[0] if classes else f'{module}.NAME'}",
     )
@@ -75,9 +76,10 @@ def python_file_error(name: str) -> UsageError:
 
 def config_page(paths: list[str]) -> str:
     """Return the headers of configs, and their values, resolved in order."""
-    headers = [config_pages.read_header(Path(path).read_text(encoding="utf-8")) for path in paths]
+    nodes = [config_pages.load_config(path) for path in paths]
     presets.check_config_order(paths)
-    merged = config_pages.merge_configs([config_pages.load_config(path) for path in paths])
+    merged = config_pages.merge_configs(nodes)
+    headers = [config_pages.read_header(Path(path).read_text(encoding="utf-8")) for path in paths]
     names = " ".join(f"--config {shown_name(path)}" for path in paths)
     lines = [line for header in headers for line in [*header.text.splitlines(), ""] if header.text]
     lines += [
@@ -96,10 +98,9 @@ def shown_name(path: str) -> str:
 
 def unknown_error(name: str) -> UsageError:
     """Return the error for a name that is in no list, with the nearest names."""
-    return unknown_name_error(
-        f"no config and no class is called {name!r}",
-        name.removesuffix(".yaml"),
-        [*(config.name for config in config_pages.list_configs()), *registry.all_names()],
-        f"{program_name()} show {{}}".format,
-        "NAME",
+    names = [*(config.name for config in config_pages.list_configs()), *registry.all_names()]
+    nearest = suggest_names(name.removesuffix(".yaml"), names)
+    flag = f"{program_name()} show {nearest[0]}" if nearest else f"{program_name()} list"
+    return UsageError(
+        f"no config and no class is called {name!r}", nearest, flag=flag, label="nearest"
     )

@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import re
+from types import ModuleType
 
 from ravine.errors import UsageError, suggest_names
 
@@ -14,6 +15,7 @@ from .registry import Entry
 from .source_index import Parameter, UnknownValueError
 from .text_layout import two_columns
 
+FUNCTION = "function"  # kind of a function, such as a reward of the user
 OTHER_CLASS = ""  # kind of a class that is in no list, such as LRSchedule
 SINGULAR = {
     "callbacks": "a callback",
@@ -24,6 +26,7 @@ SINGULAR = {
     "rewards": "a reward",
     "samplers": "a sampler",
     "schedules": "a schedule",
+    FUNCTION: "a function",
     OTHER_CLASS: "a class",
 }
 # How a class is named on the command line, and how its arguments are set.
@@ -183,7 +186,7 @@ def class_page(entry: Entry, program: str) -> str:
         lines += [f"The same in Python: MeshStrategy({values})", ""]
     if rows := argument_rows(entry.parameters or []):
         lines += ["Arguments:", *two_columns(rows), ""]
-    if entry.kind != OTHER_CLASS:
+    if entry.kind not in (OTHER_CLASS, FUNCTION):
         lines += ["Example:", f"  {example_command(entry, program)}", ""]
         if used_in := configs_with_class(entry.name):
             more = f", and {len(used_in) - 6} more" if len(used_in) > 6 else ""
@@ -200,7 +203,7 @@ def find_pages(name: str) -> list[Entry]:
     """
     if entries := registry.find_named(name):
         return entries
-    if re.fullmatch(r"\w+(\.\w+)+", name):
+    if re.fullmatch(r"\w+(\.\w+)+", name) and not name.endswith((".yaml", ".yml", ".py")):
         return find_dotted(name)
     return []
 
@@ -209,7 +212,8 @@ def find_dotted(path: str) -> list[Entry]:
     """Return the entry of a class by its dotted path, from its source text or by an import."""
     definition = source_index.find_definition(path)
     if definition and isinstance(definition.node, ast.ClassDef | source_index.FunctionNode):
-        kind = registry.kind_of(definition) or OTHER_CLASS
+        other = OTHER_CLASS if isinstance(definition.node, ast.ClassDef) else FUNCTION
+        kind = registry.kind_of(definition) or other
         entry = registry.make_entry(definition, kind, "", path)
         if entry.parameters is not None:
             return [entry]
@@ -223,8 +227,9 @@ def import_entry(module_name: str, name: str) -> Entry:
     """Import a class that cannot be read from source text, and return its entry."""
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # a user's file can raise anything
-        line = f" in line {error.lineno}" if isinstance(error, SyntaxError) else ""
+    except (Exception, SystemExit) as error:  # a user's file can raise anything
+        number = getattr(error, "lineno", None)
+        line = f" in line {number}" if number else ""
         reason = f"{type(error).__name__}{line}: {getattr(error, 'msg', None) or error}"
         raise UsageError(
             f"{module_name} cannot be imported: {reason.splitlines()[0]}",
@@ -232,24 +237,36 @@ def import_entry(module_name: str, name: str) -> Entry:
         ) from error
     target = getattr(module, name, None)
     if not callable(target):
-        class_names = [
-            key
-            for key, value in vars(module).items()
-            if isinstance(value, type) and value.__module__ == module_name
-        ]
-        nearest = suggest_names(name, class_names, least=0)
-        raise UsageError(
-            f"{module_name} has no class {name!r}",
-            [f"{module_name}.{other}" for other in nearest],
-            flag=f"{program_name()} show {module_name}.{nearest[0]}" if nearest else "",
-            label="nearest",
-        )
+        raise no_class_error(module, name)
     bases = tuple(base.__name__ for base in getattr(target, "__mro__", ())[1:])
-    kind = next((k for base, k in registry.KIND_OF_BASE.items() if base in bases), OTHER_CLASS)
+    other = OTHER_CLASS if isinstance(target, type) else FUNCTION
+    kind = next((k for base, k in registry.KIND_OF_BASE.items() if base in bases), other)
     text = target.__doc__ or ""
     summary = source_index.first_paragraph(text)
     path, parameters = f"{module_name}.{name}", inspected_parameters(target, text)
     return Entry(path, kind, "", summary, parameters, text, path, bases)
+
+
+def no_class_error(module: ModuleType, name: str) -> UsageError:
+    """Return the error for a dotted path that names no class, with classes of the module."""
+    module_name, path = module.__name__, f"{module.__name__}.{name}"
+    problem = f"{module_name} has no class {name!r}"
+    if isinstance(submodule := getattr(module, name, None), ModuleType):
+        problem, module, module_name = (
+            f"{path} is a module, and show takes a class",
+            submodule,
+            path,
+        )
+    public = getattr(module, "__all__", vars(module))
+    class_names = [key for key in public if isinstance(vars(module).get(key), type)]
+    local = [key for key in class_names if vars(module)[key].__module__ == module_name]
+    nearest = suggest_names(name, local or class_names, least=0)
+    return UsageError(
+        problem,
+        [f"{module_name}.{other}" for other in nearest],
+        flag=f"{program_name()} show {module_name}.{nearest[0] if nearest else 'NAME'}",
+        label="nearest",
+    )
 
 
 def inspected_parameters(target: object, text: str) -> list[Parameter]:

@@ -84,7 +84,7 @@ class ConfigEntry(NamedTuple):
 def list_configs() -> list[ConfigEntry]:
     """Return the presets and the YAML files of the current folder."""
     paths = [(name, presets.CONFIGS_FOLDER / f"{name}.yaml") for name in presets.list_presets()]
-    paths += [(path.name, path) for path in sorted(Path().glob("[!.]*.yaml"))]
+    paths += [(path.name, path) for path in sorted(Path().glob("[!.]*.yaml")) if path.is_file()]
     entries = []
     for name, path in paths:
         text = path.read_text(encoding="utf-8", errors="replace")

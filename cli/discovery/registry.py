@@ -350,7 +350,9 @@ def user_sources() -> list[SourceFile]:
     """Return the Python files of the current folder that can be imported by their name."""
     sources = []
     for path in sorted(Path().glob("[!._]*.py"))[:MAX_USER_FILES]:
-        if not path.stem.isidentifier() or path.stat().st_size > MAX_USER_FILE_BYTES:
+        if not path.stem.isidentifier() or not path.is_file():  # a broken link is no file
+            continue
+        if path.stat().st_size > MAX_USER_FILE_BYTES:
             continue
         source = find_source(path.stem)
         if source and source.path.resolve() == path.resolve():

@@ -118,7 +118,7 @@ class SourceFile:
         names: list[str] = []
         for expr in self.exported_exprs:
             if isinstance(expr, ast.List | ast.Tuple):
-                names += [e.value for e in expr.elts if isinstance(e, ast.Constant)]
+                names += [str(e.value) for e in expr.elts if isinstance(e, ast.Constant)]
             elif isinstance(expr, ast.Attribute) and expr.attr == "__all__":
                 module, attribute = self.imports.get(ast.unparse(expr.value), ("", ""))
                 other = find_source(f"{module}.{attribute}" if attribute else module)

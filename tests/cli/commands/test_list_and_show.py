@@ -159,7 +159,11 @@ def test_pages_of_other_names(name: str, text: str, capsys: Capture) -> None:
         ("show ema", ["  nearest: EMA"]),
         ("show mine.Nothing", ["  nearest: mine.Mine", "  type: lightning show mine.Mine"]),
         ("show mine.py", ["  allowed: mine.Mine", "  type: lightning show mine.Mine"]),
-        ("show nowhere.Nothing", ["  type: lightning show NAME"]),
+        ("show nowhere.Nothing", ["  type: lightning list"]),
+        ("show mine", ["  allowed: mine.Mine", "  type: lightning show mine.Mine"]),
+        ("show ends.Nothing", ["ends cannot be imported: SystemExit: 3"]),
+        ("show torch.optim", ["  nearest: torch.optim."]),
+        ("show broken.yaml", ["no config and no class"]),
         ("show broken.Nothing", ['  type: python -c "import broken"']),
         ("show", ["  type: lightning show shakespeare/quick"]),
         ("show --model=X", ["  type: lightning fit --config NAME --model=X --print_config"]),
@@ -178,6 +182,9 @@ def test_a_wrong_name_is_answered_with_the_nearest(
 ) -> None:
     Path("mine.py").write_text("import lightning as L\n\nclass Mine(L.Callback): ...\n")
     Path("broken.py").write_text("class Broken(:\n")
+    Path("ends.py").write_text("import sys\nsys.exit(3)\n")
+    Path("broken.yaml").symlink_to("nowhere")
+    Path("dir.py").mkdir()
     shown = error(capsys, *words.split())
     assert shown[0].startswith("lightning: error: ")
     for line in lines:

@@ -16,7 +16,7 @@ from ravine.errors import UsageError
 
 Capture = pytest.CaptureFixture[str]
 # in eight characters of an untrained net a line may have no end
-pytestmark = pytest.mark.filterwarnings("ignore:all (8|16) samples weigh 0")
+pytestmark = pytest.mark.filterwarnings("ignore:all (8|16) advantages are 0")
 SHORT = {
     "task": ["--trainer.max_epochs=2", "--data.num_points=100"],
     "optimizer": ["--trainer.max_steps=2", "--model.num_layers=1", "--data.source=embedded"],
