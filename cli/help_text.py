@@ -21,7 +21,7 @@ usage: {0} COMMAND [--config NAME ...] [--key=value ...]
 FIT_HELP = """\
 usage: {0} fit --config NAME [--config OVERLAY ...] [--key=value ...]
 
-  --config shakespeare/quick  a preset ({0} list configs) or your YAML file; later overrides
+  --config shakespeare/quick  a preset ({0} list configs) or your YAML file; the last wins
   --model=NAME --model.KEY=V  the class of the task; a class of yours is my_file.MyTask
   --data=NAME --data.KEY=V    the class of the datamodule
   --trainer.max_steps=200     any argument of Lightning's Trainer
