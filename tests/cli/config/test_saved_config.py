@@ -674,5 +674,5 @@ def test_a_checkpoint_alone_restores_the_configuration_of_its_run(
     assert config["trainer"]["check_val_every_n_epoch"] is None
     assert main([*alone, "--trainer.callbacks=GradientClipping"]) == 2
     err = capsys.readouterr().err
-    assert "the optimizers of the checkpoint's run (SGD of 4 tensors)" in err
-    assert "--config RUN/config.yaml" in err
+    assert "the optimizers of the checkpoint (SGD of 4 tensors)" in err
+    assert "type: --config=RUN/config.yaml before --ckpt_path" in err
