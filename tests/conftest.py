@@ -1,4 +1,4 @@
-"""What every test stands on: one thread, fixed seeds, warnings are errors, forked ranks."""
+"""Fixtures of all tests: one thread, fixed seeds, warnings as errors, forked ranks."""
 
 import gc
 import os

@@ -1,4 +1,4 @@
-"""Count the bytes of tensors that are alive: the peak of a piece of work over its start.
+"""Count the bytes of live tensors: the peak of a piece of work over its start.
 
     with tensor_bytes() as bytes:
         loss(net(x)).backward()

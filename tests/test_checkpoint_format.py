@@ -90,7 +90,7 @@ def test_a_file_of_another_format_is_refused_in_one_line(written, read, change, 
     assert "\n" not in str(error.value)
 
 
-def test_the_command_line_refuses_it_with_its_path(written, capsys):
+def test_the_command_line_names_the_path_of_a_file_of_another_format(written, capsys):
     path = older(written, number_one)
     assert main(["generate", f"--ckpt_path={path}"]) == 2
     assert f"the checkpoint {path} has format 1" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The rules of CONTRIBUTING.md that a machine can check: the build fails where one is broken."""
+"""The rules of CONTRIBUTING.md that a machine can check."""
 
 from __future__ import annotations
 
@@ -286,7 +286,7 @@ def test_every_folder_with_code_is_installed() -> None:
     assert unpackaged(ROOT) == []
 
 
-def test_no_file_has_a_name_that_says_nothing() -> None:
+def test_no_file_has_a_forbidden_name() -> None:
     assert [p for p in sources(ROOT) if p.stem in FORBIDDEN or p.parent.name in FORBIDDEN] == []
 
 
@@ -298,7 +298,7 @@ def test_only_the_six_folders_hold_product_code() -> None:
     assert tops <= {*FOLDERS, "tests", "benchmarks", "docs", ".typing"}
 
 
-def test_no_folder_imports_what_it_must_never_know() -> None:
+def test_no_folder_imports_a_folder_that_the_table_forbids() -> None:
     assert trespassing(ROOT) == []
 
 
@@ -331,7 +331,7 @@ def test_a_use_of_private_lightning_is_caught(scratch: Path, text: str) -> None:
     assert len(private_lightning(scratch)) == 1
 
 
-def test_private_names_of_our_own_and_public_lightning_are_allowed(scratch: Path) -> None:
+def test_private_names_of_ravine_and_public_lightning_are_allowed(scratch: Path) -> None:
     text = """
 class Watch(Callback):
     def __init__(self): self._group = self._trainer = None
@@ -353,7 +353,7 @@ def test_no_preset_validates_within_an_optimizer_step() -> None:
         assert every % micro == 0, path
 
 
-def test_one_place_asks_which_part_of_the_data_is_a_process_s() -> None:
+def test_one_folder_decides_which_data_a_process_reads() -> None:
     asking = [p for p in sources(ROOT) if "distributed_sampler_kwargs" in p.read_text()]
     assert {p.relative_to(ROOT).parent.name for p in asking} == {"strategies"}
 

@@ -164,7 +164,7 @@ def same(one: Any, other: Any) -> bool:
         (TwoOptimizers, {}),
     ],
 )
-def test_a_run_has_the_hooks_the_metrics_and_the_weights_it_has_with_lightnings_own_loop(
+def test_the_fast_loop_gives_the_hooks_metrics_and_weights_of_the_loop_of_lightning(
     kind: type[L.LightningModule], settings: dict[str, Any]
 ) -> None:
     runs = []
@@ -175,7 +175,7 @@ def test_a_run_has_the_hooks_the_metrics_and_the_weights_it_has_with_lightnings_
         assert same(stock, fast)
 
 
-def test_the_short_way_is_taken_where_nothing_asks_for_the_long_one() -> None:
+def test_the_fast_loop_is_used_where_nothing_needs_the_loop_of_lightning() -> None:
     fast = {}
     for kind, settings in ((Talkative, {}), (EndsEarly, {}), (Talkative, {"profiler": "simple"})):
         seen: list[bool] = []
@@ -203,11 +203,11 @@ def fast_on_ranks(strategy: str) -> bool:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero3"])
-def test_the_short_way_is_taken_under_strategies_too(ranks: Any, strategy: str) -> None:
+def test_the_fast_loop_is_used_under_strategies(ranks: Any, strategy: str) -> None:
     assert ranks(fast_on_ranks, 2, strategy) == [True, True]
 
 
-def test_nothing_of_the_short_way_stays_on_the_module() -> None:
+def test_the_fast_loop_leaves_no_attribute_on_the_module() -> None:
     module = NetInInit()
     before = set(module.__dict__)
     Trainer(max_steps=2, accelerator="cpu").fit(module)

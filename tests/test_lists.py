@@ -259,7 +259,7 @@ def support_columns(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in head.strip("|").split("|")] for head in heads]
 
 
-def test_each_strategy_has_an_overlay_and_a_column_of_the_table_of_what_works() -> None:
+def test_each_strategy_has_an_overlay_and_a_column_of_the_support_table() -> None:
     assert sorted(path.stem for path in OVERLAYS.glob("*.yaml")) == sorted(STRATEGY_PRESETS)
     columns = support_columns((ROOT / "README.md").read_text())
     assert columns[1] == ["callback (on the transformer)", "ddp", *STRATEGY_PRESETS]
@@ -310,7 +310,7 @@ def code_blocks() -> Iterator[tuple[Path, str]]:
             yield page, block
 
 
-def test_every_name_that_a_page_imports_of_ravine_is_there() -> None:
+def test_every_name_that_a_page_imports_from_ravine_exists() -> None:
     found = 0
     for page, block in code_blocks():
         for node in ast.walk(ast.parse(block)):

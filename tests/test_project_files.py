@@ -1,4 +1,4 @@
-"""The changelog, the workflow and the version are what CONTRIBUTING.md says of them."""
+"""The changelog, the workflow and the version are as CONTRIBUTING.md describes them."""
 
 import re
 import subprocess
@@ -64,7 +64,7 @@ def test_the_workflow_runs_the_same_script_on_both_ends() -> None:
     ]
 
 
-def test_the_templates_are_short() -> None:
+def test_the_templates_have_at_most_ten_lines() -> None:
     templates = [*(ROOT / ".github").rglob("ISSUE_TEMPLATE/*.md")]
     templates += [ROOT / ".github" / "PULL_REQUEST_TEMPLATE.md"]
     assert len(templates) == 3

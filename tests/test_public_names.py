@@ -61,7 +61,7 @@ def test_each_file_of_optimizers_adds_its_names_to_the_callbacks(tmp_path: Path)
         from ravine.callbacks import Lyon  # noqa: F401
 
 
-def test_an_error_holds_its_parts_and_shows_those_that_are_there() -> None:
+def test_an_error_has_its_parts_and_joins_those_that_are_not_empty() -> None:
     error = UsageError("num_heads=5 does not divide d_model=128", [4, 8], "use 4 or 8")
     assert str(error) == "num_heads=5 does not divide d_model=128; allowed: 4, 8; use 4 or 8"
     assert error.allowed == ["4", "8"]
@@ -69,7 +69,7 @@ def test_an_error_holds_its_parts_and_shows_those_that_are_there() -> None:
     assert str(UsageError("no", hint="set x=1", flag="--x=1")) == "no; set x=1"
 
 
-def test_errors_are_caught_as_the_builtin_exceptions_that_they_refine() -> None:
+def test_errors_are_subclasses_of_the_matching_builtin_exceptions() -> None:
     for cls, base in (
         (UsageError, ValueError),
         (UsageTypeError, TypeError),

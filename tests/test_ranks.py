@@ -1,4 +1,4 @@
-"""The harness that proves strategies is itself proved: results, failures, hangs, warnings."""
+"""The harness of multi-process tests: results, failures, hangs and warnings."""
 
 import os
 import time
@@ -54,7 +54,7 @@ def fit_twice(strategy: str) -> list[float]:
     return [trainer.world_size, trainer.global_rank, float(model.layer.weight.detach().sum())]
 
 
-def test_ranks_form_one_job_and_answer_in_order(ranks):
+def test_ranks_form_one_job_and_return_results_in_order(ranks):
     assert ranks(total, 3, 10) == [60, 60, 60]
 
 
@@ -73,14 +73,14 @@ def test_a_failing_rank_is_named_with_its_traceback_and_output(ranks):
     assert "rank 0 killed because another failed" in str(error.value)
 
 
-def test_a_hanging_rank_is_killed_and_shown_where_it_hung(ranks):
+def test_a_hanging_rank_is_killed_and_its_stack_is_shown(ranks):
     with pytest.raises(AssertionError, match="rank 1 hung: killed after 3 s") as error:
         ranks(hang_on, 2, 1, timeout=3)
     assert "in hang_on" in str(error.value)
     assert "rank 0" not in str(error.value)
 
 
-def test_a_rank_that_dies_is_named_with_its_exit_status(ranks):
+def test_a_rank_that_exits_is_named_with_its_exit_status(ranks):
     with pytest.raises(AssertionError, match=r"rank 0 failed \(exit 7\)"):
         ranks(die, 1)
 

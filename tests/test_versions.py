@@ -1,4 +1,4 @@
-"""The supported versions: those that pyproject.toml names, and no call that one deprecates."""
+"""The supported versions of pyproject.toml, and no call of a deprecated function."""
 
 import ast
 import importlib

@@ -215,7 +215,7 @@ CHECKS = (
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_nothing_of_the_old_vocabulary_is_left(check: Any) -> None:
+def test_no_word_of_the_old_vocabulary_is_left(check: Any) -> None:
     assert check(ROOT) == []
 
 

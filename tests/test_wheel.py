@@ -1,4 +1,4 @@
-"""The wheel holds everything: installed in an empty environment, it trains from any folder."""
+"""The wheel is complete: installed in an empty environment, it trains from any folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pieces of a small tokenizer: 256 bytes, and words with all their beginnings."""
+"""Pieces of a small tokenizer: 256 bytes, and words with all their prefixes."""
 
 # ruff: noqa: RUF001
 

@@ -19,7 +19,7 @@ SPEC.loader.exec_module(fuzz)
 
 
 @pytest.mark.parametrize("name", list(fuzz.TARGETS))
-def test_no_changed_input_acts_hangs_or_ends_in_a_traceback(name: str) -> None:
+def test_no_changed_input_runs_code_hangs_or_gives_a_traceback(name: str) -> None:
     campaign = fuzz.Campaign(name, seed=1, keep=None)
     campaign.run(600, inputs=25)
     assert campaign.counts["inputs"] == 25
@@ -63,7 +63,9 @@ def fail(path: Path) -> None:
         (lambda path: os._exit(3), "crashed"),
     ],
 )
-def test_a_planted_fault_is_seen(monkeypatch: pytest.MonkeyPatch, read: Any, fault: str) -> None:
+def test_a_planted_fault_is_detected(
+    monkeypatch: pytest.MonkeyPatch, read: Any, fault: str
+) -> None:
     def once_warm(path: Path) -> None:
         if path.parent.name == "input.ckpt":  # not while good files are read
             read(path)

@@ -51,7 +51,7 @@ def cut_all(cases: list[dict[str, Any]], folder: str, key: str) -> list[dict[str
     return [resume_cover.cut_twice(case, folder, key) for case in cases]
 
 
-def test_twelve_cases_drawn_by_the_commit_go_on_bit_for_bit(folder: Path, ranks: Any) -> None:
+def test_twelve_cases_drawn_by_the_commit_resume_bit_for_bit(folder: Path, ranks: Any) -> None:
     key = commit()
     alone, together = draw_pairs(key)
     found = cut_all(alone, str(folder), key)

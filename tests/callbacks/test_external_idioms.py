@@ -70,7 +70,7 @@ def same(a, b):
 
 
 @every
-def test_a_plan_with_the_modules_optimizer_is_the_module_by_itself(kind):
+def test_a_plan_with_the_optimizer_of_the_module_equals_the_module_alone(kind):
     plan = OptimizerPlan(kind.optimizer, decay="all")
     if kind is GAN:
         with pytest.raises(ValueError, match="GAN steps its own optimizers") as error:
@@ -102,7 +102,7 @@ REFUSED = {  # no linear layer to quantize, or a teacher whose parameters are pa
 
 @every
 @pytest.mark.parametrize("how", ADAPTED)
-def test_by_default_adapters_move_and_frozen_weights_stay(kind, how):
+def test_by_default_adapters_train_and_frozen_weights_do_not(kind, how):
     callbacks = ADAPTED[how]()
     if (said := REFUSED.get((kind.__name__, how))) is not None:
         with pytest.raises(ValueError, match=said) as error:

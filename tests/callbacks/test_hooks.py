@@ -1,4 +1,4 @@
-"""One owner a method: refusals name both callbacks, and everything is given back."""
+"""A method has one owner: the error names both callbacks, and every method is restored."""
 
 import copy
 
@@ -52,7 +52,7 @@ def trainer(*callbacks):
     )
 
 
-def test_a_patched_method_is_called_and_given_back():
+def test_a_patched_method_is_called_and_restored():
     module, taker = BoringModel(), Taker()
     own = module.configure_optimizers
     trainer(taker).fit(module)
@@ -62,7 +62,7 @@ def test_a_patched_method_is_called_and_given_back():
     assert "configure_optimizers" not in vars(module)
 
 
-def test_a_second_living_owner_is_refused_with_both_names():
+def test_a_second_active_owner_is_refused_with_both_names():
     with pytest.raises(ValueError, match="Taker and OtherTaker both override configure_optimizers"):
         trainer(Taker(), OtherTaker()).fit(BoringModel())
 
@@ -77,7 +77,7 @@ def test_an_owner_left_by_a_crashed_fit_is_stale():
     assert "configure_optimizers" not in vars(module)
 
 
-def test_what_the_user_put_on_the_instance_comes_back():
+def test_a_method_that_the_user_set_on_the_instance_is_restored():
     module = BoringModel()
     module.configure_optimizers = own = lambda: torch.optim.SGD(module.parameters(), lr=0.5)
     trainer(Taker()).fit(module)

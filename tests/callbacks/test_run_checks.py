@@ -138,13 +138,13 @@ def assert_same(one: tuple, other: tuple) -> None:
     assert one[2] == other[2]
 
 
-def test_a_run_that_was_checked_equals_one_that_was_not_bit_for_bit() -> None:
+def test_a_checked_run_equals_an_unchecked_one_bit_for_bit() -> None:
     checked, plain = trained(True), trained(False)
     assert checked[3] == [(0, (4, 4), False)]
     assert_same(checked, plain)
 
 
-def test_a_validation_step_that_is_tried_leaves_no_trace() -> None:
+def test_a_trial_of_the_validation_step_changes_no_state() -> None:
     assert_same(trained(True, sanity=0, common=()), trained(False, sanity=0, common=()))
 
 
@@ -152,7 +152,7 @@ def checked_and_plain(*arguments) -> tuple:
     return trained(True, *arguments), trained(False, *arguments)
 
 
-def test_the_same_on_two_ranks(ranks) -> None:
+def test_a_checked_run_on_two_ranks_equals_an_unchecked_one(ranks) -> None:
     for checked, plain in ranks(checked_and_plain, 2, "ddp", 2):
         assert len(checked[3]) == 1
         assert_same(checked, plain)
@@ -215,7 +215,7 @@ def test_a_check_sees_the_restored_weights_before_sanity_check_and_step(tmp_path
     assert order.calls[0] == ("check", module.net[0].weight.sum().item(), 4)
 
 
-def test_a_method_called_check_with_other_parameters_is_left_alone() -> None:
+def test_a_method_called_check_with_other_parameters_is_not_called() -> None:
     class Own(NetInInit):
         def check(self, number=3):
             raise AssertionError("not ours to call")
@@ -223,7 +223,7 @@ def test_a_method_called_check_with_other_parameters_is_left_alone() -> None:
     L.Trainer(**QUIET, max_steps=1, callbacks=[GradientClipping(1.0)]).fit(Own())
 
 
-def test_looking_at_a_loader_moves_neither_it_nor_its_generators() -> None:
+def test_reading_a_batch_for_the_checks_changes_neither_the_loader_nor_its_generators() -> None:
     rows = TensorDataset(torch.arange(8.0))
     plain = DataLoader(rows, 2, shuffle=True, generator=torch.Generator().manual_seed(1))
     get_first_batch(plain)
@@ -290,7 +290,7 @@ def test_samples_are_tried_before_the_first_step(arguments, message, kind) -> No
     assert stopped == []
 
 
-def test_the_default_prompt_is_one_that_the_text_has() -> None:
+def test_the_default_prompt_has_characters_of_the_text() -> None:
     samples = GenerateSamples({"max_new_tokens": 3})
     language([samples])
     assert samples.last_text is not None
@@ -370,7 +370,7 @@ def test_a_state_that_no_checkpoint_can_hold_is_refused_before_the_first_step(
     assert getattr(callback, "saves", 0) == 0  # as it was before the trial
 
 
-def test_harmless_ones_are_saved_as_plain_values() -> None:
+def test_harmless_hyperparameters_are_saved_as_plain_values() -> None:
     given = {
         "path": (1, Path("x")),
         "n": numpy.float64(3),
@@ -514,7 +514,7 @@ def test_a_metric_that_another_callback_or_hook_logs_is_not_refused() -> None:
         assert trainer.global_step == 4
 
 
-def test_a_scheduler_that_watches_nothing_is_refused() -> None:
+def test_a_scheduler_without_its_metric_is_refused() -> None:
     class Plateau(Noisy1):
         def configure_optimizers(self):
             optimizer = super().configure_optimizers()
@@ -608,7 +608,7 @@ def test_a_base_of_another_size_is_refused_with_its_arguments(tmp_path) -> None:
     assert trainer.global_step == 0
 
 
-def test_a_module_that_cannot_predict_says_so_in_one_line() -> None:
+def test_a_module_that_cannot_predict_is_refused_in_one_line() -> None:
     with pytest.raises(ValueError, match=r"Diffusion has no predict_step.*call Diffusion.generate"):
         Trainer(**QUIET).predict(
             Diffusion(base_channels=8), DataLoader(TensorDataset(torch.rand(2, 1)))
@@ -627,7 +627,7 @@ def test_columns_and_rows_of_other_lengths_are_named() -> None:
         Trainer(**QUIET).predict(Rows(), LOADERS()["val_dataloaders"])
 
 
-def test_a_plan_alone_brings_the_checks_to_a_stock_trainer() -> None:
+def test_a_plan_alone_adds_the_checks_to_a_stock_trainer() -> None:
     plan = OptimizerPlan(partial(torch.optim.SGD, lr=0.1))
     trainer = L.Trainer(**QUIET, max_epochs=1, callbacks=[plan, EarlyStopping("val/los")])
     with pytest.raises(ValueError, match="EarlyStopping monitors"):

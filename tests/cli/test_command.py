@@ -1,4 +1,4 @@
-"""Commands as they are typed, run in this process by the front door; four of them in their own."""
+"""Commands as a user types them, run in this process; four run in their own."""
 
 import csv
 import os
@@ -114,7 +114,7 @@ def test_a_language_model_is_trained_validated_and_tested() -> None:
 
 
 @pytest.mark.parametrize("name", [*FOREIGN, "two_optimizers.TwoOptimizers"])
-def test_modules_of_others_run_by_their_dotted_path(name: str) -> None:
+def test_external_modules_run_by_their_dotted_path(name: str) -> None:
     words = [f"--model=external_modules.{name}", "--trainer.accelerator=cpu"]
     quick = ["--trainer.max_epochs=1", "--trainer.enable_model_summary=false"]
     assert main(["fit", *words, *quick]) == 0
@@ -126,7 +126,7 @@ def test_modules_of_others_run_by_their_dotted_path(name: str) -> None:
     assert yaml.safe_load(text)["model"]["class_path"] == f"external_modules.{name}"
 
 
-def test_an_overlay_changes_what_it_names_and_keeps_the_rest() -> None:
+def test_an_overlay_changes_only_the_keys_that_it_sets() -> None:
     Path("over.yaml").write_text("trainer: {max_epochs: 1}\nmodel: {init_args: {lr: 0.5}}")
     assert main(["fit", "--config", "base", "--config", "over"]) == 0
     found = config("base")
@@ -135,7 +135,7 @@ def test_an_overlay_changes_what_it_names_and_keeps_the_rest() -> None:
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_a_callback_is_added_wherever_it_stands(last: bool) -> None:
+def test_a_callback_is_added_before_or_after_a_config(last: bool) -> None:
     Path("more.yaml").write_text("trainer: {callbacks: [{class_path: NaNGuard}]}")
     added = ["--trainer.callbacks+=GradientClipping", "--trainer.callbacks.max_norm=2.5"]
     configs = ["--config=base", "--config=more"]
@@ -150,7 +150,7 @@ def test_an_overlay_appends_to_the_callbacks_of_its_base() -> None:
     assert classes("text") == ["OptimizerPlan", "GenerateSamples", "NaNGuard"]
 
 
-def test_of_two_classes_with_one_name_ours_is_meant() -> None:
+def test_of_two_classes_with_the_same_name_ravines_is_used() -> None:
     words = ["--trainer.callbacks+=Checkpoint", "--trainer.callbacks.save_top_k=-1"]
     words += ["--trainer.callbacks+=ProgressBar", "--trainer.callbacks.refresh_rate=3"]
     assert main(["fit", "--config=base", *words]) == 0
@@ -181,7 +181,7 @@ EVERY_STEP = [
 ]
 
 
-def test_a_run_cut_at_any_of_three_steps_and_continued_is_the_uncut_run_bit_for_bit() -> None:
+def test_a_run_resumed_at_any_of_three_steps_equals_the_uninterrupted_run_bit_for_bit() -> None:
     Path("drop.yaml").write_text(  # replaces the list: what makes resuming exact is not in it
         "trainer: "
         "{callbacks: [{class_path: GenerateSamples, init_args: {arguments: {prompt: so}}}]}"
@@ -195,7 +195,7 @@ def test_a_run_cut_at_any_of_three_steps_and_continued_is_the_uncut_run_bit_for_
         assert equal(state(checkpoints("text", version)[-1]), state(whole[-1]))
 
 
-def test_a_run_resumed_at_its_end_says_that_nothing_was_trained(
+def test_a_run_resumed_at_its_end_prints_that_no_step_was_trained(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = ["fit", "--config=text", "--trainer.max_steps=2"]
@@ -208,7 +208,7 @@ def test_a_run_resumed_at_its_end_says_that_nothing_was_trained(
     assert "done: " not in out
 
 
-def test_another_seed_is_another_run() -> None:
+def test_another_seed_gives_other_weights() -> None:
     words = ["fit", "--config=text", "--trainer.max_steps=2"]
     assert main(words) == 0
     assert main([*words, "--seed_everything=1"]) == 0
@@ -218,13 +218,13 @@ def test_another_seed_is_another_run() -> None:
     assert not equal(one[0], other[0])
 
 
-def test_a_second_run_in_one_folder_is_a_second_version() -> None:
+def test_a_second_run_of_the_same_name_is_a_second_version() -> None:
     for _ in range(2):
         assert main(["fit", "--config=base", "--trainer.logger=false"]) == 0
     assert files("base", 0) == files("base", 1) == ["checkpoints", "config.yaml"]
 
 
-def test_debug_overlays_do_what_they_say(capsys: pytest.CaptureFixture[str]) -> None:
+def test_debug_overlays_have_their_described_effect(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "--config=base", "--config=debug/fast_dev_run"]) == 0
     assert not Path("runs").exists()
     assert main(["fit", "--config=base", "--config=debug/profiler", "--trainer.max_steps=2"]) == 0
@@ -237,14 +237,14 @@ def test_debug_overlays_do_what_they_say(capsys: pytest.CaptureFixture[str]) -> 
     assert losses == sorted(losses, reverse=True)  # one batch: each step improves on it
 
 
-def test_logger_overlays_write_what_they_name() -> None:
+def test_logger_overlays_write_their_log_files() -> None:
     for version, (name, kept) in enumerate({"csv": "metrics.csv", "tensorboard": "events"}.items()):
         assert main(["fit", "--config=base", f"--config=logger/{name}"]) == 0
         assert {"metrics.csv", "events"} & set(files("base", version)) == {kept}
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
-def test_a_logger_that_is_not_installed_ends_in_one_message(
+def test_a_logger_that_is_not_installed_is_one_error(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("ravine.cli.trainer.find_spec", lambda package: None)
@@ -276,7 +276,7 @@ def test_ctrl_c_once_ends_in_a_checkpoint_and_130() -> None:
 @pytest.mark.parametrize(
     "place", ["model", "data", "trainer.callbacks", "trainer.strategy", "trainer.profiler"]
 )
-def test_no_config_and_no_checkpoint_may_name_what_runs_commands(place: str) -> None:
+def test_no_config_and_no_checkpoint_may_name_a_function_that_runs_commands(place: str) -> None:
     run = '{"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "it_ran"]}}'
     assert main(["fit", "--config=base", f"--{place}={run}"]) == 2
     assert not Path("it_ran").exists()
@@ -302,7 +302,7 @@ def _zero3() -> int:
     return main([*two("base"), model, "--trainer.strategy=zero3"])
 
 
-def test_a_module_of_others_is_sharded_from_the_command_line(
+def test_an_external_module_is_sharded_from_the_command_line(
     ranks: Callable[..., list[Any]],
 ) -> None:
     assert ranks(_zero3, 2) == [0, 0]
@@ -320,7 +320,7 @@ def test_a_run_that_fails_before_its_first_step_leaves_no_folder() -> None:
     assert checkpoints("text")
 
 
-def test_the_end_of_a_run_says_what_to_type_next(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_end_of_a_run_prints_the_next_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "--config", "text.yaml"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert "done: runs/text/version_0" in said
@@ -329,7 +329,7 @@ def test_the_end_of_a_run_says_what_to_type_next(capsys: pytest.CaptureFixture[s
     assert main(["generate", "--ckpt_path", str(path), "--max_new_tokens=1"]) == 0
 
 
-def test_a_module_of_others_is_told_a_command_that_works(
+def test_the_next_command_for_an_external_module_works(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["fit", "--config", "base.yaml"]) == 0
@@ -339,7 +339,7 @@ def test_a_module_of_others_is_told_a_command_that_works(
     assert main(line.split()[2:]) == 0
 
 
-def test_a_fit_without_a_validation_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fit_without_a_validation_prints_a_hint(capsys: pytest.CaptureFixture[str]) -> None:
     short = ["fit", "--config", "text.yaml", "--trainer.max_steps=2"]
     assert main(short) == 0
     expected = (

@@ -1,4 +1,4 @@
-"""One command starts all ranks by itself, and every process ends cleanly."""
+"""One command starts all ranks, and every process ends cleanly."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The front door: answers without torch, arranged words, exit statuses; no command really runs."""
+"""The command-line entry point: help, argument order, errors and exit statuses; no training."""
 
 import errno
 import importlib
@@ -66,7 +66,7 @@ print(sorted({"torch", "lightning", "jsonargparse", "numpy"} & set(sys.modules))
 """
 
 
-def test_what_needs_no_torch_is_answered_without_it(tmp_path: Path) -> None:
+def test_help_and_simple_errors_do_not_import_torch(tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("trainer: [")
     words = [sys.executable, "-c", ASK, ";".join(WITHOUT_TORCH)]
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=True)
@@ -74,14 +74,14 @@ def test_what_needs_no_torch_is_answered_without_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [None, *main.COMMANDS, *main.LOOKUP_COMMANDS])
-def test_a_page_can_be_read_at_a_glance(name: str | None) -> None:
+def test_a_help_page_has_at_most_ten_lines_of_100_columns(name: str | None) -> None:
     lines = help_text.help_text(name, "lightning").splitlines()
     assert len(lines) <= (10 if name else 5 + len(main.COMMANDS) + len(main.LOOKUP_COMMANDS))
     assert max(map(len, lines)) <= 100
 
 
 @pytest.mark.parametrize("name", ["lightning", "ravine"])
-def test_the_program_goes_by_the_name_it_was_called(
+def test_messages_use_the_name_of_the_called_program(
     name: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -136,7 +136,7 @@ def test_a_flag_means_the_same_before_and_after_a_config(
     assert main.normalize_argv(command.ran[0]) == command.ran[0]
 
 
-def test_a_callback_is_added_to_those_of_a_config_that_comes_later(
+def test_a_callback_is_added_to_those_of_a_later_config(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = tmp_path / "base.yaml"
@@ -182,7 +182,7 @@ def test_a_config_is_a_file_as_typed_then_with_yaml_then_a_preset(
         ("task", "  allowed: mine, task/quick"),
     ],
 )
-def test_a_config_that_is_missing_is_answered_with_the_nearest(
+def test_the_error_for_a_missing_config_names_the_nearest(
     name: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(presets, "CONFIGS_FOLDER", tmp_path / "configs")
@@ -201,7 +201,7 @@ def test_every_installed_config_is_found_by_its_name() -> None:
     )
 
 
-def test_debug_shows_the_traceback_and_is_no_word_of_the_command(
+def test_the_flag_debug_shows_the_traceback_and_is_removed_from_the_command(
     command: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main.main(["fit", "--debug", "--config", "nothing"]) == 2
@@ -210,7 +210,7 @@ def test_debug_shows_the_traceback_and_is_no_word_of_the_command(
     assert command.ran == [["fit"]]
 
 
-def test_only_the_first_rank_of_a_machine_speaks(
+def test_only_the_first_rank_of_a_machine_prints_errors(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -428,7 +428,7 @@ for words in (
 """
 
 
-def test_behind_a_symlink_a_mistake_is_a_line_and_status_2(tmp_path: Path) -> None:
+def test_behind_a_symlink_a_user_error_is_one_line_with_status_2(tmp_path: Path) -> None:
     """A virtual environment in a home folder that is a link, for example."""
     site = tmp_path / "real" / "ravine"
     site.mkdir(parents=True)
@@ -449,7 +449,7 @@ def test_behind_a_symlink_a_mistake_is_a_line_and_status_2(tmp_path: Path) -> No
     assert sum(": error: " in line for line in lines) == 7, done.stderr
 
 
-def test_an_error_of_shards_in_a_hook_is_one_line(
+def test_an_error_of_sharded_tensors_in_a_hook_is_one_line(
     tmp_path: Path,
     command: SimpleNamespace,
     monkeypatch: pytest.MonkeyPatch,
@@ -477,7 +477,7 @@ def test_an_error_of_shards_in_a_hook_is_one_line(
         main.main(["fit"])
 
 
-def test_what_lightning_refuses_is_one_line(
+def test_an_error_of_the_lightning_trainer_is_one_line(
     command: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from lightning.pytorch import Trainer
@@ -487,7 +487,7 @@ def test_what_lightning_refuses_is_one_line(
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_callback_that_is_there_twice_is_one_line(
+def test_a_duplicate_callback_is_one_line(
     command: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from lightning.pytorch import Trainer
@@ -498,7 +498,7 @@ def test_a_callback_that_is_there_twice_is_one_line(
     assert capsys.readouterr().err.startswith("lightning: error: Found more than one stateful")
 
 
-def test_a_full_disk_is_one_line_though_a_thread_met_it(
+def test_a_full_disk_in_a_thread_is_one_error(
     command: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def write() -> None:
@@ -519,7 +519,7 @@ def test_a_full_disk_is_one_line_though_a_thread_met_it(
     )
 
 
-def test_a_folder_that_is_gone_is_left_in_one_line(
+def test_a_removed_current_folder_is_one_error(
     tmp_path: Path,
     command: SimpleNamespace,
     monkeypatch: pytest.MonkeyPatch,
@@ -534,7 +534,9 @@ def test_a_folder_that_is_gone_is_left_in_one_line(
     )
 
 
-def test_a_ctrl_c_that_lightning_makes_an_exit_of_stays_one(command: SimpleNamespace) -> None:
+def test_a_ctrl_c_that_lightning_turns_into_an_exit_has_status_130(
+    command: SimpleNamespace,
+) -> None:
     def run(argv: list[str]) -> int:
         try:
             raise KeyboardInterrupt
@@ -549,7 +551,7 @@ def test_a_ctrl_c_that_lightning_makes_an_exit_of_stays_one(command: SimpleNames
     ("name", "said"),
     [("fit", " before the first step: no checkpoint was saved"), ("generate", "")],
 )
-def test_a_ctrl_c_before_anything_handles_it_is_one_line(
+def test_a_ctrl_c_before_a_handler_is_set_is_one_message(
     name: str, said: str, command: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run(argv: list[str]) -> int:
@@ -561,7 +563,7 @@ def test_a_ctrl_c_before_anything_handles_it_is_one_line(
     assert capsys.readouterr().err == f"\nstopped by Ctrl-C{said}\n{hint}\n"
 
 
-def test_torch_and_torchvision_of_two_builds_are_named(
+def test_torch_and_torchvision_of_different_builds_are_named(
     monkeypatch: pytest.MonkeyPatch, command: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(name: str) -> None:
@@ -595,7 +597,7 @@ assert not signal.pthread_sigmask(signal.SIG_BLOCK, set())
 """
 
 
-def test_a_signal_before_there_is_a_handler_waits_for_it() -> None:
+def test_a_signal_before_a_handler_is_set_stays_pending() -> None:
     done = subprocess.run([sys.executable, "-c", SIGNALLED], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "handled\n0 0\n", "")
 
@@ -610,7 +612,7 @@ def test_a_signal_before_there_is_a_handler_waits_for_it() -> None:
         "PATH",
     ],
 )
-def test_a_variable_that_somebody_reads_passes(name: str) -> None:
+def test_a_known_environment_variable_is_accepted(name: str) -> None:
     environment.check_env_vars({name: "1"}, "fit", main.COMMANDS)
 
 
@@ -626,7 +628,7 @@ def test_a_variable_that_somebody_reads_passes(name: str) -> None:
         ("PL_WHATEVER", "unset PL_WHATEVER"),
     ],
 )
-def test_a_variable_that_nobody_reads_is_refused(name: str, fix: str) -> None:
+def test_an_unknown_environment_variable_is_refused(name: str, fix: str) -> None:
     with pytest.raises(UsageError) as mistake:
         environment.check_env_vars({name: "7"}, "fit", main.COMMANDS)
     first, *_, last = error_report.message_of(mistake.value, []).splitlines()
@@ -634,7 +636,7 @@ def test_a_variable_that_nobody_reads_is_refused(name: str, fix: str) -> None:
     assert last == f"  type: {fix}"
 
 
-def test_the_variables_lightning_reads_are_the_ones_let_through() -> None:
+def test_the_known_variables_include_all_that_lightning_reads() -> None:
     import re
 
     import lightning

@@ -1,4 +1,4 @@
-"""Where ranks cannot agree on the checkpoint of `--ckpt_path=auto`, one line gives the cause."""
+"""Ranks that cannot agree on the checkpoint of `--ckpt_path=auto` raise a one-line error."""
 
 import json
 import socket
@@ -40,14 +40,14 @@ def three_parts(text, port):
     assert fix == "  type: --ckpt_path=FILE"
 
 
-def test_a_rank_that_finds_no_store_says_where_it_looked(monkeypatch, port):
+def test_the_error_of_a_rank_without_a_store_names_the_address(monkeypatch, port):
     in_job(monkeypatch, 1, port)
     with pytest.raises(UsageError) as error:
         rank_zero.call_on_rank_zero(lambda: "a.ckpt")
     three_parts(error_report.message_of(error.value, []), port)
 
 
-def test_rank_0_whose_port_is_taken_says_so_if_it_has_a_path_to_send(monkeypatch, port):
+def test_rank_0_with_a_used_port_is_an_error_only_if_it_has_a_path_to_send(monkeypatch, port):
     in_job(monkeypatch, 0, port)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", port))

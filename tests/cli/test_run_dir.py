@@ -1,4 +1,4 @@
-"""Each run has a folder of its own, and a folder that cannot be made is an error in one line."""
+"""Each run has its own folder, and a folder that cannot be created is a one-line error."""
 
 import csv
 import errno
@@ -18,7 +18,7 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
 
 
-def test_each_run_gets_a_folder_of_its_own_with_its_curves_numbers_and_checkpoint() -> None:
+def test_each_run_has_its_own_folder_with_plot_metrics_and_checkpoint() -> None:
     for _ in range(2):
         Trainer(max_epochs=1, log_every_n_steps=1, accelerator="cpu").fit(NetInInit())
     for number in range(2):
@@ -30,7 +30,7 @@ def test_each_run_gets_a_folder_of_its_own_with_its_curves_numbers_and_checkpoin
         assert [row["train_loss"] != "" for row in rows] == [True] * 4 + [False]
 
 
-def test_a_folder_that_another_run_has_just_made_is_left_to_it(
+def test_a_folder_that_another_run_has_just_created_is_not_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     real, taken = Path.mkdir, []
@@ -47,7 +47,7 @@ def test_a_folder_that_another_run_has_just_made_is_left_to_it(
     assert trainer.log_dir == os.path.join("runs", "a/b", "version_1")
 
 
-def test_a_folder_that_cannot_be_made_is_named_and_not_looked_for_for_ever() -> None:
+def test_a_folder_that_cannot_be_created_is_named_without_an_endless_search() -> None:
     Path("runs/b/version_²").mkdir(parents=True)  # a digit, but no number
     trainer = Trainer(name="b", max_steps=1, accelerator="cpu")
     trainer.fit(NetInInit())
@@ -64,9 +64,7 @@ def test_a_folder_that_cannot_be_made_is_named_and_not_looked_for_for_ever() -> 
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
-def test_a_place_that_refuses_a_runs_folder_is_left_in_words(
-    code: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_refused_run_directory_is_one_error(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def mkdir(self: Path, *args: Any, **kwargs: Any) -> None:
         raise OSError(code, os.strerror(code))
 
@@ -90,7 +88,7 @@ def _refused(root: str) -> str:
     return str(wrong.value)
 
 
-def test_a_folder_that_rank_0_cannot_make_is_missed_by_all(
+def test_a_folder_that_rank_0_cannot_create_is_an_error_on_all_ranks(
     ranks: Callable[..., list[Any]], tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
@@ -99,7 +97,7 @@ def test_a_folder_that_rank_0_cannot_make_is_missed_by_all(
     assert "; use default_root_dir='FOLDER'" in other
 
 
-def test_fit_and_test_on_one_trainer_share_a_folder_and_log_dir_is_none_before() -> None:
+def test_fit_and_validate_of_one_trainer_share_a_folder_and_log_dir_is_none_before() -> None:
     trainer = Trainer(max_steps=1, default_root_dir="elsewhere", accelerator="cpu")
     assert trainer.log_dir is None
     trainer.fit(NetInInit())

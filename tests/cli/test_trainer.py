@@ -1,4 +1,4 @@
-"""Our Trainer is Lightning's with other defaults: same hooks and numbers, a folder for each run."""
+"""The Trainer is that of Lightning with other defaults, and a folder for each run."""
 
 import logging
 from pathlib import Path
@@ -34,13 +34,13 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("key", ["accumulate_grad_batches", "num_nodes", "val_check_interval"])
-def test_every_nothing_is_no_interval(key: str) -> None:
+def test_counts_of_zero_are_refused(key: str) -> None:
     with pytest.raises(ValueError, match=rf"{key}=0 is too small; allowed: .*; use {key}=1$"):
         Trainer(**{key: 0})  # type: ignore
 
 
 @pytest.mark.parametrize("devices", [0, "0", "two", -2, "1.5", ""])
-def test_devices_that_are_none_are_refused(devices: int | str) -> None:
+def test_invalid_devices_are_refused(devices: int | str) -> None:
     with pytest.raises(
         ValueError, match=rf"devices={devices!r} names no devices; .*; use devices=1$"
     ):
@@ -48,12 +48,12 @@ def test_devices_that_are_none_are_refused(devices: int | str) -> None:
 
 
 @pytest.mark.parametrize("devices", ["auto", 1, "1"])
-def test_devices_that_are_some_are_taken(devices: int | str) -> None:
+def test_valid_devices_are_accepted(devices: int | str) -> None:
     assert Trainer(devices=devices, accelerator="cpu").num_devices == 1
 
 
 @pytest.mark.parametrize("devices", ["-1", -1, "0,", "0,3", "0, 3", 16])
-def test_devices_of_other_machines_are_left_to_lightning(devices: int | str) -> None:
+def test_devices_of_other_machines_are_checked_by_lightning(devices: int | str) -> None:
     trainer_module.check_counts({"devices": devices})
 
 
@@ -62,7 +62,7 @@ def kinds(trainer: L.Trainer) -> list[type]:
     return [type(c) for c in trainer.callbacks if "Summary" not in type(c).__name__]
 
 
-def test_defaults_are_there_once_and_what_is_given_takes_their_place() -> None:
+def test_default_callbacks_are_present_once_and_are_replaced_by_given_ones() -> None:
     defaults = {ExactResume, GracefulStop, TokenWeightedLoss, Checkpoint, ProgressBar, LossPlot}
     defaults |= {PredictionTable, RunChecks, RunRecorder}
     assert set(kinds(Trainer())) == defaults
@@ -84,7 +84,7 @@ def test_fast_dev_run_and_barebones_leave_no_file() -> None:
     assert list(Path().iterdir()) == []
 
 
-def test_loggers_come_by_name_by_object_or_not_at_all() -> None:
+def test_loggers_are_given_by_name_by_object_or_switched_off() -> None:
     own = CSVLogger("mine")
     for logger, expected in ((["csv"], 1), ("tensorboard", 1), ([own, "csv"], 2), (False, 0)):
         trainer = Trainer(logger=logger, max_steps=1, accelerator="cpu")  # type: ignore
@@ -116,7 +116,7 @@ def test_automatic_precision_is_bf16_where_the_processor_has_it(
     assert Trainer(accelerator="cpu").precision == "32-true"
 
 
-def test_advertisements_are_left_out_and_the_rest_is_said(
+def test_advertisements_are_silenced_and_other_messages_are_kept(
     caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with caplog.at_level(logging.INFO, "lightning.pytorch"):
@@ -136,7 +136,7 @@ class PlainSteps(NetInInit):
         return torch.optim.SGD(self.parameters(), lr=self.lr)
 
 
-def test_training_reads_no_value_back_except_where_it_is_logged(
+def test_training_reads_no_value_from_the_device_except_for_logging(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     reads: list[int] = []
@@ -153,7 +153,7 @@ def test_training_reads_no_value_back_except_where_it_is_logged(
     assert {step for step in reads if step % 4} == {10}  # an epoch of 4 steps ends with a file
 
 
-def test_an_average_that_copies_the_net_too_early_is_refused_by_the_name_of_ours():
+def test_lightning_averaging_that_copies_the_net_too_early_is_refused_with_ema_as_the_hint():
     from lightning.pytorch.callbacks import EMAWeightAveraging
 
     with pytest.raises(Exception, match="EMAWeightAveraging copies the network in setup") as e:
@@ -162,7 +162,7 @@ def test_an_average_that_copies_the_net_too_early_is_refused_by_the_name_of_ours
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_processes_that_would_need_a_pickled_trainer_are_refused(method):
+def test_strategies_that_pickle_the_trainer_are_refused(method):
     strategy = DDPStrategy(start_method=method)
     with pytest.raises(ValueError, match=f"by {method}, .*; use strategy='ddp'$"):
         Trainer(accelerator="cpu", devices=2, strategy=strategy)

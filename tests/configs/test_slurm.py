@@ -175,7 +175,7 @@ def by_preemption(job):
 
 
 @pytest.mark.parametrize("stop", [by_signal, by_preemption])
-def test_a_job_that_is_stopped_goes_on_to_the_same_weights(stop, whole, tmp_path):
+def test_a_stopped_job_resumes_to_the_same_weights(stop, whole, tmp_path):
     job = Job(tmp_path / "job", whole[0])
     wait_for(job.trains, 60)
     stop(job)
@@ -189,7 +189,7 @@ def test_a_job_that_is_stopped_goes_on_to_the_same_weights(stop, whole, tmp_path
     assert all(torch.equal(weights[name], whole[1][name]) for name in whole[1])
 
 
-def test_a_job_that_is_cancelled_leaves_a_checkpoint_and_is_over(slurm, tmp_path):
+def test_a_cancelled_job_leaves_a_checkpoint_and_ends(slurm, tmp_path):
     job = Job(tmp_path / "job", 100_000)
     wait_for(job.trains, 60)
     ask("scancel", job.number)
@@ -212,7 +212,7 @@ def rank_of(job, rank):
     return None
 
 
-def test_a_rank_that_dies_ends_its_job(slurm, tmp_path):
+def test_the_exit_of_one_rank_ends_its_job(slurm, tmp_path):
     job = Job(tmp_path / "job", 100_000)
     wait_for(job.trains, 60)
     os.kill(rank_of(job, 1), signal.SIGKILL)
@@ -220,7 +220,7 @@ def test_a_rank_that_dies_ends_its_job(slurm, tmp_path):
     assert job.show("JobState") == "FAILED"
 
 
-def test_a_job_whose_time_is_over_goes_on_by_itself(slurm, tmp_path):
+def test_a_job_at_its_time_limit_resumes_automatically(slurm, tmp_path):
     # limits are minutes, and SLURM is up to one of them early: the signal comes in the first of two
     job = Job(tmp_path / "job", 1_000_000, "--time=2", "--signal=USR1@60")
     wait_for(job.starts_again, 150)

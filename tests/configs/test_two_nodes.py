@@ -1,4 +1,4 @@
-"""Two nodes on one machine: each runs the script that a cluster's nodes get, with a rank of it.
+"""Two nodes on one machine: each runs the script of a cluster node, with its own rank.
 
 A signal to one node stops both; the same command on both goes on, also over the death of a rank,
 to what one process has.
@@ -88,7 +88,7 @@ def said(folder):
     return "\n".join(log.read_text()[-4000:] for log in sorted(folder.glob("node*.log")))
 
 
-def test_a_signal_to_one_node_stops_both_and_the_same_command_goes_on(tmp_path, monkeypatch):
+def test_a_signal_to_one_node_stops_both_and_the_same_command_resumes(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("".join(python_docs_text())[:3000])
     for name in ("alone", "nodes"):
         (tmp_path / name).mkdir()

@@ -1,4 +1,4 @@
-"""A named set is the right file or none: wherever it lies, and however a download goes wrong."""
+"""A data set by name is the right file or an error, wherever it is and however a download fails."""
 
 import contextlib
 import email.message
@@ -107,7 +107,7 @@ def test_a_download_is_checked_and_kept(serve: Serve, tmp_path: Path) -> None:
     )  # no second download
 
 
-def test_a_gzip_is_checked_by_what_is_inside_and_kept_as_it_came(serve: Serve) -> None:
+def test_a_gzip_is_verified_by_its_content_and_kept_unchanged(serve: Serve) -> None:
     for level in (1, 9):  # mirrors wrap it differently
         body = gzip.compress(CONTENT, level)
         good = replace(serve(body), is_gzipped=True, path=f"plays/{level}.gz")
@@ -128,12 +128,12 @@ def test_a_gzip_is_checked_by_what_is_inside_and_kept_as_it_came(serve: Serve) -
     ],
     ids=["plain", "cut", "another", "bomb"],
 )
-def test_a_bad_gzip_leaves_nothing(serve: Serve, tmp_path: Path, body: bytes, reason: str) -> None:
+def test_a_bad_gzip_leaves_no_file(serve: Serve, tmp_path: Path, body: bytes, reason: str) -> None:
     assert reason in download_if_missing("play", replace(serve(body), is_gzipped=True))
     assert left_behind(tmp_path) == []
 
 
-def test_a_zip_gives_the_file_of_the_exact_name(serve: Serve) -> None:
+def test_the_file_of_the_exact_name_is_extracted_from_a_zip(serve: Serve) -> None:
     body = zip_bytes(**{"../play": b"no", "readme": b"no", "play": CONTENT})
     good = serve(body, member="play")
     assert download_if_missing("play", good) == ""
@@ -165,7 +165,7 @@ def test_a_zip_gives_the_file_of_the_exact_name(serve: Serve) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_bad_download_leaves_nothing(
+def test_a_bad_download_leaves_no_file(
     serve: Serve, tmp_path: Path, answer: dict, reason: str
 ) -> None:
     bad = serve(**answer)
@@ -177,7 +177,7 @@ def test_a_bad_download_leaves_nothing(
     assert f"{bad.url} ({tried})" in str(error.value)
 
 
-def test_a_damaged_zip_leaves_nothing(serve: Serve, tmp_path: Path) -> None:
+def test_a_damaged_zip_leaves_no_file(serve: Serve, tmp_path: Path) -> None:
     body = bytearray(zip_bytes(play=os.urandom(5000)))
     body[2000] ^= 1
     assert "not a zip archive with the file play" in download_if_missing(
@@ -187,7 +187,7 @@ def test_a_damaged_zip_leaves_nothing(serve: Serve, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), OSError(28, "No space left on device")])
-def test_a_write_that_breaks_off_leaves_nothing(
+def test_an_interrupted_write_leaves_no_file(
     serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: BaseException
 ) -> None:
     def break_off(descriptor: int) -> None:
@@ -203,7 +203,7 @@ def test_a_write_that_breaks_off_leaves_nothing(
     assert left_behind(tmp_path) == []
 
 
-def test_a_server_that_falls_silent_is_given_up(
+def test_a_server_that_stops_sending_ends_in_a_timeout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(downloads, "_make_https_opener", urllib.request.build_opener)
@@ -230,7 +230,7 @@ def test_a_damaged_file_in_the_cache_is_replaced_by_a_good_one_only(
     assert find_local(good).read_bytes() == CONTENT
 
 
-def test_only_https_is_spoken(server: Serve, tmp_path: Path) -> None:
+def test_only_https_is_used(server: Serve, tmp_path: Path) -> None:
     assert download_if_missing("play", server(CONTENT)) == "URLError: unknown url type: http"
     assert left_behind(tmp_path) == []
 
@@ -271,9 +271,7 @@ def test_data_root_comes_before_the_cache_and_the_argument_before_both(
 
 
 @pytest.mark.parametrize("wanted", ["play", "auto"])
-def test_another_file_under_data_root_is_never_taken_for_the_set(
-    wanted: str, tmp_path: Path
-) -> None:
+def test_another_file_in_data_root_is_not_used_as_the_data_set(wanted: str, tmp_path: Path) -> None:
     there = tmp_path / "plays/play.txt"
     there.parent.mkdir()
     there.write_bytes(CONTENT + b"edited")
@@ -287,7 +285,7 @@ def test_another_file_under_data_root_is_never_taken_for_the_set(
     assert there.read_bytes() == CONTENT + b"edited"
 
 
-def test_one_message_names_the_places_and_the_ways_out(tmp_path: Path) -> None:
+def test_one_message_names_the_searched_paths_and_the_alternatives(tmp_path: Path) -> None:
     gone = source("https://nowhere.invalid/play")
     with pytest.raises(DatasetNotFound) as error:
         resolve_source("play", gone, download_error="URLError: no network")
@@ -302,7 +300,7 @@ def test_one_message_names_the_places_and_the_ways_out(tmp_path: Path) -> None:
     assert error.value.flag == flags
 
 
-def test_auto_falls_back_and_says_why_and_embedded_asks_nobody(
+def test_auto_falls_back_with_a_reason_and_embedded_uses_no_network(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     gone = source("https://nowhere.invalid/play")
@@ -321,7 +319,7 @@ def test_an_unknown_source_is_refused() -> None:
         resolve_source("plya", source(""))
 
 
-def test_addresses_are_https_and_checksums_whole() -> None:
+def test_urls_are_https_and_checksums_are_complete() -> None:
     for entry in downloads.REMOTE_FILES:
         assert entry.url.startswith("https://")
         assert len(bytes.fromhex(entry.sha256)) == 32

@@ -29,7 +29,7 @@ def test_mnist_is_read_from_its_four_files_in_any_gzip(tmp_path: Path) -> None:
     assert train.labels.tolist() == labels.tolist()
 
 
-def test_a_gzipped_set_is_known_by_what_is_inside(tmp_path: Path) -> None:
+def test_a_gzipped_data_set_is_recognized_by_its_content(tmp_path: Path) -> None:
     source, path = IMAGE_DATASETS["mnist"][1], tmp_path / "labels.gz"
     path.write_bytes(gzip.compress(b"other labels", 1))
     one = compute_checksum(path, source)
@@ -53,7 +53,7 @@ def test_the_checksums_known_are_of_different_files() -> None:
 
 
 @pytest.mark.skipif(not os.environ.get("DATA_ROOT"), reason="MNIST is not on this machine")
-def test_the_true_mnist_is_found_unzipped_and_in_torchvisions_folders(tmp_path: Path) -> None:
+def test_the_real_mnist_is_found_unzipped_and_in_the_folders_of_torchvision(tmp_path: Path) -> None:
     (tmp_path / "a/MNIST/raw").mkdir(parents=True)
     (tmp_path / "b/mnist").mkdir(parents=True)
     source = IMAGE_DATASETS["mnist"][3]

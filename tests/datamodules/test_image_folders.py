@@ -1,4 +1,4 @@
-"""A user's own images: every file is read or named, and no pixel or class is guessed."""
+"""User images: every file is read or named, and no pixel or class is guessed."""
 
 import gzip
 import os
@@ -44,7 +44,7 @@ def test_every_format_at_every_depth_is_read(tmp_path: Path) -> None:
     assert found.splits["all"].labels.bincount().tolist() == [6, 5]
 
 
-def test_what_is_not_read_is_counted_and_named(
+def test_files_that_are_not_read_are_counted_and_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("cat", "dog"):
@@ -71,7 +71,7 @@ def test_what_is_not_read_is_counted_and_named(
         ready(tmp_path)
 
 
-def test_a_photo_is_turned_as_its_exif_orientation_says(
+def test_a_photo_is_rotated_by_its_exif_orientation(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     upright = Image.new("RGB", (16, 8), "white")
@@ -95,7 +95,7 @@ def test_a_photo_is_turned_as_its_exif_orientation_says(
     assert "turned as their EXIF orientation says:" in capsys.readouterr().out
 
 
-def test_names_that_end_in_numbers_stand_in_the_order_of_the_numbers(tmp_path: Path) -> None:
+def test_names_that_end_in_numbers_are_sorted_by_the_numbers(tmp_path: Path) -> None:
     names = [str(i) for i in range(12)]
     for name in names:
         (tmp_path / name).mkdir()
@@ -107,7 +107,7 @@ def test_names_that_end_in_numbers_stand_in_the_order_of_the_numbers(tmp_path: P
     ]  # fmt: skip
 
 
-def test_folders_train_and_test_are_the_users_own_split(tmp_path: Path) -> None:
+def test_the_folders_train_and_test_are_used_as_the_split(tmp_path: Path) -> None:
     for side, count in (("train", 5), ("test", 2)):
         for name in ("cat", "dog"):
             (tmp_path / side / name).mkdir(parents=True)
@@ -167,7 +167,7 @@ def test_a_resume_with_other_classes_or_another_order_is_refused(kind: Any, tmp_
         assert by_name.row_names == ("dog", "cat")
 
 
-def test_one_class_is_refused_where_classes_are_learned(tmp_path: Path) -> None:
+def test_a_single_class_is_refused_for_classification(tmp_path: Path) -> None:
     for i in range(9):
         photo().save(tmp_path / f"{i}.png")
     data = ready(tmp_path)
@@ -226,7 +226,7 @@ def own_idx(
     return root
 
 
-def test_a_set_of_ones_own_in_the_form_of_mnist_is_read(tmp_path: Path) -> None:
+def test_a_user_data_set_in_the_format_of_mnist_is_read(tmp_path: Path) -> None:
     for root, source in {
         own_idx(tmp_path / "kmnist"): "kmnist",
         own_idx(tmp_path / "MNIST/raw", end=""): "MNIST",  # torchvision's folders
@@ -249,7 +249,9 @@ def test_a_set_of_ones_own_in_the_form_of_mnist_is_read(tmp_path: Path) -> None:
     assert ready(tmp_path / "kmnist").class_names == ("kmnist",)  # of one class
 
 
-def test_a_changed_set_is_refused_by_its_name_and_read_as_the_refusal_says(tmp_path: Path) -> None:
+def test_a_changed_data_set_is_refused_by_its_name_and_read_as_the_hint_says(
+    tmp_path: Path,
+) -> None:
     own_idx(tmp_path / "fashion")
     with pytest.raises(UsageError, match=r"is not the dataset 'fashion'") as error:
         ImageDataModule("fashion", root=str(tmp_path)).setup("fit")
@@ -257,7 +259,7 @@ def test_a_changed_set_is_refused_by_its_name_and_read_as_the_refusal_says(tmp_p
     assert len(data.get_split("test")[1]) == 20
 
 
-def test_a_part_without_images_says_how_to_get_them() -> None:
+def test_the_error_for_a_split_without_images_has_a_hint() -> None:
     data = ImageDataModule(val_fraction=0)
     data.setup("validate")
     with pytest.raises(ValueError, match=r"no images for val: .*; use val_fraction=0\.05"):

@@ -48,7 +48,7 @@ def idx(array: numpy.ndarray) -> bytes:
         ),
     ],
 )
-def test_what_is_no_idx_file_is_refused(content: bytes, why: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_idx_is_refused(content: bytes, why: str, tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(ValueError, match=r"/x ") as error:
         read_idx(tmp_path / "x")
@@ -107,9 +107,7 @@ MIXED = {
 
 
 @pytest.mark.parametrize("kind", MIXED)
-def test_one_odd_image_is_refused_and_the_refusal_says_what_helps(
-    kind: str, tmp_path: Path
-) -> None:
+def test_one_different_image_is_refused_with_a_hint_that_works(kind: str, tmp_path: Path) -> None:
     for i in range(3):
         photo().save(tmp_path / f"{i}.png")
     MIXED[kind](tmp_path / "1.png")

@@ -17,7 +17,7 @@ def test_a_label_beyond_the_classes_is_refused() -> None:
         ImageSet(images, torch.tensor([0, 1]), names).validated("x")
 
 
-def test_classes_are_meant_by_name_or_by_number() -> None:
+def test_classes_are_given_by_name_or_by_number() -> None:
     names = ("cat", "dog", "T-shirt", "ankle boot")
     for words, expected in {
         "cat,dog": [0, 1], "3,T-shirt": [3, 2], "0-2": [0, 1, 2], "T-shirt": [2],

@@ -1,4 +1,4 @@
-"""Pictures become batches in one exact way; what is no clean set of pictures is refused by name."""
+"""Images become batches in one exact way; an inconsistent set is refused by name."""
 
 import zlib
 from pathlib import Path
@@ -32,13 +32,13 @@ def folder(root: Path, sizes: dict[str, int], mode: str = "RGB", suffix: str = "
     return root
 
 
-def test_every_byte_comes_back_from_a_float() -> None:
+def test_every_byte_survives_the_conversion_to_float() -> None:
     every = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(to_uint8(to_float(every)), every)
     assert to_float(every)[[0, -1]].tolist() == [-1, 1]
 
 
-def test_a_value_between_two_bytes_is_rounded_and_one_beyond_is_cut() -> None:
+def test_a_value_between_two_bytes_is_rounded_and_one_out_of_range_is_clamped() -> None:
     between = torch.tensor([-1.5, 0.6 / 127.5 - 1, 0.4 / 127.5 - 1, 7.0])
     assert to_uint8(between).tolist() == [0, 1, 0, 255]
 
@@ -49,7 +49,7 @@ def test_images_that_are_not_finite_are_refused(bad: float) -> None:
         to_uint8(torch.tensor([0.0, bad, 1.0, 1.0]))
 
 
-def test_a_batch_is_floats_and_labels_of_the_pictures() -> None:
+def test_a_batch_holds_float_images_and_labels() -> None:
     data = ready(batch_size=8, val_fraction=0.1)
     assert (data.num_classes, data.channels, data.image_size) == (10, 1, (8, 8))
     images, labels = next(iter(data.train_dataloader()))
@@ -61,7 +61,7 @@ def test_a_batch_is_floats_and_labels_of_the_pictures() -> None:
         assert label in classes[same]
 
 
-def test_the_parts_are_disjoint_whole_and_the_same_for_every_seed() -> None:
+def test_the_splits_are_disjoint_complete_and_equal_for_every_seed() -> None:
     one, other = ready(seed=1), ready(seed=2)
     rows = {}
     for part in ("train", "val", "test"):
@@ -77,7 +77,7 @@ def test_the_parts_are_disjoint_whole_and_the_same_for_every_seed() -> None:
     )
 
 
-def test_the_order_is_that_of_the_seed() -> None:
+def test_the_order_depends_on_the_seed() -> None:
     first, again, other = (
         next(iter(ready(batch_size=64, seed=seed).train_dataloader()))[1] for seed in (1, 1, 2)
     )
@@ -86,7 +86,7 @@ def test_the_order_is_that_of_the_seed() -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_a_folder_of_pictures_has_a_class_a_subfolder(mode: str, tmp_path: Path) -> None:
+def test_each_subfolder_of_an_image_folder_is_a_class(mode: str, tmp_path: Path) -> None:
     found = read_image_folder(folder(tmp_path / "pets", {"cat": 2, "dog": 3}, mode)).splits["all"]
     assert found.class_names == ("cat", "dog")
     assert found.labels.tolist() == [0, 0, 1, 1, 1]
@@ -146,14 +146,14 @@ def spoil_levels(root: Path) -> None:
         (spoil_levels, r"holds both images \(1\.png\) and folders \(cat\)"),
     ],
 )
-def test_a_folder_that_is_no_clean_set_is_refused(spoil, text: str, tmp_path: Path) -> None:
+def test_an_inconsistent_image_folder_is_refused(spoil, text: str, tmp_path: Path) -> None:
     root = folder(tmp_path / "pets", {"cat": 3, "dog": 3})
     spoil(root)
     with pytest.raises(ValueError, match=text):
         ready(root)
 
 
-def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "note.txt").touch()
     with pytest.raises(FileNotFoundError, match=r"has no image; .*; use source='FOLDER'"):
         ready(tmp_path)
@@ -169,14 +169,14 @@ def test_a_class_too_small_to_be_split_is_refused(tmp_path: Path) -> None:
     assert ready(two, val_fraction=0, batch_size=2).get_split("train")[1].bincount()[1] == 1
 
 
-def test_a_source_that_is_nowhere_is_answered_with_the_nearest() -> None:
+def test_the_error_for_an_unknown_source_names_the_nearest() -> None:
     with pytest.raises(
         FileNotFoundError, match=r"'minst' is neither .* allowed: mnist, .*; use source='mnist'$"
     ):
         ready("minst")
 
 
-def test_a_set_that_is_not_at_hand_says_where_to_put_it(
+def test_the_error_for_a_missing_data_set_names_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("DATA_ROOT", raising=False)
@@ -211,7 +211,7 @@ def test_flips_are_a_function_of_seed_epoch_and_image_and_never_of_digits(tmp_pa
     assert not ImageDataModule("fashion").flip
 
 
-def test_parts_of_each_class_are_as_large_as_asked() -> None:
+def test_splits_of_each_class_have_the_given_fractions() -> None:
     labels = torch.tensor([0] * 30 + [1] * 10)
     images = torch.arange(40, dtype=torch.uint8).reshape(40, 1, 1, 1)
     keep, kept = stratified_split(ImageSet(images, labels, ("a", "b")), 0.2, "test")
@@ -219,7 +219,7 @@ def test_parts_of_each_class_are_as_large_as_asked() -> None:
     assert sorted(torch.cat((keep.images, kept.images)).flatten().tolist()) == list(range(40))
 
 
-def test_some_classes_keep_their_numbers_and_their_parts() -> None:
+def test_selected_classes_keep_their_numbers_and_their_splits() -> None:
     whole, some = ImageDataModule("digits"), ImageDataModule("digits", classes=[5, 7])
     for data in (whole, some):
         data.setup("fit")

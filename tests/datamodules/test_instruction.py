@@ -1,4 +1,4 @@
-"""Prompts and answers: nothing but the answer is learned, and it is learned to its end."""
+"""Prompts and answers: only the answer is trained on, up to its end."""
 
 import json
 from pathlib import Path
@@ -64,7 +64,7 @@ def test_two_epochs_have_other_orders_and_the_same_examples(sums: Path) -> None:
     assert len(epochs[0]) == 14  # 16, of which two are for validation
 
 
-def test_an_example_longer_than_the_context_loses_its_end(
+def test_an_example_longer_than_the_context_is_truncated(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [("ab", "cdefgh"), ("a", "b"), ("abcdefg", "h"), ("a", "bc")]
@@ -78,7 +78,7 @@ def test_an_example_longer_than_the_context_loses_its_end(
     )
 
 
-def test_prompts_do_not_move_the_loss(sums: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompt_tokens_do_not_change_the_loss(sums: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     data = data_of(sums)
     model = LanguageModel(256, 16, num_layers=1, d_model=16, num_heads=2, zero_init_residual=False)
@@ -135,7 +135,7 @@ def test_a_bad_line_is_named(rows: list[Any], message: str, tmp_path: Path) -> N
     assert message in str(error.value)
 
 
-def test_a_missing_file_is_told() -> None:
+def test_a_missing_file_is_named() -> None:
     with pytest.raises(
         FileNotFoundError,
         match=r"the file or folder nowhere\.jsonl does not exist; .*use path='FILE'",

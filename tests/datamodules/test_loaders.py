@@ -58,7 +58,7 @@ def test_a_step_of_any_batch_size_takes_the_next_samples() -> None:
 
 @pytest.mark.parametrize("before", LAYOUTS[:5])
 @pytest.mark.parametrize("after", LAYOUTS[:5])
-def test_every_layout_continues_what_another_began(
+def test_every_layout_continues_the_order_of_another(
     before: tuple[int, int], after: tuple[int, int]
 ) -> None:
     whole = stream([loader()])
@@ -94,7 +94,7 @@ def test_a_position_inside_a_batch_of_this_run_is_refused() -> None:
         next(iter(one))
 
 
-def test_repeating_hands_out_the_first_epoch_for_ever() -> None:
+def test_repeat_first_epoch_gives_the_first_epoch_again() -> None:
     one = loader(repeat_first_epoch=True)
     assert not hasattr(one, "sampler")
     assert list(one) == list(one) == list(loader())
@@ -133,7 +133,7 @@ def test_evaluation_covers_every_sample_once_with_equal_batches(size: int, batch
         (-3, DataParallelInfo(), "batch_size=-3 is not a positive integer; allowed"),
     ],
 )  # fmt: skip
-def test_a_batch_that_cannot_be_shared_is_refused(
+def test_a_batch_that_cannot_be_divided_among_ranks_is_refused(
     batch: int, share: DataParallelInfo, text: str
 ) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the text follows
@@ -146,7 +146,7 @@ def test_fewer_samples_than_ranks_are_refused() -> None:
         EvalLoader(lambda i: i, 2, 4, DataParallelInfo(0, 3))
 
 
-def test_the_share_is_the_data_parallel_one() -> None:
+def test_data_parallel_info_comes_from_the_strategy() -> None:
     mesh = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": 2, "rank": 1})
     trainer = SimpleNamespace(strategy=mesh, accumulate_grad_batches=3, world_size=8, global_rank=5)
     assert DataParallelInfo.from_trainer(trainer) == DataParallelInfo(1, 2, 3)
@@ -239,13 +239,13 @@ def test_a_stock_trainer_resumes_the_stream_wherever_it_was_cut(
             assert (path.name, fit(path, **options)) == (path.name, whole[done:])
 
 
-def test_new_loaders_every_epoch_go_on_with_the_order() -> None:
+def test_new_loaders_in_every_epoch_continue_the_order() -> None:
     whole = fit(max_epochs=3)
     assert fit(max_epochs=3, reload_dataloaders_every_n_epochs=1) == whole
 
 
 @pytest.mark.parametrize("state", [3, {}, {"epoch": 0, "num_consumed": "x", "trainer_epoch": 0}])
-def test_a_place_of_another_form_is_refused_in_words(state):
+def test_a_position_of_another_form_is_refused(state):
     loader = ResumableLoader(EpochSampler(0, 8), lambda items: items, num_samples=8, batch_size=4)
     with pytest.raises(ValueError, match="the saved position in the data is"):
         loader.load_state_dict(state)

@@ -98,7 +98,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("made", "how", "message"), REFUSED)
-def test_what_cannot_be_known_or_does_not_fit_is_refused(
+def test_an_unknown_or_inconsistent_vocabulary_is_refused(
     made: dict[str, Any], how: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     if made.get("largest") == -1:
@@ -129,7 +129,7 @@ def test_damaged_meta_files_and_numpy_files_are_refused(tmp_path: Path) -> None:
         data_of(place, vocab_size=10_000)
 
 
-def test_values_that_unfold_to_millions_are_not_written_out(tmp_path: Path) -> None:
+def test_values_that_expand_to_millions_are_not_printed(tmp_path: Path) -> None:
     bomb: Any = [1]
     for _ in range(7):
         bomb = [bomb] * 9
@@ -157,7 +157,7 @@ def test_options_without_effect_are_refused(tmp_path: Path) -> None:
         data_of(folder(tmp_path / "bins"), vocab_size=10_000, special_tokens="allow")
 
 
-def test_a_tokenizer_beside_the_tokens_or_named_gives_their_text(tmp_path: Path) -> None:
+def test_a_tokenizer_in_the_folder_or_by_name_decodes_the_tokens(tmp_path: Path) -> None:
     tokenizer = FileTokenizer.from_merges(
         {n: bytes([n]) for n in range(256)}, [], ["<|endoftext|>"]
     )
@@ -191,9 +191,7 @@ def test_a_line_warns_of_tokens_that_cannot_be_those_of_gpt2(
     assert "no token is above" not in capsys.readouterr().out
 
 
-def test_a_long_file_is_looked_through_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_file_is_scanned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = folder(tmp_path / "bins")
     monkeypatch.setattr(nanogpt_bins, "MIN_BYTES_TO_CACHE", 100)
     monkeypatch.setattr(token_cache, "SCAN_CHUNK", 7)
@@ -230,7 +228,7 @@ def test_an_array_is_a_corpus(kind: Any, tmp_path: Path) -> None:
         TextDataModule.from_tokens(np.ones(3), 9, context_length=8)
 
 
-def test_a_student_s_folder_is_trained_on_or_refused_by_the_command(
+def test_a_folder_of_token_files_is_trained_on_or_refused_by_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -24,7 +24,7 @@ def test_an_epoch_without_replacement_holds_every_item_once() -> None:
     assert torch.equal(order(0, 0, 50), first)  # and nothing remembers what was asked before
 
 
-def test_slices_of_an_order_meet_across_blocks() -> None:
+def test_slices_of_an_order_concatenate_to_the_order_across_blocks() -> None:
     order = EpochSampler(3, 10, replacement=True)
     whole = order(0, 4000, 9000)
     assert torch.equal(torch.cat([order(0, i, i + 500) for i in range(4000, 9000, 500)]), whole)

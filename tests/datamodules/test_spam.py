@@ -1,4 +1,4 @@
-"""Spam: both classes on every side, copies on one, and each message once."""
+"""Spam: both classes in every split, copies in one split, and each message once."""
 
 import csv
 import io
@@ -48,7 +48,7 @@ def sides(data: SpamDataModule) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_each_side_has_its_share_of_each_class_and_its_own_messages(seed: int) -> None:
+def test_each_split_has_its_fraction_of_each_class_and_its_own_messages(seed: int) -> None:
     data = spam_data(written(), seed=seed, test_fraction=0.2, val_fraction=0.25)
     classes = {k: Counter(data.messages[i].label for i in part) for k, part in data.splits.items()}
     assert classes == {"train": {0: 48, 1: 12}, "val": {0: 16, 1: 4}, "test": {0: 16, 1: 4}}
@@ -70,7 +70,7 @@ def test_seeds_split_differently_and_a_seed_always_the_same(
     assert spam_data(path, seed=0).splits == parts[0]
 
 
-def test_a_group_of_copies_too_large_for_its_room_stays_to_train() -> None:
+def test_a_group_of_copies_too_large_for_a_split_stays_in_the_training_data() -> None:
     messages = [Message("again", 1)] * 9 + [Message("once", 1), Message("hi", 0), Message("ho", 0)]
     for seed in range(5):
         val_ids = grouped_stratified_split(
@@ -88,7 +88,7 @@ def test_a_text_with_both_labels_is_one_group(tmp_path: Path) -> None:
         assert len(val_ids & set(range(6))) in (0, 6)
 
 
-def test_an_epoch_hands_out_messages_with_their_labels_and_places() -> None:
+def test_an_epoch_yields_messages_with_their_labels_and_positions() -> None:
     data = spam_data(written(), batch_size=8, val_fraction=0.0)
     batches = list(data.train_dataloader())
     assert len(batches) == 80 // 8
@@ -137,7 +137,7 @@ def test_the_embedded_messages_are_those_of_lecture_0(capsys: pytest.CaptureFixt
     assert data.provenance["source"] == "embedded"
 
 
-def test_without_files_and_network_auto_takes_the_embedded_messages(
+def test_without_files_and_network_auto_uses_the_embedded_messages(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def no_network() -> None:
@@ -156,7 +156,7 @@ def test_without_files_and_network_auto_takes_the_embedded_messages(
 
 @pytest.mark.skipif(not DATA_ROOT, reason="the real sets are not on this machine")
 @pytest.mark.parametrize("seed", range(3))
-def test_the_sms_collection_is_split_into_fifths(
+def test_one_fifth_of_the_sms_collection_is_test_data(
     seed: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = spam_data(root=DATA_ROOT, seed=seed, val_fraction=0.0)
@@ -248,7 +248,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("content", "options", "message"), BAD)
-def test_bad_input_ends_before_the_first_step_in_one_message(
+def test_bad_input_is_refused_before_the_first_step_in_one_message(
     content: bytes, options: dict[str, Any], message: str
 ) -> None:
     path = Path("bad.tsv")
@@ -281,7 +281,7 @@ KAGGLE = "v1,v2,,,\r\n" + "".join(
 )
 
 
-def test_kaggles_spam_csv_is_read_by_its_columns(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_spam_csv_of_kaggle_is_read_by_its_columns(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match=r"not UTF-8: byte 0xa3 .* use encoding='latin-1' if"):
         csv_data(KAGGLE.encode("latin-1"), "spam.csv")
     data = csv_data(KAGGLE.encode("latin-1"), "spam.csv", encoding="latin-1")
@@ -313,7 +313,7 @@ def test_any_table_is_read_by_columns(delimiter: str, header: Any) -> None:
     assert texts(data) == [(text, int(label == "spam")) for label, text in ROWS]
 
 
-def test_other_labels_are_read_if_an_argument_names_that_of_spam() -> None:
+def test_other_labels_are_read_if_an_argument_names_the_spam_label() -> None:
     rows = "".join(f"ok,a{i}\njunk,b{i}\n" for i in range(4))
     content = "target,text\n" + rows
     with pytest.raises(ValueError, match=r"line 2: the label is 'ok'; .*; use spam_label="):
@@ -365,7 +365,7 @@ def test_a_table_can_be_predicted_with_the_lines_of_its_rows() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_a_rare_class_is_in_every_part_or_a_line_names_the_part(
+def test_a_rare_class_is_in_every_split_or_a_line_names_the_split(
     count: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [f"ham\tsee you at {i}" for i in range(40)] + [f"spam\tWIN {i}00" for i in range(count)]
@@ -381,7 +381,7 @@ def test_a_rare_class_is_in_every_part_or_a_line_names_the_part(
         assert (spam["val"] >= 1) == (count > 2)
 
 
-def test_a_part_without_messages_says_how_to_get_them() -> None:
+def test_the_error_for_a_split_without_messages_has_a_hint() -> None:
     data = spam_data(written(), val_fraction=0.0)
     with pytest.raises(ValueError, match=r"no messages for val: .*; use val_fraction=0\.1"):
         data.val_dataloader()
@@ -395,5 +395,5 @@ def test_line_separators_inside_a_message_do_not_end_it() -> None:
     assert len(data.predict_lines) == 1
 
 
-def test_the_embedded_file_is_shipped_beside_the_code() -> None:
+def test_the_embedded_file_is_installed_with_the_code() -> None:
     assert EMBEDDED_FILE.is_file()

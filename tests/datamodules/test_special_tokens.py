@@ -30,7 +30,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 @every_kind
-def test_a_cut_at_any_border_changes_no_token(kind: str) -> None:
+def test_a_cut_at_any_boundary_changes_no_token(kind: str) -> None:
     rng = random.Random(0)
     cuts = 0
     for _ in range(150):
@@ -60,7 +60,7 @@ def test_texts_of_every_language_are_cut_into_short_pieces(kind: str, line: str)
     assert min(sizes[:-1]) >= 50
 
 
-def test_a_text_without_a_border_is_searched_and_copied_once() -> None:
+def test_a_text_without_a_boundary_is_searched_and_copied_once() -> None:
     class Watched(CharTokenizer):
         num_chars_searched = 0
 
@@ -169,7 +169,7 @@ def test_the_data_module_and_the_checkpoint_carry_the_choice(
     assert answers.rows[0][0].tolist() == [97, end, 98, end]
 
 
-def test_a_choice_of_special_tokens_is_no_other_vocabulary() -> None:
+def test_the_choice_of_special_tokens_does_not_change_the_vocabulary() -> None:
     model = LanguageModel(context_length=8, num_layers=1, d_model=8, num_heads=1)
     model._set_tokenizer(BPETokenizer(pieces(), "allow"), "the data's")
     model._set_tokenizer(BPETokenizer(pieces()), "the checkpoint's")
@@ -179,7 +179,7 @@ def test_a_choice_of_special_tokens_is_no_other_vocabulary() -> None:
         model._set_tokenizer(BPETokenizer(pieces()[:-1]), "the checkpoint's")
 
 
-def test_odd_characters_and_numbers_are_encoded_or_named() -> None:
+def test_unusual_characters_and_token_ids_are_encoded_or_named() -> None:
     for tokenizer in (ByteTokenizer(), BPETokenizer(pieces()), from_merges()):
         assert tokenizer.decode(tokenizer.encode("a\ud800b"))[0::2] == "ab"
     assert CharTokenizer("ab\ud800").decode([0, 2, 1, -1]) == "a\ufffdb\ufffd"
@@ -205,7 +205,7 @@ def test_text_of_a_large_vocabulary_takes_four_bytes_a_token(tmp_path: Path) -> 
     assert torch.equal(inputs[:, 1:], targets[:, :-1])
 
 
-def test_gpt2_s_own_special_token_is_tiktoken_s(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_special_token_of_gpt2_equals_that_of_tiktoken(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         expected = tiktoken.get_encoding("gpt2")
     except Exception:  # no network and no cache

@@ -51,7 +51,7 @@ def batches(loader: ResumableLoader, epochs: int = 2) -> list[Tensor]:
     return seen
 
 
-def test_training_windows_are_slices_of_the_first_part(poem: Path) -> None:
+def test_training_windows_are_slices_of_the_training_split(poem: Path) -> None:
     data = text_data(poem)
     train = POEM[: int(len(POEM) * 0.9)]
     loader = data.train_dataloader()
@@ -88,13 +88,13 @@ def test_validation_predicts_each_character_once(poem: Path, context: int, batch
     assert inputs.shape == (-(-(len(part) - 1) // context), context)
 
 
-def test_the_same_seed_gives_the_same_windows_and_another_others(poem: Path) -> None:
+def test_the_same_seed_gives_the_same_windows_and_another_seed_other_windows(poem: Path) -> None:
     one, same, other = (batches(text_data(poem, seed=s).train_dataloader()) for s in (3, 3, 4))
     assert all(map(torch.equal, one, same))
     assert not any(map(torch.equal, one, other))
 
 
-def test_seed_everything_decides_where_no_seed_is_given(
+def test_seed_everything_is_used_if_no_seed_is_given(
     poem: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = batches(text_data(poem, seed=3).train_dataloader())
@@ -102,7 +102,7 @@ def test_seed_everything_decides_where_no_seed_is_given(
     assert all(map(torch.equal, given, batches(text_data(poem).train_dataloader())))
 
 
-def test_a_mapped_file_gives_the_batches_of_memory(poem: Path, tmp_path: Path) -> None:
+def test_a_memory_mapped_file_gives_the_same_batches(poem: Path, tmp_path: Path) -> None:
     in_memory, memory_mapped = text_data(poem), text_data(poem, max_chars_in_memory=100)
     assert in_memory.corpus.tokens.dtype == torch.uint8
     assert memory_mapped.corpus.tokens.dtype == torch.uint16
@@ -114,7 +114,7 @@ def test_a_mapped_file_gives_the_batches_of_memory(poem: Path, tmp_path: Path) -
     assert files == [f"{hashlib.sha256(POEM.encode()).hexdigest()}-characters.uint16"]
 
 
-def test_a_mapped_file_is_built_once_and_whole(
+def test_a_memory_mapped_file_is_built_once_and_complete(
     poem: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*args: Any) -> None:
@@ -143,7 +143,7 @@ def test_many_characters_take_two_bytes_each(tmp_path: Path) -> None:
     assert data.tokenizer.decode(data.corpus.tokens.long()) == text
 
 
-def test_pieces_do_not_cut_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_do_not_cut_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "accents.txt"
     text = "naïve Größe 😀\n" * 30
     path.write_text(text, encoding="utf-8")
@@ -165,7 +165,7 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path: Path) -> None:
     assert text == "\n".join(word * 20 for word in ("first ", "second ", "third "))
 
 
-def test_without_files_and_network_the_embedded_text_is_taken_aloud(
+def test_without_files_and_network_the_embedded_text_is_used_with_a_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ravine.datamodules.downloads._make_https_opener", no_network)
@@ -200,7 +200,7 @@ def test_tiny_shakespeare_is_split_as_in_nanogpt(capsys: pytest.CaptureFixture[s
     assert "1,115,394 characters, 65 different" in capsys.readouterr().out
 
 
-def test_the_trainer_places_the_text_and_cuts_the_batch(poem: Path) -> None:
+def test_accumulation_divides_the_batch_and_overfit_batches_repeats_the_first(poem: Path) -> None:
     data = text_data(poem)
     whole = batches(data.train_dataloader(), 1)
     data.trainer = L.Trainer(accelerator="cpu", logger=False, accumulate_grad_batches=2)
@@ -212,13 +212,13 @@ def test_the_trainer_places_the_text_and_cuts_the_batch(poem: Path) -> None:
     assert torch.equal(first[1][0], whole[0])
 
 
-def test_the_mark_that_windows_puts_in_front_is_no_character(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_not_a_character(tmp_path: Path) -> None:
     path = tmp_path / "marked.txt"
     path.write_text(POEM, encoding="utf-8-sig")
     assert text_data(path).tokenizer.decode(text_data(path).corpus.tokens) == POEM
 
 
-def test_to_predict_a_text_is_to_continue_it(poem: Path) -> None:
+def test_predict_on_a_text_is_refused_with_generate_as_the_hint(poem: Path) -> None:
     with pytest.raises(ValueError, match=r"a text has no labels; .*; use LanguageModel\.generate"):
         text_data(poem).predict_dataloader()
 
@@ -269,7 +269,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("content", "options", "message"), BAD)
-def test_bad_input_ends_before_the_first_step_in_one_message(
+def test_bad_input_is_refused_before_the_first_step_in_one_message(
     content: bytes, options: dict[str, Any], message: str, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -336,14 +336,14 @@ class Harm:
     ("meta", "message"),
     [(Harm(), "it refers to posix.system"), ({}, "'itos'"), ({"itos": {0: "b", 1: "a"}}, "sort")],
 )
-def test_a_pickle_that_is_more_than_a_table_is_refused(
+def test_a_pickle_with_more_than_plain_values_is_refused(
     tmp_path: Path, meta: object, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         text_data(nanogpt(tmp_path / "bins", meta))
 
 
-def test_a_file_of_tokens_that_is_cut_short_is_refused(tmp_path: Path) -> None:
+def test_a_truncated_token_file_is_refused(tmp_path: Path) -> None:
     folder = nanogpt(tmp_path / "bins", {"itos": dict(enumerate(sorted(set(POEM))))})
     with (folder / "train.bin").open("ab") as file:
         file.write(b"!")
@@ -354,7 +354,7 @@ def test_a_file_of_tokens_that_is_cut_short_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("context", [7, 100])
-def test_a_pass_sees_each_token_once_and_starts_elsewhere_each_epoch(
+def test_an_epoch_reads_each_token_once_from_an_offset_of_its_own(
     tmp_path: Path, context: int
 ) -> None:
     path = tmp_path / "text.txt"
@@ -374,7 +374,7 @@ def test_a_pass_sees_each_token_once_and_starts_elsewhere_each_epoch(
     assert len({min(epoch) for epoch in epochs}) > 1
 
 
-def test_a_part_of_a_text_has_the_tokens_between_and_the_whole_texts_vocabulary(tmp_path):
+def test_a_slice_of_a_text_has_its_tokens_and_the_vocabulary_of_the_full_text(tmp_path):
     (tmp_path / "text.txt").write_text("abc" * 100 + "xyz" * 100)
     whole = TextDataModule(tmp_path / "text.txt", context_length=4)
     part = TextDataModule(tmp_path / "text.txt", context_length=4, start_token=300, stop_token=500)

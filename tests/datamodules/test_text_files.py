@@ -7,7 +7,7 @@ import pytest
 from ravine.datamodules.text_files import list_files, read_text
 
 
-def test_a_folder_of_anything_ends_at_the_first_file_that_is_no_text(tmp_path: Path) -> None:
+def test_a_folder_with_a_file_that_is_not_text_is_refused_by_its_name(tmp_path: Path) -> None:
     (tmp_path / ".hidden").mkdir()
     (tmp_path / ".hidden/x.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     (tmp_path / "a.txt").write_text("text")

@@ -99,7 +99,7 @@ def path(tmp_path):
         ({"tokenizer": "bytes", "start_token": 7}, "mesh"),
     ],
 )  # fmt: skip
-def test_one_rank_tokenizes_and_all_have_the_tokens_of_one_process(ranks, path, options, strategy):
+def test_one_rank_tokenizes_and_all_ranks_have_its_tokens(ranks, path, options, strategy):
     slow = options == {}
     many = path, path.parent / "many", options, slow, 2, strategy
     first, second = ranks(tokens_of, 2, *many)
@@ -155,7 +155,7 @@ def test_ctrl_c_while_local_rank_0_tokenizes_ends_all_ranks(ranks, path):
     assert not list((path.parent / "cache").rglob(".tmp-*"))
 
 
-def test_a_cache_that_is_full_or_cannot_be_written_is_done_without_or_told(ranks, path):
+def test_a_full_or_unwritable_cache_is_not_used_or_is_an_error(ranks, path):
     (path.parent / "file").write_text("no folder")
     for cache, what in ((path.parent / "file", ""), (path.parent / "cache", "full")):
         said = ranks(failing, 2, path, cache, {}, what)
@@ -168,7 +168,7 @@ def test_a_cache_that_is_full_or_cannot_be_written_is_done_without_or_told(ranks
         assert first[1] in second[1]
 
 
-def test_the_death_of_local_rank_0_ends_the_others(path):
+def test_the_exit_of_local_rank_0_ends_the_other_ranks(path):
     with started(failing, 2, path, path.parent / "cache", {}, "kill") as (_, pipes, _logs):
         assert pipes[1].poll(60)
         good, said = pickle.loads(pipes[1].recv_bytes())
@@ -177,7 +177,7 @@ def test_the_death_of_local_rank_0_ends_the_others(path):
     assert said[2] == 0
 
 
-def test_a_text_is_seen_again_where_special_tokens_are_to_be_refused(path, monkeypatch):
+def test_a_cached_text_with_special_tokens_is_refused_if_they_are_errors(path, monkeypatch):
     """A file of tokens that was made where they were read as plain words is another one."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(path.parent / "cache"))
     path.write_text(TEXT + "<|endoftext|>" + TEXT)

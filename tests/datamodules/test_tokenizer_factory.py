@@ -60,6 +60,6 @@ STATES: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("state", "words"), STATES, ids=range(len(STATES)))
-def test_a_damaged_state_is_refused_in_words(state: dict[str, Any], words: str) -> None:
+def test_a_damaged_state_is_refused(state: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         tokenizer_from_state_dict(state)

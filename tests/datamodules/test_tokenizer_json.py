@@ -38,7 +38,7 @@ def test_merges_are_applied_in_their_order_within_words() -> None:
     assert tokenizer.token_bytes.equal(BPETokenizer(pieces()).token_bytes)
 
 
-def test_numbers_of_tokens_may_stand_in_any_order() -> None:
+def test_token_ids_may_be_in_any_order() -> None:
     shuffled = list(range(len(pieces()) + 1))
     random.Random(0).shuffle(shuffled)
     end, *numbers = shuffled

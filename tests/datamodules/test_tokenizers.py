@@ -1,4 +1,4 @@
-"""What a tokenizer encodes it decodes again, and what it has never seen it names."""
+"""Decoding inverts encoding, and unknown characters are named."""
 
 import os
 from collections.abc import Callable
@@ -30,7 +30,7 @@ TEXTS = ["hello\nworld", "Größe — naïve", "日本語の文", "a😀b", "tab
 
 @every_kind
 @pytest.mark.parametrize("text", TEXTS)
-def test_decoding_undoes_encoding(text: str, made: Callable[[str], Tokenizer]) -> None:
+def test_decoding_inverts_encoding(text: str, made: Callable[[str], Tokenizer]) -> None:
     tokenizer = made(text)
     tokens = tokenizer.encode(text)
     assert tokens.dtype == torch.int64
@@ -38,7 +38,7 @@ def test_decoding_undoes_encoding(text: str, made: Callable[[str], Tokenizer]) -
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_tokens_are_places_in_the_sorted_vocabulary(text: str) -> None:
+def test_token_ids_are_positions_in_the_sorted_vocabulary(text: str) -> None:
     tokenizer = CharTokenizer(text)
     expected = [sorted(set(text)).index(c) for c in text]  # nanoGPT's table
     assert tokenizer.encode(text).tolist() == expected
@@ -78,13 +78,13 @@ def test_an_empty_text_has_no_tokens() -> None:
         ("\U0010ffff", "(U+10FFFF) at position 0"),
     ],
 )  # fmt: skip
-def test_an_unknown_character_is_named_with_its_place(text: str, message: str) -> None:
+def test_an_unknown_character_is_named_with_its_position(text: str, message: str) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the text follows
         CharTokenizer("Hello!").encode(text)
     assert message in str(error.value)
 
 
-def test_a_tokenizer_of_nothing_and_an_unknown_kind_are_refused() -> None:
+def test_an_empty_vocabulary_and_an_unknown_tokenizer_are_refused() -> None:
     with pytest.raises(
         ValueError, match="CharTokenizer: there are no characters; allowed: one or more"
     ):
@@ -104,7 +104,7 @@ def test_pieces_are_merged_in_the_order_of_their_ranks() -> None:
     assert tokenizer.eos_id not in tokenizer.encode("a<|endoftext|>b")
 
 
-def test_bytes_that_make_no_character_are_shown_as_such() -> None:
+def test_invalid_utf8_bytes_are_shown_as_replacement_characters() -> None:
     for tokenizer in (ByteTokenizer(), BPETokenizer(PIECES)):
         assert tokenizer.decode([0x41, 0xC3]) == "A\ufffd"
     assert ByteTokenizer().encode("A\udcff").tolist() == [0x41, 0xFF]
@@ -128,7 +128,7 @@ def test_a_text_tokenized_in_pieces_is_the_text_tokenized_at_once(
     )
 
 
-def test_tokens_come_back_in_order_from_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parallel_tokenization_keeps_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "ravine.datamodules.token_cache.split_at_word_boundaries",
         lambda text, tokenizer: iter(text),
@@ -151,7 +151,7 @@ def test_gpt2_s_own_pieces_are_found_below_data_root(monkeypatch: pytest.MonkeyP
     assert len(np.concatenate(list(encode_parallel(tokenizer, [shakespeare])))) == 338_025
 
 
-def test_missing_pieces_are_told_with_the_ways_out(
+def test_the_error_for_missing_merges_names_the_alternatives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def offline(name: str) -> None:

@@ -1,4 +1,4 @@
-"""A user's own optimizer: the page of docs works as written, on every task and layout, exactly."""
+"""docs/adding_an_optimizer.md works as written, on every task and layout."""
 
 import runpy
 from pathlib import Path
@@ -75,7 +75,9 @@ def in_ranks(folder, name):
 
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("name", TASKS)
-def test_by_one_flag_it_trains_every_task_and_resumes_bitwise(ranks, folder, capsys, name, world):
+def test_the_optimizer_of_the_page_trains_every_task_and_resumes_bitwise(
+    ranks, folder, capsys, name, world
+):
     if world == 1:
         whole, continued = cut_and_continued(name)
         assert "MyOptimizer" in capsys.readouterr().out

@@ -14,7 +14,7 @@ PAGE = (DOCS / "data.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("words", [c for c in commands(PAGE) if c[0] == "fit"], ids=" ".join)
-def test_a_training_command_is_accepted_as_written(
+def test_the_training_command_of_the_page_is_accepted(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip

@@ -1,4 +1,4 @@
-"""docs/diffusion.md is true: its presets exist, its Python runs, its commands are understood."""
+"""docs/diffusion.md: its presets exist, its Python runs, and its commands are accepted."""
 
 import re
 import shlex
@@ -22,13 +22,13 @@ def untrained() -> Diffusion:
     return model
 
 
-def test_every_preset_it_names_is_there_and_no_other() -> None:
+def test_the_page_names_exactly_the_installed_presets() -> None:
     named = set(re.findall(r"diffusion/(\w+)`", PAGE))
     there = {name for name in presets.list_presets() if name.startswith("diffusion/")}
     assert {f"diffusion/{name}" for name in named} == there
 
 
-def test_its_commands_are_understood() -> None:
+def test_the_commands_of_the_page_are_accepted() -> None:
     lines = "\n".join(re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)).splitlines()
     for line in filter(None, lines):
         _, command, *words = shlex.split(line)

@@ -1,4 +1,4 @@
-"""The pages of docs/ are programs: their files and commands are cut out and run."""
+"""The files and commands of the pages in docs/ are extracted and run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page on distances between images runs as it is written."""
+"""docs/image_distances.md runs as it is written."""
 
 import re
 from pathlib import Path

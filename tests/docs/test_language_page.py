@@ -1,4 +1,4 @@
-"""docs/language.md is true: its presets exist, its Python runs, its commands are understood."""
+"""docs/language.md: its presets exist, its Python runs, and its commands are accepted."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ from ravine.lightning_modules.nn.attention import LEARNED_PROJECTIONS
 PAGE = (Path(__file__).parents[2] / "docs" / "language.md").read_text()
 
 
-def test_every_preset_it_names_is_there() -> None:
+def test_every_preset_on_the_page_exists() -> None:
     named = re.findall(r"^\| `((?:bigram|running|attention|transformer)\w*)` ", PAGE, re.MULTILINE)
     stages = ("bigram", "running_mean", "attention_", "transformer_")
     listed = [name.removeprefix("shakespeare/") for name in presets.list_presets()]

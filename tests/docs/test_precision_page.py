@@ -1,4 +1,4 @@
-"""docs/precision.md is true: its code prints what stands below it, and its presets exist."""
+"""docs/precision.md: its code prints the figures below it, and its presets exist."""
 
 import re
 from pathlib import Path
@@ -20,6 +20,6 @@ def test_each_figure_is_printed_by_the_code_above_it(capsys: pytest.CaptureFixtu
         assert capsys.readouterr().out == expected
 
 
-def test_its_presets_are_there() -> None:
+def test_the_presets_on_the_page_exist() -> None:
     for name in re.findall(r"--config (\S+)", PAGE):
         assert name in presets.list_presets()

@@ -1,4 +1,4 @@
-"""README's support tables equal what is measured here: equal training on every strategy.
+"""README's support tables equal the measurement: equal training on every strategy.
 
 `WRITE_README=1 pytest tests/docs/test_support_tables.py -k readme` writes them.
 
@@ -505,7 +505,7 @@ def of_foreign(measure, strategy, world):
 
 
 @pytest.mark.parametrize("strategy", WORLDS)
-def test_every_callback_trains_alike_or_is_refused(measure, strategy):
+def test_every_callback_trains_as_on_one_process_or_is_refused(measure, strategy):
     refused = {name for name, cell in of_callbacks(measure, strategy).items() if cell}
     if strategy in ("ddp", "zero1", "zero2", "zero3", "hsdp"):
         assert not refused
@@ -514,19 +514,19 @@ def test_every_callback_trains_alike_or_is_refused(measure, strategy):
 
 
 @pytest.mark.parametrize(("strategy", "world"), [("auto", 1), ("ddp", 2), ("zero3", 2)])
-def test_every_callback_trains_modules_of_others_alike(measure, strategy, world):
+def test_every_callback_trains_external_modules_as_on_one_process(measure, strategy, world):
     found = of_foreign(measure, strategy, world)
     assert {m for (m, _), cell in found.items() if cell} <= {"TwoOptimizers"}
 
 
 @pytest.mark.parametrize(("strategy", "world"), [("ddp", 2), ("zero3", 2), ("tp", 2)])
-def test_every_task_trains_alike(measure, strategy, world):
+def test_every_task_trains_as_on_one_process(measure, strategy, world):
     refused = {name for name, cell in of_tasks(measure, strategy, world).items() if cell}
     assert not refused or strategy == "tp"
 
 
 @pytest.mark.parametrize("name", [name for name in CALLBACKS if name not in AWAITING])
-def test_each_is_seen_to_do_something(single, name):
+def test_each_callback_changes_something_observable(single, name):
     alone = single("transformer", (name,)), single("transformer", ())
     rest = tuple(other for other in STIRRERS if other != name)
     together = (single("transformer", STIRRERS), single("transformer", rest))
@@ -567,7 +567,7 @@ def test_a_callback_that_is_wrong_under_one_strategy_is_caught(
         compare(found, single("transformer", names), strategy)
 
 
-def test_readme_says_what_was_measured(measure):
+def test_the_tables_of_readme_equal_the_measurement(measure):
     by_strategy = {name: of_callbacks(measure, name) for name in WORLDS}
     cells = [cell for column in by_strategy.values() for cell in column.values()]
     assert sum(cell is not None for cell in cells) <= len(cells) / 5

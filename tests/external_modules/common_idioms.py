@@ -1,4 +1,4 @@
-"""Fifteen modules as tutorials write them, each for one idiom; they know only lightning and torch.
+"""Fifteen modules as tutorials write them, one idiom each; they import only lightning and torch.
 
 Each has its samples in `samples()` and its optimizer in `optimizer(parameters)`, so that a plan can
 be given the same one.

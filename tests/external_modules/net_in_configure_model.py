@@ -1,4 +1,4 @@
-"""A module that builds its net late: a stack of residual layers, and a head tied to nothing."""
+"""A module that builds its net late: a stack of residual layers and an untied head."""
 
 import lightning as L
 import torch

@@ -1,4 +1,4 @@
-"""A module as people write them: the net in __init__, its own AdamW, its own loaders."""
+"""A common LightningModule: the net in __init__, its own AdamW, its own loaders."""
 
 import lightning as L
 import torch

@@ -1,4 +1,4 @@
-"""A module that steps by hand: two nets, two optimizers, each toggled for its own loss."""
+"""A module with manual optimization: two nets, two optimizers, each toggled for its own loss."""
 
 import lightning as L
 import torch

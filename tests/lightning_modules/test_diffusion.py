@@ -1,4 +1,4 @@
-"""Diffusion as a task: what a step computes, what is logged, what is drawn, and what is refused."""
+"""Diffusion as a task: the training step, metrics, samples and refused input."""
 
 import errno
 import json
@@ -64,7 +64,7 @@ def built(**arguments: Any) -> Diffusion:
     return model.eval()
 
 
-def test_a_step_is_the_lectures_loop() -> None:
+def test_a_training_step_equals_the_loop_of_the_lecture() -> None:
     """x_t from a draw of t and noise, and the mean squared error of the net's x0."""
     model = built(class_conditional=False)
     images = data()
@@ -82,7 +82,7 @@ def test_a_step_is_the_lectures_loop() -> None:
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v", "velocity"])
-def test_an_even_loss_is_the_error_of_what_is_asked_for(prediction: Any) -> None:
+def test_an_unweighted_loss_is_the_error_of_the_predicted_quantity(prediction: Any) -> None:
     model = built(prediction_type=prediction)
     x0, eps, t = torch.randn(5, 1, 8, 8), torch.randn(5, 1, 8, 8), torch.full((5,), 400.0)
     error, x, answer = model.denoiser.training_loss(model, x0, t, None, eps)
@@ -232,7 +232,7 @@ def test_the_loss_is_logged_at_each_level_while_training(monkeypatch: pytest.Mon
             assert row[f"train/loss_t{100 * k + 51:03}"] == pytest.approx(float(inside.mean()))
 
 
-def test_pictures_go_to_loggers_that_take_images() -> None:
+def test_images_are_logged_to_loggers_that_accept_images() -> None:
     kept = Kept()
     fit(Diffusion(class_conditional=True, num_steps=2, **TINY), 2, logger=kept, limit_val_batches=1,
         limit_train_batches=2, check_val_every_n_epoch=1,
@@ -240,7 +240,7 @@ def test_pictures_go_to_loggers_that_take_images() -> None:
     assert kept.pictures == [("samples", 2, (2 * 58 + 2, 10 * 58 + 2))]
 
 
-def test_the_second_attempt_does_not_know_the_time() -> None:
+def test_the_second_attempt_has_no_time_input() -> None:
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([1.0, 900.0])
     for conditioning, depends in (("none", False), ("time", True)):
         model = built(time_conditioning=conditioning)
@@ -248,7 +248,7 @@ def test_the_second_attempt_does_not_know_the_time() -> None:
         assert (not torch.allclose(*answers, atol=1e-6)) == depends
 
 
-def test_a_cut_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     def run(steps: int, path: str | None = None) -> Diffusion:
         L.seed_everything(0, verbose=False)
         model = Diffusion(class_conditional=True, **TINY)
@@ -265,7 +265,7 @@ def test_a_cut_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert furthest(whole(run(5, str(tmp_path / "3.ckpt"))), whole(through)) == 0
 
 
-def test_a_number_always_gives_the_same_image() -> None:
+def test_a_seed_and_number_give_the_same_image() -> None:
     model = built(guidance_scale=0.5, class_dropout_prob=0.1)
     images = model.generate_images(torch.arange(30))
     assert images.dtype == torch.uint8
@@ -276,7 +276,7 @@ def test_a_number_always_gives_the_same_image() -> None:
     assert (model.generate_images(some, (some + 1) % 10).int() - again.int()).abs().max() > 1
 
 
-def test_images_are_made_of_the_guided_estimate_cut_to_the_range_of_pixels() -> None:
+def test_images_use_the_guided_estimate_clamped_to_the_range_of_pixels() -> None:
     model = built()
     with torch.no_grad():
         model.net.blocks["out_conv"].weight.mul_(20)  # beyond what a pixel can be
@@ -298,7 +298,7 @@ def test_images_are_made_of_the_guided_estimate_cut_to_the_range_of_pixels() -> 
         assert (made - other).abs().max() > 20
 
 
-def test_labels_withheld_in_training_are_a_tenth() -> None:
+def test_a_tenth_of_the_labels_is_dropped_in_training() -> None:
     seen = []
     model = built(class_dropout_prob=0.1)
     model.log = lambda *a, **k: None  # type: ignore[method-assign]
@@ -331,7 +331,7 @@ def read(path: str | Path) -> torch.Tensor:
     return torch.from_numpy(numpy.array(Image.open(path)))
 
 
-def test_three_lines_of_python_draw_what_the_command_draws(
+def test_three_lines_of_python_give_the_images_of_the_command(
     checkpoint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = Diffusion.load_from_checkpoint(checkpoint)
@@ -384,7 +384,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("words", REFUSED)
-def test_a_mistake_is_told_in_words_and_writes_nothing(
+def test_a_user_error_is_one_message_and_writes_nothing(
     words: str, checkpoint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("taken.png").mkdir()
@@ -394,7 +394,7 @@ def test_a_mistake_is_told_in_words_and_writes_nothing(
     assert sorted(Path().rglob("*")) == before
 
 
-def test_a_place_that_may_not_be_written_is_refused_before_anything_is_drawn(
+def test_an_unwritable_path_is_refused_before_any_sampling(
     checkpoint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Diffusion, "_sample_batches", None)
@@ -412,7 +412,7 @@ def test_a_place_that_may_not_be_written_is_refused_before_anything_is_drawn(
     assert "samples.png cannot be written" in capsys.readouterr().err
 
 
-def test_a_disk_that_is_full_takes_no_older_picture_away(
+def test_a_full_disk_does_not_remove_an_older_image(
     checkpoint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(self: Any, file: Any, form: str = "") -> None:
@@ -434,7 +434,7 @@ def test_a_disk_that_is_full_takes_no_older_picture_away(
     assert not list(Path("singles").iterdir())
 
 
-def test_texts_and_pictures_take_each_their_own_options() -> None:
+def test_text_and_image_models_have_their_own_options() -> None:
     from ravine.cli.commands import method_flags
 
     words, pictures = (
@@ -455,7 +455,7 @@ def test_weights_that_are_not_finite_end_in_one_line(
     assert not Path("samples.png").exists()
 
 
-def test_export_writes_what_the_checkpoint_holds(
+def test_export_writes_the_weights_of_the_checkpoint(
     checkpoint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from safetensors.torch import load_file
@@ -475,7 +475,7 @@ def test_export_writes_what_the_checkpoint_holds(
     }
 
 
-def test_pictures_are_kept_at_each_validation(tmp_path: Path) -> None:
+def test_images_are_saved_at_each_validation(tmp_path: Path) -> None:
     L.seed_everything(0, verbose=False)
     model = Diffusion(class_conditional=True, num_steps=2, **TINY)
     trainer = Trainer(
@@ -518,12 +518,12 @@ def test_pictures_are_kept_at_each_validation(tmp_path: Path) -> None:
         ({"base_channels": 10}, "allowed: base_channels: a multiple of 8"),
     ],
 )
-def test_arguments_that_cannot_be_are_refused(arguments: dict[str, Any], said: str) -> None:
+def test_invalid_diffusion_arguments_are_refused(arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Diffusion(**arguments)
 
 
-def test_a_model_without_labels_and_one_without_data_say_so() -> None:
+def test_a_model_without_labels_and_one_without_data_are_refused() -> None:
     model = built(class_conditional=False)
     with pytest.raises(
         ValueError, match=r"labels='3' cannot be used, .* trained without labels; remove labels"
@@ -558,7 +558,7 @@ def test_a_model_without_labels_and_one_without_data_say_so() -> None:
         Diffusion(class_conditional=True).configure_from_data(other)
 
 
-def test_a_label_beyond_the_classes_is_never_taken_for_one_that_is_withheld() -> None:
+def test_a_label_out_of_range_is_not_used_as_the_dropped_label() -> None:
     images = data()
     images.setup("fit")
     images.get_split("train")[1][7] = 10
@@ -567,7 +567,7 @@ def test_a_label_beyond_the_classes_is_never_taken_for_one_that_is_withheld() ->
     Diffusion(**TINY).configure_from_data(images)  # it looks at no labels
 
 
-def test_one_step_is_not_asked_for_more() -> None:
+def test_a_one_step_model_refuses_more_steps() -> None:
     model = built(time_conditioning="one_step", num_steps=20)
     assert len(model.generate(num_samples=1, num_steps=1).images) == 10
     said = r"num_steps=20 .* time_conditioning='one_step' .*; allowed: 1; use num_steps=1"
@@ -575,7 +575,7 @@ def test_one_step_is_not_asked_for_more() -> None:
         model.generate(num_steps=20)
 
 
-def test_weights_of_bf16_see_the_same_times_and_the_noise_in_their_type() -> None:
+def test_bf16_weights_get_the_same_time_embedding() -> None:
     model = Diffusion(class_conditional=True, num_steps=2, **TINY)
     trainer = fit(model, 2, precision="bf16-true", limit_val_batches=1, check_val_every_n_epoch=1,
                   limit_train_batches=2)  # fmt: skip
@@ -596,7 +596,7 @@ def tiles(figure: Any, columns: int) -> torch.Tensor:
     return parts[..., 1:-1, 1:-1].to(torch.uint8)
 
 
-def test_the_figures_show_noise_images_and_what_lies_between() -> None:
+def test_the_figures_show_noise_images_and_intermediate_steps() -> None:
     """Of a model that takes a share of what it sees for the image, the larger the more noise."""
     schedule = NoiseSchedule("flow")
     path = schedule.timesteps(5)
@@ -634,6 +634,6 @@ def test_a_run_without_validation_has_its_figures(tmp_path: Path) -> None:
     assert len(list(tmp_path.rglob("digits_*.png"))) == 3
 
 
-def test_a_sampled_byte_comes_back_through_the_floats() -> None:
+def test_a_sampled_byte_survives_the_conversion_to_float() -> None:
     every = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(to_uint8(every.float() / 127.5 - 1), every)

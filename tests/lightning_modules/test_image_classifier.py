@@ -1,4 +1,4 @@
-"""Lecture 4's models learn what they can, alike on any ranks, and their features are a measure."""
+"""The models of lecture 4 learn digits, equally on any ranks, and serve as feature extractors."""
 
 import os
 import re
@@ -42,11 +42,11 @@ def accuracy(module, trainer, data) -> float:
 @pytest.mark.parametrize(
     ("variant", "least"), [("linear", 0.9), ("mlp", 0.9), ("convolutional", 0.95)]
 )
-def test_each_of_the_lectures_models_learns_digits(variant: str, least: float) -> None:
+def test_each_model_of_the_lecture_learns_digits(variant: str, least: float) -> None:
     assert accuracy(*trained(variant, max_steps=150, shift=0)) > least  # chance is 0.10
 
 
-def test_the_linear_model_is_the_softmax_regression_it_says() -> None:
+def test_the_linear_model_is_softmax_regression() -> None:
     module, _, data = trained("linear", max_steps=1)
     images, labels = next(iter(data.val_dataloader()))
     weight, bias = module.net.head.weight, module.net.head.bias
@@ -67,14 +67,14 @@ def weights_on(world: int, shift: int) -> dict[str, torch.Tensor]:
     return whole(trained(world=world, shift=shift, max_steps=3, callbacks=[sgd])[0])
 
 
-def test_two_ranks_train_as_one_process_also_when_images_are_moved(ranks) -> None:
+def test_two_ranks_train_as_one_process_also_with_shifted_images(ranks) -> None:
     alone = weights_on(1, shift=2)
     assert furthest(alone, weights_on(1, shift=0)) > 1e-3
     for other in ranks(weights_on, 2, 2, 2):
         assert furthest(alone, other) < 2e-6
 
 
-def test_a_run_that_was_cut_continues_with_the_same_bits(tmp_path: Path) -> None:
+def test_an_interrupted_classifier_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     def run(steps: int, **arguments):
         callbacks = [OptimizerPlan(lambda p: torch.optim.AdamW(p, **PLAN)), ExactResume()]
         return trained(max_steps=steps, shift=2, callbacks=callbacks, **arguments)
@@ -94,7 +94,7 @@ def test_a_run_that_was_cut_continues_with_the_same_bits(tmp_path: Path) -> None
     assert furthest(whole(uncut), whole(module)) == 0
 
 
-def test_any_size_of_image_and_number_of_channels_will_do() -> None:
+def test_any_image_size_and_number_of_channels_are_accepted() -> None:
     for channels, size in ((3, (5, 9)), (1, (1, 1)), (1, (28, 28))):
         module = ImageClassifier()
         module.image_info = {
@@ -107,7 +107,7 @@ def test_any_size_of_image_and_number_of_channels_will_do() -> None:
         assert module(torch.zeros(2, channels, *size)).shape == (2, 3)
 
 
-def test_a_checkpoint_is_a_measure_with_a_name_and_an_accuracy(tmp_path: Path) -> None:
+def test_a_checkpoint_is_an_extractor_with_a_name_and_an_accuracy(tmp_path: Path) -> None:
     module, trainer, data = trained(max_steps=100)
     trainer.save_checkpoint(tmp_path / "digits.ckpt")
     extractor = ClassifierFeatures(str(tmp_path / "digits.ckpt"))
@@ -126,7 +126,7 @@ def test_a_checkpoint_is_a_measure_with_a_name_and_an_accuracy(tmp_path: Path) -
     assert FrechetDistance(extractor).metric_name == "fd_digits_cnn"
 
 
-def test_an_extractor_that_is_no_classifier_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_an_extractor_that_is_not_a_classifier_is_refused_in_one_line(tmp_path: Path) -> None:
     model = Diffusion(base_channels=8, time_embed_dim=16)
     checkpoint: dict = {"state_dict": {}, "hyper_parameters": {}}
     model.on_save_checkpoint(checkpoint)
@@ -154,14 +154,14 @@ def test_predictions_are_named_by_their_classes() -> None:
 
 
 @pytest.mark.parametrize("bad", [{"num_features": 0}, {"max_shift": -1}])
-def test_sizes_that_mean_nothing_are_refused(bad: dict[str, int]) -> None:
+def test_invalid_sizes_are_refused(bad: dict[str, int]) -> None:
     with pytest.raises(
         ValueError, match="num_features: 1 or more, max_shift: 0 or more; use num_features=64"
     ):
         ImageClassifier(**bad)
 
 
-def test_data_of_another_form_are_refused() -> None:
+def test_data_of_another_shape_are_refused() -> None:
     module, _, data = trained(max_steps=1)
     data.channels = 3
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Initial values: one network on every layout, drawn by name and in parts."""
+"""Initial values: one network on every layout, drawn by name and in shards."""
 
 import lightning as L
 import pytest
@@ -73,7 +73,7 @@ def test_buffers_are_computed_as_by_the_constructor(name):
         assert not actual[key].is_meta
 
 
-def test_rows_are_the_same_whoever_draws_them():
+def test_rows_are_equal_on_every_rank_that_draws_them():
     shape = torch.Size([5000, 1024])  # five chunks
 
     def build():
@@ -90,7 +90,7 @@ def test_rows_are_the_same_whoever_draws_them():
     assert not torch.equal(chunks[0], chunks[1])
 
 
-def test_the_seed_and_the_name_decide():
+def test_initial_values_are_decided_by_seed_and_name():
     def build():
         return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
 
@@ -104,7 +104,7 @@ def test_the_seed_and_the_name_decide():
     assert not torch.equal(first["0.weight"], first["1.weight"])
 
 
-def test_a_net_of_others_is_built_with_memory_by_the_global_generator():
+def test_an_external_net_is_built_by_the_global_generator():
     class Orthogonal(TaskModule):
         def build_net(self):
             net = nn.Linear(16, 16, bias=False)
@@ -228,7 +228,7 @@ def bytes_at_start(devices):
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_no_rank_has_more_than_its_share_at_the_start(ranks, world):
+def test_no_rank_holds_more_than_its_shard_at_the_start(ranks, world):
     largest = 4 * 256 * 1024  # of the tensors, in bytes
     for peak, share, everything in ranks(bytes_at_start, world, world):
         assert share < 1.02 * everything / world

@@ -1,4 +1,4 @@
-"""The language model: what it reports is the split's loss, and what it learns beats bigrams."""
+"""The language model: its metric is the loss of the split, and training beats bigrams."""
 
 import math
 import zipfile
@@ -77,14 +77,14 @@ def test_validation_does_not_depend_on_the_batch_size(poem):
     assert losses == pytest.approx(losses[:1] * 3, rel=1e-6)
 
 
-def test_an_untrained_model_is_as_good_as_guessing(poem):
+def test_the_loss_of_an_untrained_model_is_that_of_guessing(poem):
     model = tiny()
     report = validate(model, data_of(poem))
     assert report["val/loss"] == pytest.approx(math.log(len(set(POEM))), rel=1e-6)
     assert report["val/perplexity"] == pytest.approx(len(set(POEM)), rel=1e-5)
 
 
-def test_test_reports_what_validate_does(poem):
+def test_the_test_loop_reports_the_metrics_of_validation(poem):
     model, data = tiny(zero_init_residual=False), data_of(poem)
     report = trainer().test(model, data, verbose=False)[0]
     assert {k.replace("test", "val"): v for k, v in report.items()} == validate(model, data)
@@ -128,7 +128,7 @@ def test_two_hundred_steps_on_the_embedded_text_beat_bigrams(kind):
     assert validate(model, data)["val/loss"] < floor - 0.1
 
 
-def test_a_checkpoint_alone_gives_the_trained_model_back(poem, tmp_path):
+def test_a_checkpoint_alone_restores_the_trained_model(poem, tmp_path):
     model, data = tiny(), data_of(poem)
     fit = trainer(max_steps=3, limit_val_batches=0)
     fit.fit(model, data)
@@ -142,7 +142,7 @@ def test_a_checkpoint_alone_gives_the_trained_model_back(poem, tmp_path):
     assert loaded.generate("the", max_new_tokens=20) == model.generate("the", max_new_tokens=20)
 
 
-def test_a_file_that_would_unfold_in_memory_is_refused(tmp_path):
+def test_a_file_that_would_expand_in_memory_is_refused(tmp_path):
     torch.save({"state_dict": {"a": torch.zeros(1000)}}, tmp_path / "plain.ckpt")
     with (
         zipfile.ZipFile(tmp_path / "plain.ckpt") as plain,
@@ -193,7 +193,7 @@ def test_sizes_come_from_the_data_and_contradictions_are_refused(poem):
 @pytest.mark.parametrize(
     "wrong", [{"num_heads": 3}, {"num_layers": 0}, {"vocab_size": 0}, {"context_length": -1}]
 )
-def test_a_shape_that_cannot_be_is_refused_before_any_work(wrong):
+def test_an_invalid_shape_is_refused_before_any_work(wrong):
     (name,) = wrong
     with pytest.raises(
         UsageError, match=rf"Transformer: {name}=.*; allowed: .*; use {name}="
@@ -202,7 +202,7 @@ def test_a_shape_that_cannot_be_is_refused_before_any_work(wrong):
     assert error.value.flag.startswith(f"--model.{name}=")
 
 
-def test_a_model_without_sizes_or_build_says_what_it_lacks():
+def test_the_error_for_a_model_without_sizes_names_what_is_missing():
     with pytest.raises(ValueError, match="vocab_size and context_length must come from the data"):
         tiny().configure_model()
     with pytest.raises(RuntimeError, match="has no net yet"):

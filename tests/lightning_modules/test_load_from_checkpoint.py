@@ -1,4 +1,4 @@
-"""`load_from_checkpoint` and `load_model` give back every task, adapters and quantized weights."""
+"""`load_from_checkpoint` and `load_model` restore every task, adapters and quantized weights."""
 
 import io
 from collections.abc import Callable
@@ -219,7 +219,7 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained(Line(), Points(), tmp_path_factory.mktemp("line") / "line.ckpt")
 
 
-def test_a_class_of_a_user_s_own_is_loaded_through_itself(line: Path, tmp_path: Path) -> None:
+def test_a_user_class_is_loaded_through_itself(line: Path, tmp_path: Path) -> None:
     assert first_layer(Line.load_from_checkpoint(line)).shape == (3, 5)
     for kind in (Named, Wider):
         path = trained(kind(hidden=2), Points(), tmp_path / f"{kind.__name__}.ckpt", LoRA("net.0"))
@@ -300,7 +300,7 @@ def test_names_of_weights_must_be_equal_unless_strict_is_false(line: Path, tmp_p
         Lenient.load_from_checkpoint(line, strict=True)
 
 
-def test_tensors_go_where_map_location_says(line: Path) -> None:
+def test_tensors_are_on_the_device_of_map_location(line: Path) -> None:
     for place in (None, "cpu", torch.device("cpu"), {"cuda:0": "cpu"}, lambda tensor, _: tensor):
         loaded = Line.load_from_checkpoint(line, map_location=place)
         assert loaded.device == torch.device("cpu")
@@ -323,7 +323,7 @@ class OfCuda:
         return "on the CPU"
 
 
-def test_a_tensor_of_a_device_that_is_not_here_goes_to_the_cpu(monkeypatch: Any) -> None:
+def test_a_tensor_of_a_missing_device_is_loaded_on_the_cpu(monkeypatch: Any) -> None:
     from ravine.cli.loading import where_saved
 
     storage: Any = OfCuda()
@@ -342,7 +342,7 @@ def write_in_parts(source: str, target: str) -> None:
     sharded.save_sharded(torch.load(source, weights_only=True), Path(target))
 
 
-def test_a_folder_and_an_open_file_give_what_the_file_gives(
+def test_a_folder_and_an_open_file_load_as_the_file_does(
     poem: Path, tmp_path: Path, ranks: Any
 ) -> None:
     ranks(write_in_parts, 2, str(poem), str(tmp_path / "parts.ckpt"))

@@ -1,4 +1,4 @@
-"""Reinforce: rollouts follow the seed alone, steps are policy gradients, runs go on exactly."""
+"""Reinforce: rollouts depend only on the seed, steps are policy gradients, runs resume exactly."""
 
 import json
 import math
@@ -156,7 +156,7 @@ def without_a_copy(base: str, strategy: str, devices: int) -> dict[str, torch.Te
     return whole(model)
 
 
-def test_two_ranks_tune_adapters_of_a_base_that_neither_has_whole(ranks, base) -> None:
+def test_two_ranks_train_adapters_of_a_sharded_base(ranks, base) -> None:
     one = without_a_copy(base, "auto", 1)
     for weights in ranks(without_a_copy, 2, base, "zero3", 2):
         assert furthest(weights, one) < 2e-6
@@ -187,7 +187,9 @@ SETTINGS = {
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])
-def test_two_ranks_draw_the_batch_and_take_the_step_of_one(ranks, base, strategy, setting) -> None:
+def test_two_ranks_sample_the_batch_and_take_the_step_of_one_process(
+    ranks, base, strategy, setting
+) -> None:
     one = on_ranks(base, "auto", 1, SETTINGS[setting])
     both = ranks(on_ranks, 2, base, strategy, 2, SETTINGS[setting])
     for step, tokens in enumerate(one[2]):
@@ -203,13 +205,13 @@ def test_two_ranks_draw_the_batch_and_take_the_step_of_one(ranks, base, strategy
             assert metrics[name] == pytest.approx(one[3][name], abs=1e-6), name
 
 
-def test_four_ranks_draw_the_batch_of_one(ranks, base) -> None:
+def test_four_ranks_sample_the_batch_of_one_process(ranks, base) -> None:
     one = on_ranks(base, "auto", 1, {})
     found = ranks(on_ranks, 4, base, "ddp", 4, {})
     assert torch.cat([each[2][0] for each in found]).equal(one[2][0])
 
 
-def test_a_run_that_was_cut_goes_on_bit_for_bit(base, tmp_path) -> None:
+def test_an_interrupted_reinforce_run_resumes_bit_for_bit(base, tmp_path) -> None:
     how: dict[str, Any] = {"kl": KL(0.1), "group_size": 2}
     straight = policy(base, **how)
     through = fit(straight, data(base), 6)
@@ -245,7 +247,7 @@ def test_the_step_is_the_mean_of_weight_times_gradient(base) -> None:
     assert max(float(g.abs().max()) for g in watch.gradients[0].values()) > 1e-3
 
 
-def test_what_was_drawn_is_scored_the_same_in_the_update(base) -> None:
+def test_sampled_tokens_have_the_same_logprobs_in_the_update(base) -> None:
     """One transform: with temperature, top-k and top-p at once the log-probabilities agree."""
     model = policy(base, sampling=DecodingConfig(0.7, top_k=20, top_p=0.9))
     rollout = fit(model, data(base), 1).rollouts[0]
@@ -258,7 +260,7 @@ def test_what_was_drawn_is_scored_the_same_in_the_update(base) -> None:
     )  # fmt: skip
 
 
-def test_a_prompt_that_several_texts_share_is_read_once_and_the_step_is_the_same(base) -> None:
+def test_a_shared_prompt_is_processed_once_and_gives_the_same_step(base) -> None:
     """Policy and reference read branches; the gradient is that of whole texts."""
     read = []
     how: dict[str, Any] = {"group_size": 4, "kl": KL(0.1, "k3", "loss")}
@@ -286,7 +288,7 @@ def test_a_prompt_that_several_texts_share_is_read_once_and_the_step_is_the_same
     torch.testing.assert_close(rollout.ref_logprobs, whole, rtol=0, atol=1e-6)
 
 
-def test_the_reference_is_read_whole_at_the_sampling_temperature_and_at_one(base) -> None:
+def test_reference_logprobs_are_computed_at_the_sampling_temperature_and_at_one(base) -> None:
     """What the policy may not draw, by top-k, the reference may say; both by hand."""
     cool = DecodingConfig(0.7, top_k=5)
     model = policy(base, ReferenceLogprob(), kl=KL(0.1), sampling=cool, group_size=2)
@@ -305,7 +307,7 @@ def test_the_reference_is_read_whole_at_the_sampling_temperature_and_at_one(base
     torch.testing.assert_close(said, plain.mean(1), rtol=0, atol=1e-5)
 
 
-def test_a_prompt_that_comes_again_in_another_epoch_gets_another_text(base, tmp_path) -> None:
+def test_a_prompt_gets_another_text_in_another_epoch(base, tmp_path) -> None:
     lines = [json.dumps({"prompt": f"a {i}"}) for i in range(5)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
     model, written = policy(base, reward_of(0.0, 1.0), reference="none"), dict[str, set[str]]()
@@ -321,13 +323,13 @@ def test_a_prompt_that_comes_again_in_another_epoch_gets_another_text(base, tmp_
     assert len(written) == 4
 
 
-def test_dropout_is_off_while_it_writes_and_while_it_learns(base) -> None:
+def test_dropout_is_off_during_sampling_and_update(base) -> None:
     """The base has a dropout of one half: with it, the two passes would differ."""
     watch = fit(policy(base), data(base), 2)
     assert all(row["train/logprob_gap"] < 1e-5 for row in watch.metrics)
 
 
-def test_texts_are_drawn_in_the_precision_of_the_step(base, monkeypatch) -> None:
+def test_texts_are_sampled_in_the_precision_of_the_step(base, monkeypatch) -> None:
     """The hook that writes is outside of the trainer's precision context, and enters it."""
     seen = []
 
@@ -350,7 +352,7 @@ def test_rewards_rise(base) -> None:
     assert reward_means[-1] > reward_means[0] + 0.35
 
 
-def test_clipping_and_accumulation_see_a_usual_step(base) -> None:
+def test_clipping_and_accumulation_work_as_in_supervised_training(base) -> None:
     common = CharacterFraction("etaoin", -1.0)  # two texts of a micro-batch may lack one letter
     none = policy(base, common, estimator=AdvantageEstimator("none"))
     whole_batch = fit(none, data(base), 1)
@@ -398,7 +400,7 @@ def test_a_policy_is_loaded_without_its_base(base, tmp_path) -> None:
     fit(again, data(base), 1)
 
 
-def test_a_policy_of_adapters_alone_is_loaded_with_its_base_or_asks_for_it(
+def test_a_policy_of_adapters_alone_is_loaded_with_its_base_or_refused(
     base, tmp_path, monkeypatch
 ) -> None:
     own = shutil.copy(base, tmp_path / "own.ckpt")
@@ -442,7 +444,7 @@ def test_another_base_under_the_same_name_is_refused(base, tmp_path) -> None:
         fit(policy(str(tmp_path / "other.ckpt")), data(base), ckpt_path=tmp_path / "policy.ckpt")
 
 
-def test_validation_writes_the_same_texts_each_time(base) -> None:
+def test_validation_samples_the_same_texts_each_time(base) -> None:
     model = policy(base)
     trainer = L.Trainer(**QUIET)
     L.seed_everything(0, verbose=False)
@@ -458,7 +460,7 @@ def test_validation_writes_the_same_texts_each_time(base) -> None:
     } <= set(same[0])
 
 
-def test_a_stop_ends_a_text_and_belongs_to_what_is_learned(base) -> None:
+def test_a_stop_string_ends_a_text_and_is_part_of_the_loss(base) -> None:
     common = CharacterFraction("etaoin", -1.0, "common")  # texts that end early may lack one letter
     model = policy(base, common, stop=" ", max_new_tokens=32)
     rollout = fit(model, data(base), 1).rollouts[0]
@@ -471,7 +473,7 @@ def test_a_stop_ends_a_text_and_belongs_to_what_is_learned(base) -> None:
     assert not any(" " in row["text"] for row in model.last_samples())
 
 
-def test_no_term_takes_the_name_of_what_is_logged_or_shown_beside_it(base) -> None:
+def test_no_term_has_a_reserved_name(base) -> None:
     model = policy(base)
     watch, terms = fit(model, data(base), 2), {term.name for term in model.rewards}
     logged = {name.removeprefix("train/") for name in watch.metrics[-1]}
@@ -491,7 +493,7 @@ def reward_of(*answers: Any):
     return RewardFunction(reward_fn)
 
 
-def test_a_reward_of_the_users_gets_what_it_asks_for(base, tmp_path) -> None:
+def test_a_user_reward_gets_the_arguments_of_its_signature(base, tmp_path) -> None:
     lines = [json.dumps({"prompt": f"a {i}", "wanted": f"x{i % 3}"}) for i in range(20)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
     seen: dict[str, Any] = {}
@@ -613,7 +615,7 @@ def test_a_mistake_is_named(mistake: str, base: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_equal_rewards_are_said_and_change_nothing(base) -> None:
+def test_equal_rewards_give_a_warning_and_no_step(base) -> None:
     model = policy(base, Threshold(CharacterFraction("e"), max_value=1.0), reference="none")
     model.lr = 0.0
     with pytest.warns(
@@ -625,7 +627,7 @@ def test_equal_rewards_are_said_and_change_nothing(base) -> None:
 
 
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])
-def test_equal_rewards_leave_the_divergence_and_no_rounding_blown_up(kind, base) -> None:
+def test_with_equal_rewards_only_the_kl_term_acts_and_rounding_is_not_amplified(kind, base) -> None:
     """The policy is its reference still: what is left of the divergence is rounding."""
     model = policy(base, reward_of(1.0), kl=KL(0.1), estimator=AdvantageEstimator(kind))
     with pytest.warns(UserWarning, match="only the KL term contributes to this step"):
@@ -688,7 +690,7 @@ def test_a_base_of_another_net_is_refused_before_anything_is_built(
     assert "\n" not in str(error.value)
 
 
-def test_a_base_that_was_cut_off_is_said_so(base, tmp_path) -> None:
+def test_a_truncated_base_is_refused_as_truncated(base, tmp_path) -> None:
     whole_file = Path(base).read_bytes()
     (tmp_path / "half.ckpt").write_bytes(whole_file[: len(whole_file) // 2])
     with pytest.raises(
@@ -715,7 +717,7 @@ def test_a_micro_batch_of_one_sample_is_refused_as_a_batch_of_one(base) -> None:
         fit(policy(base), data(base), 1, accumulate_grad_batches=8)
 
 
-def test_a_base_in_parts_is_refused_with_the_command_that_joins_them(base, tmp_path) -> None:
+def test_a_sharded_base_is_refused_with_the_command_that_consolidates_it(base, tmp_path) -> None:
     (tmp_path / "run" / "step=2.ckpt").mkdir(parents=True)
     (tmp_path / "run" / "step=2.ckpt" / "__0_0.distcp").touch()
     with pytest.raises(UsageError, match=r"is a sharded checkpoint.*base_checkpoint=") as error:
@@ -747,7 +749,7 @@ def stopped(base: str, stop: str | None, devices: int = 1) -> list[str]:
     return [row["text"] for row in model.last_samples()]
 
 
-def test_a_rank_whose_texts_have_ended_writes_on_as_long_as_others_do(ranks, base) -> None:
+def test_a_rank_with_finished_texts_generates_as_long_as_other_ranks(ranks, base) -> None:
     """Where a net is sharded, they gather its weights together."""
     first, second = stopped(base, None)
     stop = next(c for c in first[:30] if c not in second)
@@ -756,7 +758,7 @@ def test_a_rank_whose_texts_have_ended_writes_on_as_long_as_others_do(ranks, bas
 
 
 @pytest.mark.parametrize("axis", ["cp", "pp"])
-def test_a_strategy_that_would_cut_the_texts_is_refused(ranks, base, axis: str) -> None:
+def test_a_strategy_that_splits_texts_is_refused(ranks, base, axis: str) -> None:
     with pytest.raises(AssertionError) as error:
         ranks(on_ranks, 2, base, axis, 2, {})
     said = f"{axis}=2: Reinforce does not support {axis}; allowed: zero1,"
@@ -777,7 +779,7 @@ def test_adapters_switched_off_are_the_reference(base) -> None:
         assert switched == pytest.approx(copied, abs=1e-6)
 
 
-def test_a_reference_that_would_learn_is_refused(base) -> None:
+def test_a_trainable_reference_is_refused(base) -> None:
     lora = LoRA(rank=2, train_also=["net.head"])
     with pytest.raises(
         ValueError, match=r"head\.weight is trained, too; .*reference='frozen_copy'"
@@ -786,7 +788,7 @@ def test_a_reference_that_would_learn_is_refused(base) -> None:
     fit(policy(base, kl=KL(0.1)), data(base), 1, callbacks=[LoRA(rank=2, train_also=["net.head"])])
 
 
-def test_adapters_are_switched_on_again_whatever_happens() -> None:
+def test_adapters_are_enabled_again_after_an_error() -> None:
     net = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))
     inject_lora(net, ["0", "1"], rank=1)
     layers = lora_layers(net).values()
@@ -816,7 +818,7 @@ def test_rewards_of_prompts_in_a_file_compare_with_the_corpus_beside_it(base, tm
         ('{"prompt": "a"}\n', "has 1 prompts; allowed: 2 or more"),
     ],
 )
-def test_a_line_that_is_no_prompt_is_named(lines: str, message: str, tmp_path) -> None:
+def test_a_line_that_is_not_a_prompt_is_named(lines: str, message: str, tmp_path) -> None:
     (tmp_path / "p.jsonl").write_text(lines)
     with pytest.raises(ValueError, match=message):
         PromptDataModule(tmp_path / "p.jsonl").setup("fit")
@@ -836,7 +838,7 @@ def test_other_data_are_refused(base) -> None:
         fit(policy(base, VocabularyFraction()), prompts)
 
 
-def test_validation_prompts_are_none_that_are_trained_on(base) -> None:
+def test_validation_prompts_are_not_training_prompts(base) -> None:
     prompts = data(base)
     prompts.setup("fit")
     trained = {text for batch in prompts.train_dataloader() for text in batch.texts}
@@ -945,7 +947,7 @@ DIVERGENCES = {"k1 in the reward": KL(0.5), "k2 in the loss": KL(0.5, "k2", "los
 
 @pytest.mark.parametrize("kind", ["rloo", "grpo", "rejection"])
 @pytest.mark.parametrize("where", DIVERGENCES)
-def test_the_divergence_lowers_the_weights_and_in_the_loss_it_leaves_them_alone(
+def test_kl_in_the_reward_lowers_the_advantages_and_kl_in_the_loss_does_not(
     where: str, kind: Any, base: str
 ) -> None:
     """In the reward it is taken from it; an estimator that bends rewards leaves it as it is."""

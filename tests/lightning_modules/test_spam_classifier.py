@@ -63,7 +63,7 @@ def fit_and_test(
         ("free money won? Won!", [1, 3, 0, 1 / 20, 20 / 500]),
     ],
 )
-def test_the_lectures_features_are_what_one_counts_by_hand(message, expected):
+def test_the_features_of_the_lecture_equal_a_count_by_hand(message, expected):
     assert handcrafted_features(message) == pytest.approx(expected)
 
 
@@ -96,7 +96,7 @@ def test_a_hashed_linear_layer_is_scikit_learns_tfidf_times_its_weights():
     assert layer(new).detach().numpy() == pytest.approx(expected, abs=1e-6)
 
 
-def test_what_no_training_message_has_weighs_nothing():
+def test_features_of_no_training_message_have_weight_zero():
     idf = compute_idf(["abc"], BUCKETS)
     assert (idf[hash_ngrams("xyz", BUCKETS)[0]] == 0).all()
     assert idf[hash_ngrams("abc", BUCKETS)[0]] == pytest.approx(1.0)
@@ -110,7 +110,7 @@ def test_messages_do_not_influence_each_other():
 
 @pytest.mark.parametrize("features", ["handcrafted", "ngrams"])
 @pytest.mark.parametrize("hidden", [0, 3])
-def test_an_untrained_model_has_no_opinion_and_its_size_is_the_formula(features, hidden):
+def test_an_untrained_linear_model_has_zero_logits_and_its_size_is_the_formula(features, hidden):
     model = SpamClassifier(features, hidden, num_buckets=64)
     model.configure_model()
     width = 5 if features == "handcrafted" else 64
@@ -162,7 +162,7 @@ def test_metrics_are_those_of_the_predictions():
     assert report["test/false_positives"] == sum(said) - hits
 
 
-def test_a_checkpoint_alone_gives_probabilities_back(tmp_path):
+def test_a_checkpoint_alone_restores_the_probabilities(tmp_path):
     model = SpamClassifier(num_buckets=2**12, hidden_size=4)
     _, trainer = fit_and_test(model, lr=1.0, steps=20)
     trainer.save_checkpoint(tmp_path / "spam.ckpt")

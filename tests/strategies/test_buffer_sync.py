@@ -1,4 +1,4 @@
-"""Statistics and random numbers of modules under MeshStrategy are those of DDP."""
+"""Statistics and random numbers of modules under MeshStrategy equal those of DDP."""
 
 import lightning as L
 import pytest
@@ -68,7 +68,7 @@ def on_each_layout():
     return found
 
 
-def test_buffers_and_random_numbers_are_those_of_ddp(ranks):
+def test_buffers_and_random_numbers_equal_those_of_ddp(ranks):
     results = ranks(on_each_layout, 2)
     for layout, (weights, _) in results[0].items():
         expected = results[0]["ddp"]
@@ -95,7 +95,7 @@ def refused():
     return str(error.value)
 
 
-def test_an_error_of_shards_names_module_and_line_and_strategies(ranks):
+def test_an_error_of_sharded_tensors_names_module_line_and_strategies(ranks):
     for text in ranks(refused, 2):
         assert text.startswith("CallsOperator: an operation in its step (test_buffer_sync.py:")
         assert text.endswith('; use Trainer(strategy="ddp")')

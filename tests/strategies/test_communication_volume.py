@@ -1,4 +1,4 @@
-"""What a step sends is what the formula says: counted at two depths and on two numbers of ranks."""
+"""The bytes of a step equal the formula, at two depths and on two numbers of ranks."""
 
 from collections import Counter
 
@@ -128,7 +128,7 @@ def bare(name):
 
 
 @pytest.mark.parametrize(("world", "layers"), [(2, 2), (2, 4), (4, 2), (4, 4)])
-def test_a_step_sends_what_the_formula_says(ranks, tmp_path, world, layers):
+def test_the_bytes_of_a_step_equal_the_formula(ranks, tmp_path, world, layers):
     text = tmp_path / "text.txt"
     text.write_text("".join(python_docs_text())[:3000])
     expected = {name: count_collectives(layers, **how[1](world)) for name, how in LAYOUTS.items()}

@@ -1,4 +1,4 @@
-"""Context parallelism: a rank holds, computes and sends its share of attention, exactly.
+"""Context parallelism: a rank holds, computes and sends its fraction of attention, exactly.
 
 Blocks of keys joined by their log-sum-exp are the attention over all of them; on a ring this is
 one process's attention, in its outputs and gradients, within 1e-12 in fp64 and 2e-6 in fp32.
@@ -104,7 +104,7 @@ def test_blocks_of_keys_joined_by_their_log_sum_exp_are_attention_over_all(name,
     assert lse.dtype == torch.promote_types(dtype, torch.float32)
 
 
-def test_the_pieces_of_queries_bound_the_scores():
+def test_chunks_of_queries_bound_the_memory_of_the_scores():
     query, key, value, d_out = draw(torch.float64, 1024, heads=2, k=8)
     with kernel("pieces", scores=2**16), tensor_bytes() as some:  # 32 queries at a time
         out, lse = attention_with_lse(query, key, value, True)
@@ -116,7 +116,7 @@ def test_the_pieces_of_queries_bound_the_scores():
 @pytest.mark.parametrize(
     ("name", "dtype"), [("flash", torch.bfloat16), ("efficient", torch.float32)]
 )
-def test_the_kernels_of_a_gpu_take_what_they_are_given(name, dtype):
+def test_the_kernels_of_a_gpu_accept_their_arguments(name, dtype):
     with kernel(name), FakeTensorMode():  # shapes and arguments without a GPU
         query = torch.empty(2, 4, 40, 16, dtype=dtype, device="cuda")
         key = torch.empty(2, 4, 80, 16, dtype=dtype, device="cuda")
@@ -126,7 +126,7 @@ def test_the_kernels_of_a_gpu_take_what_they_are_given(name, dtype):
     assert [each.shape for each in found] == [query.shape, key.shape, key.shape]
 
 
-def test_pieces_cover_every_head_of_every_sequence_once():
+def test_chunks_cover_every_head_of_every_sequence_once():
     for batch, heads, parts in ((1, 8, 2), (1, 8, 4), (3, 2, 8), (2, 12, 8), (4, 1, 4), (1, 3, 8)):
         key = torch.zeros(batch, heads, 512, 64)
         count = torch.zeros(batch, heads)
@@ -290,7 +290,7 @@ def measure(lengths):
 
 
 @pytest.mark.parametrize("world", BOUNDS)
-def test_a_ring_is_the_attention_of_one_process_at_a_share_of_its_memory(ranks, world):
+def test_ring_attention_equals_that_of_one_process_with_a_fraction_of_its_memory(ranks, world):
     lengths = {torch.float64: 256, torch.float32: 512, torch.bfloat16: 256}
     everywhere = ranks(measure, world, lengths)
     for rank, (far, peaks, shapes, (forward, backward), _) in enumerate(everywhere):
@@ -330,7 +330,7 @@ def test_layers_share_the_tables_of_rotary_positions_also_after_a_move():
     assert found.isdisjoint(id(b) for b in copied.buffers())
 
 
-def test_a_part_of_a_sequence_turns_as_it_does_in_the_whole():
+def test_a_shard_of_a_sequence_is_rotated_as_in_the_full_sequence():
     net = Transformer(5, 64, num_layers=1, d_model=16, num_heads=2)
     attention, x = net.blocks["0"].attention, torch.randn(1, 64, 16)
     query, key, _ = attention.project_qkv(x)
@@ -377,7 +377,7 @@ def ways(mode):
 
 
 @pytest.mark.parametrize(("mode", "times"), [("selective", 1), ("full", 2), ("compiled", 1)])
-def test_a_ring_is_kept_recomputed_and_compiled_as_a_whole(ranks, mode, times):
+def test_ring_attention_can_be_recomputed_and_compiled(ranks, mode, times):
     for far, calls in ranks(ways, 2, mode):
         assert far < 1e-12
         assert calls == 2 * times  # of two blocks of keys
@@ -395,7 +395,7 @@ def autocast_and_twice():
     return out.dtype
 
 
-def test_a_ring_heeds_autocast_and_refuses_a_second_derivative(ranks):
+def test_ring_attention_uses_autocast_and_refuses_a_second_derivative(ranks):
     assert ranks(autocast_and_twice, 2) == [torch.bfloat16] * 2
 
 
@@ -451,14 +451,14 @@ def alone(text, precision):
 
 
 @pytest.mark.parametrize("world", BOUNDS)
-def test_a_net_on_a_ring_holds_a_share_of_what_one_process_does(ranks, text, world):
+def test_a_net_with_ring_attention_holds_a_fraction_of_the_activations(ranks, text, world):
     expected, one = alone(text, "32-true")
     for gradients, peak in ranks(steps, world, text, world):
         assert peak <= BOUNDS[world] * one, (peak, one)
         assert distance(gradients.values(), expected.values()) < FAR[torch.float32]
 
 
-def test_a_net_on_a_ring_keeps_double_precision(ranks, text):
+def test_a_net_with_ring_attention_keeps_double_precision(ranks, text):
     expected, _ = alone(text, "64-true")
     for gradients, _ in ranks(steps, 2, text, 2, "64-true"):
         assert distance(gradients.values(), expected.values()) < FAR[torch.float64]

@@ -166,7 +166,7 @@ def found(tmp_path_factory):
     return run_ranks(several, 2, path)
 
 
-def test_tables_of_positions_are_never_sent(found):
+def test_position_tables_are_not_sent(found):
     for each in found:
         broadcasts, _, _, name = each["text"]
         assert name == "DataParallelStrategy"
@@ -180,7 +180,7 @@ def test_statistics_of_normalization_are_sent_in_each_step(found):
     assert torch.equal(first["normed"][1], second["normed"][1])  # constants are rank 0's
 
 
-def test_a_buffer_is_sent_from_when_it_was_seen_to_change(found):
+def test_a_buffer_is_sent_after_its_first_change(found):
     for each in found:
         assert each["late"][0][0] == [0, 0, 0, 0, 1, 1, 1, 1]
     (first, second) = (each["late"][1] for each in found)
@@ -229,7 +229,7 @@ def test_an_optimizer_that_keeps_a_gradient_is_refused():
         check_no_gradient_in_state(optimizer)
 
 
-def test_a_gradient_that_has_left_its_bucket_is_refused():
+def test_a_gradient_outside_of_its_bucket_is_refused():
     parameter, bucket = nn.Parameter(torch.ones(3)), torch.zeros(6)
     optimizer = torch.optim.SGD([parameter], lr=0.1)
     parameter.grad = bucket[:3]
@@ -264,7 +264,7 @@ def test_any_buffer_has_a_fingerprint_that_a_change_in_place_changes(buffer):
     assert buffer_fingerprint(buffer) != before or buffer.numel() == 0
 
 
-def test_a_change_that_leaves_no_trace_is_seen_by_the_sum():
+def test_a_change_without_a_version_bump_is_detected_by_the_sum():
     buffer = torch.ones(3)
     before = buffer_fingerprint(buffer)
     with torch.autograd._unsafe_preserve_version_counter(buffer):
@@ -273,7 +273,7 @@ def test_a_change_that_leaves_no_trace_is_seen_by_the_sum():
     assert buffer_fingerprint(buffer) != before
 
 
-def test_a_strategy_of_the_user_keeps_its_own_arguments():
+def test_a_user_strategy_keeps_its_arguments():
     strategy = DataParallelStrategy(static_graph=True, gradient_as_bucket_view=False)
     assert strategy._ddp_kwargs == {
         "static_graph": True,

@@ -1,4 +1,4 @@
-"""Modules that know only lightning: every strategy trains them as one process does."""
+"""External modules: every strategy trains them as one process does."""
 
 import lightning as L
 import pytest
@@ -90,7 +90,7 @@ def test_toggled_optimizers_train_with_zero2_as_with_ddp(ranks):
         assert furthest(weights, expected) < 2e-6
 
 
-def test_ddp_tells_the_module_that_steps_by_hand_what_to_type(ranks):
+def test_ddp_refuses_manual_optimization_with_a_hint(ranks):
     with pytest.raises(AssertionError, match=f'UsageError: .*use Trainer.strategy="{UNUSED}".'):
         ranks(train, 2, TwoOptimizers, "ddp", 2)
 

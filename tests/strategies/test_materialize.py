@@ -1,4 +1,4 @@
-"""Networks that callbacks change before they are sharded: the values of one process, in parts."""
+"""Networks that callbacks change before sharding: the values of one process, in shards."""
 
 from pathlib import Path
 from typing import Any
@@ -159,7 +159,7 @@ def zero3(files: Path) -> list[dict[str, dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_zero3_starts_with_the_bits_of_one_process_and_trains_alike(zero3, kind, files):
+def test_zero3_starts_with_the_bits_of_one_process_and_trains_equally(zero3, kind, files):
     single = run("auto", 1, kind, files)
     assert zero3[0][kind]["bases"] == single["bases"]
     for each in (rank[kind] for rank in zero3):
@@ -197,7 +197,7 @@ def renamed(path: str) -> dict[str, torch.Tensor]:
     return look.start
 
 
-def test_a_module_that_renames_weights_as_they_come_is_given_them(ranks, files):
+def test_a_module_that_renames_weights_while_loading_is_supported(ranks, files):
     checkpoint = torch.load(files / "base.ckpt", weights_only=True)
     weights = checkpoint["state_dict"]
     other = {"model." + name.removeprefix("net."): value for name, value in weights.items()}
@@ -251,7 +251,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_no_rank_has_more_than_its_share_and_one_unit_at_the_start(ranks, world, wide):
+def test_no_rank_holds_more_than_its_shard_and_one_unit_at_the_start(ranks, world, wide):
     for found in ranks(bytes_at_start, world, world, wide):
         for kind, (peak, share) in found.items():
             assert peak < share + BLOCK, (kind, peak / 2**20, share / 2**20)

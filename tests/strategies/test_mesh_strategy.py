@@ -178,7 +178,7 @@ def accumulated(name, text, accumulate):
 @pytest.mark.parametrize(
     ("name", "world"), [("zero1", 2), ("2d", 4), ("zero3 x sp", 4), ("cp", 2), ("pp", 2)]
 )
-def test_a_net_of_other_parts_equals_one_process_too(ranks, text, name, world):
+def test_a_net_of_other_layers_equals_one_process(ranks, text, name, world):
     assert off(ranks(train, world, name, text, OTHER), train("single", text, OTHER)) < 2e-6
 
 
@@ -239,7 +239,7 @@ def test_a_net_that_learns_in_evaluation_mode_is_recomputed_too():
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
 @pytest.mark.filterwarnings("ignore:Detected that context_fn is passed")
-def test_what_is_recomputed_may_be_compiled(mode):
+def test_a_recomputed_block_may_be_compiled(mode):
     again = pass_through(
         ActivationCheckpointing(mode), Compile(backend="aot_eager"), compiled=True
     )[0]
@@ -255,7 +255,7 @@ def graphs(name, text):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("name", ["zero3", "pp"])
-def test_blocks_that_stand_apart_are_compiled_whole_and_once_for_all(ranks, text, single, name):
+def test_separate_blocks_are_compiled_fully_and_once(ranks, text, single, name):
     found = ranks(graphs, 2, name, text)
     assert off([each[:2] for each in found], single) < 2e-6
     forms = {"zero3": 2, "pp": 3}[name]  # with and without gradients; a whole batch, unscheduled
@@ -278,7 +278,7 @@ def experts_that_are_not_averaged():
 
 
 @pytest.mark.parametrize("fault", [mail_that_stays_at_home, experts_that_are_not_averaged])
-def test_a_fault_among_experts_is_caught(ranks, text, fault):
+def test_a_planted_fault_in_an_expert_is_caught(ranks, text, fault):
     found = ranks(faulty, 2, fault, "ep", text, 1, EXPERTS)
     assert off(found, train("single", text, EXPERTS)) > 1e-4
 

@@ -1,4 +1,4 @@
-"""Odd modules are spread rightly, and what cannot be spread says why before the first step."""
+"""Unusual modules are sharded correctly or refused with a reason before the first step."""
 
 import os
 import re
@@ -100,7 +100,7 @@ def fit_irregular(strategy="auto", devices=1):
     return whole(module), replicated_names, module.head.weight is module.embed.weight
 
 
-def test_an_odd_module_under_zero3_equals_one_process(ranks):
+def test_an_unusual_module_under_zero3_equals_one_process(ranks):
     single, _, _ = fit_irregular()
     for weights, kept_whole, tied in ranks(fit_irregular, 2, "zero3", 2):
         assert furthest(weights, single) < 2e-6
@@ -373,7 +373,7 @@ def refusals():
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_what_cannot_be_spread_is_refused_in_one_line(ranks, world):
+def test_what_cannot_be_sharded_is_refused_in_one_line(ranks, world):
     first, *others = ranks(refusals, world)
     assert all(other == first for other in others)
     assert {n: said for n, said in first.items() if not re.search(REFUSED[n][1], said)} == {}
@@ -539,7 +539,7 @@ def scales(strategy):
     return module.scale.item(), module.idle.grad
 
 
-def test_a_whole_parameter_that_one_rank_uses_is_the_same_on_all(ranks):
+def test_a_replicated_parameter_used_by_one_rank_is_equal_on_all(ranks):
     for strategy in ("zero2", "zero3"):
         (one, idle), (other, also_idle) = ranks(scales, 2, strategy)
         assert one == other != 1.0

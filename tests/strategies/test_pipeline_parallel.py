@@ -1,4 +1,4 @@
-"""A pipeline is one net: what is chosen by looking at the net is chosen alike on every stage."""
+"""A pipeline is one net: choices that depend on the net are the same on every stage."""
 
 import os
 from contextlib import nullcontext
@@ -92,7 +92,7 @@ def off(found, single):
         ("rules by kind", False, "zero3 x pp", 4),
     ],
 )
-def test_a_plan_is_made_for_the_net_and_not_for_a_stage(ranks, text, plan, tied, layout, world):
+def test_a_plan_is_built_for_the_net_and_not_for_a_stage(ranks, text, plan, tied, layout, world):
     single, groups, written, said = train("single", text, plan, tied)
     found = ranks(train, world, layout, text, plan, tied)
     assert off(found, single) < 2e-6
@@ -136,7 +136,7 @@ def stand_ins(tied):
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_the_whole_net_can_be_looked_at_for_four_bytes_a_tensor(ranks, tied):
+def test_the_full_net_can_be_inspected_at_four_bytes_per_tensor(ranks, tied):
     for is_equal, restored, fewer, size in ranks(stand_ins, 2, tied):
         assert is_equal
         assert restored

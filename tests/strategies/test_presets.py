@@ -65,7 +65,7 @@ def refused(name, folder):
     assert main([*WORDS, *words]) == 2
 
 
-def test_what_only_the_first_batch_shows_is_refused_and_leaves_no_run(ranks, tmp_path):
+def test_an_error_found_at_the_first_batch_leaves_no_run_directory(ranks, tmp_path):
     ranks(refused, 2, "pp", tmp_path)  # 16 micro-batches of a batch of 40
     assert not list(tmp_path.rglob("*.yaml"))
 
@@ -119,7 +119,7 @@ def test_the_command_above_a_file_names_it_and_can_be_typed(name):
         (["zero3", "--trainer.strategy=pp", "--trainer.strategy.pp=3"], 2, "pp=3) needs 3 proc"),
     ],
 )
-def test_a_world_that_does_not_fit_is_refused_with_the_number_to_type(
+def test_a_world_size_that_does_not_fit_is_refused_with_a_valid_size(
     words, devices, message, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)

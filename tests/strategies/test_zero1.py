@@ -1,4 +1,4 @@
-"""ZeRO-1: 2 W are sent, less is held than with ddp, and what reads gradients sees all of them."""
+"""ZeRO-1: 2 W are sent, less is held than with ddp, and readers of gradients see all of them."""
 
 import os
 import re
@@ -162,7 +162,7 @@ def test_a_step_sends_two_times_the_weights_and_frees_gradients_of_other_owners(
     assert max(largest for _, largest, *_ in everywhere) <= zero1_messages.MAX_MESSAGE_BYTES
 
 
-def test_a_reader_of_gradients_costs_one_time_more(ranks):
+def test_reading_gradients_sends_those_of_other_owners_once_more(ranks):
     everywhere = ranks(counted, 2, True)
     weights = everywhere[0][-1]
     assert all(without == set() for *_, kept, _ in everywhere for without in kept.without)
@@ -216,7 +216,7 @@ class Clipped(L.Callback):
         self.norms.append(trainer.callback_metrics["train/grad_norm"].item())
 
 
-def test_readers_of_gradients_see_the_norm_of_all_of_them(ranks):
+def test_readers_of_gradients_get_the_norm_of_all_gradients(ranks):
     expected = norms("auto")
     for found in ranks(norms, 2, "zero1"):
         assert torch.allclose(found, expected, rtol=1e-5)
@@ -472,7 +472,7 @@ CLIPPED = {
 
 
 @pytest.mark.parametrize("case", CLIPPED)
-def test_the_bounds_of_clipping_are_exceeded(single, case):
+def test_clipping_changes_the_weights_in_these_cases(single, case):
     assert furthest(single[case], single[CLIPPED[case]]) > 1e-3
 
 
@@ -525,7 +525,7 @@ def refusals():
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-def test_what_zero1_cannot_do_is_refused_in_one_line(ranks):
+def test_unsupported_uses_of_zero1_are_refused_in_one_line(ranks):
     for found in ranks(refusals, 2):
         for kind, words in REFUSED.items():
             assert re.search(words, found[kind.__name__])

@@ -1,4 +1,4 @@
-"""The newest and the best file of a run, whole, finite, and after its validation."""
+"""Checkpoint keeps the newest and the best file of a run, complete, finite and after validation."""
 
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ def test_the_greatest_two_or_all_can_be_kept(tmp_path: Path) -> None:
     assert [int(name[5:11]) for name in names(tmp_path / "all")] == [2, 3, 4, 6, 8, 9, 10]
 
 
-def test_where_a_validation_falls_on_the_step_the_one_file_holds_its_outcome(
+def test_a_validation_at_the_saved_step_is_part_of_the_single_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keep = Checkpoint(str(tmp_path), every_n_train_steps=2, save_top_k=-1)
@@ -133,7 +133,7 @@ def test_weights_that_are_not_finite_never_replace_a_good_file(tmp_path: Path) -
     assert find_damage(keep.best_model_path) is None
 
 
-def test_a_save_that_fails_ends_the_run_and_leaves_the_file_before(
+def test_a_failed_save_ends_the_run_and_keeps_the_previous_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keep = Checkpoint(str(tmp_path))
@@ -168,12 +168,12 @@ def fail_on_rank_zero(folder: str) -> str:
     return "went on"
 
 
-def test_a_save_that_fails_on_one_rank_ends_every_one(ranks: Any, tmp_path: Path) -> None:
+def test_a_failed_save_on_one_rank_ends_every_rank(ranks: Any, tmp_path: Path) -> None:
     assert ranks(fail_on_rank_zero, 2, str(tmp_path), timeout=30) == ["1 no more room"] * 2
     assert names(tmp_path) == ["step=000002.ckpt"]
 
 
-def test_a_run_that_goes_on_in_another_folder_knows_the_best_so_far(tmp_path: Path) -> None:
+def test_a_run_resumed_in_another_folder_keeps_the_best_score(tmp_path: Path) -> None:
     first, second = tmp_path / "version_0", tmp_path / "version_1"
     fit(Net([5, 1]), Checkpoint(str(first)), max_steps=4)
     keep = Checkpoint(str(second))
@@ -203,7 +203,7 @@ def test_without_a_validation_each_epoch_is_saved_and_the_newest_is_the_best(
     assert run.current_epoch == 2
 
 
-def test_the_last_step_is_saved_though_no_validation_falls_on_it(tmp_path: Path) -> None:
+def test_the_last_step_is_saved_without_a_validation(tmp_path: Path) -> None:
     fit(Net([5, 1]), Checkpoint(str(tmp_path)), max_steps=5)
     assert names(tmp_path) == ["step=000004.ckpt", "step=000005.ckpt"]
 

@@ -1,4 +1,4 @@
-"""EMA: the closed form of the average, who sees which weights, and both in every checkpoint."""
+"""EMA: the closed form of the average, where which weights are used, and both in checkpoints."""
 
 import lightning as L
 import pytest
@@ -82,12 +82,12 @@ def test_the_warmup_forgets_the_first_weights_faster():
     assert module.weight.item() == pytest.approx(expected)
 
 
-def test_it_moves_once_an_optimizer_step_under_accumulation():
+def test_the_average_moves_once_per_optimizer_step_under_accumulation():
     _, module = climbed(4, EMA(0.9, warmup=False), accumulate_grad_batches=3)
     assert module.weight.item() == pytest.approx(average_after(4, lambda n: 0.9))
 
 
-def test_zero_decay_is_the_weights_themselves():
+def test_with_decay_zero_the_average_equals_the_weights():
     _, module = climbed(5, EMA(0.0))
     assert module.weight.item() == 5
 
@@ -104,7 +104,7 @@ class Sample(L.Callback):
         module.seen.append(module.weight.item())
 
 
-def test_validation_samples_test_and_prediction_see_the_average_and_training_does_not():
+def test_validation_samples_test_and_prediction_use_the_average_and_training_does_not():
     ema, module = EMA(0.9, warmup=False), Watched()
     callbacks = [ema, Sample()]
     trainer = L.Trainer(**QUIET, callbacks=callbacks, max_steps=6, val_check_interval=3)
@@ -117,7 +117,7 @@ def test_validation_samples_test_and_prediction_see_the_average_and_training_doe
     assert trainer.predict(module, loader(1))[0].item() == pytest.approx(sixth)
 
 
-def test_after_an_interrupted_validation_training_goes_on_with_the_raw_weights():
+def test_after_an_interrupted_validation_training_continues_with_the_raw_weights():
     class Broken(Watched):
         broken = True
 
@@ -183,7 +183,7 @@ def test_a_file_resumes_the_same_run_whenever_it_was_written(tmp_path, while_val
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended")
 @pytest.mark.filterwarnings("ignore:.*max_steps=4.*")
-def test_a_run_resumed_at_its_end_saves_the_same_two_sets(tmp_path):
+def test_a_run_resumed_at_its_end_saves_the_same_raw_and_averaged_weights(tmp_path):
     files = [saved_at_four(tmp_path / "four.ckpt", False), tmp_path / "again.ckpt"]
     trainer = L.Trainer(**QUIET, callbacks=[EMA(0.9)], max_steps=4)
     trainer.fit(Watched(), loader(), loader(1), ckpt_path=files[0])
@@ -195,7 +195,7 @@ def test_a_run_resumed_at_its_end_saves_the_same_two_sets(tmp_path):
 
 @pytest.mark.parametrize("while_validating", [False, True])
 @pytest.mark.parametrize("callbacks", [[EMA(0.9)], []])
-def test_whoever_reads_the_file_gets_the_average(tmp_path, while_validating, callbacks):
+def test_an_evaluation_of_a_checkpoint_uses_the_average(tmp_path, while_validating, callbacks):
     file = saved_at_four(tmp_path / "four.ckpt", while_validating)
     module = Watched()
     L.Trainer(**QUIET, callbacks=callbacks).test(module, loader(1), ckpt_path=file, verbose=False)
@@ -210,7 +210,7 @@ def test_two_averages_are_refused():
         L.Trainer(**QUIET, callbacks=callbacks, max_steps=1).fit(Climb(), loader())
 
 
-def test_evaluating_with_nothing_averaged_says_so():
+def test_an_evaluation_without_an_average_prints_a_line():
     module = Watched()
     with pytest.warns(UserWarning, match="EMA has no average yet"):
         L.Trainer(**QUIET, callbacks=[EMA()]).validate(module, loader(), verbose=False)
@@ -308,7 +308,7 @@ def test_the_average_is_the_same_on_every_layout_and_resumes_bitwise(ranks, tmp_
 
 
 @pytest.mark.parametrize("layout", ["ddp", "zero3"])
-def test_an_average_saved_on_one_process_goes_on_in_every_layout(ranks, tmp_path, layout):
+def test_an_average_saved_on_one_process_resumes_on_every_layout(ranks, tmp_path, layout):
     weights, average, _ = averaged("single", save=tmp_path / "single.ckpt")
     for there in ranks(averaged, 2, layout, None, tmp_path / "single.ckpt"):
         assert furthest(there[0], weights) < 1e-6
@@ -353,7 +353,7 @@ def test_a_weight_that_is_unfrozen_is_averaged_from_its_value_before_its_first_s
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended")  # rows are equal
-def test_a_weight_that_is_frozen_again_at_a_resume_loses_nothing(tmp_path):
+def test_the_average_of_a_weight_frozen_again_at_a_resume_continues(tmp_path):
     trainer, module, _ = unfrozen(4)
     trainer.fit(module, loader(), loader(1))
     trainer.save_checkpoint(tmp_path / "four.ckpt")
@@ -380,7 +380,7 @@ def test_an_optimizer_with_an_average_of_its_own_is_refused(plan_first):
     assert trainer.global_step == 0
 
 
-def test_the_module_s_own_optimizer_of_that_kind_is_refused_too():
+def test_a_module_with_an_averaging_optimizer_is_refused():
     class Own(Climb):
         def configure_optimizers(self):
             return TwoSetsSGD(self.parameters(), lr=1.0)

@@ -1,4 +1,4 @@
-"""A run that is cut anywhere and goes on is the run that was never cut: bit for bit."""
+"""A run that is interrupted anywhere and resumed equals the uninterrupted run bit for bit."""
 
 import copy
 import math
@@ -236,13 +236,13 @@ def cut_everywhere(folder: str) -> list[str]:
     return found
 
 
-def test_cut_at_each_of_forty_steps_and_continued_in_another_process_nothing_differs(
+def test_a_run_resumed_in_another_process_at_any_of_forty_steps_equals_the_uninterrupted_run(
     ranks: Any, tmp_path: Path
 ) -> None:
     assert ranks(cut_everywhere, 1, str(tmp_path)) == [[]]
 
 
-def test_the_same_cut_without_the_callback_differs(tmp_path: Path) -> None:
+def test_without_the_callback_the_resumed_run_differs(tmp_path: Path) -> None:
     save = SaveAt(tmp_path, "on_train_batch_end")
     settings: dict[str, Any] = {"max_steps": 8, "exact": False}
     whole = end(*fit(None, save, **settings))
@@ -272,7 +272,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("settings", RUNS.values(), ids=RUNS)
-def test_a_file_written_in_any_hook_goes_on_exactly(
+def test_a_checkpoint_saved_in_any_hook_resumes_exactly(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
     settings = {"epoch": 6, "val_check_interval": 6} | settings
@@ -296,7 +296,7 @@ def test_a_file_written_in_any_hook_goes_on_exactly(
 
 
 @pytest.mark.parametrize("kind", ["stateful", "plain"])
-def test_a_run_stopped_by_max_steps_within_an_epoch_goes_on_within_it(
+def test_a_run_stopped_by_max_steps_within_an_epoch_resumes_within_it(
     kind: str, tmp_path: Path
 ) -> None:
     whole = end(*fit(None, kind=kind, epoch=8, max_steps=18))
@@ -332,14 +332,12 @@ def cut_in_ranks(folder: str, strategy: str) -> list[str]:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])
-def test_two_ranks_go_on_exactly(strategy: str, ranks: Any, tmp_path: Path) -> None:
+def test_two_ranks_resume_exactly(strategy: str, ranks: Any, tmp_path: Path) -> None:
     assert ranks(cut_in_ranks, 2, str(tmp_path), strategy) == [[], []]
 
 
 @pytest.mark.parametrize("kind", [NetInInit, NetInConfigureModel, TwoOptimizers])
-def test_modules_that_know_only_lightning_go_on_exactly(
-    kind: type[L.LightningModule], tmp_path: Path
-) -> None:
+def test_external_modules_resume_exactly(kind: type[L.LightningModule], tmp_path: Path) -> None:
     def run(name: str, ckpt: Path | None = None, **limits: int) -> dict[str, Tensor]:
         L.seed_everything(SEED, verbose=False)
         module = kind()
@@ -370,7 +368,7 @@ class Endless(IterableDataset):
             yield torch.full((6,), math.sin(number)), torch.tensor(math.cos(number))
 
 
-def test_data_without_an_end_go_on_exactly(tmp_path: Path) -> None:
+def test_endless_data_resume_exactly(tmp_path: Path) -> None:
     def run(name: str, steps: int, ckpt: Path | None = None) -> dict[str, Tensor]:
         L.seed_everything(SEED, verbose=False)
         kept = {"accelerator": "cpu", "logger": False, "enable_model_summary": False}
@@ -396,7 +394,7 @@ def test_no_batch_of_an_iterator_is_lost() -> None:
     assert trainer.global_step == 5
 
 
-def test_optimizer_ids_in_a_file_are_places_in_named_parameters(tmp_path: Path) -> None:
+def test_optimizer_ids_in_a_file_are_positions_in_named_parameters(tmp_path: Path) -> None:
     save = SaveAt(tmp_path, "on_train_batch_end")
     net, trainer = fit(None, save, max_steps=2)
     saved = torch.load(save.files[-1][1], weights_only=True)["optimizer_states"][0]
@@ -406,7 +404,7 @@ def test_optimizer_ids_in_a_file_are_places_in_named_parameters(tmp_path: Path) 
         assert torch.equal(saved["state"][place]["exp_avg"], live[parameter]["exp_avg"])
 
 
-def test_ids_that_are_names_or_absent_stay() -> None:
+def test_optimizer_ids_that_are_names_or_absent_are_not_changed() -> None:
     weight = nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([weight])
     for state in ({}, {"state": {"w": {}}, "param_groups": [{"params": ["w"]}]}):
@@ -441,7 +439,9 @@ def drawn_in_steps(devices: int, strategy: str = "auto") -> dict[str, Tensor]:
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
-def test_an_optimizer_that_draws_moves_all_ranks_as_one_process(ranks: Any) -> None:
+def test_an_optimizer_with_random_numbers_gives_all_ranks_the_weights_of_one_process(
+    ranks: Any,
+) -> None:
     single = drawn_in_steps(1)
     first, second = ranks(drawn_in_steps, 2, 2, "ddp")
     for name, value in single.items():
@@ -450,7 +450,9 @@ def test_an_optimizer_that_draws_moves_all_ranks_as_one_process(ranks: Any) -> N
 
 
 @pytest.mark.parametrize("steps_first", [True, False])
-def test_a_step_by_hand_leaves_what_the_module_draws_as_it_was(steps_first: bool) -> None:
+def test_manual_optimization_does_not_change_the_random_numbers_of_the_module(
+    steps_first: bool,
+) -> None:
     class DrawsNumbers(NetInInit):
         def __init__(self) -> None:
             super().__init__()
@@ -480,7 +482,7 @@ def test_a_step_by_hand_leaves_what_the_module_draws_as_it_was(steps_first: bool
     assert module.random_values == expected
 
 
-def test_no_two_micro_batches_or_ranks_draw_alike() -> None:
+def test_no_two_micro_batches_or_ranks_draw_the_same_numbers() -> None:
     cpu = torch.device("cpu")
     numbers = {seed_all(7, i, rank, cpu) for i in range(2000) for rank in range(4)}
     assert len(numbers) == 8000
@@ -492,7 +494,7 @@ def test_no_two_micro_batches_or_ranks_draw_alike() -> None:
     assert (torch.rand(()).item(), random.random()) == random_values
 
 
-def test_a_file_written_within_a_step_is_left_to_lightning(tmp_path: Path) -> None:
+def test_the_progress_in_a_checkpoint_saved_within_a_step_is_not_changed(tmp_path: Path) -> None:
     save = SaveAt(tmp_path, "on_before_optimizer_step")
     fit(None, save, max_steps=3)
     loops = torch.load(save.files[-1][1], weights_only=True)["loops"]["fit_loop"]
@@ -749,7 +751,7 @@ SAVERS: dict[str, Callable[[Path], Callback]] = {
 
 @pytest.mark.filterwarnings("ignore:(The dirpath has changed|Checkpoint directory)")
 @pytest.mark.parametrize("saver", SAVERS)
-def test_a_file_is_written_after_the_modules_own_hooks(saver: str, tmp_path: Path) -> None:
+def test_a_checkpoint_is_saved_after_the_hooks_of_the_module(saver: str, tmp_path: Path) -> None:
     def run(name: str, ckpt: Path | None = None, steps: int = 8) -> dict[str, Any]:
         L.seed_everything(SEED, verbose=False)
         trainer = L.Trainer(
@@ -773,7 +775,7 @@ def test_a_file_is_written_after_the_modules_own_hooks(saver: str, tmp_path: Pat
         assert differences(whole, run("cut", file)) == [], f"cut at {step}"
 
 
-def test_a_fit_that_failed_leaves_no_saving_hook_behind(tmp_path: Path) -> None:
+def test_a_failed_fit_removes_its_saving_hooks(tmp_path: Path) -> None:
     class Failing(Teacher):
         fails = True
 
@@ -864,7 +866,7 @@ def test_a_resume_without_ema_is_refused_or_starts_from_the_raw_weights(first_ru
 
 
 @KEPT
-def test_a_line_names_each_callback_left_out_or_added(
+def test_a_line_names_each_removed_or_added_callback(
     first_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     go_on_otherwise(first_run, EMA(0.5), NaNGuard(), ExactResume())
@@ -887,7 +889,7 @@ def test_a_line_names_each_callback_left_out_or_added(
         ),
     ],
 )
-def test_changed_data_are_refused_or_accepted_in_words(
+def test_changed_data_are_refused_unless_accepted_by_an_argument(
     first_run: Path, data: Any, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     same = EMA(0.5), GradientClipping()
@@ -905,7 +907,7 @@ class OtherOptimizer(Net):
 
 
 @KEPT
-def test_the_state_of_another_optimizer_is_refused_or_left(first_run: Path) -> None:
+def test_the_state_of_another_optimizer_is_refused_or_ignored(first_run: Path) -> None:
     same = EMA(0.5), GradientClipping()
     with pytest.raises(ValueError, match=r"has the state of AdamW, and this run uses SGD"):
         go_on_otherwise(first_run, *same, ExactResume(), net=OtherOptimizer())

@@ -1,4 +1,4 @@
-"""A signal stops a run where nothing is lost, on all ranks alike; the exit status says so."""
+"""A signal stops a run at a safe point, on all ranks alike, with its exit status."""
 
 import os
 import signal
@@ -96,7 +96,7 @@ def the_signals_are_given_back() -> Any:
 
 @pytest.mark.parametrize("signum", STATUS)
 @pytest.mark.parametrize("at", [1, 6, 7])  # in a step, in one with a validation, between two halves
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_run(
     signum: signal.Signals, at: int, tmp_path: Path
 ) -> None:
     stop = interrupted(trainer(tmp_path, Send("on_train_batch_start", at, signum)))
@@ -118,7 +118,9 @@ def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_within_a_validation_it_stops_after_the_batch_and_validates_anew(tmp_path: Path) -> None:
+def test_a_stop_within_a_validation_ends_after_the_batch_and_the_resume_validates_again(
+    tmp_path: Path,
+) -> None:
     run = trainer(tmp_path, Send("on_validation_batch_start", 5))  # the second of three, step 6
     stop = interrupted(run)
     assert run.global_step == 6
@@ -129,7 +131,7 @@ def test_within_a_validation_it_stops_after_the_batch_and_validates_anew(tmp_pat
     assert all(map(torch.equal, weights(whole), weights(resumed)))
 
 
-def test_weights_that_were_exchanged_for_a_validation_are_not_saved_as_the_models(
+def test_weights_swapped_in_for_a_validation_are_not_saved_as_the_training_weights(
     tmp_path: Path,
 ) -> None:
     average = EMA()
@@ -141,7 +143,7 @@ def test_weights_that_were_exchanged_for_a_validation_are_not_saved_as_the_model
     assert all(map(torch.equal, weights(whole), weights(resumed)))
 
 
-def test_where_nothing_is_trained_it_stops_at_once_and_says_so(
+def test_outside_of_training_a_signal_stops_at_once_with_a_message(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for hook in ("on_fit_start", "setup"):
@@ -157,13 +159,13 @@ def test_where_nothing_is_trained_it_stops_at_once_and_says_so(
     assert "\nstopped by SIGINT\n" in capfd.readouterr().err
 
 
-def test_a_signal_that_comes_too_late_for_the_last_step_is_not_swallowed(tmp_path: Path) -> None:
+def test_a_signal_after_the_last_step_is_not_lost(tmp_path: Path) -> None:
     run = trainer(tmp_path, Send("on_train_epoch_end", 2))
     assert interrupted(run).code == 130
     assert run.global_step == 12
 
 
-def test_a_file_that_the_step_has_just_written_is_not_written_again(tmp_path: Path) -> None:
+def test_a_checkpoint_of_the_same_step_is_not_saved_again(tmp_path: Path) -> None:
     keep = Checkpoint(str(tmp_path), every_n_train_steps=4)
     stop = interrupted(trainer(tmp_path, keep, Send("on_train_batch_start", 8)))
     assert stop.checkpoint == str(tmp_path / "step=000004.ckpt") == keep.last_model_path
@@ -171,7 +173,7 @@ def test_a_file_that_the_step_has_just_written_is_not_written_again(tmp_path: Pa
     assert stop.checkpoint == str(tmp_path / "step=000005.ckpt")
 
 
-def test_a_worker_of_a_loader_leaves_the_decision_to_the_main_process(tmp_path: Path) -> None:
+def test_a_loader_worker_ignores_the_stop_signal(tmp_path: Path) -> None:
     answers = []
 
     class StartsProcess(Callback):
@@ -185,7 +187,7 @@ def test_a_worker_of_a_loader_leaves_the_decision_to_the_main_process(tmp_path: 
     assert answers == [7]
 
 
-def test_an_error_gives_the_signals_back(tmp_path: Path) -> None:
+def test_an_error_restores_the_signal_handlers(tmp_path: Path) -> None:
     class Fail(Callback):
         def on_train_batch_end(self, *_: Any) -> None:
             raise ValueError("of the user's own")
@@ -208,7 +210,7 @@ def stop_one_of_two(folder: str, hook: str, at: int, rank: int) -> tuple:
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("hook", ["on_train_batch_start", "on_validation_batch_start"])
-def test_a_signal_to_one_rank_stops_all_at_one_step(
+def test_a_signal_to_one_rank_stops_all_ranks_at_the_same_step(
     hook: str, rank: int, ranks: Any, tmp_path: Path
 ) -> None:
     first, second = ranks(stop_one_of_two, 2, str(tmp_path), hook, 7, rank, timeout=60)
@@ -235,7 +237,7 @@ def count_meetings(folder: str) -> tuple[int, int]:
     return meetings, run.global_step
 
 
-def test_ranks_do_not_meet_at_every_step(ranks: Any, tmp_path: Path) -> None:
+def test_ranks_do_not_communicate_at_every_step(ranks: Any, tmp_path: Path) -> None:
     (first, steps), (second, _) = ranks(count_meetings, 2, str(tmp_path))
     assert steps == 100
     assert 1 <= first == second < 50

@@ -1,4 +1,4 @@
-"""Whatever ends a job on several ranks, its newest checkpoint is whole and nobody stays behind.
+"""Whatever ends a job on several ranks, its newest checkpoint is complete and no rank remains.
 
 Each case: the ranks that a signal hits, where they are then, and the exit status of each.
 """
@@ -123,7 +123,7 @@ def fates(name, folder):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_ends_a_rank_ends_all_and_leaves_a_whole_checkpoint(name, tmp_path):
+def test_the_end_of_one_rank_ends_all_and_leaves_a_complete_checkpoint(name, tmp_path):
     found = fates(name, tmp_path)
     statuses, signals = [status for status, _, _ in found], CASES[name][4]
     for status, allowed in zip(statuses, CASES[name][-1], strict=True):

@@ -1,4 +1,4 @@
-"""Fréchet's distance is the one that others compute, alike on any ranks, and honest of its name."""
+"""The Fréchet distance equals that of other libraries, on any number of ranks."""
 
 import errno
 import gc
@@ -131,7 +131,7 @@ def test_the_distance_of_two_gaussians_is_the_closed_form() -> None:
     assert distance(one, one) == pytest.approx(0, abs=1e-12)
 
 
-def test_products_in_blocks_are_the_whole_products() -> None:
+def test_products_in_blocks_equal_the_full_products() -> None:
     one, other = correlated(900, 300, 1), correlated(900, 300, 2, 0.1)  # blocks are of 256
     product = torch.cov(one.T) @ torch.cov(other.T)
     shared = torch.linalg.eigvals(product).sqrt().real.sum()
@@ -141,7 +141,7 @@ def test_products_in_blocks_are_the_whole_products() -> None:
 
 
 @pytest.mark.parametrize("shift", [0.0, 100.0])
-def test_one_pass_around_a_pivot_loses_nothing(shift: float) -> None:
+def test_one_pass_around_a_pivot_loses_no_precision(shift: float) -> None:
     features = correlated(300, 8, 1, shift)
     moments = gathered(features)
     assert torch.allclose(moments.mean(), features.mean(0), rtol=1e-14)
@@ -276,7 +276,7 @@ def test_any_number_of_ranks_gives_the_same_bits(
         assert ranks(on_ranks, world, world, dead, width) == [alone] * world
 
 
-def test_the_callback_says_what_the_formula_says_of_the_same_images() -> None:
+def test_the_callback_logs_the_value_of_the_formula() -> None:
     data, callback = (
         PaintedData(train=200, test=130),
         FrechetDistance(Random(), num_samples=100, batch_size=32),
@@ -296,7 +296,7 @@ def test_the_callback_says_what_the_formula_says_of_the_same_images() -> None:
     assert set(found["logged"]) == {*found} - {"logged"} | {"val/loss"}
 
 
-def test_a_reference_is_so_many_of_the_training_images_drawn_from_all() -> None:
+def test_the_reference_is_a_random_draw_of_the_training_images() -> None:
     data = Sorted(200, 60)
     found = measured(
         FrechetDistance(Random(), num_samples=40, num_real_images=60), Painter(bright=200), data
@@ -391,7 +391,7 @@ def test_the_distance_in_inceptions_features_is_that_of_torch_fidelity(weights: 
 
 
 @pytest.mark.filterwarnings("ignore:.*is not the published InceptionV3")
-def test_fid_is_of_2048_features_finite_and_leaves_no_inception_behind(
+def test_fid_uses_2048_features_is_finite_and_frees_the_inception_network(
     weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, moved = [], []
@@ -419,7 +419,7 @@ def test_fid_is_of_2048_features_finite_and_leaves_no_inception_behind(
     assert moved == ["cpu", "cpu"]  # to the device, and off it again
 
 
-def test_what_is_known_of_the_real_images_is_kept_under_a_key_of_all_that_decides_it(
+def test_statistics_of_real_images_are_cached_under_a_key_of_all_their_inputs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
@@ -454,7 +454,7 @@ def test_what_is_known_of_the_real_images_is_kept_under_a_key_of_all_that_decide
 
 
 @pytest.mark.parametrize("why", ["a file", "a full disk"])
-def test_a_cache_that_cannot_be_written_is_said_and_nothing_is_lost(
+def test_an_unwritable_cache_gives_a_line_and_the_same_result(
     why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path / "kept"
@@ -485,7 +485,7 @@ class Brightness(nn.Module):
         return (images.flatten(1).double() / 255)[:, :8] ** self.power
 
 
-def test_extractors_without_parameters_do_not_share_what_is_kept(tmp_path: Path) -> None:
+def test_extractors_without_parameters_do_not_share_a_cache_entry(tmp_path: Path) -> None:
     def of(power: float, cache: str) -> float:
         callback = FrechetDistance(
             Brightness(power), num_samples=40, cache_dir=str(tmp_path / cache)
@@ -517,7 +517,7 @@ class Labelled(Painter):
         return torch.stack([paint(i + 10_000, 8, 60 * (c + 1)) for i, c in pairs])
 
 
-def test_the_kernel_distance_does_not_hang_on_the_order_of_the_images() -> None:
+def test_the_kernel_distance_does_not_depend_on_the_order_of_the_images() -> None:
     found = []
     for mixed in (False, True):
         data = Sorted(400, 100)
@@ -542,7 +542,7 @@ def test_samples_are_drawn_with_the_labels_of_the_data() -> None:
     assert near < 3 < measured(callback, Rolled(), data)["val/fd_brightness_over_baseline"]
 
 
-def test_no_more_features_are_held_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_most_the_kept_features_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes, cat = [], torch.cat
     monkeypatch.setattr(torch, "cat", lambda parts, *a: sizes.extend(parts) or cat(parts, *a))
     work = FeatureExtractorPool(L.Trainer(accelerator="cpu"), Random(), 32, torch.device("cpu"))
@@ -592,13 +592,13 @@ def test_the_real_images_are_read_once_a_run(monkeypatch: pytest.MonkeyPatch) ->
     assert (len(distances), len(seen)) == (3, 3)  # of the extractor, and of either part
 
 
-def test_labels_are_asked_for_in_the_proportions_of_the_data() -> None:
+def test_labels_are_drawn_in_the_proportions_of_the_data() -> None:
     labels = torch.tensor([2] * 60 + [0] * 20 + [1] * 20)
     assert proportional_labels(labels, 10).bincount().tolist() == [2, 2, 6]
     assert proportional_labels(torch.arange(100) % 2, 50).bincount().tolist() == [25, 25]
 
 
-def test_the_extractors_accuracy_and_the_floor_are_said(capsys, caplog) -> None:
+def test_the_accuracy_of_the_extractor_and_the_floor_are_printed(capsys, caplog) -> None:
     with caplog.at_level("INFO"):
         measured(FrechetDistance(Random(), num_samples=64))
     assert "64 real test images from" in caplog.text
@@ -651,7 +651,7 @@ class NotFinite(Random):
         ),
     ],
 )
-def test_what_cannot_be_measured_is_refused_in_one_line(arguments, text: str) -> None:
+def test_an_unmeasurable_configuration_is_refused_in_one_line(arguments, text: str) -> None:
     arguments = {"callback": FrechetDistance(Random(), num_samples=64)} | arguments
     with pytest.raises(ValueError, match=text) as error:
         measured(**arguments)
@@ -659,7 +659,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(arguments, text: str) ->
 
 
 @pytest.mark.parametrize("bad", [{"num_samples": 1}, {"num_real_images": 1}, {"batch_size": 0}])
-def test_sizes_that_mean_nothing_are_refused(bad: dict[str, int]) -> None:
+def test_invalid_sizes_are_refused(bad: dict[str, int]) -> None:
     (name,) = bad
     with pytest.raises(
         ValueError, match=rf"{name}={bad[name]} is too small; allowed: .* or more; use {name}="
@@ -667,13 +667,13 @@ def test_sizes_that_mean_nothing_are_refused(bad: dict[str, int]) -> None:
         FrechetDistance(**bad)
 
 
-def test_more_samples_than_test_images_are_said_to_have_another_floor() -> None:
+def test_more_samples_than_test_images_give_a_line_about_the_floor() -> None:
     message = r"baseline uses 20 real test images .*; use num_samples=20"
     with pytest.warns(UserWarning, match=message):
         measured(FrechetDistance(Random(), num_samples=64), data=PaintedData(test=20))
 
 
-def test_missing_weights_are_answered_with_the_file_and_its_place(
+def test_the_error_for_missing_weights_names_the_file_and_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def offline(*a, **k):
@@ -707,7 +707,7 @@ def test_a_file_of_weights_never_runs_code(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_download_with_another_checksum_is_not_taken(
+def test_a_download_with_another_checksum_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "wrong.pth").write_bytes(b"something else")

@@ -9,7 +9,7 @@ from scripted_module import Scripted, fit
 from ravine.callbacks import RolloutTable
 
 
-def test_the_table_shows_first_due_and_last_and_commands_no_terminal(
+def test_the_table_shows_the_first_the_due_and_the_last_rows_without_terminal_codes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = fit(Scripted(), RolloutTable(every_n_steps=3, num_samples=2), tmp_path, 5)

@@ -1,4 +1,4 @@
-"""LoRA and Quantization as callbacks of a stock Trainer, on modules that know only lightning."""
+"""LoRA and Quantization as callbacks of a stock Trainer, on external modules."""
 
 import copy
 from functools import partial
@@ -132,7 +132,7 @@ def shards(folder, resume=None):
     return whole(fit(NetInInit, *callbacks, strategy=strategy, devices=2, resume=resume)[0])
 
 
-def test_a_folder_of_shards_resumes_with_everything_in_it(ranks, tmp_path):
+def test_a_folder_of_shards_resumes_with_all_its_state(ranks, tmp_path):
     straight = ranks(shards, 2, tmp_path / "all.ckpt")[0]
     for weights in ranks(shards, 2, None, tmp_path / "all.ckpt"):
         assert furthest(weights, straight) == 0
@@ -171,14 +171,14 @@ def test_the_base_is_frozen_and_only_adapters_have_optimizer_state():
     assert all(v.dtype == torch.float32 for s in state.values() for v in s.values())
 
 
-def test_a_module_that_steps_by_hand_trains_its_adapters():
+def test_a_module_with_manual_optimization_trains_its_adapters():
     with pytest.warns(UserWarning, match="no adapter of critic is used in validation"):
         module, _ = fit(TwoOptimizers, LoRA(["predictor.2", "critic.2"], rank=1), steps=4)
     for layer in lora_layers(module).values():
         assert layer.lora_b.abs().max() > 0
 
 
-def test_a_frozen_base_stays_as_it_was_to_the_bit():
+def test_a_frozen_base_does_not_change_by_a_bit():
     L.seed_everything(0, verbose=False)
     before = whole(NetInInit())
     module, _ = fit(NetInInit, LoRA("net.0", rank=2))
@@ -298,7 +298,7 @@ def test_resuming_a_run_without_adapters_with_them_is_refused(tmp_path):
         fit(NetInInit, LoRA("net.0", rank=1), resume=tmp_path / "cut.ckpt")
 
 
-def test_other_bits_are_refused(tmp_path):
+def test_another_quantization_scheme_is_refused(tmp_path):
     fit(NetInInit, Quantization(), SaveAt(tmp_path / "cut.ckpt", 3))
     with pytest.raises(
         ValueError,
@@ -354,7 +354,7 @@ def test_a_checkpoint_is_not_evaluated_as_another_net(base, tmp_path, what):
     assert evaluated(tmp_path / "cut.ckpt", Pretrained(str(base)), *before)
 
 
-def test_weights_that_the_net_has_no_place_for_are_refused(tmp_path):
+def test_weights_that_the_net_does_not_have_are_refused(tmp_path):
     _, trainer = fit(NetInInit, Quantization(targets="net.0"), steps=2)
     trainer.save_checkpoint(tmp_path / "cut.ckpt")
     checkpoint = torch.load(tmp_path / "cut.ckpt", weights_only=True)
@@ -370,7 +370,7 @@ class Frozen(NetInInit):
         self.requires_grad_(False)
 
 
-def test_bits_alone_with_nothing_left_to_train_are_refused():
+def test_quantization_without_trainable_parameters_is_refused():
     with pytest.raises(
         ValueError, match=r"Frozen has no trainable parameter left; add LoRA\(\) to"
     ):
@@ -379,7 +379,7 @@ def test_bits_alone_with_nothing_left_to_train_are_refused():
     assert module.net[0].lora_b.abs().max() > 0
 
 
-def test_a_net_without_numbers_is_refused():
+def test_a_net_on_the_meta_device_is_refused():
     with pytest.raises(ValueError, match=r"LoRA: net\.0\.weight has no values yet"):
         LoRA("net.0", rank=1).transform(NetInInit().to("meta"))
 
@@ -495,7 +495,7 @@ class MadeEarly(NetInInit):
         return self.made
 
 
-def test_an_optimizer_made_before_the_adapters_is_refused_and_a_plan_is_the_way_out():
+def test_an_optimizer_built_before_the_adapters_is_refused_with_a_plan_as_the_hint():
     with pytest.raises(
         ValueError,
         match=r"no optimizer of MadeEarly has the parameters of an adapter.*add OptimizerPlan",
@@ -621,7 +621,7 @@ def counted(strategy="auto", devices=1):
     return {name: tuple(row) for name, row in table.usage.items()}
 
 
-def test_the_table_of_bytes_counts_what_is_there_and_a_shard_is_half(ranks, capsys):
+def test_the_table_of_bytes_equals_the_stored_bytes_and_a_shard_is_half(ranks, capsys):
     rows = counted()
     printed = capsys.readouterr().out
     bits = 2 * (64 * 64 // 2 + 64 + 4 + 4)  # codes, scales, one outer scale and the mean, 2 layers
@@ -647,13 +647,13 @@ class Mixed(L.LightningModule):
         self.head = nn.Linear(8, 3)
 
 
-def test_by_default_what_takes_no_adapter_is_left_alone():
+def test_by_default_layers_without_adapter_support_are_unchanged():
     module = Mixed()
     LoRA(rank=2).transform(module)
     assert list(lora_layers(module)) == ["attend", "mix"]
 
 
-def test_a_rank_of_a_pipeline_leaves_out_what_is_frozen_on_others(tmp_path):
+def test_a_pipeline_rank_ignores_parameters_that_are_frozen_on_other_ranks(tmp_path):
     lora, module = LoRA(["net.0", "net.2"], rank=1, save="adapter"), NetInInit()
     lora.transform(module)
     checkpoint = {"state_dict": module.state_dict()}

@@ -137,14 +137,14 @@ def test_trainable_parameters_are_the_sum_of_r_times_inputs_plus_outputs():
     assert trained(net) == 2 * (6 + 8) + 3 * (4 * 9 + 6) + 2 * (9 + 5)
 
 
-def test_the_lectures_matrix_of_16_8_million_trains_131_thousand():
+def test_the_matrix_of_16_8_million_parameters_of_the_lecture_trains_131_thousand():
     layer = nn.Sequential(nn.Linear(4096, 4096, bias=False))
     assert trained(layer) == 16_777_216
     inject_lora(layer, "0", rank=16)
     assert trained(layer) == 131_072
 
 
-def test_adapters_are_drawn_by_their_names_and_leave_the_generators_alone():
+def test_initial_adapters_depend_on_their_names_and_use_no_global_generator():
     nets = [nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8)) for _ in range(2)]
     for net in nets:
         state = torch.get_rng_state()
@@ -175,7 +175,7 @@ def test_any_code_can_switch_adapters_off_by_a_plain_attribute():
     assert torch.equal(net(x), before)
 
 
-def test_the_padding_row_of_an_embedding_never_moves():
+def test_the_padding_row_of_an_embedding_does_not_change():
     net, _, _ = made("embedding")
     nn.init.normal_(net[0].lora_b)
     padding = torch.tensor([2])
@@ -231,7 +231,7 @@ def test_dropout_acts_on_the_adapter_alone_and_in_training_alone():
 
 
 @pytest.mark.parametrize("which", ["embed", "head", "both"])
-def test_merging_one_of_two_tied_layers_leaves_the_other_as_it_was(which):
+def test_merging_one_of_two_tied_layers_does_not_change_the_other(which):
     net = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 9, bias=False)).double()
     net[1].weight = net[0].weight
     targets = {"embed": "0", "head": "1", "both": "*"}[which]
@@ -250,7 +250,7 @@ def attention(**how):
 
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("how", [{}, {"bias": False}, {"add_bias_kv": True}])
-def test_torchs_attention_equals_its_dense_merged_self_in_train_and_eval(how, train):
+def test_torch_attention_with_adapters_equals_its_merged_form_in_train_and_eval(how, train):
     net = attention(**how).train(train)
     x = torch.randn(2, 5, 8, dtype=DOUBLE)
     before, _ = net["attend"](x, x, x)
@@ -419,7 +419,7 @@ def test_a_mistake_is_named_and_changes_nothing(what):
     assert all(p.requires_grad for p in net.parameters())
 
 
-def test_without_a_rank_each_layer_has_8_or_its_thinner_side():
+def test_the_default_rank_is_8_or_the_smaller_dimension_of_the_layer():
     net = nn.ModuleDict(
         {
             "wide": nn.Linear(16, 32),
@@ -459,7 +459,7 @@ class Transfer(nn.Module):
 
 
 @pytest.mark.parametrize("targets", [None, "base.*", ["base.0"]])
-def test_beside_a_frozen_base_what_trains_trains_on(targets):
+def test_trainable_parameters_beside_a_frozen_base_stay_trainable(targets):
     net = Transfer()
     inject_lora(net, targets or default_lora_targets(net))
     hit = {"base.0", "base.2"} if targets != ["base.0"] else {"base.0"}
@@ -514,7 +514,7 @@ def test_a_layer_is_adapted_once():
         inject_lora(net, "0", rank=2)
 
 
-def test_what_trains_also_is_a_layer_or_a_parameter_and_the_rest_is_frozen():
+def test_train_also_names_layers_or_parameters_and_all_others_are_frozen():
     net = nn.ModuleDict({"a": nn.Linear(6, 8), "b": nn.Linear(8, 8), "c": nn.Linear(8, 8)})
     inject_lora(net, "a", rank=2, train_also=["b", "c.bias"])
     names = {name for name, p in net.named_parameters() if p.requires_grad}
@@ -568,7 +568,7 @@ def test_a_layer_whose_change_could_not_be_merged_is_refused(what):
     assert lora_layers(net) == {}
 
 
-def test_a_net_without_a_layer_for_adapters_says_so():
+def test_a_net_without_a_layer_for_adapters_is_refused():
     with pytest.raises(
         ValueError,
         match=r"a Conv1d, .*Embedding\); nearest: none: the module has no such layer; remove LoRA",
@@ -582,7 +582,7 @@ def test_a_layer_is_called_by_torchs_name_of_its_input(name):
     assert torch.equal(net[0](input=x), before)
 
 
-def test_a_layer_that_stands_in_two_places_has_one_adapter():
+def test_a_layer_used_in_two_places_has_one_adapter():
     layer = nn.Linear(6, 6)
     net = nn.Sequential(layer, nn.Tanh(), layer).double()
     assert inject_lora(net, "*", rank=2) == ["0"]
@@ -594,7 +594,7 @@ def test_a_layer_that_stands_in_two_places_has_one_adapter():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_merged_weights_are_as_frozen_as_they_were(tied):
+def test_merged_weights_stay_frozen_or_trainable(tied):
     net = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 9, bias=False))
     if tied:
         net[1].weight = net[0].weight

@@ -52,7 +52,7 @@ def test_the_first_point_is_the_mean_loss_of_the_first_optimizer_step() -> None:
     assert [value for _, value in plot.state_dict()["train"]] == pytest.approx(expected)
 
 
-def test_a_continued_run_draws_the_whole_curve() -> None:
+def test_a_resumed_run_draws_the_full_curve() -> None:
     once, cut, rest = LossPlot(), LossPlot(), LossPlot()
     trainer(once, max_epochs=4).fit(NetInInit())
     torch.manual_seed(0)
@@ -65,7 +65,7 @@ def test_a_continued_run_draws_the_whole_curve() -> None:
     assert [s for s, _ in rest.state_dict()["val"]] == [4, 8, 12, 16]
 
 
-def test_a_long_curve_is_thinned_and_stays_even(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_curve_is_subsampled_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plots_module, "MAX_POINTS", 20)
     plot = LossPlot()
     trainer(plot, max_steps=90, log_every_n_steps=1, limit_val_batches=0).fit(NetInInit())
@@ -75,7 +75,7 @@ def test_a_long_curve_is_thinned_and_stays_even(monkeypatch: pytest.MonkeyPatch)
     assert {b - a for a, b in pairwise(steps)} <= {7, 8}  # 1, doubled whenever it grows too long
 
 
-def test_the_picture_names_its_axes_and_takes_a_log_scale_when_it_is_needed(
+def test_the_plot_labels_its_axes_and_uses_a_log_scale_for_large_ranges(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from matplotlib.figure import Figure
@@ -98,7 +98,7 @@ def test_the_picture_names_its_axes_and_takes_a_log_scale_when_it_is_needed(
         assert legend == ["training (mean of 5 steps)", "validation (best 1.5 at step 2)"]
 
 
-def test_a_curve_that_is_missing_is_said(tmp_path: Path, capsys) -> None:
+def test_a_missing_curve_gives_a_line(tmp_path: Path, capsys) -> None:
     fit(Scripted(reward=[0.1]), MetricPlot(["train/reward", "train/e"]), tmp_path, 2)
     assert "MetricPlot: Scripted does not log train/e\n" in capsys.readouterr().out
 

@@ -1,4 +1,4 @@
-"""What a run shows: a bar or lines, samples, a table of predictions."""
+"""Output of a run: a bar or lines, plots, samples and a table of predictions."""
 
 import csv
 import io
@@ -58,7 +58,7 @@ LINE = r"step (\d+)/(\d+) loss [\d.e-]+  lr 0.01  [\d,]+ {unit}/s  \d+:\d\d left
 
 
 @pytest.mark.parametrize(("kind", "unit"), [(Counting, "tokens"), (NetInInit, "samples")])
-def test_where_there_is_no_terminal_each_log_interval_is_a_line(
+def test_without_a_terminal_each_log_interval_is_a_line(
     kind: type[NetInInit], unit: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer(max_epochs=3, log_every_n_steps=5).fit(kind())
@@ -69,7 +69,9 @@ def test_where_there_is_no_terminal_each_log_interval_is_a_line(
     assert [x.split()[1] for x in validations] == ["4/12", "8/12", "12/12"]
 
 
-def test_a_terminal_gets_a_bar_drawn_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_shows_a_bar_that_is_redrawn_at_intervals(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     screen = io.StringIO()
     monkeypatch.setattr(
         progress_module, "Console", lambda: Console(file=screen, force_terminal=True, width=120)
@@ -86,7 +88,7 @@ def test_a_terminal_gets_a_bar_drawn_now_and_then(monkeypatch: pytest.MonkeyPatc
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 2  # the cursor comes back
 
 
-def test_a_run_that_fails_gives_the_terminal_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_run_restores_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     monkeypatch.setattr(
         progress_module, "Console", lambda: Console(file=screen, force_terminal=True)
@@ -98,7 +100,7 @@ def test_a_run_that_fails_gives_the_terminal_back(monkeypatch: pytest.MonkeyPatc
     assert screen.getvalue().endswith("\x1b[?25h")
 
 
-def test_a_module_that_steps_by_hand_is_shown_without_a_loss(
+def test_a_module_with_manual_optimization_is_shown_without_a_loss(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     trainer(max_steps=4, log_every_n_steps=2).fit(TwoOptimizers())
@@ -106,7 +108,7 @@ def test_a_module_that_steps_by_hand_is_shown_without_a_loss(
     assert [x.split()[1] for x in lines] == ["2/4", "4/4"]
 
 
-def test_a_module_whose_loss_means_nothing_shows_its_headline_and_no_plot_of_it(
+def test_a_module_with_a_headline_metric_shows_it_instead_of_the_loss_without_a_loss_plot(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     class Surrogate(NetInInit):
@@ -131,7 +133,9 @@ def _said() -> str:
     return said.getvalue()
 
 
-def test_only_the_first_rank_speaks_and_it_counts_for_all(ranks: Callable[..., list[Any]]) -> None:
+def test_only_rank_0_prints_and_its_counts_include_all_ranks(
+    ranks: Callable[..., list[Any]],
+) -> None:
     first, second = ranks(_said, 2)
     assert "step 2/2" in first
     assert second == ""
@@ -154,7 +158,7 @@ def test_units_are_rows_of_the_first_tensor_unless_the_module_counts() -> None:
     assert count_units(NetInInit(), ["words"]) == 0
 
 
-def test_time_is_written_as_on_a_clock() -> None:
+def test_durations_are_printed_as_hours_minutes_and_seconds() -> None:
     assert [format_duration(s) for s in (0, 59.6, 61, 3600, 36_061)] == [
         "0:00",
         "1:00",
@@ -206,7 +210,7 @@ def test_predictions_become_a_table_and_a_file(capsys: pytest.CaptureFixture[str
     assert f"5 rows in {path}" in out
 
 
-def test_a_message_neither_fills_the_screen_nor_commands_the_terminal(
+def test_a_long_message_is_cut_and_terminal_codes_are_removed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     print_table([{"message": "\x1b[31m\x1b]0;owned\x07[/red]\\"}, {"message": "long " * 100_000}])
@@ -217,7 +221,7 @@ def test_a_message_neither_fills_the_screen_nor_commands_the_terminal(
     assert len(out) < 2000
 
 
-def test_what_is_no_row_is_left_to_whoever_asked_for_it() -> None:
+def test_predictions_that_are_not_rows_give_no_table() -> None:
     class Plain(Counting):
         def predict_step(self, batch: Any, batch_idx: int) -> Any:
             return batch
@@ -235,7 +239,7 @@ def _predict() -> None:
     )
 
 
-def test_rows_of_several_ranks_stand_in_the_order_of_the_data(
+def test_rows_of_several_ranks_are_in_the_order_of_the_data(
     ranks: Callable[..., list[Any]],
 ) -> None:
     ranks(_predict, 2)

@@ -1,4 +1,4 @@
-"""Throughput and compiling: what is reported is what a clock and a formula say."""
+"""Throughput and compiling: reported figures equal a clock and a formula."""
 
 import re
 import time
@@ -59,7 +59,7 @@ def fit(module: L.LightningModule, *callbacks: L.Callback, **options: Any) -> L.
     return trainer
 
 
-def test_rates_follow_from_what_was_counted(
+def test_rates_follow_from_the_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(throughput, "find_peak_flops", lambda *_: (1e6, "as told"))
@@ -148,7 +148,7 @@ def test_a_module_without_formula_has_no_mfu(monkeypatch: pytest.MonkeyPatch) ->
         ("NVIDIA GeForce RTX 4090 D", 165e12),
     ],
 )
-def test_peaks_are_found_by_the_device_s_name(
+def test_the_peak_is_found_by_the_name_of_the_device(
     name: str, flops: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
@@ -161,7 +161,7 @@ def test_peaks_are_found_by_the_device_s_name(
     )
 
 
-def test_an_unknown_device_is_measured_and_that_is_said() -> None:
+def test_the_peak_of_an_unknown_device_is_measured_with_a_line() -> None:
     flops, source = throughput.find_peak_flops(torch.device("cpu"), torch.float32)
     assert flops > 1e9
     assert source == "a product of 1024 x 1024, measured, torch.float32"
@@ -196,7 +196,7 @@ def test_training_flops_are_six_for_each_weight_and_the_scores() -> None:
     )
 
 
-def test_the_lecture_s_net_is_counted_by_hand() -> None:
+def test_the_flops_of_the_net_of_the_lecture_equal_a_count_by_hand() -> None:
     shape: dict[str, Any] = {
         "positional_encoding": "none",
         "norm": "none",
@@ -213,7 +213,7 @@ def test_the_lecture_s_net_is_counted_by_hand() -> None:
     assert bigrams == 6 * 65 * 256
 
 
-def test_summary_says_what_a_run_came_to(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_summary_has_the_results_of_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     fit(Naps(), Summary(), max_steps=3)
     lines = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"train/loss, last 3 steps  -?\d+\.\d{4}", lines[-2])
@@ -247,7 +247,7 @@ def test_a_compiled_net_trains_as_before_under_the_same_names(blocks: bool) -> N
     assert trainer.global_step == 2
 
 
-def test_writing_leaves_a_compiled_net_uncompiled() -> None:
+def test_generation_uses_the_uncompiled_net() -> None:
     from ravine.lightning_modules.generation.generate_text import generate
 
     module = model()
@@ -266,14 +266,14 @@ def test_writing_leaves_a_compiled_net_uncompiled() -> None:
     assert graphs
 
 
-def test_a_mode_that_the_backend_has_not_is_refused() -> None:
+def test_a_mode_that_the_backend_does_not_have_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"is not available with backend='eager'.*use mode='default'"
     ):
         Compile(mode="reduce-overhead", backend="eager")
 
 
-def test_blocks_are_missed_where_there_are_none() -> None:
+def test_compiling_blocks_of_a_net_without_blocks_is_refused() -> None:
     with pytest.raises(ValueError, match=r"Naps has no blocks .*use blocks=False"):
         fit(Naps(), Compile(blocks=True))
     bare = SimpleNamespace(children=lambda: iter(()))

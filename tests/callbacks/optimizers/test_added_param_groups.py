@@ -97,7 +97,7 @@ def test_a_layer_unfrozen_later_trains_as_with_the_modules_own_optimizer(callbac
     assert not torch.equal(planned.backbone.weight, Transfer().backbone.weight)
 
 
-def test_what_the_new_group_does_not_say_is_as_the_plan_has_it():
+def test_settings_that_a_new_group_lacks_are_those_of_the_plan():
     plan = OptimizerPlan(
         rules=[
             ParamRule("bias", optimizer=partial(SGD, lr=0.5)),
@@ -115,7 +115,7 @@ def test_what_the_new_group_does_not_say_is_as_the_plan_has_it():
     assert optimizer.param_groups[-1]["weight_decay"] == 0.3
 
 
-def test_decay_of_added_groups_follows_the_plan_unless_they_say_their_own():
+def test_added_groups_have_the_decay_of_the_plan_unless_they_set_their_own():
     factory = partial(AdamW, lr=0.1, weight_decay=0.3)
     for settings, expected in (({}, [0.0, 0.3]), ({"weight_decay": 0.7}, [0.7])):
         trainer, module = fitted(OptimizerPlan(factory), Unfreeze(**settings))
@@ -167,7 +167,7 @@ def test_a_learning_rate_set_in_the_last_group_holds_for_what_was_added_with_it(
     assert torch.allclose(more, torch.tensor(0.96))
 
 
-def test_a_schedule_multiplies_the_rate_of_an_added_group_from_where_it_is():
+def test_a_schedule_multiplies_the_rate_of_an_added_group_from_its_current_step():
     schedule = LRSchedule("exponential", decay_factor=0.5)
     _, module = fitted(OptimizerPlan(partial(SGD, lr=0.8), schedule=schedule), Unfreeze(lr=0.1))
     assert module.seen[1] == [0.4]
@@ -176,14 +176,14 @@ def test_a_schedule_multiplies_the_rate_of_an_added_group_from_where_it_is():
     assert module.seen[2:5] == [[0.2, 0.2], [0.1, 0.1], [0.05, 0.05]]
 
 
-def test_a_rate_that_a_callback_sets_in_an_added_group_stays_in_force_under_a_schedule():
+def test_a_rate_set_by_a_callback_in_an_added_group_stays_the_base_of_the_schedule():
     schedule = LRSchedule("exponential", decay_factor=0.5)
     callback = BackboneFinetuning(1, lambda epoch: 10.0, backbone_initial_lr=0.01, verbose=False)
     _, module = fitted(OptimizerPlan(partial(SGD, lr=64.0), schedule=schedule), callback, epochs=3)
     assert [rates[1] for rates in module.seen[2:]] == pytest.approx([0.01, 0.005, 0.1, 0.05])
 
 
-def test_a_group_added_twice_or_of_no_tensors_is_refused_in_words():
+def test_a_group_added_twice_or_without_tensors_is_refused():
     weight = nn.Parameter(torch.ones(2))
     optimizer = CompositeOptimizer([SGD([weight], lr=0.1)])
     for group, words in (
@@ -196,7 +196,7 @@ def test_a_group_added_twice_or_of_no_tensors_is_refused_in_words():
     assert len(optimizer.param_groups) == 1
 
 
-def test_groups_may_be_assigned_and_changed_as_torchs():
+def test_groups_can_be_assigned_and_changed_as_in_torch():
     first, second, third = (nn.Parameter(torch.ones(2)) for _ in range(3))
     optimizer = CompositeOptimizer([SGD([first], lr=0.1), AdamW([second], lr=0.2)])
     groups = [{**group} for group in optimizer.param_groups]

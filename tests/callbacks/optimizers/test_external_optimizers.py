@@ -482,7 +482,7 @@ def flat(net):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_steps_under_a_plan_as_alone_and_resumes_bitwise_from_a_file(kind):
+def test_an_optimizer_steps_under_a_plan_as_alone_and_resumes_bitwise(kind):
     factory = KINDS[kind]
     net, rows = problem()
     descend(net, rows, factory(list(net.parameters())), range(6))
@@ -571,7 +571,7 @@ IN_LIGHTNING = [
 
 
 @pytest.mark.parametrize("kind", IN_LIGHTNING)
-def test_in_lightning_it_trains_as_with_the_modules_own_and_resumes_bitwise(tmp_path, kind):
+def test_a_plan_trains_as_the_optimizer_of_the_module_and_resumes_bitwise(tmp_path, kind):
     factory, file = KINDS[kind], tmp_path / "cut.ckpt"
     _, own = fitted(module=Net(factory))
     _, planned = fitted(OptimizerPlan(factory), SaveAt(file))
@@ -617,7 +617,7 @@ def test_a_state_that_no_checkpoint_can_hold_is_refused_in_the_first_step(what):
     assert error_report.exit_status(caught.value) == 1
 
 
-def test_a_checkpoint_makes_no_object_of_a_class_outside_the_optimizers_package():
+def test_a_checkpoint_builds_no_object_of_a_class_outside_the_package_of_the_optimizer():
     net, rows = problem()
     optimizer = planned(KINDS["an object of its package"], net)
     descend(net, rows, optimizer, range(1))
@@ -703,7 +703,7 @@ class Failing(Base):
         raise RuntimeError("no\nluck")
 
 
-def test_an_error_of_a_package_is_one_line_and_an_error_of_own_code_keeps_its_traceback(
+def test_an_error_of_a_package_is_one_line_and_an_error_of_user_code_keeps_its_traceback(
     monkeypatch,
 ):
     with pytest.raises(RuntimeError, match=r"^no\nluck$"):
@@ -720,7 +720,7 @@ def test_an_error_of_a_package_is_one_line_and_an_error_of_own_code_keeps_its_tr
         fitted(OptimizerPlan(Failing))
 
 
-def test_a_package_cannot_pass_its_error_for_one_of_ours_by_an_attribute(monkeypatch):
+def test_an_attribute_does_not_make_an_error_of_a_package_one_of_ravine(monkeypatch):
     class OwnError(RuntimeError):
         exit_status = 0
 
@@ -747,7 +747,7 @@ def test_an_error_of_the_module_in_a_closure_is_unchanged(monkeypatch):
         fitted(OptimizerPlan(SGD), module=Broken())
 
 
-def test_own_files_are_those_outside_of_python_ravine_and_packages():
+def test_user_files_are_those_outside_of_python_ravine_and_packages():
     from ravine.callbacks.optimizers.optimizer_errors import is_user_file
 
     assert is_user_file(__file__)
@@ -755,7 +755,7 @@ def test_own_files_are_those_outside_of_python_ravine_and_packages():
     assert not is_user_file("<string>")
 
 
-def test_a_state_that_lacks_what_the_optimizer_saves_is_refused_in_words():
+def test_a_state_without_the_values_that_the_optimizer_saves_is_refused():
     net, rows = problem()
     optimizer = planned(Counter, net)
     descend(net, rows, optimizer, range(2))
@@ -805,7 +805,7 @@ class Counted(SGD):
         return loss
 
 
-def test_a_class_that_counts_its_groups_when_it_is_made_steps_those_without_decay_too():
+def test_a_class_that_counts_its_groups_in_its_constructor_also_steps_those_without_decay():
     def two_groups(parameters):
         matrices = [p for p in parameters if p.ndim >= 2]
         others = [p for p in parameters if p.ndim < 2]

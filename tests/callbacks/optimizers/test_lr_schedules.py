@@ -60,7 +60,7 @@ def test_a_warmup_from_zero_starts_there_and_has_its_peak_once(kind):
         assert schedule.factor(step, 120) == default.factor(step, 120)
 
 
-def test_a_cosine_from_zero_is_the_courses():
+def test_a_cosine_from_zero_equals_the_cosine_of_the_course():
     """CS336, assignment 1: warm-up of 7, end of the cosine at 21, from 1 to 0.1."""
     schedule, found = LRSchedule("cosine", warmup=7, final_fraction=0.1, warmup_from_zero=True), []
     for it in range(25):
@@ -117,6 +117,6 @@ def test_a_schedule_that_does_not_fit_the_run_is_refused(schedule, length, messa
 @pytest.mark.parametrize(
     ("name", "share"), [("final_fraction", -3.0), ("final_fraction", 2.0), ("decay_factor", 1e30)]
 )
-def test_a_share_of_the_rate_is_between_none_and_all_of_it(name, share):
+def test_fractions_of_a_schedule_are_between_0_and_1(name, share):
     with pytest.raises(ValueError, match=rf"{name}=.* peak learning rate; allowed: 0 to 1; use"):
         LRSchedule("cosine", **{name: share}).validate(100)

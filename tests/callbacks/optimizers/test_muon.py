@@ -1,4 +1,4 @@
-"""Muon: the formula, torch's Muon to the last bit, and the same step however weights are spread."""
+"""Muon equals its formula and torch, to the last bit, however weights are sharded."""
 
 import pytest
 import torch
@@ -97,7 +97,7 @@ def test_a_zero_matrix_stays_zero(coefficients, shape):
     assert torch.equal(orthogonalize(torch.zeros(shape), coefficients), torch.zeros(shape))
 
 
-def test_a_kernel_moves_as_its_flattened_matrix():
+def test_a_convolution_kernel_steps_as_its_flattened_matrix():
     kernel, matrix = parameters([(6, 2, 3, 3)]), parameters([(6, 18)])
     stepped(MuonOptimizer(kernel), kernel, 3)
     optimizer = MuonOptimizer(matrix)
@@ -107,7 +107,7 @@ def test_a_kernel_moves_as_its_flattened_matrix():
     assert torch.equal(kernel[0].reshape(6, 18), matrix[0])
 
 
-def test_split_rows_move_as_matrices_by_themselves():
+def test_split_rows_step_as_separate_matrices():
     fused, per_block = parameters([(12, 4)]), parameters([(12, 4)])
     per_block = [nn.Parameter(block.detach().clone()) for block in per_block[0].chunk(3)]
     together, separate = MuonOptimizer(fused, num_blocks=3), MuonOptimizer(per_block)
@@ -120,7 +120,7 @@ def test_split_rows_move_as_matrices_by_themselves():
     assert torch.equal(fused[0], torch.cat(per_block))
 
 
-def test_the_gradient_is_left_as_it_was():
+def test_the_gradient_does_not_change():
     weights = parameters([(4, 4)])
     weights[0].grad = torch.ones(4, 4)
     MuonOptimizer(weights).step()
@@ -138,7 +138,7 @@ def test_the_gradient_is_left_as_it_was():
         ),
     ],
 )
-def test_arguments_that_make_no_sense_are_refused(arguments, message):
+def test_invalid_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         MuonOptimizer(parameters([(4, 4)]), **arguments)
 
@@ -208,7 +208,7 @@ def in_ranks(layout):
         ("fsdp x tensor", 4, None),
     ],
 )
-def test_spread_weights_move_as_on_one_process(ranks, layout, world, collectives):
+def test_sharded_weights_step_as_on_one_process(ranks, layout, world, collectives):
     alone = stepped(MuonOptimizer(w := parameters(SPREAD), lr=0.1, weight_decay=0.1), w, 3)
     for whole, counts in ranks(in_ranks, world, layout):
         assert all(torch.equal(p, q) for p, q in zip(alone, whole, strict=True))

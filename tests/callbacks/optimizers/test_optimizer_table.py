@@ -1,4 +1,4 @@
-"""The common table: what is true of every optimizer, ours and torch's, here and in every layout.
+"""The common table: tests of every optimizer, of Ravine and of torch, on every layout.
 
 A new optimizer is one row of OPTIMIZERS; one that is written here is also a row of FORMULAS.
 """
@@ -101,7 +101,7 @@ def test_every_optimizer_of_ravine_has_a_row_here():
 
 
 @every
-def test_it_descends_a_quadratic(name):
+def test_every_optimizer_descends_a_quadratic(name):
     w = matrix()
     descend(OPTIMIZERS[name]([w]), [w], 100)
     assert (w - TARGET).norm() < 0.2 * TARGET.norm()
@@ -119,7 +119,7 @@ def test_with_lr_zero_nothing_moves(name):
 
 
 @every
-def test_without_a_gradient_nothing_moves_and_a_first_one_may_come_later(name):
+def test_without_a_gradient_nothing_moves_and_the_first_gradient_may_come_later(name):
     moving, waiting, alone = matrix(), matrix(), matrix()
     optimizer = CompositeOptimizer([OPTIMIZERS[name]([moving, waiting])])
     descend(optimizer, [moving], 2)
@@ -213,7 +213,7 @@ def noise(step):
 
 
 @pytest.mark.parametrize("name", FORMULAS)
-def test_a_hundred_steps_equal_the_formula_written_out(name):
+def test_a_hundred_steps_equal_the_formula(name):
     factory, formula = FORMULAS[name]
     w, numbers = matrix(0.5), [(0.5, {}) for _ in range(12)]
     optimizer = factory([w])
@@ -235,7 +235,7 @@ def test_a_small_gradient_takes_a_small_step_with_eps_in_the_root():
     assert 1 - w.item() == pytest.approx(0.01 * 1e-3 / (1e-6 + 1e-5) ** 0.5)  # 0.00302
 
 
-def test_adagrad_is_torchs():
+def test_adagrad_equals_the_one_of_torch():
     actual, expected = matrix(), matrix()
     a, b = AdaGradOptimizer([actual], lr=0.5), torch.optim.Adagrad([expected], lr=0.5)
     for step in range(100):
@@ -245,7 +245,7 @@ def test_adagrad_is_torchs():
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
 
 
-def test_an_optimizer_that_counts_its_steps_is_torchs_adam_before_and_after_a_saved_state():
+def test_an_optimizer_with_a_step_count_equals_adam_of_torch_before_and_after_a_saved_state():
     actual, expected = matrix(), matrix()
     a, b = CountingAdam([actual], lr=0.1), torch.optim.Adam([expected], lr=0.1)
     for step in range(50):
@@ -273,7 +273,7 @@ def test_a_number_of_the_state_is_not_rounded_to_the_dtype_of_its_parameter(dtyp
     assert restored["left"] is not state["left"]
 
 
-def test_a_complex_weight_moves_as_its_two_parts_and_a_rate_may_be_a_tensor():
+def test_a_complex_weight_steps_as_its_real_and_imaginary_parts_and_a_rate_may_be_a_tensor():
     actual = nn.Parameter(torch.tensor([1 + 1j, 2 - 1j], dtype=torch.complex128))
     expected = nn.Parameter(actual.detach().clone())
     a = AdaGradOptimizer([actual], lr=torch.tensor(0.5))
@@ -293,7 +293,7 @@ def test_a_complex_weight_moves_as_its_two_parts_and_a_rate_may_be_a_tensor():
 
 
 @pytest.mark.parametrize("kind", [SignSGDOptimizer, AdaGradOptimizer, LionOptimizer, MuonOptimizer])
-def test_a_sparse_gradient_is_refused_in_words(kind):
+def test_a_sparse_gradient_is_refused(kind):
     table = nn.Embedding(4, 3, sparse=True)
     table(torch.tensor([1])).sum().backward()
     with pytest.raises(ValueError, match=f"{kind.__name__} does not support sparse gradients"):
@@ -301,7 +301,7 @@ def test_a_sparse_gradient_is_refused_in_words(kind):
 
 
 @pytest.mark.parametrize("kind", ["OneCycleLR", "CyclicLR"])
-def test_a_schedule_that_cycles_momentum_moves_a_composite_as_its_member(kind):
+def test_a_schedule_of_momentum_changes_a_composite_as_its_member(kind):
     given = {"OneCycleLR": {"max_lr": 0.1, "total_steps": 9}, "CyclicLR": {"max_lr": 0.1}}[kind]
     given |= {"base_lr": 0.01, "step_size_up": 2} if kind == "CyclicLR" else {}
     alone = torch.optim.AdamW([actual := matrix()], lr=0.01)
@@ -401,7 +401,7 @@ def test_newton_takes_differences_where_a_second_derivative_is_wrong_or_missing(
     assert plain[-1].tolist() == pytest.approx([1, 1])
 
 
-def test_newton_sums_the_curvature_of_losses_that_are_sent_back_one_by_one():
+def test_newton_sums_the_curvature_of_losses_with_separate_backward_passes():
     w = nn.Parameter(torch.tensor([5.0], dtype=torch.float64))
     optimizer = NewtonOptimizer([w])
 

@@ -1,4 +1,4 @@
-"""OptimizerPlan: the module trains with the optimizer that was asked for, or says why not."""
+"""OptimizerPlan: the module trains with the chosen optimizer, or the plan is refused."""
 
 from functools import partial
 
@@ -150,7 +150,9 @@ def test_a_schedule_longer_than_the_run_is_refused_before_the_first_step():
 
 
 @pytest.mark.parametrize(("length", "said"), [(8, False), (16, True)])
-def test_a_resume_with_another_length_says_from_what_to_what(tmp_path, capsys, length, said):
+def test_a_resume_with_another_length_prints_the_old_and_the_new_length(
+    tmp_path, capsys, length, said
+):
     def plan():
         return OptimizerPlan(partial(SGD, lr=0.1), schedule=LRSchedule("linear"))
 
@@ -168,7 +170,7 @@ def test_a_resume_with_another_length_says_from_what_to_what(tmp_path, capsys, l
     assert len(module.rates) == length - 4
 
 
-def test_a_trial_of_one_step_is_too_short_for_no_schedule():
+def test_a_fast_dev_run_accepts_a_warmup_longer_than_the_run():
     plan = OptimizerPlan(partial(SGD, lr=1.0), schedule=LRSchedule("linear", warmup=50))
     _, module = trained(plan, fast_dev_run=True)
     assert module.rates == [[0.02]]
@@ -237,7 +239,7 @@ def test_a_second_fit_and_a_fit_after_a_crash_start_clean():
     trained(OptimizerPlan(SGD), module=module)
 
 
-def test_of_two_plans_the_last_one_counts_and_says_so(capsys, tmp_path):
+def test_of_two_plans_the_last_one_is_used_with_a_line(capsys, tmp_path):
     first = OptimizerPlan(AdamW, schedule=LRSchedule("linear", warmup=10**6))
     trainer, module = trained(None, callbacks=[first, SignSGD(lr=0.5)])
     assert module.rates == [[0.5]] * 6
@@ -260,7 +262,7 @@ def test_a_value_that_the_optimizer_refuses_is_named():
 
 
 @pytest.mark.parametrize("lr", ["0,03", float("nan"), float("inf"), -0.1])
-def test_a_rate_that_is_none_is_refused_where_the_optimizer_does_not_look(lr):
+def test_an_invalid_rate_that_the_optimizer_does_not_check_is_refused(lr):
     class Trusting(torch.optim.Optimizer):
         def __init__(self, params, lr=1e-3):
             super().__init__(params, {"lr": lr})
@@ -287,7 +289,7 @@ class ReadsItsScheduler(Net):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 2)]
 
 
-def test_a_module_reads_the_rate_of_the_plan_where_its_scheduler_was():
+def test_the_scheduler_of_a_module_under_a_plan_returns_the_rate_of_the_plan():
     factory = partial(SGD, lr=0.1)
     _, module = trained(OptimizerPlan(factory), module=ReadsItsScheduler())
     assert module.read == pytest.approx([0.1] * 6)
@@ -323,7 +325,7 @@ def test_an_eps_that_float16_rounds_to_zero_is_refused_before_the_first_step():
         assert all(p.isfinite().all() for p in module.parameters())
 
 
-def test_a_task_in_float16_without_a_plan_says_what_to_type():
+def test_a_task_in_float16_without_a_plan_is_refused_with_a_hint():
     class Task(TaskModule):
         def build_net(self):
             return nn.Linear(3, 2)
@@ -440,7 +442,7 @@ class Everything(L.LightningModule):
         return SGD(self.parameters(), lr=1000.0)
 
 
-def test_a_kind_is_what_the_module_is_not_how_many_axes_it_has():
+def test_the_kind_of_a_parameter_follows_from_its_module_not_from_its_number_of_axes():
     assert classify_params(Everything()) == {
         "gain": "scalar",
         "table": "other",
@@ -454,7 +456,7 @@ def test_a_kind_is_what_the_module_is_not_how_many_axes_it_has():
     }
 
 
-def test_without_a_module_called_head_the_last_linear_is_it():
+def test_without_a_module_called_head_the_last_linear_layer_is_the_head():
     found = classify_params(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)))
     assert found["0.weight"] == "hidden_matrix"
     assert found["1.weight"] == "head"
@@ -512,7 +514,7 @@ def test_rules_with_the_same_optimizer_are_groups_of_one_optimizer():
     assert rows == [(0.2, 0.0, 2), (0.1, 0.01, 2), (0.1, 0.01, 3), (0.1, 0.0, 1), (1e-3, 0, 1)]
 
 
-def test_several_optimizers_move_exactly_as_each_would_alone():
+def test_several_optimizers_step_exactly_as_each_alone():
     rules = [
         ParamRule("rest", "*.weight", partial(SGD, lr=0.1, momentum=0.9)),
         ParamRule("bias", optimizer=partial(AdamW, lr=0.01)),
@@ -565,7 +567,7 @@ def test_an_optimizer_for_matrices_alone_is_refused_for_everything():
         trained(OptimizerPlan(torch.optim.Muon), module=Everything())
 
 
-def test_an_embedding_goes_to_an_optimizer_for_matrices_when_that_is_said():
+def test_an_embedding_goes_to_an_optimizer_for_matrices_if_a_rule_says_so():
     rules = [ParamRule("embedding", optimizer=torch.optim.Muon, allow_embeddings=True), ParamRule()]
     trainer, module = trained(OptimizerPlan(SGD, rules=rules), module=Everything())
     taken = [o for o in trainer.optimizers[0].optimizers if isinstance(o, torch.optim.Muon)]
@@ -578,7 +580,7 @@ def test_a_plan_without_an_optimizer_is_refused(arguments):
         OptimizerPlan(**arguments)
 
 
-def test_the_table_at_the_start_says_who_trains_what(capsys):
+def test_the_table_at_the_start_shows_the_optimizer_of_each_parameter(capsys):
     rules = [
         ParamRule("hidden_matrix", optimizer=partial(SGD, lr=0.25)),
         ParamRule(optimizer=AdamW),
@@ -615,7 +617,7 @@ def test_the_size_of_each_rules_updates_is_logged():
     assert logged["update/ratio/rest"] == logged["lr/rest"] == 0
 
 
-def test_without_a_plan_the_groups_of_the_optimizer_are_watched():
+def test_without_a_plan_the_groups_of_the_optimizer_are_monitored():
     module = Net()
     trainer = L.Trainer(**QUIET, max_steps=1, callbacks=[UpdateMonitor()], log_every_n_steps=1)
     trainer.fit(module, data())
@@ -687,7 +689,7 @@ class SaveAt(L.Callback):
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended")
 @pytest.mark.parametrize("validating", [False, True])
-def test_of_two_sets_of_weights_one_is_trained_and_the_other_seen_and_saved(tmp_path, validating):
+def test_an_optimizer_with_two_sets_of_weights_trains_one_and_saves_the_other(tmp_path, validating):
     rows, file = data(24), tmp_path / "cut.ckpt"
     every = {"val_check_interval": 3, "check_val_every_n_epoch": None}
     callbacks = [OptimizerPlan(Doubling), SaveAt(file, validating)]
@@ -759,7 +761,7 @@ class MyOptimizer(torch.optim.Optimizer):
 """
 
 
-def test_words_of_the_command_line_make_the_same_plan(tmp_path, monkeypatch):
+def test_arguments_of_the_command_line_build_the_same_plan(tmp_path, monkeypatch):
     (tmp_path / "my_file.py").write_text(USER_FILE)
     monkeypatch.syspath_prepend(tmp_path)
     parser = ArgumentParser()

@@ -1,4 +1,4 @@
-"""Four and eight bits: the theory's error and size, bitsandbytes' numbers, no dense weight kept."""
+"""NF4 and int8: error and size in theory, values of bitsandbytes, and no dense weight kept."""
 
 import os
 import subprocess
@@ -40,7 +40,7 @@ def test_the_levels_are_quantiles_of_the_normal_distribution():
 
 
 @pytest.mark.parametrize("double", [True, False])
-def test_the_error_on_normal_weights_is_the_theorys(double):
+def test_the_error_on_normal_weights_equals_the_theoretical_error(double):
     weight = torch.randn(1024, 1024) * 0.02
     assert error(weight, nf4, double) == pytest.approx(0.0920, rel=0.005)
 
@@ -69,7 +69,7 @@ def test_a_doubly_quantized_scale_is_off_by_half_a_step_at_most():
     assert ((found - single).abs() <= 0.501 * step).all()
 
 
-def test_what_lies_on_the_levels_is_kept_exactly():
+def test_values_on_the_levels_are_kept_exactly():
     weight = torch.tensor(nf4.levels()).repeat(8).view(2, 64)
     parts = nf4.quantize(weight, double_quant=False)
     assert torch.equal(nf4.dequantize(weight.shape, FLOAT, *parts.values()), weight)
@@ -112,7 +112,7 @@ bitsandbytes = pytest.mark.skipif(
 )
 
 
-def test_codes_and_scales_are_those_that_bitsandbytes_has_written():
+def test_codes_and_scales_equal_those_of_bitsandbytes():
     """Its 0.50.2, quantize_4bit(weight, blocksize=64, quant_type="nf4")."""
     large_small = torch.tensor([1.0, 0.03]).repeat_interleave(64)
     parts = nf4.quantize((torch.arange(128) * 0.37).sin() * large_small, double_quant=False)
@@ -125,7 +125,7 @@ def test_codes_and_scales_are_those_that_bitsandbytes_has_written():
 
 @bitsandbytes
 @pytest.mark.filterwarnings("ignore")
-def test_without_double_quantization_the_weights_are_bitsandbytes_own():
+def test_without_double_quantization_the_weights_equal_those_of_bitsandbytes():
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     weight = torch.randn(512, 512) * 0.02
@@ -198,7 +198,7 @@ def test_no_dense_weight_is_kept_for_the_backward():
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
-def test_what_is_quantized_may_be_recomputed(mode):
+def test_a_quantized_layer_can_be_recomputed(mode):
     gradients = []
     for how in ("none", mode):
         torch.manual_seed(0)
@@ -257,7 +257,7 @@ def test_a_fresh_process_peaks_far_below_one_that_keeps_dense_weights():
     assert grown["ours"] < 0.2 * dense  # one layer's matrix at a time, and the way to it
 
 
-def test_the_bits_do_not_train_and_scales_stay_float32_when_the_module_is_cast():
+def test_codes_do_not_train_and_scales_stay_float32_when_the_module_is_cast():
     module = net()
     errors = quantize_module(module)
     assert list(errors) == ["0", "2"]  # not the head
@@ -297,7 +297,7 @@ def test_merging_over_a_quantized_base_makes_plain_layers(scheme):
     assert list(module.state_dict()) == keys
 
 
-def test_a_file_of_the_net_before_is_rounded_as_it_comes():
+def test_a_checkpoint_of_the_unquantized_net_is_rounded_when_loaded():
     module, reference = net(), net()
     weights = reference.state_dict()
     quantize_module(module)
@@ -372,7 +372,7 @@ def test_layers_are_quantized_once_and_before_adapters():
         quantize_module(module, targets="2")
 
 
-def test_bits_cannot_train_also():
+def test_codes_cannot_be_trainable():
     module = net()
     quantize_module(module, targets="0")
     with pytest.raises(
@@ -381,7 +381,7 @@ def test_bits_cannot_train_also():
         inject_lora(module, "2", rank=2, train_also="0")
 
 
-def test_a_layer_that_stands_in_two_places_is_rounded_once():
+def test_a_layer_used_in_two_places_is_rounded_once():
     layer = nn.Linear(64, 64)
     module = nn.Sequential(layer, nn.Tanh(), layer)
     assert list(quantize_module(module, targets="*")) == ["0"]
@@ -389,7 +389,7 @@ def test_a_layer_that_stands_in_two_places_is_rounded_once():
     assert module(input=torch.randn(2, 64)).shape == (2, 64)
 
 
-def test_what_the_device_cannot_run_is_refused_in_words():
+def test_a_backend_that_the_device_cannot_run_is_refused():
     trainer = L.Trainer(accelerator="cpu", logger=False)
     with pytest.raises(
         ValueError, match=r"needs CUDA, and this run is on cpu.*use backend='torch'"

@@ -1,4 +1,4 @@
-"""Clipping: the norm's closed form, and that it happens once a step at the right moment."""
+"""Clipping: the closed form of the norm, and one clipping per optimizer step."""
 
 import warnings
 from functools import partial
@@ -50,7 +50,7 @@ def data(rows=8, batch_size=4):
     return DataLoader(TensorDataset(torch.randn(rows, 3)), batch_size=batch_size)
 
 
-def test_the_norm_is_that_of_all_gradients_laid_end_to_end():
+def test_the_norm_is_that_of_all_gradients_concatenated():
     gradients = [torch.randn(3, 4), torch.randn(5), torch.randn(2, 2, 2)]
     flat = torch.cat([g.flatten() for g in gradients])
     torch.testing.assert_close(global_norm(gradients), flat.norm())
@@ -112,7 +112,7 @@ def test_clipping_twice_changes_nothing():
     torch.testing.assert_close(gradients[0], once)
 
 
-def test_a_small_gradient_is_left_alone():
+def test_a_small_gradient_is_not_changed():
     gradients = [torch.full((4,), 0.1)]
     clip_by_norm(gradients, 0.5)
     assert torch.equal(gradients[0], torch.full((4,), 0.1))
@@ -195,7 +195,7 @@ class Poisoned(Line):
 
 @pytest.mark.filterwarnings("ignore:optimizer step .* is skipped")
 @pytest.mark.parametrize("plan", [[], [OptimizerPlan(partial(torch.optim.AdamW, lr=0.1))]])
-def test_a_step_without_a_finite_norm_moves_nothing_and_the_next_one_does(plan):
+def test_a_step_without_a_finite_norm_changes_nothing_and_the_next_step_does(plan):
     module, clipping = Poisoned({1, 2}, torch.optim.AdamW), GradientClipping()
     L.Trainer(**QUIET, max_steps=4, log_every_n_steps=4, callbacks=[clipping, *plan]).fit(
         module, data(16)
@@ -208,7 +208,7 @@ def test_a_step_without_a_finite_norm_moves_nothing_and_the_next_one_does(plan):
 
 
 @pytest.mark.filterwarnings("ignore:optimizer step .* is skipped")
-def test_too_many_steps_left_out_in_a_row_end_the_run():
+def test_too_many_skipped_steps_in_a_row_end_the_run():
     module = Poisoned({0, 2, 3})
     trainer = L.Trainer(**QUIET, max_steps=4, callbacks=[GradientClipping(patience=2)])
     with pytest.raises(NonFiniteError, match="2 optimizer steps in a row, up to step 3"):
@@ -222,7 +222,7 @@ def test_too_many_steps_left_out_in_a_row_end_the_run():
         ({2, 3}, "^the gradient was not finite in the last 2 of 4 optimizer steps, up to step 4"),
     ],
 )
-def test_a_run_that_learned_nothing_at_its_end_has_failed(poisoned, message):
+def test_a_run_with_skipped_steps_at_its_end_fails(poisoned, message):
     trainer = L.Trainer(**QUIET, max_steps=4, callbacks=[GradientClipping()])
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -232,7 +232,7 @@ def test_a_run_that_learned_nothing_at_its_end_has_failed(poisoned, message):
 
 
 @pytest.mark.filterwarnings("ignore:optimizer step .* is skipped")
-def test_one_bad_step_at_the_end_may_be_chance():
+def test_one_skipped_step_at_the_end_is_accepted():
     module, trainer = Poisoned({3}), L.Trainer(**QUIET, max_steps=4, callbacks=[GradientClipping()])
     trainer.fit(module, data(16))
     assert trainer.global_step == 4
@@ -255,7 +255,7 @@ def test_the_trainers_own_clipping_beside_it_is_refused():
         trainer.fit(Line(), data())
 
 
-def test_of_two_the_last_one_counts_and_says_so(capsys):
+def test_of_two_clippings_the_last_one_is_used_with_a_line(capsys):
     module = Line(scale=1000.0)
     before = torch.cat([p.detach().flatten().clone() for p in module.parameters()])
     callbacks = [GradientClipping(0.25), GradientClipping(0.5)]
@@ -282,7 +282,7 @@ def test_manual_optimization_is_refused_in_words():
         ({"patience": -1}, "patience=-1 is negative"),
     ],
 )
-def test_bounds_that_make_no_sense_are_refused(arguments, message):
+def test_invalid_bounds_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         GradientClipping(**arguments)
 

@@ -19,7 +19,7 @@ from ravine.lightning_modules import CharacterFraction, LanguageModel, Reinforce
 from ravine.lightning_modules.nn import Transformer
 
 
-def test_the_alarm_rings_once_when_texts_die_and_says_when_they_live_again(
+def test_the_alert_is_logged_once_at_a_collapse_and_again_at_recovery(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     alarm = MetricAlert()
@@ -36,7 +36,7 @@ def test_the_alarm_rings_once_when_texts_die_and_says_when_they_live_again(
     assert [each["step"] for each in alarm.events] == [3, 4, 6]
 
 
-def test_the_alarm_is_silent_while_texts_live(
+def test_no_alert_is_logged_for_diverse_texts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fit(Scripted(frac_unique_texts=[1.0], jaccard_distance_mean=[0.99], frac_in_vocab=[0.8, 0.5]),
@@ -45,7 +45,7 @@ def test_the_alarm_is_silent_while_texts_live(
     assert "degenerated" not in capsys.readouterr().out
 
 
-def test_short_answers_have_no_word_n_grams_and_ring_no_alarm(tmp_path: Path) -> None:
+def test_short_answers_without_word_n_grams_give_no_alert(tmp_path: Path) -> None:
     fit(
         Scripted(frac_unique_texts=[0.9], jaccard_distance_mean=[0.0]),
         alarm := MetricAlert(),
@@ -57,7 +57,7 @@ def test_short_answers_have_no_word_n_grams_and_ring_no_alarm(tmp_path: Path) ->
     assert [each["metric"] for each in alarm.events] == ["train/jaccard_distance_mean"]
 
 
-def test_the_alarm_goes_on_with_what_it_has_seen() -> None:
+def test_the_alert_resumes_with_its_state() -> None:
     alarm, again = MetricAlert(), MetricAlert()
     alarm.first_values, alarm.active = {"train/frac_in_vocab": 0.8}, ["train/frac_in_vocab"]
     again.load_state_dict(alarm.state_dict())
@@ -65,7 +65,7 @@ def test_the_alarm_goes_on_with_what_it_has_seen() -> None:
 
 
 @pytest.mark.parametrize("module", [NetInInit(), NetInConfigureModel(), TwoOptimizers()])
-def test_a_module_that_logs_nothing_of_it_is_refused_by_name(
+def test_a_module_that_does_not_log_the_metric_is_refused_by_name(
     module: L.LightningModule, tmp_path: Path
 ) -> None:
     for callback in (MetricAlert(), MetricPlot(["train/reward"]), RolloutTable()):
@@ -75,7 +75,7 @@ def test_a_module_that_logs_nothing_of_it_is_refused_by_name(
     fit(module, MetricPlot(["train_loss"]), tmp_path, 2)  # of their own they are taken
 
 
-def test_an_alarm_on_a_metric_that_nobody_logs_is_refused(tmp_path: Path) -> None:
+def test_an_alert_on_a_metric_that_is_not_logged_is_refused(tmp_path: Path) -> None:
     alarm = MetricAlert(min_value={"train/frac_unique_texts": 0.5, "train/distnct": 0.5})
     with pytest.raises(
         ValueError,
@@ -95,7 +95,7 @@ FORWARD = Transformer.forward
 
 @pytest.mark.filterwarnings("ignore:all 16 advantages are 0")
 @pytest.mark.parametrize("forced", [False, True])
-def test_the_alarm_is_silent_on_a_base_and_rings_if_all_texts_are_one(
+def test_no_alert_is_logged_for_a_base_model_and_one_is_logged_for_equal_texts(
     forced: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "text.txt").write_text("".join(python_docs_text())[:20_000])

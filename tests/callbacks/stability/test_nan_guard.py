@@ -1,4 +1,4 @@
-"""A step that is not finite is named and skipped; weights and momenta do not know of it."""
+"""A non-finite step is named and skipped, without an effect on weights and optimizer state."""
 
 import os
 import warnings
@@ -72,7 +72,7 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
 @pytest.mark.parametrize("value", [NAN, INF])
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.RMSprop])
-def test_a_skipped_step_leaves_weights_and_optimizer_as_they_were(
+def test_a_skipped_step_does_not_change_weights_or_optimizer(
     value: float, clip: bool, optimizer: Any
 ) -> None:
     net = Net(gradients={2: value})
@@ -89,14 +89,14 @@ def test_a_skipped_step_leaves_weights_and_optimizer_as_they_were(
     assert guard.state_dict() == {"num_skipped": 1}
 
 
-def test_a_loss_is_named_before_the_gradients_it_spoils() -> None:
+def test_a_non_finite_loss_is_named_before_its_gradients() -> None:
     net = Net(losses={1: INF}, gradients={1: NAN})
     with pytest.warns(UserWarning, match=r"^the loss is not finite at step 1: step skipped"):
         fit(net, NaNGuard())
     assert equal(net.history[0], net.history[1])
 
 
-def test_a_healthy_run_is_left_alone() -> None:
+def test_a_finite_run_is_not_changed() -> None:
     plain, guarded = Net(), Net()
     fit(plain)
     fit(guarded, NaNGuard(max_skips=0))
@@ -129,7 +129,7 @@ def scaled(scale: float) -> MixedPrecision:
     return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
 
 
-def test_an_overflow_under_a_gradient_scaler_is_the_scalers_business() -> None:
+def test_an_overflow_under_a_gradient_scaler_is_not_counted() -> None:
     guard = NaNGuard(max_skips=0)
     net = Net(gradients={1: INF})
     plugin = scaled(1024.0)
@@ -141,7 +141,7 @@ def test_an_overflow_under_a_gradient_scaler_is_the_scalers_business() -> None:
 
 
 @pytest.mark.parametrize("spoiled", [{"losses": {2: NAN}}, {"gradients": {2: NAN}}])
-def test_under_a_scaler_a_bad_loss_counts_and_a_gradient_once_the_scale_is_spent(
+def test_under_a_scaler_a_bad_loss_counts_and_a_gradient_counts_at_scale_one(
     spoiled: dict[str, Any],
 ) -> None:
     net = Net(**spoiled)
@@ -172,7 +172,7 @@ class Adversaries(L.LightningModule):
         return [torch.optim.Adam(p.parameters(), 0.1) for p in (self.first, self.second)]
 
 
-def test_a_module_that_steps_two_optimizers_loses_the_bad_step_alone() -> None:
+def test_a_module_with_two_optimizers_skips_only_the_bad_step() -> None:
     net = Adversaries()
     with pytest.warns(UserWarning, match=r"the gradient of second\.weight is not finite"):
         fit(net, NaNGuard(), max_steps=6)
@@ -182,7 +182,7 @@ def test_a_module_that_steps_two_optimizers_loses_the_bad_step_alone() -> None:
     assert not torch.equal(second_at, second_behind)
 
 
-def test_the_count_of_skipped_steps_goes_on_after_a_resume() -> None:
+def test_the_count_of_skipped_steps_continues_after_a_resume() -> None:
     guard = NaNGuard(max_skips=2)
     guard.load_state_dict({"num_skipped": 2})
     with pytest.raises(NonFiniteError, match="step 0, after 2 skipped steps"):
@@ -194,7 +194,7 @@ def test_a_negative_number_of_steps_is_refused() -> None:
         NaNGuard(max_skips=-1)
 
 
-def test_the_host_reads_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_host_reads_one_value_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
     reads = 0
     for name in ("__bool__", "__int__", "__float__", "item"):
         plain = getattr(Tensor, name)
@@ -222,7 +222,7 @@ def spoil_one_rank() -> tuple[list, int, list[str]]:
     return [p.tolist() for p in net.parameters()], guard.num_skipped + 10 * same, said
 
 
-def test_a_loss_that_one_rank_sees_is_skipped_by_all(ranks: Any) -> None:
+def test_a_bad_loss_on_one_rank_is_skipped_by_all(ranks: Any) -> None:
     (first, skipped, said), (second, skipped_too, _) = ranks(spoil_one_rank, 2)
     assert first == second
     assert skipped == skipped_too == 11

@@ -179,12 +179,12 @@ def test_loaders_of_unequal_length_are_refused_on_all_ranks_unless_the_run_ends_
     assert ranks(train_on_lengths, 2, [5, 3], 3) == [3, 3]
 
 
-def test_a_rank_that_stays_outside_the_collective_is_named_with_its_place(ranks):
+def test_a_rank_that_does_not_join_the_collective_is_named_with_its_stack(ranks):
     with pytest.raises(RankError, match=r"1 is in training_step \(test_rank_watchdog.py:\d+\)"):
         ranks(train_until_stuck, 2, timeout=60)
 
 
-def test_ranks_started_with_other_words_are_refused_before_the_first_step(ranks, tmp_path):
+def test_ranks_started_with_different_arguments_are_refused_before_the_first_step(ranks, tmp_path):
     words = ["--seed_everything=7", "--data.batch_size=8", "--trainer.strategy=zero3"]
     for said in ranks(refusals_of_commands, 2, words, str(tmp_path)):
         assert [text.partition(" is ")[0].rpartition(": ")[2] for text in said] == [
@@ -195,7 +195,7 @@ def test_ranks_started_with_other_words_are_refused_before_the_first_step(ranks,
         assert "is 0 on rank 0 and 7 on rank 1" in said[0]
 
 
-def test_a_script_whose_ranks_chose_otherwise_is_refused(ranks):
+def test_a_script_whose_ranks_have_different_settings_is_refused(ranks):
     assert "seed is" in ranks(setups_of_a_script, 2, [1, 2], [3, 3])[0]
     assert (
         "module.width is 3 on rank 0 and 4 on rank 1"

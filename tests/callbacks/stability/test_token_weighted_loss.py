@@ -1,4 +1,4 @@
-"""Answers of unequal lengths: each token counts the same, however the batch is spread.
+"""Answers of unequal lengths: each token has the same weight, however the batch is divided.
 
 SGD, five steps, every parameter by name against one process with the whole batch.
 """
@@ -102,7 +102,7 @@ def test_unequal_answers_train_as_on_one_process(ranks, answers, single, case):
     assert off(run_parallel(ranks, answers, case), single) < 2e-6
 
 
-def test_the_command_lines_trainer_weighs_without_being_asked(answers, tmp_path):
+def test_the_trainer_of_ravine_weights_by_default(answers, tmp_path):
     def trained(accumulate):
         L.seed_everything(0, verbose=False)
         data = InstructionDataModule(answers, tokenizer="bytes", context_length=96, batch_size=8)
@@ -193,7 +193,7 @@ def resume(path, folder, strategy, accumulate):
 
 
 @pytest.mark.parametrize(("strategy", "world", "accumulate"), [("auto", 1, 2), ("ddp", 2, 1)])
-def test_a_run_that_resumes_within_an_epoch_is_weighed_on(
+def test_a_run_resumed_within_an_epoch_is_still_weighted(
     ranks, answers, tmp_path, strategy, world, accumulate
 ):
     how = (answers, str(tmp_path), strategy, accumulate)
@@ -214,7 +214,7 @@ class Counted(Ragged):
         return len(batch[0])
 
 
-def test_any_module_that_says_its_terms_is_weighed_and_others_are_left_alone():
+def test_modules_that_return_their_terms_are_weighted_and_others_are_not_changed():
     def trained(kind, batch_size, accumulate, *callbacks):
         torch.manual_seed(0)
         return fit(kind(batch_size=batch_size), None, "auto", accumulate, *callbacks)
@@ -241,7 +241,7 @@ def test_a_step_without_a_term_moves_nothing():
     assert furthest(fit(Nothing(), None, "auto", 2, TokenWeightedLoss()), before) == 0
 
 
-def test_a_module_that_steps_by_itself_cannot_be_weighed():
+def test_a_module_with_manual_optimization_cannot_be_weighted():
     module = TwoOptimizers()
     module.num_loss_terms = len
     message = r"has num_loss_terms and steps its own optimizers .*; remove num_loss_terms"
@@ -261,7 +261,7 @@ def count(path, case, fault=None):
     return sum(sent)
 
 
-def test_one_number_is_sent_a_step(ranks, answers):
+def test_one_number_is_sent_per_step(ranks, answers):
     case = "ddp, accumulated"
     without = ranks(count, 2, answers, case, a_mean_of_means)
     for sent, before in zip(ranks(count, 2, answers, case), without, strict=True):

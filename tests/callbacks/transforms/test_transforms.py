@@ -1,4 +1,4 @@
-"""Transforms run once, between build and sharding, in their own order, or say why not."""
+"""Transforms run once, between build and sharding, in a fixed order, or are refused."""
 
 import lightning as L
 import pytest
@@ -101,7 +101,7 @@ def test_the_order_of_phases_is_fixed_whatever_the_callbacks_order(kind, order):
     assert "configure_model" not in vars(module)
 
 
-def test_an_equal_transform_of_a_later_trainer_finds_it_done():
+def test_an_equal_transform_of_a_later_trainer_is_not_applied_again():
     module = Late()
     run = trainer(Log("adapt", rank=4))
     run.fit(module)
@@ -141,7 +141,7 @@ def test_a_phase_registered_and_not_applied_is_an_error():
         trainer(Log("adapt"), Thief()).fit(Late())
 
 
-def test_an_unknown_phase_is_answered_with_the_known_ones():
+def test_the_error_for_an_unknown_phase_lists_the_known_phases():
     with pytest.raises(
         ValueError, match="allowed: load, quantize, adapt, freeze, recompute, compile"
     ):
@@ -149,7 +149,7 @@ def test_an_unknown_phase_is_answered_with_the_known_ones():
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_stock_weight_averaging_is_refused_with_the_name_of_ours(first):
+def test_stock_weight_averaging_is_refused_with_ema_as_the_hint(first):
     callbacks = [Log("adapt"), EMAWeightAveraging()]
     with pytest.raises(
         ValueError, match=r"EMAWeightAveraging copies the net.*ravine\.callbacks\.EMA"
@@ -164,7 +164,7 @@ def test_a_transform_pending_from_a_crashed_setup_is_dropped():
     assert module.log_of_phases == ["load"]
 
 
-def test_after_a_crash_in_training_the_next_trainer_goes_on():
+def test_after_a_crash_in_training_the_next_trainer_continues():
     module = Late()
     with pytest.raises(RuntimeError, match="crash"):
         trainer(Log("adapt"), Crash()).fit(module)
@@ -172,7 +172,7 @@ def test_after_a_crash_in_training_the_next_trainer_goes_on():
     assert module.log_of_phases == ["adapt", "compile"]
 
 
-def test_what_a_name_initialises_depends_on_seed_and_name_alone():
+def test_the_generator_of_a_parameter_depends_on_seed_and_name_alone():
     draw = {
         (seed, name): torch.randn(4, generator=make_param_generator(seed, name))
         for seed in (0, 1)
@@ -193,6 +193,6 @@ def adapted(strategy="auto", devices=1):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])
-def test_a_transform_trains_alike_on_one_process_and_on_many(ranks, strategy):
+def test_a_transform_trains_equally_on_one_process_and_on_many(ranks, strategy):
     for weights in ranks(adapted, 2, strategy, 2):
         assert furthest(weights, adapted()) < 2e-6

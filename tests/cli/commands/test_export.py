@@ -1,4 +1,4 @@
-"""From the command line: a base, adapters on it, text from them, and the plain model again."""
+"""From the command line: a base, adapters on it, text from them, and the merged model."""
 
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ def file_of(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", ["lora", "qlora"])
-def test_a_checkpoint_of_adapters_is_a_model_by_itself(here: Path, name: str, capsys) -> None:
+def test_a_checkpoint_of_adapters_is_a_complete_model(here: Path, name: str, capsys) -> None:
     state = torch.load(file_of(name), weights_only=True)["state_dict"]
     assert state
     assert all("lora_" in key for key in state)
@@ -98,7 +98,9 @@ def losses(words: list[str], capsys) -> float:
 
 
 @pytest.mark.parametrize("name", ["lora", "qlora"])
-def test_merged_it_needs_no_callback_and_measures_the_same(here: Path, name: str, capsys) -> None:
+def test_a_merged_model_needs_no_callback_and_has_the_same_loss(
+    here: Path, name: str, capsys
+) -> None:
     words = ["export", f"--ckpt_path={file_of(name)}", "--merge", f"--folder=plain_{name}"]
     assert main(words) == 0
     written = f"plain_{name}/model.ckpt"
@@ -128,7 +130,7 @@ def write_in_parts(source: str, target: str) -> None:
     sharded.save_sharded(torch.load(source, weights_only=True), Path(target))
 
 
-def test_a_checkpoint_in_parts_is_merged_as_a_file_is(here: Path, ranks: Any) -> None:
+def test_a_sharded_checkpoint_is_merged_as_a_file_is(here: Path, ranks: Any) -> None:
     ranks(write_in_parts, 2, str(here / file_of("lora")), str(here / "parts.ckpt"))
     for path in (file_of("lora"), "parts.ckpt"):
         words = ["export", f"--ckpt_path={path}", "--merge", f"--folder=of_{Path(path).stem}"]
@@ -157,7 +159,7 @@ def test_int8_is_exported_after_training_and_loads_as_it_was_written(here: Path,
     )
 
 
-def test_a_run_of_adapters_goes_on_from_its_checkpoint(here: Path) -> None:
+def test_a_run_of_adapters_resumes_from_its_checkpoint(here: Path) -> None:
     before = Path(file_of("qlora")).read_bytes()
     words = ["fit", f"--ckpt_path={file_of('qlora')}", *QUIET, "--trainer.accelerator=cpu"]
     assert main([*words, "--trainer.max_steps=6", "--trainer.limit_val_batches=1"]) == 0
@@ -190,7 +192,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_a_mistake_is_one_line_and_touches_no_file(here: Path, what: str, capsys) -> None:
+def test_a_user_error_is_one_message_and_changes_no_file(here: Path, what: str, capsys) -> None:
     before = {p: p.stat().st_mtime_ns for p in here.rglob("*") if p.is_file()}
     words, said = BAD[what]
     words = [word.replace("LORA", file_of("lora")) for word in words]
@@ -204,7 +206,7 @@ def test_a_mistake_is_one_line_and_touches_no_file(here: Path, what: str, capsys
     assert {p.name for p in after.keys() - before.keys()} <= {"config.yaml"}
 
 
-def test_an_export_does_not_replace_what_it_reads(here: Path, capsys) -> None:
+def test_an_export_does_not_overwrite_its_input(here: Path, capsys) -> None:
     assert main(["export", f"--ckpt_path={file_of('lora')}", "--merge", "--folder=once"]) == 0
     before = Path("once/model.ckpt").read_bytes()
     words = ["export", "--ckpt_path=once/model.ckpt", "--quantize=int8", "--folder=once"]
@@ -226,7 +228,7 @@ def test_a_full_disk_is_one_line(here: Path, monkeypatch, capsys) -> None:
     assert not list(Path("disk").iterdir())
 
 
-def test_weights_that_were_one_and_differ_once_merged_are_not_exported() -> None:
+def test_tied_weights_that_differ_after_the_merge_are_not_exported() -> None:
     model = LanguageModel(
         num_layers=1, d_model=32, num_heads=2, vocab_size=9, context_length=16, tie_embeddings=True
     )
@@ -267,14 +269,14 @@ def test_the_adapters_of_a_preset_fit_its_net(preset: str) -> None:
     assert lora_layers(module)
 
 
-def test_merging_what_has_no_adapters_is_refused(here: Path, capsys) -> None:
+def test_merging_a_model_without_adapters_is_refused(here: Path, capsys) -> None:
     words = ["export", f"--ckpt_path={file_of('base')}", "--merge", "--folder=nothing"]
     assert main(words) == 2
     assert "has no adapters to merge" in capsys.readouterr().err
     assert not Path("nothing").exists()
 
 
-def test_weights_given_without_their_adapters_are_refused_with_what_to_do(here: Path) -> None:
+def test_weights_without_their_adapters_are_refused_with_a_hint(here: Path) -> None:
     content = torch.load(file_of("lora"), weights_only=True)
     with pytest.raises(ValueError, match=r"changed by LoRA.*; use ravine\.load_model\(path\)$"):
         LanguageModel.from_checkpoint_dict(content)

@@ -1,4 +1,4 @@
-"""`lightning generate`: what a model writes in Python it writes on the command line."""
+"""`lightning generate` gives the same samples as `generate` in Python."""
 
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return saved(model_of(CharTokenizer(LETTERS)), tmp_path / "model.ckpt")
 
 
-def test_three_lines_of_python_write_what_the_command_writes(
+def test_three_lines_of_python_give_the_text_of_the_command(
     checkpoint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = LanguageModel.load_from_checkpoint(checkpoint)
@@ -51,7 +51,7 @@ def test_three_lines_of_python_write_what_the_command_writes(
     assert len(text) == 35
 
 
-def test_several_prompts_and_samples_come_one_after_the_other(
+def test_several_prompts_and_samples_are_printed_in_order(
     checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("prompts.txt").write_text("one\n\ntwo\\nlines\n")
@@ -66,7 +66,7 @@ def test_several_prompts_and_samples_come_one_after_the_other(
     assert len(set(texts)) == 6
 
 
-def test_a_file_of_prompts_may_have_a_mark_and_other_breaks_within_lines(
+def test_a_prompt_file_may_have_a_byte_order_mark_and_other_breaks_within_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -87,7 +87,7 @@ def test_a_file_of_prompts_may_have_a_mark_and_other_breaks_within_lines(
         generate.load_prompts(tmp_path, None)
 
 
-def test_a_text_ends_before_its_stop(checkpoint: str) -> None:
+def test_a_text_ends_before_its_stop_string(checkpoint: str) -> None:
     model = LanguageModel.load_from_checkpoint(checkpoint)
     free = str(model.generate("a", max_new_tokens=60))[1:]
     stop = free[20:22]
@@ -141,7 +141,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("words", REFUSED)
-def test_a_mistake_is_told_in_words(
+def test_a_user_error_is_one_message(
     words: str, checkpoint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["generate", *words.replace("X", checkpoint).split()]) == 2
@@ -150,7 +150,7 @@ def test_a_mistake_is_told_in_words(
     assert "Traceback" not in error
 
 
-def test_a_checkpoint_without_tokenizer_says_so(
+def test_generation_without_a_tokenizer_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = saved(model_of(None), tmp_path / "bare.ckpt")
@@ -168,7 +168,7 @@ def test_damaged_weights_end_in_one_line(
     assert "generate: the net returned NaN for text 0" in capsys.readouterr().err
 
 
-def test_a_flipped_byte_is_noticed_before_a_word_is_written(
+def test_a_flipped_byte_is_detected_before_any_output(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = Path(saved(model_of(CharTokenizer(LETTERS)), tmp_path / "good.ckpt"))
@@ -192,5 +192,5 @@ def test_flags_are_the_arguments_of_the_method() -> None:
     assert known["context_overflow"].choices == ("slide", "error")
 
 
-def test_backslashes_stand_for_what_a_shell_makes_hard() -> None:
+def test_backslash_n_and_backslash_t_are_line_break_and_tab() -> None:
     assert method_flags.unescape_text(r"a\nb\tc\\n") == "a\nb\tc\\n"

@@ -1,4 +1,4 @@
-"""A config is refused by its size before anything is built of it."""
+"""A config that is too large is refused before it is parsed."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ LINES += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)
     ],
     ids=["lists", "mapping", "values", "levels", "bytes"],
 )
-def test_a_config_that_is_too_large_is_one_mistake(
+def test_a_config_that_is_too_large_is_one_error(
     tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "large.yaml"
@@ -35,7 +35,7 @@ def test_a_config_that_is_too_large_is_one_mistake(
     assert len(err.splitlines()) == 3
 
 
-def test_a_file_that_a_value_names_is_bounded_too(
+def test_a_file_named_by_a_value_has_the_same_limits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "model.yaml"
@@ -46,13 +46,13 @@ def test_a_file_that_a_value_names_is_bounded_too(
     assert len(err.splitlines()) == 3
 
 
-def test_aliases_within_the_bounds_are_counted_in_full() -> None:
+def test_aliases_are_counted_in_full() -> None:
     few = "\n".join(LINES[:3])
     presets.check_yaml_size(few, "few")
     with pytest.raises(UsageError, match="aliases counted in full"):
         presets.check_yaml_size("\n".join(LINES[:5]), "many")
 
 
-def test_every_installed_config_is_within_the_bounds() -> None:
+def test_every_installed_config_is_within_the_limits() -> None:
     for name in presets.list_presets():
         presets.check_config_file(presets.find_config(name))

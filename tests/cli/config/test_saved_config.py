@@ -1,4 +1,4 @@
-"""A checkpoint rebuilds its command; what the user gives beats it, and is compared with it."""
+"""A checkpoint restores its command; values of the user override it and are compared with it."""
 
 import os
 import shutil
@@ -71,7 +71,7 @@ def trained(runs: Path) -> Path:
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
-def test_a_checkpoint_is_all_that_an_evaluation_needs(
+def test_an_evaluation_needs_only_a_checkpoint(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("toys.py").write_text(TOYS)
@@ -107,13 +107,13 @@ class Data(L.LightningDataModule):
 """
 
 
-def test_name_and_seed_come_back_too(trained: Path) -> None:
+def test_run_name_and_seed_are_restored(trained: Path) -> None:
     assert main(["validate", "--ckpt_path", str(trained), TRUST]) == 0
     config = yaml.safe_load(Path("runs/base/version_0/validate_0/config.yaml").read_text())
     assert (config["seed_everything"], config["trainer"]["name"]) == (7, "base")
 
 
-def test_a_checkpoint_holds_plain_values_and_what_it_was_trained_with(trained: Path) -> None:
+def test_a_checkpoint_has_plain_values_and_the_training_arguments(trained: Path) -> None:
     checkpoint = torch.load(trained, weights_only=True)
     own = checkpoint["ravine"]
     assert own["world_size"] == 1
@@ -122,7 +122,7 @@ def test_a_checkpoint_holds_plain_values_and_what_it_was_trained_with(trained: P
     assert own["config"]["seed_everything"] == 7
 
 
-def test_a_flag_beats_the_checkpoint_and_each_difference_is_printed(
+def test_a_flag_overrides_the_checkpoint_and_each_difference_is_printed(
     trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["validate", "--ckpt_path", str(trained), "--model.batch_size=4", "--model.lr=0.5"]
@@ -134,7 +134,7 @@ def test_a_flag_beats_the_checkpoint_and_each_difference_is_printed(
     ]
 
 
-def test_a_config_beats_the_checkpoint_too(
+def test_a_config_overrides_the_checkpoint(
     trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("other.yaml").write_text(BASE.replace("width: 8", "batch_size: 2"))
@@ -158,7 +158,7 @@ def test_a_width_that_does_not_fit_is_refused_before_anything_is_loaded(
     )
 
 
-def test_weights_that_only_one_side_has_are_named() -> None:
+def test_weights_of_only_the_model_or_only_the_checkpoint_are_named() -> None:
     module = NetInInit(width=8)
     trainer = Trainer(max_steps=1, accelerator="cpu", enable_model_summary=False)
     trainer.fit(module)
@@ -173,7 +173,7 @@ def test_weights_that_only_one_side_has_are_named() -> None:
     Trainer(accelerator="cpu").validate(other, ckpt_path="here.ckpt", verbose=False)
 
 
-def test_a_checkpoint_of_another_task_is_refused_in_words(
+def test_a_checkpoint_of_another_task_is_refused(
     trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["validate", f"--ckpt_path={trained}", "--model=SpamClassifier", TRUST]
@@ -186,7 +186,7 @@ def test_a_checkpoint_of_another_task_is_refused_in_words(
     )
 
 
-def test_a_learning_rate_given_anew_beats_the_restored_one(trained: Path) -> None:
+def test_a_new_learning_rate_overrides_the_restored_one(trained: Path) -> None:
     words = ["fit", "--config=base", "--ckpt_path", str(trained), "--trainer.max_epochs=3"]
     assert main([*words, "--model.lr=0.5"]) == 0
     assert main(words) == 0
@@ -207,7 +207,7 @@ trainer:
 """
 
 
-def test_a_schedule_goes_on_from_its_place_at_the_new_rate() -> None:
+def test_a_schedule_continues_from_its_step_at_the_new_rate() -> None:
     Path("plan.yaml").write_text(PLAN)
     words = ["fit", "--config=base", "--config=plan", "--trainer.max_steps=8"]
     assert main([*words, "--trainer.callbacks+=Checkpoint", *EVERY_FOURTH]) == 0
@@ -238,7 +238,7 @@ class Doubled(Transform):
         return self.factor
 
 
-def test_a_transform_comes_back_with_its_checkpoint(
+def test_a_transform_is_restored_with_its_checkpoint(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     doubled = f"--trainer.callbacks+={__name__}.Doubled"
@@ -254,7 +254,7 @@ def test_a_transform_comes_back_with_its_checkpoint(
     assert "trainer.callbacks.Doubled.factor is 2.0 here and 3.0 in" in capsys.readouterr().out
 
 
-def test_one_callback_may_stand_without_a_list_and_may_be_gone_later(
+def test_one_callback_needs_no_list_and_may_be_missing_at_evaluation(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     Path("gone.py").write_text("import lightning as L\nclass Gone(L.Callback): ...")
@@ -264,7 +264,7 @@ def test_one_callback_may_stand_without_a_list_and_may_be_gone_later(
     assert main(["validate", "--ckpt_path", str(saved()), TRUST, "--trust=gone"]) == 0
 
 
-def test_the_source_that_was_taken_is_written_down_and_taken_again(
+def test_the_resolved_data_source_is_saved_and_used_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("DATA_ROOT", "nowhere")
@@ -289,7 +289,7 @@ def test_a_saved_config_is_a_config(trained: Path) -> None:
     assert all(torch.equal(v, weights(again)[k]) for k, v in weights(trained).items())
 
 
-def test_auto_is_the_newest_whole_file_and_says_what_it_passed_over(
+def test_auto_is_the_newest_complete_file_and_names_the_skipped_files(
     trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["fit", "--config=base", "--trainer.max_epochs=3"]) == 0
@@ -305,7 +305,7 @@ def test_auto_is_the_newest_whole_file_and_says_what_it_passed_over(
     assert "type: --ckpt_path=auto" in err
 
 
-def test_auto_passes_over_a_file_that_no_trainer_has_written(
+def test_auto_skips_a_file_that_no_trainer_has_written(
     trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = torch.load(trained, weights_only=True)
@@ -318,7 +318,7 @@ def test_auto_passes_over_a_file_that_no_trainer_has_written(
         assert f"--ckpt_path auto: {trained}\n" in out
 
 
-def test_auto_starts_anew_where_there_is_nothing_and_goes_on_where_there_is(
+def test_auto_starts_from_scratch_without_a_checkpoint_and_resumes_with_one(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = ["fit", "--config=base", "--ckpt_path=auto"]
@@ -330,7 +330,7 @@ def test_auto_starts_anew_where_there_is_nothing_and_goes_on_where_there_is(
     assert "names with checkpoints: base" in capsys.readouterr().err
 
 
-def test_the_words_that_other_ranks_repeat_hold_the_path_itself(trained: Path) -> None:
+def test_the_arguments_for_other_ranks_contain_the_resolved_path(trained: Path) -> None:
     for given in (["--ckpt_path=auto"], ["--ckpt_path", "last"]):
         argv, path = resolve_argv(["fit", "--config=base.yaml", *given])
         assert path == trained
@@ -342,7 +342,7 @@ def test_the_words_that_other_ranks_repeat_hold_the_path_itself(trained: Path) -
     assert resolve_argv(["fit"])[1] == Path("x.ckpt")
 
 
-def test_without_a_name_the_newest_of_all_runs_is_meant(trained: Path) -> None:
+def test_without_a_name_the_newest_checkpoint_of_all_runs_is_used(trained: Path) -> None:
     assert main(["fit", "--config=base", "--trainer.name=a/b"]) == 0
     assert find_latest("test", "last", None, "runs") == saved(0, "a/b")
     assert find_latest("test", "last", "base", "runs") == trained
@@ -364,7 +364,7 @@ def test_a_checkpoint_from_a_script_needs_its_model_named(
 
 
 @pytest.mark.parametrize("content", [{"a": 1}, [1, 2]])
-def test_a_file_of_torch_save_that_is_no_checkpoint_is_refused_in_words(
+def test_a_file_of_torch_save_that_is_not_a_checkpoint_is_refused(
     content: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save(content, "other.ckpt")
@@ -445,7 +445,7 @@ IN_TEXTS = [  # what the parser reads as YAML, or as the name of a file, or impo
 ]
 
 
-def test_a_text_in_a_checkpoint_imports_no_more_than_a_class_path_does(
+def test_a_text_in_a_checkpoint_has_the_import_limits_of_a_class_path(
     trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("acts.py").write_text(ACTS)
@@ -463,7 +463,7 @@ def test_a_text_in_a_checkpoint_imports_no_more_than_a_class_path_does(
     assert "acts" not in sys.modules
 
 
-def test_the_name_of_a_file_in_the_command_is_no_name_of_a_class(
+def test_a_file_name_in_the_command_does_not_admit_a_class(
     trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("acts", "notes"):
@@ -479,7 +479,7 @@ def test_the_name_of_a_file_in_the_command_is_no_name_of_a_class(
     assert not Path("mark").exists()
 
 
-def test_a_hint_that_cannot_be_read_leaves_the_others_as_they_are(
+def test_an_unreadable_type_hint_does_not_affect_the_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.syspath_prepend(str(Path.cwd()))
@@ -496,7 +496,7 @@ def test_a_hint_that_cannot_be_read_leaves_the_others_as_they_are(
     ]
 
 
-def test_texts_that_name_no_class_stay_texts() -> None:
+def test_texts_that_name_no_class_are_not_imported() -> None:
     rule = {"kind": "rest", "pattern": "net.head.weight", "lr_scale": 2.0}
     specs = [
         plan(rules=[rule, {"pattern": "*.gate.*"}]),
@@ -549,7 +549,7 @@ def test_a_script_trusts_a_package_by_name(trained: Path) -> None:
     "config",
     ["text", [1], {"model": None}, {"model": {"class_path": 3}}, {"trainer.callbacks": "a.b"}],
 )
-def test_a_configuration_that_no_command_has_written_is_one_mistake(
+def test_a_configuration_that_no_command_has_written_is_refused(
     trained: Path, config: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = torch.load(trained, weights_only=True)
@@ -560,7 +560,7 @@ def test_a_configuration_that_no_command_has_written_is_one_mistake(
     assert "ravine.config, was not written by a command" in capsys.readouterr().err
 
 
-def test_links_to_nowhere_and_to_themselves_are_passed_over(trained: Path) -> None:
+def test_broken_and_circular_links_are_skipped(trained: Path) -> None:
     for name, target in (("dangling.ckpt", "gone.ckpt"), ("loop.ckpt", "loop.ckpt")):
         (trained.parent / name).symlink_to(target)
     for questions in ("auto", "last"):
@@ -578,7 +578,7 @@ def test_a_metric_with_a_slash_in_a_file_s_name_makes_a_folder_that_is_found() -
     assert find_latest("fit", "auto", "base", "runs") == path
 
 
-def test_checkpoints_in_a_folder_of_one_s_own_are_found_by_the_run_s_name(
+def test_checkpoints_in_a_user_folder_are_found_by_the_run_name(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     own = ["--trainer.callbacks+=Checkpoint", "--trainer.callbacks.dirpath=mine"]
@@ -599,7 +599,7 @@ def test_checkpoints_in_a_folder_of_one_s_own_are_found_by_the_run_s_name(
 
 
 @pytest.mark.parametrize("name", ["../../elsewhere", "/elsewhere", "a/../../../b"])
-def test_a_run_s_name_does_not_lead_out_of_the_folder_of_all_runs(
+def test_a_run_name_does_not_lead_outside_of_default_root_dir(
     trained: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = torch.load(trained, weights_only=True)
@@ -611,9 +611,7 @@ def test_a_run_s_name_does_not_lead_out_of_the_folder_of_all_runs(
 
 
 @pytest.mark.parametrize("argument", [{"dirpath": "elsewhere"}, {"filename": "{HERE/out}"}])
-def test_a_resume_writes_below_its_own_folder_whatever_the_checkpoint_says(
-    trained: Path, argument: dict[str, str]
-) -> None:
+def test_a_resume_writes_only_in_its_own_folder(trained: Path, argument: dict[str, str]) -> None:
     checkpoint = torch.load(trained, weights_only=True)
     placed = {key: value.replace("HERE", str(Path.cwd())) for key, value in argument.items()}
     stock = callback("lightning.pytorch.callbacks.ModelCheckpoint", **placed)
@@ -627,7 +625,7 @@ def test_a_resume_writes_below_its_own_folder_whatever_the_checkpoint_says(
     assert list(Path("runs/base/version_1").rglob("*.ckpt"))
 
 
-def test_a_template_in_a_checkpoint_names_files_of_the_folder_only() -> None:
+def test_a_file_name_template_of_a_checkpoint_cannot_leave_the_folder() -> None:
     kept = ["{epoch}-{val/loss:.2f}", "step={step:06d}", "best", "{val.loss:8.3e}"]
     for name in [*kept, "../x", "/x", "{/x}", "{../x}", "{step:c}x", "{epoch].__doc__[9}", "{{x"]:
         spec = callback("lightning.pytorch.callbacks.ModelCheckpoint", filename=name)
@@ -639,7 +637,7 @@ def test_a_template_in_a_checkpoint_names_files_of_the_folder_only() -> None:
     assert _without_output_paths(spec)["init_args"] == {"num_samples": 9}
 
 
-def test_a_name_in_a_checkpoint_does_not_lead_out_of_all_runs_by_a_link(
+def test_a_run_name_of_a_checkpoint_does_not_lead_outside_by_a_link(
     trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = torch.load(trained, weights_only=True)

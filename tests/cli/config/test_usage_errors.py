@@ -1,4 +1,4 @@
-"""The table of command-line mistakes: each answered with place, wrong word, names and what to type.
+"""The table of usage errors: each has the location, the wrong word, the names and the flag.
 
 The words are asserted to the letter, since the parser's own types and texts stand behind them and
 are no promise of its authors: a new version of it that changes an answer must show here.
@@ -483,7 +483,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("mistake", TABLE)
-def test_a_mistake_is_answered_with_what_to_type(
+def test_a_usage_error_has_problem_allowed_values_and_fix(
     mistake: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words, text, answer = TABLE[mistake]
@@ -495,7 +495,7 @@ def test_a_mistake_is_answered_with_what_to_type(
 
 
 @pytest.mark.parametrize("name", VARIABLES)
-def test_a_variable_is_held_to_the_same(
+def test_an_environment_variable_has_the_same_errors(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, "many")
@@ -524,7 +524,7 @@ def test_a_config_that_is_not_text_is_refused(
         ("model: !!python/object/apply:os.getcwd []", "not YAML: could not determine"),
     ],
 )
-def test_yaml_that_is_more_than_plain_values_is_refused(
+def test_yaml_with_values_that_are_not_plain_is_refused(
     folder: Path, capsys: pytest.CaptureFixture[str], text: str, said: str
 ) -> None:
     (folder / "run.yaml").write_text(text)
@@ -532,7 +532,7 @@ def test_yaml_that_is_more_than_plain_values_is_refused(
     assert said in capsys.readouterr().err
 
 
-def test_what_a_mistake_says_to_type_is_right(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_suggested_flags_lead_to_a_valid_command(capsys: pytest.CaptureFixture[str]) -> None:
     """Typed as told, one mistake after the other, a command comes to run."""
     words = ["fitt", "--modl=LangageModel", "--modl.layrs=3", "--trainer.max_step=1"]
     for _ in range(10):

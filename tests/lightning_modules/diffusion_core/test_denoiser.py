@@ -1,4 +1,4 @@
-"""Denoising: a net that answers rightly has no error, whatever it is asked for."""
+"""Denoising: an exact prediction has zero loss for every prediction type."""
 
 from collections.abc import Callable
 from typing import Any
@@ -36,7 +36,9 @@ def right_answers(
 
 
 @pytest.mark.parametrize(("process", "prediction"), ASKED)
-def test_the_right_answer_has_no_error_and_is_the_image(process: Any, prediction: Any) -> None:
+def test_the_exact_prediction_has_zero_loss_and_gives_the_image(
+    process: Any, prediction: Any
+) -> None:
     denoising = Denoiser(NoiseSchedule(process), prediction, "edm")
     x0, eps = torch.randn(2, 9, 1, 4, 4, dtype=torch.float64)
     net = right_answers(process, prediction, x0, eps)
@@ -56,7 +58,7 @@ def test_the_first_attempt_is_trained_at_pure_noise_alone() -> None:
 
 
 @pytest.mark.parametrize("u", [0.0, 1e-9, 1.0])
-def test_a_draw_at_the_ends_of_its_range_has_a_finite_loss(u: float) -> None:
+def test_a_time_at_the_ends_of_its_range_has_a_finite_loss(u: float) -> None:
     for process in KINDS[:2] + KINDS[3:]:
         denoising = Denoiser(NoiseSchedule(process), "v", "edm")
         t = denoising.sample_t(torch.full((4,), u))
@@ -65,7 +67,7 @@ def test_a_draw_at_the_ends_of_its_range_has_a_finite_loss(u: float) -> None:
         assert denoising.training_loss(lambda x, t, y: x, x0, t, None, eps)[0].isfinite().all()
 
 
-def test_whole_times_of_whole_numbers_have_the_levels_of_the_table() -> None:
+def test_integer_times_have_the_noise_levels_of_the_table() -> None:
     for process in KINDS:
         t = torch.tensor([0, 500, 1000])  # as the docstring has it
         actual, floats = (

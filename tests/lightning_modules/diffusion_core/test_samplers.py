@@ -1,4 +1,4 @@
-"""Samplers and schedules against what can be solved: Gaussian data, where x0 is known at any x.
+"""Samplers and schedules against closed forms: Gaussian data, where x0 is known at any x.
 
 For x0 ~ N(m, S):   E[x0 | x(t)] = m + α S (α² S + σ²)⁻¹ (x - α m),   and along dx = x0 dα + ε dσ
 x(t) - α m is stretched in each eigendirection of S by √(α² λ + σ²).
@@ -154,7 +154,7 @@ def test_eta_is_the_share_of_ancestral_noise_in_standard_deviations(kind: str) -
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_eulers_method_goes_through_the_points_of_ddim(kind: str) -> None:
+def test_the_method_of_euler_gives_the_points_of_ddim(kind: str) -> None:
     schedule = NoiseSchedule(kind)
     path = schedule.timesteps(20)
     x = torch.randn(5, D, **DOUBLE) * path.sigma[0]
@@ -162,7 +162,7 @@ def test_eulers_method_goes_through_the_points_of_ddim(kind: str) -> None:
     torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
-def test_the_lectures_sampler_is_ddim_with_eta_0() -> None:
+def test_the_sampler_of_the_lecture_is_ddim_with_eta_0() -> None:
     """Back out the noise, and add it again at the next level: 200, 50, 20, 10 of 1000 steps."""
     kept = compute_alpha_bar("linear")
     denoise = denoiser(NoiseSchedule("linear"))
@@ -178,7 +178,7 @@ def test_the_lectures_sampler_is_ddim_with_eta_0() -> None:
         torch.testing.assert_close(made, x, rtol=1e-4, atol=1e-4)  # σ at 1000 is 0.99998
 
 
-def test_alpha_bar_is_the_lectures() -> None:
+def test_alpha_bar_equals_that_of_the_lecture() -> None:
     """T = 1000, β from 1e-4 to 0.02: multiplied out one by one, and as published."""
     left, actual = 1.0, compute_alpha_bar("linear")
     for t in range(1, 1001):
@@ -199,7 +199,7 @@ PREDICTIONS = ("x0", "eps", "v", "velocity")
 
 @pytest.mark.parametrize("kind", PREDICTIONS)
 @pytest.mark.parametrize("process", KINDS)
-def test_every_parametrisation_says_the_same_image(kind: str, process: str) -> None:
+def test_every_prediction_type_gives_the_same_image(kind: str, process: str) -> None:
     t = torch.linspace(50, 950, 19, **DOUBLE)
     alpha, sigma = (level[:, None] for level in NoiseSchedule(process).alpha_sigma(t))
     x0, eps = torch.randn(2, 19, 30, **DOUBLE)
@@ -227,7 +227,7 @@ def test_every_parametrisation_says_the_same_image(kind: str, process: str) -> N
     assert (compute_target("velocity", x0, eps, alpha, sigma) - (one - other)).abs().max() < 1e-12
 
 
-def test_weights_are_those_of_their_papers() -> None:
+def test_loss_weights_equal_those_of_their_papers() -> None:
     alpha, sigma = NoiseSchedule("cosine").alpha_sigma(torch.arange(100, 1000, 100, **DOUBLE))
     ratio = (alpha / sigma) ** 2
     capped = ratio.clamp(max=5)
@@ -241,7 +241,7 @@ def test_weights_are_those_of_their_papers() -> None:
     torch.testing.assert_close(d * predict_x0("v", answer, x, d * one, sigma), edm)
 
 
-def test_edms_path_is_that_of_its_paper() -> None:
+def test_the_noise_levels_of_edm_equal_those_of_its_paper() -> None:
     n = 18
     ends = 80 ** (1 / 7), 0.002 ** (1 / 7)
     sigma = [(ends[0] + i / (n - 1) * (ends[1] - ends[0])) ** 7 for i in range(n)]
@@ -328,7 +328,9 @@ def test_images_do_not_depend_on_the_batch_or_on_a_recording(name: str) -> None:
     assert (other - one).abs().max() > 0.1
 
 
-def test_guidance_moves_along_the_difference_that_the_label_makes() -> None:
+def test_guidance_moves_along_the_difference_between_conditional_and_unconditional_prediction() -> (
+    None
+):
     def net(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         assert y is not None
         return x + y[:, None, None, None]
@@ -369,7 +371,7 @@ def test_guidance_moves_along_the_difference_that_the_label_makes() -> None:
         ),
     ],
 )
-def test_what_means_nothing_is_refused(wrong: Callable[[], object], said: str) -> None:
+def test_invalid_settings_are_refused(wrong: Callable[[], object], said: str) -> None:
     with pytest.raises(UsageError, match=said) as error:
         wrong()
     assert error.value.flag.startswith("--")

@@ -1,4 +1,4 @@
-"""Generation: with a cache or without, alone or in a batch, a text is the same text."""
+"""Generation: with or without a cache, alone or in a batch, a text is the same."""
 
 import math
 from collections import Counter
@@ -71,7 +71,9 @@ SHAPES = [
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @every_rule
-def test_a_cache_changes_nothing(sampling: DecodingConfig, shape: dict[str, Any]) -> None:
+def test_a_kv_cache_does_not_change_the_samples(
+    sampling: DecodingConfig, shape: dict[str, Any]
+) -> None:
     """100 prompts of 1 to 32 tokens, 16 at a time, sliding windows, and two ways to stop."""
     net, prompt_list = lively(**shape), prompts(100 if not shape else 32)
     ends = 0
@@ -91,7 +93,7 @@ def test_a_cache_changes_nothing(sampling: DecodingConfig, shape: dict[str, Any]
 
 
 @every_rule
-def test_log_probabilities_are_those_of_one_teacher_forced_pass(sampling: DecodingConfig) -> None:
+def test_logprobs_equal_those_of_one_teacher_forced_pass(sampling: DecodingConfig) -> None:
     net, prompt_list = lively(), prompts(16, longest=T - 11)
     written = generate(net, prompt_list, 12, T, sampling, stops=[[22]])
     forced = sequence_logprobs(net, prompt_list, written, sampling)
@@ -109,7 +111,7 @@ def test_a_text_does_not_depend_on_the_texts_beside_it() -> None:
     assert not together.tokens.equal(generate(net, prompt_list, 20, T, seed=8).tokens)
 
 
-def test_equal_prompts_are_read_once_and_go_their_own_ways() -> None:
+def test_equal_prompts_are_processed_once_and_continued_independently() -> None:
     net, prompt_list = lively(), prompts(5, longest=5)
     rows = [prompt_list[i] for i in (3, 1, 3, 3, 4, 1)]
     read: list[tuple[int, ...]] = []
@@ -122,7 +124,7 @@ def test_equal_prompts_are_read_once_and_go_their_own_ways() -> None:
     assert not written.tokens[0].equal(written.tokens[2])
 
 
-def test_nothing_is_written_after_a_stop() -> None:
+def test_no_token_follows_a_stop_string() -> None:
     net, prompt_list = lively(), prompts(40, longest=5)
     written = generate(net, prompt_list, 20, T, stops=[[3], [5, 4]])
     ended = 0
@@ -139,7 +141,7 @@ def test_nothing_is_written_after_a_stop() -> None:
     assert 0 < ended < 40
 
 
-def test_a_stop_is_looked_for_in_what_is_new() -> None:
+def test_a_stop_string_is_searched_in_new_text_only() -> None:
     net = lively()
     prompt_list = [torch.tensor([1, 5])]  # the stop 5 4 may not begin in the prompt
     with torch.no_grad():
@@ -163,7 +165,7 @@ class Looks(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def test_the_host_looks_every_32_tokens_only() -> None:
+def test_the_host_checks_for_the_end_every_32_tokens() -> None:
     net = Transformer(V, 200, num_layers=1, d_model=8, num_heads=1)
     prompt_list = prompts(3, longest=4)
 
@@ -176,7 +178,7 @@ def test_the_host_looks_every_32_tokens_only() -> None:
     assert looks(96) - looks(64) == looks(64) - looks(32) > 0
 
 
-def test_the_host_stops_when_all_texts_have() -> None:
+def test_generation_ends_when_all_texts_have_ended() -> None:
     net, calls = lively(), []
     net.register_forward_hook(lambda *_: calls.append(1))
     written = generate(net, prompts(2), 1000, T, stops=[[token] for token in range(V)])
@@ -185,7 +187,7 @@ def test_the_host_stops_when_all_texts_have() -> None:
     assert len(calls) < 80  # two rows, 32 steps, a few windows
 
 
-def test_a_full_context_forgets_its_older_half() -> None:
+def test_a_full_context_drops_its_older_half() -> None:
     """The rule in a loop: what the net sees grows to t tokens, then starts again from t/2."""
     net = lively()
     text = prompts(T)[-1].tolist()
@@ -200,7 +202,7 @@ def test_a_full_context_forgets_its_older_half() -> None:
     assert written.tokens[0].tolist() == expected
 
 
-def test_streamed_pieces_make_the_whole() -> None:
+def test_streamed_pieces_add_up_to_the_text() -> None:
     net, prompt_list = lively(), prompts(3)
     pieces = list(generate_stream(net, prompt_list, 10, T, sync_every=3))
     assert [piece.tokens.shape[1] for piece in pieces] == [3, 3, 3, 1]
@@ -208,7 +210,7 @@ def test_streamed_pieces_make_the_whole() -> None:
     assert torch.cat([piece.tokens for piece in pieces], 1).equal(whole.tokens)
 
 
-def test_dropout_rests_while_writing_and_comes_back_where_it_was() -> None:
+def test_dropout_is_off_during_generation_and_restored_after_it() -> None:
     net = lively(dropout=0.5).train()
     net.blocks["1"].eval()
     modes = [module.training for module in net.modules()]
@@ -229,7 +231,9 @@ def test_dropout_rests_while_writing_and_comes_back_where_it_was() -> None:
         ({"temperature": 0.5}, [0.16, 0.09, 0.0225, 0.01, 0.0025]),
     ],
 )
-def test_each_rule_keeps_what_it_says(rules: dict[str, Any], kept: list[float]) -> None:
+def test_each_filter_keeps_the_tokens_of_its_definition(
+    rules: dict[str, Any], kept: list[float]
+) -> None:
     order = torch.tensor([3, 0, 4, 1, 2])
     logits = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05]).log()[order] + 7
     expected = torch.tensor(kept + [0.0] * (5 - len(kept)))[order]
@@ -237,7 +241,7 @@ def test_each_rule_keeps_what_it_says(rules: dict[str, Any], kept: list[float]) 
     torch.testing.assert_close(found, expected / expected.sum())
 
 
-def test_a_drawn_token_that_rounding_moves_over_the_border_is_still_scored() -> None:
+def test_a_sampled_token_excluded_by_rounding_still_has_a_logprob() -> None:
     """Drawn as the second of two, it comes third in the pass that scores it, by the last bit."""
     probs = torch.tensor([1.0, 0.5, 0.5 - 1e-7, -3.0])
     scored = torch.tensor([1.0, 0.5 - 1e-7, 0.5, -3.0], requires_grad=True)
@@ -264,7 +268,7 @@ def test_a_drawn_token_that_rounding_moves_over_the_border_is_still_scored() -> 
     assert floor.compute_logprobs(torch.tensor([1.0, 0.4]), never_mask=token).isfinite().all()
 
 
-def test_tokens_are_drawn_as_often_as_they_are_probable() -> None:
+def test_tokens_are_sampled_with_their_probabilities() -> None:
     probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2, 0.0])
     count = 40_000
     probs = DecodingConfig().sample(
@@ -308,7 +312,7 @@ def test_a_seed_gives_every_text_its_own_numbers() -> None:
         ),
     ],
 )
-def test_what_cannot_be_written_is_refused(given: dict[str, Any], message: str) -> None:
+def test_invalid_generation_arguments_are_refused(given: dict[str, Any], message: str) -> None:
     how = {"prompts": prompts(20)[-1:], "max_new_tokens": 5, "context_length": T} | given
     with pytest.raises(ValueError, match=message):
         generate(lively(), **how)
@@ -318,14 +322,14 @@ def test_what_cannot_be_written_is_refused(given: dict[str, Any], message: str) 
     ("name", "value"),
     [("temperature", -1), ("temperature", math.nan), ("top_k", 0), ("top_p", 0), ("min_p", 1)],
 )
-def test_rules_that_mean_nothing_are_refused(name: str, value: float) -> None:
+def test_invalid_sampling_filters_are_refused(name: str, value: float) -> None:
     message = f"DecodingConfig: {name}={value} is out of range; allowed: .*; use {name}="
     with pytest.raises(UsageError, match=message) as error:
         DecodingConfig(**{name: value})
     assert error.value.flag.startswith(f"--{name}=")
 
 
-def test_nan_logits_end_the_writing_with_the_text_s_number() -> None:
+def test_nan_logits_end_generation_with_the_number_of_the_text() -> None:
     net = lively()
     with torch.no_grad():
         net.embed.weight[7] = math.nan
@@ -340,7 +344,7 @@ def test_a_context_of_one_token_works() -> None:
     assert a.tokens.equal(generate(net, prompts(4), 10, 1, use_cache=False).tokens)
 
 
-def test_a_recorded_step_writes_the_same_text_with_one_recording_a_bucket() -> None:
+def test_a_captured_step_generates_the_same_text_with_one_graph_per_bucket() -> None:
     net = Transformer(V, 200, num_layers=2, d_model=16, num_heads=2, zero_init_residual=False)
     prompt_list, captures = prompts(3, longest=4), []
 

@@ -1,4 +1,4 @@
-"""Branches: one row of shared beginnings says what the whole texts say, and learns as much."""
+"""Shared prefixes: one row per prompt gives the logits and gradients of full texts."""
 
 from typing import Any
 
@@ -79,7 +79,7 @@ def off(one: list[Tensor], other: list[Tensor]) -> float:
 
 @pytest.mark.parametrize("case", LENGTHS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_logits_and_gradients_are_those_of_whole_texts(shape: dict[str, Any], case: str) -> None:
+def test_logits_and_gradients_equal_those_of_full_texts(shape: dict[str, Any], case: str) -> None:
     prompts, written = texts(*LENGTHS[case])
     whole, branches = both(lively(**shape), prompts, written)
     assert branches[0].shape == (*written.shape, V)
@@ -87,7 +87,7 @@ def test_logits_and_gradients_are_those_of_whole_texts(shape: dict[str, Any], ca
     assert off(*both(lively(torch.float32, **shape), prompts, written)) < 1e-6
 
 
-def test_a_prompt_is_read_once_and_the_last_block_only_where_something_is_asked() -> None:
+def test_a_prompt_is_processed_once_and_the_last_block_only_where_logits_are_needed() -> None:
     prompts, written = texts([9, 9], 4)
     net, seen = lively(), []
     for block in net.blocks.values():
@@ -101,7 +101,7 @@ def test_a_prompt_is_read_once_and_the_last_block_only_where_something_is_asked(
     assert seen == [num_prefix_tokens + own, num_prefix_tokens + own, own, own]
 
 
-def test_a_branch_hears_its_trunk_and_itself_alone() -> None:
+def test_a_completion_attends_to_its_prompt_and_itself_alone() -> None:
     prompts, written = texts([4, 6], 2)
     net = lively()
 
@@ -119,7 +119,7 @@ def test_a_branch_hears_its_trunk_and_itself_alone() -> None:
     assert changed.all(1).tolist() == changed.any(1).tolist() == [False, False, True, True]
 
 
-def test_nets_that_look_at_whole_texts_get_them() -> None:
+def test_nets_that_need_full_texts_get_full_texts() -> None:
     prompts, written = texts([4, 4], 2)
     assert make_shared_prefix_batch(lively(), prompts, written) is not None
     assert (
@@ -136,7 +136,7 @@ def test_nets_that_look_at_whole_texts_get_them() -> None:
 
 @pytest.mark.parametrize("case", ["equal", "ragged", "one prompt"])
 @pytest.mark.parametrize("shape", [*SHAPES, {"num_experts": 2}], ids=str)
-def test_texts_of_a_prompt_are_written_as_one_row(shape: dict[str, Any], case: str) -> None:
+def test_texts_of_one_prompt_are_generated_from_one_row(shape: dict[str, Any], case: str) -> None:
     """The cache keeps a shared prompt once; the texts are those written without a cache."""
     lengths, size = LENGTHS[case]
     net = lively(torch.float32, **shape)
@@ -156,7 +156,7 @@ def test_texts_of_a_prompt_are_written_as_one_row(shape: dict[str, Any], case: s
     torch.testing.assert_close(with_cache[1], without[1], rtol=0, atol=1e-5)
 
 
-def test_texts_that_will_forget_their_prompt_are_rows_of_their_own() -> None:
+def test_texts_that_exceed_the_context_are_separate_rows() -> None:
     net, read = lively(torch.float32), list[tuple[int, ...]]()
     net.embed.register_forward_hook(lambda _, given, __: read.append(tuple(given[0].shape)))
     rows = [texts([6], 1)[0][0]] * 3
@@ -167,7 +167,7 @@ def test_texts_that_will_forget_their_prompt_are_rows_of_their_own() -> None:
     assert read[1] == (1, 3)
 
 
-def test_what_is_recorded_does_not_count_on_texts_of_one_length() -> None:
+def test_positions_in_a_captured_bucket_are_not_assumed_uniform() -> None:
     """A recording writes at a place that the device knows, in all steps of a bucket."""
     for bucket, even in ((64, False), (1, True)):
         cache = KVCache(

@@ -1,4 +1,4 @@
-"""The lecture's ladder: what each rung sees, how many parameters it has, how well it predicts."""
+"""The attention variants of the lecture: visible tokens, parameters and loss of each."""
 
 import math
 from pathlib import Path
@@ -83,7 +83,7 @@ def test_no_logit_depends_on_a_later_token(variant: str, shape: dict[str, Any]) 
 
 
 @pytest.mark.parametrize("variant", LEARNED_PROJECTIONS)
-def test_what_a_token_takes_from_the_past_adds_up_to_one(variant: str) -> None:
+def test_attention_weights_add_up_to_one(variant: str) -> None:
     attention, x = CausalAttention(8, 2, 6, variant=variant), torch.randn(3, 6, 8)
     weights = attention.compute_weights(x)
     torch.testing.assert_close(weights.sum(-1), torch.ones(3, 2, 6))
@@ -92,7 +92,7 @@ def test_what_a_token_takes_from_the_past_adds_up_to_one(variant: str) -> None:
     torch.testing.assert_close(attention.out_proj(mixed), attention(x))
 
 
-def test_a_variant_that_does_not_exist_is_refused_with_the_names_that_do(monkeypatch: Any) -> None:
+def test_an_unknown_variant_is_refused_with_the_known_names(monkeypatch: Any) -> None:
     names = ", ".join(LEARNED_PROJECTIONS)
     with pytest.raises(
         UsageError,
@@ -126,7 +126,7 @@ def by_loops(x: Tensor, query: Tensor, key: Tensor, value: Tensor, heads: int) -
 
 @pytest.mark.parametrize("kernel", ["eager", "sdpa"])
 @pytest.mark.parametrize("variant", LEARNED_PROJECTIONS)
-def test_every_rung_is_its_formula(variant: str, kernel: str) -> None:
+def test_every_attention_variant_equals_its_formula(variant: str, kernel: str) -> None:
     attention = CausalAttention(
         8, 2, 5, False, False, attn_implementation=kernel, variant=variant
     ).double()
@@ -168,7 +168,7 @@ def test_a_preset_has_the_lecture_s_number_of_parameters(name: str) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.get("positional_encoding", "rope"))
-def test_parameters_are_counted_as_the_formula_says(shape: dict[str, Any]) -> None:
+def test_the_number_of_parameters_equals_the_formula(shape: dict[str, Any]) -> None:
     for vocabulary in (65, 5000):  # the second is padded
         net = Transformer(vocabulary, 16, num_layers=3, d_model=24, **{"num_heads": 2} | shape)
         counted = sum(p.numel() for p in net.parameters())
@@ -178,12 +178,12 @@ def test_parameters_are_counted_as_the_formula_says(shape: dict[str, Any]) -> No
         assert sum(terms.values()) == counted
 
 
-def test_the_formula_has_the_net_s_own_defaults() -> None:
+def test_the_formula_has_the_defaults_of_the_net() -> None:
     counted = sum(p.numel() for p in Transformer(65, 16).parameters())
     assert sum(model_stats.count_parameters(65, 16).values()) == counted
 
 
-def test_presets_differ_in_their_rung_and_depth_only() -> None:
+def test_presets_differ_only_in_attention_variant_and_depth() -> None:
     first = preset(PRESETS[0])
     ladder = {"num_layers", "attention_variant", "residual", "activation", "bias"}
     for name in set(PRESETS) - {"transformer_bpe"}:

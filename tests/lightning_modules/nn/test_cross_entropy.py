@@ -1,4 +1,4 @@
-"""The loss in chunks is the loss, and so are its gradients."""
+"""The chunked loss and its gradients equal those of the full loss."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def test_chunks_of_any_size_give_the_loss_and_its_gradients(rows: int) -> None:
     )
 
 
-def test_padding_of_the_head_is_never_predicted() -> None:
+def test_padding_rows_of_the_head_have_probability_zero() -> None:
     x, weight, targets = features()
     with torch.no_grad():
         before = chunked_cross_entropy(x, weight, targets, V)
@@ -57,7 +57,7 @@ def test_padding_of_the_head_is_never_predicted() -> None:
 
 
 @pytest.mark.parametrize("frozen", [0, 1])
-def test_what_is_frozen_gets_no_gradient(frozen: int) -> None:
+def test_frozen_parameters_get_no_gradient(frozen: int) -> None:
     parts = list(features())
     parts[frozen].requires_grad_(False)
     chunked_cross_entropy(*parts, V, 4).backward()
@@ -160,7 +160,7 @@ def test_a_target_outside_the_vocabulary_is_refused_on_every_path(wrong: int, fr
 
 
 @pytest.mark.parametrize("vocabulary", [100, 5000])
-def test_a_mark_of_another_program_never_teaches_the_first_token(vocabulary: int) -> None:
+def test_an_ignore_index_of_minus_1_is_refused(vocabulary: int) -> None:
     model = LanguageModel(vocabulary, 8, num_layers=1, d_model=16, num_heads=2)
     model.configure_model()
     inputs = torch.randint(vocabulary, (2, 8))

@@ -1,4 +1,4 @@
-"""The parts of a transformer against loops written from the papers' formulas, in float64.
+"""The layers of a transformer against loops written from the papers' formulas, in float64.
 
 Attention and RoPE are in test_transformer.py and test_attention_variants.py; here are positions,
 norms, MLPs, and a whole net, one number at a time.
@@ -138,7 +138,7 @@ SHAPES: list[dict[str, Any]] = [
 @pytest.mark.parametrize(
     "shape", SHAPES, ids=lambda s: f"{s['positional_encoding']}, {s['activation']}"
 )
-def test_a_whole_net_is_its_formula(shape: dict[str, Any]) -> None:
+def test_a_full_net_equals_its_formula(shape: dict[str, Any]) -> None:
     torch.manual_seed(0)
     net: Any = Transformer(
         V, T, num_layers=2, d_model=D, num_heads=H, zero_init_residual=False, **shape
@@ -174,7 +174,7 @@ def test_each_mlp_is_its_formula(kind: Any) -> None:
     assert (mlp(x) - torch.tensor(expected, dtype=torch.float64)).abs().max() < 1e-10
 
 
-def test_waves_are_sines_and_cosines_of_falling_frequency() -> None:
+def test_time_embeddings_are_sines_and_cosines_of_decreasing_frequency() -> None:
     table = sinusoid_table(50, 6)
     for t in range(50):
         for i in range(3):

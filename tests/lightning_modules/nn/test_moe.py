@@ -1,4 +1,4 @@
-"""A mixture of experts is what its formula says, and sends each sequence by itself."""
+"""A mixture of experts equals its formula and routes each sequence separately."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def by_hand(mixture, x):
     return answer
 
 
-def test_with_room_for_all_it_is_the_weighted_sum_of_two_experts():
+def test_with_enough_capacity_the_output_is_the_weighted_sum_of_two_experts():
     mixture, x = MixtureOfExperts(6, 4, capacity_factor=2.0).double(), torch.randn(3, 5, 6).double()
     assert torch.allclose(mixture(x), by_hand(mixture, x), atol=1e-7)
 
@@ -37,7 +37,7 @@ def test_a_sequence_does_not_depend_on_the_others_of_its_batch():
     assert torch.allclose(mixture(x), alone, atol=1e-6)
 
 
-def test_an_expert_takes_no_more_than_its_places_in_their_order():
+def test_an_expert_takes_at_most_its_capacity_in_order():
     mixture = MixtureOfExperts(6, 4, capacity_factor=1.0)
     with torch.no_grad():
         mixture.router.weight.zero_()  # all chances equal: every token chooses the same two
@@ -48,12 +48,12 @@ def test_an_expert_takes_no_more_than_its_places_in_their_order():
     assert mixture.experts.up.grad is None
 
 
-def test_places_count_who_came_before():
+def test_positions_count_the_earlier_tokens_of_the_expert():
     chosen = F.one_hot(torch.tensor([[[0, 1], [1, 0], [1, 2]]]), 3)
     assert compute_expert_slots(chosen).tolist() == [[[0, 0], [1, 1], [2, 0]]]
 
 
-def test_the_balance_is_one_where_all_experts_are_equal_and_more_elsewhere():
+def test_the_load_balancing_loss_is_one_for_equal_loads_and_larger_otherwise():
     even = F.one_hot(torch.tensor([[[0, 1], [2, 3]]]), 4)
     assert compute_load_balancing_loss(torch.full((1, 2, 4), 0.25), even) == 1.0
     crowded = F.one_hot(torch.tensor([[[0, 1], [0, 1]]]), 4)

@@ -1,4 +1,4 @@
-"""The norm's own backward, beside torch's steps and beside differences."""
+"""The backward pass of the norm against torch and against finite differences."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def numbers(*shape, dtype=torch.float64, scale=1.0):
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-8])  # the second is below ε's root
-def test_both_derivatives_are_those_of_differences(scale):
+def test_both_derivatives_equal_finite_differences(scale):
     x = numbers(3, 2, 8, scale=scale)
     step = 1e-6 * scale
     assert torch.autograd.gradcheck(unit_rms, x, eps=step, atol=1e-5 / scale)
@@ -23,7 +23,7 @@ def test_both_derivatives_are_those_of_differences(scale):
 @pytest.mark.parametrize(
     ("dtype", "bound"), [(torch.float64, 1e-14), (torch.float32, 2e-6), (torch.bfloat16, 0.08)]
 )
-def test_it_is_torchs_norm_with_a_gain_or_without(dtype, bound):
+def test_the_norm_equals_that_of_torch_with_and_without_gain(dtype, bound):
     x, seed = numbers(2, 3, 5, 32, dtype=dtype), numbers(2, 3, 5, 32, dtype=dtype).detach()
     gain = torch.linspace(0.5, 2, 32, dtype=dtype)
     own_norm = RMSNorm(32).to(dtype)
@@ -41,7 +41,7 @@ def test_it_is_torchs_norm_with_a_gain_or_without(dtype, bound):
 
 
 @pytest.mark.parametrize("eps", [0.5, 1e-5, 0.0])
-def test_eps_is_obeyed_alike_with_gradients_and_without(eps):
+def test_eps_has_the_same_effect_with_and_without_gradients(eps):
     own_norm, later, x = RMSNorm(8, eps=eps), RMSNorm(8), torch.ones(1, 8) / 8
     later.eps = eps  # an attribute, as in torch's norm
     expected = x / (1 / 64 + eps) ** 0.5

@@ -1,4 +1,4 @@
-"""The transformer is the formula: each part against loops, the whole by what must not change."""
+"""The transformer equals its formula: each layer against loops, and the net by invariances."""
 
 import math
 import re
@@ -102,7 +102,7 @@ def test_rope_scores_depend_on_the_distance_alone():
     assert scores[3, 0] != pytest.approx(scores[0, 0])
 
 
-def test_sinusoidal_positions_are_the_papers_loop():
+def test_sinusoidal_positions_equal_the_loop_of_the_paper():
     table = SinusoidalEncoding(T, 6)(torch.arange(T))
     for t in range(T):
         for i in range(3):
@@ -123,7 +123,7 @@ def test_each_mlp_is_its_formula():
         torch.testing.assert_close(mlp(x), formula(mlp), rtol=0, atol=1e-12)
 
 
-def test_qk_norm_makes_scores_blind_to_the_size_of_queries_and_keys():
+def test_with_qk_norm_scores_do_not_depend_on_the_length_of_queries_and_keys():
     x = torch.randn(2, T, 16, dtype=torch.float64)
     for qk_norm in (True, False):
         attention = CausalAttention(16, 2, T, qk_norm=qk_norm).double()
@@ -134,7 +134,7 @@ def test_qk_norm_makes_scores_blind_to_the_size_of_queries_and_keys():
 
 
 @every_kind
-def test_the_past_does_not_see_the_future(kind):
+def test_logits_do_not_depend_on_later_tokens(kind):
     """The gradient of logits at time t with respect to later embeddings is exactly zero."""
     net = small(**kind)
     seen = {}
@@ -185,7 +185,7 @@ def test_rope_base_slows_the_rotation_of_the_later_pairs():
 
 
 @pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
-def test_norm_eps_stands_under_every_root_in_training_and_in_evaluation(norm):
+def test_norm_eps_is_in_every_root_in_training_and_in_evaluation(norm):
     net = small(norm=norm, norm_eps=0.5)
     x = torch.randn(3, T, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     centred = x - x.mean(-1, keepdim=True) if norm == "layernorm" else x
@@ -208,7 +208,7 @@ def test_an_untrained_net_with_a_zero_head_guesses_uniformly(kind):
     assert loss.item() == pytest.approx(math.log(V), abs=1e-12)
 
 
-def test_blocks_with_zero_projections_pass_the_stream_through_and_learn_at_once():
+def test_blocks_with_zero_projections_are_the_identity_and_have_gradients():
     net = small(zero_init_residual=True, tie_embeddings=True)
     x = torch.randn(2, T, 16, dtype=torch.float64)
     assert net.blocks["0"](x).equal(x)
@@ -223,7 +223,7 @@ def test_a_tied_head_is_the_embedding_and_is_counted_once():
     assert "head.weight" not in dict(net.named_parameters())
 
 
-def test_without_positions_a_shuffled_past_gives_the_same_answer_and_with_them_another():
+def test_without_positions_a_shuffled_past_gives_the_same_logits_and_with_them_others():
     sequence = tokens(1)
     shuffled = torch.cat((sequence[:, :-1].flip(1), sequence[:, -1:]), 1)
     for positions in ("none", "rope", "learned", "sinusoidal"):
@@ -239,7 +239,7 @@ def test_dropout_acts_in_training_only():
     assert net(tokens()).equal(net(tokens()))
 
 
-def test_the_attention_slot_takes_any_callable():
+def test_attn_implementation_can_be_any_callable():
     net = small()
     expected = net(tokens())
     calls = []
@@ -326,7 +326,7 @@ def test_a_token_outside_the_vocabulary_is_refused_even_where_the_table_has_a_ro
         ),
     ],
 )
-def test_sizes_that_make_no_net_are_refused_in_words(wrong, message):
+def test_invalid_net_sizes_are_refused(wrong, message):
     with pytest.raises(UsageError) as error:
         small(**wrong)
     assert re.search(f"^Transformer: .*{message}", f"{error.value}; type {error.value.flag}")

@@ -1,4 +1,4 @@
-"""The U-Net is the lecture's, and takes images of any size."""
+"""The U-Net equals that of the lecture and accepts images of any size."""
 
 import itertools
 import json
@@ -49,7 +49,7 @@ def written_out(net: UNet, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) ->
     return F.conv2d(block("up2", torch.cat((h, full), 1)), *of("blocks.out_conv"))
 
 
-def test_it_computes_what_the_lectures_does() -> None:
+def test_the_unet_equals_that_of_the_lecture() -> None:
     torch.manual_seed(0)
     net = UNet(2, 16, 16, num_classes=3).double()
     for p in net.parameters():  # norms start as the identity
@@ -58,7 +58,7 @@ def test_it_computes_what_the_lectures_does() -> None:
     torch.testing.assert_close(net(x, t, y), written_out(net, x, t, y), rtol=1e-9, atol=1e-9)
 
 
-def test_attention_is_the_mean_of_values_by_likeness() -> None:
+def test_attention_is_the_mean_of_values_weighted_by_similarity() -> None:
     torch.manual_seed(0)
     layer = SpatialSelfAttention(64).double()  # two heads
     torch.nn.init.normal_(layer.out_proj.weight)
@@ -76,7 +76,9 @@ def test_attention_is_the_mean_of_values_by_likeness() -> None:
 
 
 @pytest.mark.parametrize(("width", "parameters"), [(64, 4165953), (32, 1199521), (16, 428241)])
-def test_it_has_as_many_parameters_as_the_lectures(width: int, parameters: int) -> None:
+def test_the_unet_has_as_many_parameters_as_that_of_the_lecture(
+    width: int, parameters: int
+) -> None:
     with torch.device("meta"):
         assert count(UNet(base_channels=width)) == parameters
         assert parameters == 927 * width**2 + 3709 * width + 2 * 256 * 257 + 1
@@ -90,12 +92,14 @@ def test_a_label_costs_a_row_of_the_embedding() -> None:
 
 @pytest.mark.parametrize(("patch", "attention"), [(1, False), (2, True)])
 @pytest.mark.parametrize("size", [(28, 28), (14, 14), (5, 9), (1, 1)])
-def test_any_size_goes_in_and_comes_out(size: tuple[int, int], patch: int, attention: bool) -> None:
+def test_the_output_has_the_size_of_the_input(
+    size: tuple[int, int], patch: int, attention: bool
+) -> None:
     net = UNet(3, 8, 8, patch_size=patch, has_attention=attention)
     assert net(torch.randn(2, 3, *size), torch.tensor([1.0, 999.0])).shape == (2, 3, *size)
 
 
-def test_what_is_padded_inside_is_as_if_it_had_been_padded_outside() -> None:
+def test_padding_inside_equals_padding_outside() -> None:
     net = UNet(1, 8, 8).double()
     x, t = torch.randn(2, 1, 6, 7, dtype=torch.float64), torch.tensor([3.0, 400.0]).double()
     wide = torch.nn.functional.pad(x, (0, 1, 1, 1))
@@ -113,7 +117,7 @@ def test_attention_starts_as_the_identity_and_then_mixes() -> None:
     assert (with_it(x, t) - without(x, t)).abs().max() > 1e-3
 
 
-def test_times_and_labels_tell() -> None:
+def test_times_and_labels_change_the_output() -> None:
     net = UNet(1, 8, 8, num_classes=3)
     x, t = torch.randn(1, 1, 8, 8).expand(5, -1, -1, -1), torch.tensor([1, 2, 1, 1, 1.0])
     made = net(x, t, torch.tensor([0, 0, 1, 3, 3]))
@@ -127,7 +131,7 @@ def test_times_and_labels_tell() -> None:
     )
 
 
-def test_written_weights_build_the_same_net(tmp_path: Path) -> None:
+def test_exported_weights_build_the_same_net(tmp_path: Path) -> None:
     net = UNet(3, 8, 16, num_classes=2, patch_size=2).to(memory_format=torch.channels_last)  # pyright: ignore
     written = save_pretrained(net, str(tmp_path / "out"), {"prediction_type": "v"})
     assert written == f"{tmp_path}/out/model.safetensors, config.json"
@@ -140,7 +144,7 @@ def test_written_weights_build_the_same_net(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"base_channels": 12}, {"time_embed_dim": 7}, {"patch_size": 0}])
-def test_sizes_that_cannot_be_are_refused(wrong: dict[str, int]) -> None:
+def test_invalid_unet_sizes_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(
         ValueError, match=r"allowed: base_channels: a multiple of 8, time_embed_dim: an even"
     ):

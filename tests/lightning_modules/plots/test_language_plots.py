@@ -1,4 +1,4 @@
-"""Figures show what the net says: the drawn numbers are read back."""
+"""Figures show the values of the net: the drawn numbers are read back."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +33,7 @@ def test_bars_are_the_probabilities_at_five_temperatures() -> None:
     assert language.printable_token(" \n") == "␣↵"
 
 
-def test_a_net_that_knows_the_bigrams_is_said_to() -> None:
+def test_the_bigram_match_of_a_net_that_knows_the_bigrams_is_complete() -> None:
     text = torch.tensor([0, 1, 2, 0, 1, 3] * 200, dtype=torch.uint8)
     net = make_net(
         attention_variant="identity",
@@ -90,7 +90,7 @@ def test_files_are_named_after_their_config(tmp_path: Path) -> None:
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.iterdir())
 
 
-def test_a_module_that_draws_nothing_is_refused() -> None:
+def test_a_module_without_figures_is_refused() -> None:
     import lightning as L
 
     class Foreign(L.LightningModule):

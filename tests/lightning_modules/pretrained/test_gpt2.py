@@ -1,4 +1,4 @@
-"""GPT-2's weights: in from Hugging Face's layout, out again, and used by its own library."""
+"""GPT-2 weights: import from Hugging Face's layout, export, and use by transformers."""
 
 import json
 from pathlib import Path
@@ -79,7 +79,7 @@ OTHERS: list[tuple[dict[str, Any], dict[str, Any]]] = [  # of the config.json, o
 
 @pytest.mark.filterwarnings("ignore")  # their library's own
 @pytest.mark.parametrize(("config", "shape"), OTHERS, ids=[" ".join(c) for c, _ in OTHERS])
-def test_config_json_is_obeyed_or_refused_with_the_arguments_to_type(
+def test_config_json_is_used_or_refused_with_the_needed_arguments(
     config: dict[str, Any], shape: dict[str, Any], tmp_path: Path
 ) -> None:
     model = save_hf_model(101, tmp_path / "hf", **config)
@@ -236,7 +236,7 @@ def small(folder: Path, vocabulary: int = 256) -> Path:
     return folder
 
 
-def test_a_net_may_see_less_than_its_weights_have_learned(tmp_path: Path) -> None:
+def test_a_net_may_have_a_shorter_context_than_its_weights(tmp_path: Path) -> None:
     folder = small(tmp_path / "hf")
     whole, half = (Transformer(256, t, **SHAPE).eval() for t in (T, T // 2))
     for net in (whole, half):
@@ -267,7 +267,7 @@ def text(tmp_path: Path) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore:`weights_only` was not set")
-def test_fine_tuning_starts_from_the_file_and_goes_on_from_the_checkpoint(
+def test_fine_tuning_starts_from_the_file_and_resumes_from_the_checkpoint(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = small(tmp_path / "hf")
@@ -282,7 +282,7 @@ def test_fine_tuning_starts_from_the_file_and_goes_on_from_the_checkpoint(
     fit(folder, text, tmp_path, ckpt_path=tmp_path / "last.ckpt", max_steps=2)
 
 
-def test_export_is_a_command(
+def test_the_command_export_writes_gpt2_files(
     tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -298,7 +298,7 @@ def test_export_is_a_command(
     assert "export needs a folder\n  type: --folder=NAME" in capsys.readouterr().err
 
 
-def test_what_is_no_gpt2_is_not_written_as_one(tmp_path: Path) -> None:
+def test_a_model_that_is_not_gpt2_is_not_exported_as_gpt2(tmp_path: Path) -> None:
     model = LanguageModel(256, T, num_layers=1, d_model=8, num_heads=1)
     model.tokenizer = ByteTokenizer()
     model.configure_model()
@@ -329,7 +329,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
         gpt2.load_hf(tmp_path, other)
 
 
-def test_a_module_that_reads_no_weights_is_refused() -> None:
+def test_a_module_that_cannot_load_these_weights_is_refused() -> None:
     class Foreign(L.LightningModule):
         pass
 

@@ -173,12 +173,12 @@ def test_rloo_is_unbiased(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_the_batch_mean_as_baseline_shortens_the_step_to_b_minus_1_over_b(size: int) -> None:
+def test_the_batch_mean_as_baseline_scales_the_step_by_b_minus_1_over_b(size: int) -> None:
     assert off(estimated("mean", size), OBJECTIVE * (size - 1) / size) < EXACT
 
 
 @pytest.mark.parametrize(("kind", "scale"), [("rloo", 1.0), ("mean", 0.5), ("none", 1.0)])
-def test_a_baseline_across_two_different_prompts_is_as_exact(kind: str, scale: float) -> None:
+def test_a_baseline_across_two_different_prompts_is_unbiased(kind: str, scale: float) -> None:
     """The lecture's setting: each sample has a prompt of its own, and is compared with all."""
     other = logprobs(V + 1).exp().detach()
     pairs = torch.cartesian_prod(torch.arange(N), torch.arange(N))  # (N² 2)
@@ -220,7 +220,7 @@ def test_a_ratio_of_one_is_not_clipped() -> None:
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_a_ratio_is_clipped_where_that_makes_the_objective_smaller(sign: int) -> None:
+def test_a_ratio_is_clipped_only_if_that_lowers_the_objective(sign: int) -> None:
     now = torch.tensor([[0.5], [-0.5], [0.1]], requires_grad=True)  # log-ratios, sampled at 0
     mask, weights = torch.ones(3, 1, dtype=torch.bool), sign * torch.ones(3)
     estimator = AdvantageEstimator("none", clip=0.2)
@@ -305,7 +305,7 @@ def test_the_sample_deviation_is_larger_by_the_root_of_b_over_b_minus_1() -> Non
     assert off(sample * math.sqrt(3 / 2), population) < EXACT
 
 
-def test_equal_rewards_weigh_nothing_and_never_are_nan() -> None:
+def test_equal_rewards_give_zero_advantages_and_no_nan() -> None:
     for value in (0.1, 0.0, -3.7e5, 1e-300):
         equal = torch.full((7,), value, dtype=torch.float64)
         for kind in ("mean", "rloo", "grpo"):
@@ -327,7 +327,7 @@ ROUNDED = {  # rewards that arithmetic alone makes different
 @pytest.mark.parametrize("rewards", ROUNDED.values(), ids=ROUNDED)
 @pytest.mark.parametrize("scope", ["batch", "group"])
 @pytest.mark.parametrize("deviation", ["population", "sample"])
-def test_rewards_that_differ_by_rounding_weigh_nothing(rewards, scope, deviation) -> None:
+def test_rewards_that_differ_by_rounding_give_zero_advantages(rewards, scope, deviation) -> None:
     for kind in ("mean", "rloo", "grpo"):
         estimator = AdvantageEstimator(kind, baseline_scope=scope, std_correction=deviation)
         assert not estimator.advantages(rewards, 4).any()
@@ -337,14 +337,14 @@ def test_rewards_that_differ_by_rounding_weigh_nothing(rewards, scope, deviation
     assert w[4:].tolist() == [1, -1, 1, -1]
 
 
-def test_a_small_difference_that_is_no_rounding_keeps_its_full_weight() -> None:
+def test_a_small_difference_above_rounding_gives_full_advantages() -> None:
     for scale in (1.0, 1e-6, 1e6):
         r = scale * torch.tensor([1.0, 1.0001, 1.0, 1.0001], dtype=torch.float64)
         w = AdvantageEstimator("grpo", baseline_scope="group").advantages(r, 4)
         torch.testing.assert_close(w, torch.tensor([-1, 1, -1, 1.0], dtype=torch.float64))
 
 
-def test_whole_numbers_as_rewards_weigh_as_the_same_floats() -> None:
+def test_integer_rewards_give_the_advantages_of_equal_floats() -> None:
     r = torch.tensor([1, 0, 0, 3])
     for kind in ("none", "mean", "rloo", "grpo"):
         assert (
@@ -354,13 +354,13 @@ def test_whole_numbers_as_rewards_weigh_as_the_same_floats() -> None:
         )
 
 
-def test_rejection_takes_a_one_that_arithmetic_has_rounded() -> None:
+def test_rejection_accepts_a_one_with_a_rounding_error() -> None:
     r = torch.tensor([0.7 + 0.2 + 0.1, 0.0, 0.1 + 0.2 - 0.3, 1 + 2e-16], dtype=torch.float64)
     assert AdvantageEstimator("rejection").advantages(r).tolist() == [2, 0, 0, 2]
 
 
 @pytest.mark.parametrize("kind", ["none", "mean", "rloo", "grpo", "rejection"])
-def test_a_sample_without_a_reward_counts_nowhere(kind: str) -> None:
+def test_a_sample_without_a_reward_is_ignored_everywhere(kind: str) -> None:
     with_gaps = torch.tensor([1.0, math.nan, 0.0, 0.0, math.nan, 1.0, 1.0])
     estimator = AdvantageEstimator(kind)  # type: ignore[arg-type]
     w, scored = estimator.advantages(with_gaps), ~with_gaps.isnan()
@@ -460,7 +460,7 @@ def test_k1_and_k3_both_measure_the_divergence() -> None:
 # What is drawn
 
 
-def test_the_sampler_draws_each_text_as_often_as_its_probability_says() -> None:
+def test_the_sampler_draws_each_text_with_its_probability() -> None:
     """Chi-square over the 15 texts: a fixed seed, and a bound that one seed in 10^4 would pass."""
     count = 16_384
     prompts = [torch.tensor([V])] * count
@@ -475,7 +475,7 @@ def test_the_sampler_draws_each_text_as_often_as_its_probability_says() -> None:
     assert ((found - count * other) ** 2 / (count * other)).sum() > 60  # of another temperature
 
 
-def test_only_what_stands_before_the_end_counts() -> None:
+def test_only_tokens_before_the_end_count() -> None:
     """Tokens after the end may be anything: bitwise the same loss."""
     garbage = TOKENS.masked_fill(~MASK, 1)
     text, places = pad_sequences_for_scoring([torch.tensor([V])] * N, garbage)
@@ -494,7 +494,7 @@ def test_only_what_stands_before_the_end_counts() -> None:
         assert bare.item() == estimator.loss(scores, MASK, *how).item()
 
 
-def test_drift_is_the_root_mean_square_over_what_was_drawn() -> None:
+def test_drift_is_the_root_mean_square_over_the_sampled_tokens() -> None:
     fake = rollout()
     away = torch.where(torch.arange(L) == 1, 0.3, 0.0).where(MASK, 9.0)  # of the second token
     share = (LENGTHS > 1).sum() / LENGTHS.sum()
@@ -603,7 +603,7 @@ TRAPS: dict[str, tuple[list[tuple[object, str, object]], Callable[[], None]]] = 
     ),
     "4 padding is learned": (
         [(*CHOSEN, unmasked), (AdvantageEstimator, "loss", with_padding)],
-        lambda: test_only_what_stands_before_the_end_counts(),
+        lambda: test_only_tokens_before_the_end_count(),
     ),
     "5 divided by each text's own length": (
         [(AdvantageEstimator, "loss", by_own_length)],
@@ -623,7 +623,7 @@ TRAPS: dict[str, tuple[list[tuple[object, str, object]], Callable[[], None]]] = 
     ),
     "8 a deviation of zero": (
         [(AdvantageEstimator, "_centered", a_deviation_of_zero)],
-        lambda: test_equal_rewards_weigh_nothing_and_never_are_nan(),
+        lambda: test_equal_rewards_give_zero_advantages_and_no_nan(),
     ),
     "9 k1 in the loss": (
         [(KL, "__post_init__", lambda self: None)],
@@ -645,7 +645,7 @@ TRAPS: dict[str, tuple[list[tuple[object, str, object]], Callable[[], None]]] = 
 
 
 @pytest.mark.parametrize("trap", TRAPS)
-def test_each_known_mistake_is_noticed(trap: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_planted_mistake_is_detected(trap: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mistakes, notice = TRAPS[trap]
     notice()  # nothing to complain about yet
     for owner, name, mistake in mistakes:

@@ -1,4 +1,4 @@
-"""Whatever kills the writer, a whole checkpoint remains; whatever befalls a file, it is told."""
+"""However a writer ends, a complete checkpoint remains; every damage of a file is reported."""
 
 import errno
 import faulthandler
@@ -68,14 +68,14 @@ def path(tmp_path: Path) -> Path:
     return target
 
 
-def test_what_is_saved_is_loaded(path: Path) -> None:
+def test_saved_values_are_loaded_unchanged(path: Path) -> None:
     assert same(IO.load_checkpoint(path))
     assert find_damage(path) is None
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
 @pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="needs a second file system")
-def test_killed_fifty_times_while_saving_a_whole_newest_file_remains(
+def test_a_writer_killed_fifty_times_leaves_a_complete_newest_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The temporary folder is on another file system, as it is on clusters."""
@@ -115,7 +115,7 @@ def test_killed_fifty_times_while_saving_a_whole_newest_file_remains(
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
 
-def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(
+def test_temporary_files_of_dead_processes_are_removed_and_those_of_live_ones_kept(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dead = path.with_name(f".tmp-{'0d' * 16}")
@@ -134,7 +134,7 @@ def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(
     assert sorted(p.name for p in path.parent.iterdir()) == names
 
 
-def test_several_writers_in_one_folder_do_not_disturb_each_other(
+def test_several_writers_in_one_folder_do_not_interfere(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another writer clears leftovers at the worst moments: before the lock, and after it."""
@@ -175,7 +175,7 @@ def test_only_what_was_written_is_removed(path: Path, tmp_path: Path) -> None:
     assert not path.exists()
 
 
-def test_a_disk_that_is_full_at_any_moment_leaves_the_file_before(path: Path) -> None:
+def test_a_disk_that_is_full_at_any_moment_keeps_the_previous_file(path: Path) -> None:
     size = path.stat().st_size
     reader, writer = os.pipe()
 
@@ -237,7 +237,7 @@ def test_a_folder_that_may_not_be_written_is_one_line(
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_a_file_cut_short_anywhere_is_told(path: Path) -> None:
+def test_a_file_truncated_anywhere_is_reported(path: Path) -> None:
     whole = path.read_bytes()
     for length in [*range(0, len(whole), 11), len(whole) - 1]:
         path.write_bytes(whole[:length])
@@ -245,7 +245,7 @@ def test_a_file_cut_short_anywhere_is_told(path: Path) -> None:
             IO.load_checkpoint(path)
 
 
-def test_a_flipped_byte_anywhere_is_told_or_harmless(path: Path) -> None:
+def test_a_flipped_byte_anywhere_is_reported_or_harmless(path: Path) -> None:
     """Between records lies padding; all else is under a checksum or compared."""
     whole = path.read_bytes()
     table = whole.index(b"PK\x01\x02")  # contents, which no checksum covers
@@ -263,7 +263,7 @@ def test_a_flipped_byte_anywhere_is_told_or_harmless(path: Path) -> None:
     assert harmless < len(whole) / 3
 
 
-def test_a_folder_flag_which_makes_torch_read_nothing_is_told(path: Path) -> None:
+def test_a_directory_flag_in_the_archive_is_reported(path: Path) -> None:
     raw = bytearray(path.read_bytes())
     entry = raw.index(b"archive/data/0", raw.index(b"PK\x01\x02")) - 46  # its line in the table
     raw[entry + 38] ^= 0x10
@@ -271,7 +271,7 @@ def test_a_folder_flag_which_makes_torch_read_nothing_is_told(path: Path) -> Non
     assert find_damage(path) == "it is damaged: its table of contents was changed"
 
 
-def test_the_newest_whole_file_is_found_and_the_damaged_ones_are_named(path: Path) -> None:
+def test_the_newest_complete_file_is_found_and_damaged_ones_are_named(path: Path) -> None:
     others = [path.with_name(f"step=00000{i}.ckpt") for i in (2, 3)]
     for i, other in enumerate(others):
         other.write_bytes(path.read_bytes()[: -100 * i - 1])
@@ -304,7 +304,7 @@ def test_a_missing_file_names_the_nearest(path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"Never gonna give", b"PK\x03\x04 but no archive", b""])
-def test_what_is_not_a_checkpoint_is_told(path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_a_checkpoint_is_reported(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="cannot be used: it is"):
         IO.load_checkpoint(path)
@@ -337,7 +337,7 @@ def test_a_file_with_foreign_types_is_read_only_on_trust(path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, 3, [torch.ones(2)], torch.ones(2)])
-def test_a_file_that_is_no_dict_is_read_as_it_is(path: Path, content: Any) -> None:
+def test_a_file_without_a_dict_is_loaded_unchanged(path: Path, content: Any) -> None:
     torch.save(content, path)
     with collective_loading(mapped_sections=("state_dict",)):
         mapped = IO.load_checkpoint(path)
@@ -388,7 +388,7 @@ UNMAPPABLE = {
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")
 @pytest.mark.parametrize("name", UNMAPPABLE)
-def test_what_cannot_be_mapped_is_read(
+def test_a_file_that_cannot_be_mapped_is_read(
     path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     content, reason = UNMAPPABLE[name]
@@ -407,7 +407,7 @@ def test_a_remote_path_is_left_to_lightning() -> None:
     assert same(IO.load_checkpoint("memory://runs/last.ckpt", weights_only=True))
 
 
-def test_what_an_address_sends_is_not_unpickled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_is_not_unpickled(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     monkeypatch.setattr(TorchCheckpointIO, "load_checkpoint", lambda *args: calls.append(args[-1]))
     IO.load_checkpoint("memory://runs/last.ckpt")
@@ -468,9 +468,7 @@ def fail_to_save(folder: str) -> str:
     return "no error"
 
 
-def test_where_the_writing_rank_fails_every_rank_ends_with_its_error(
-    ranks: Any, tmp_path: Path
-) -> None:
+def test_if_the_writing_rank_fails_every_rank_raises_its_error(ranks: Any, tmp_path: Path) -> None:
     first, second = ranks(fail_to_save, 2, str(tmp_path))
     assert first == second
     assert first.startswith("1 the checkpoint /dev/null/bad.ckpt cannot be written (File exists)")

@@ -1,4 +1,4 @@
-"""Ranks that load one checkpoint divide its checksums, refuse it alike, and copy their part."""
+"""Ranks that load one checkpoint divide its checksums, refuse it alike, and copy their shard."""
 
 import json
 import os
@@ -175,7 +175,7 @@ def divided(compared, sizes):
 
 
 @pytest.mark.parametrize("name", ["single.ckpt", "zero3.ckpt", "parts.ckpt"])
-def test_each_record_is_compared_by_one_rank_which_keeps_only_its_part(ranks, files, name):
+def test_each_record_is_verified_by_one_rank_which_keeps_only_its_shard(ranks, files, name):
     found = ranks(load_counted, 2, files / name, "mesh", {})
     if name == "parts.ckpt":
         every = sharded_index.tensor_file_sizes(files / name)
@@ -191,7 +191,7 @@ def test_each_record_is_compared_by_one_rank_which_keeps_only_its_part(ranks, fi
         assert maps == []
 
 
-def test_ranks_of_ddp_divide_the_sums_and_own_what_they_keep(ranks, files):
+def test_ranks_of_ddp_divide_the_checksums_and_copy_their_tensors(ranks, files):
     """The weights are copied out of the file's pages, and the states are read."""
     found = ranks(load_counted, 2, files / "single.ckpt", "ddp", {})
     divided([rank[0] for rank in found], tensor_sizes(files / "single.ckpt"))
@@ -200,7 +200,7 @@ def test_ranks_of_ddp_divide_the_sums_and_own_what_they_keep(ranks, files):
         assert maps == []
 
 
-def test_saving_needs_no_copy_of_a_share_but_on_the_rank_that_writes_all(files):
+def test_only_the_writing_rank_of_a_single_file_holds_all_tensors(files):
     peaks = json.loads((files / "peaks.json").read_text())
     whole = (files / "single.ckpt").stat().st_size
     assert max(peaks["parts.ckpt"]) < whole / 16
@@ -358,7 +358,9 @@ def settle_counted(folder, words, own_store, wrong):
 
 
 @pytest.mark.parametrize("own_store", [False, True])
-def test_auto_reads_files_on_one_rank_and_all_take_its_choice(ranks, files, tmp_path, own_store):
+def test_auto_reads_files_on_one_rank_and_all_ranks_use_its_choice(
+    ranks, files, tmp_path, own_store
+):
     folder = tmp_path / "runs" / "a" / "version_0" / "checkpoints"
     folder.mkdir(parents=True)
     shutil.copy(files / "single.ckpt", folder / "old.ckpt")

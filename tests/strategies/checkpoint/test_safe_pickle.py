@@ -1,4 +1,4 @@
-"""A pickle from outside runs no code; time and memory are bounded by its size."""
+"""An untrusted pickle runs no code; time and memory are bounded by its size."""
 
 import contextlib
 import io
@@ -70,7 +70,7 @@ def parts(tmp_path: Path) -> Path:
     return folder
 
 
-def test_parts_that_are_whole_are_read(parts: Path) -> None:
+def test_complete_shards_are_read(parts: Path) -> None:
     assert find_damage(parts) is None
     loaded = AtomicCheckpointIO().load_checkpoint(parts)
     assert torch.equal(loaded["state_dict"]["weight"], WEIGHT)
@@ -246,7 +246,7 @@ def changed(folder: Path, old: bytes, new: bytes, count: int) -> None:
         (b"float32", b"float99", -1, "refers to torch.float99"),
     ],
 )
-def test_an_index_that_does_not_describe_its_parts_is_refused(
+def test_an_index_that_does_not_match_its_shards_is_refused(
     parts: Path, old: bytes, new: bytes, count: int, why: str
 ) -> None:
     (parts.parent / "secret.pt").write_bytes(b"secret")
@@ -255,7 +255,7 @@ def test_an_index_that_does_not_describe_its_parts_is_refused(
         AtomicCheckpointIO().load_checkpoint(parts)
 
 
-def test_a_part_that_is_no_archive_is_refused_though_its_checksum_is_right(parts: Path) -> None:
+def test_a_shard_that_is_not_an_archive_is_refused_even_with_a_valid_checksum(parts: Path) -> None:
     part = parts / "__0_0.distcp"
     part.write_bytes(part.read_bytes().replace(b"PK\x01\x02", b"PK\x03\x02"))
     seal(parts)

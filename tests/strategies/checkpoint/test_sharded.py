@@ -1,4 +1,4 @@
-"""What any layout wrote, any other continues; a folder that is not whole is told from one that is.
+"""A checkpoint of any layout resumes on any other; incomplete folders are recognized.
 
 The run: Muon and AdamW as one optimizer, an average of the weights, a schedule, mid-epoch.
 """
@@ -144,7 +144,7 @@ SPANNING = {  # each layout continues its own, and those of two others
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_layout_continues_what_others_wrote(ranks, text, written, name):
+def test_a_layout_resumes_checkpoints_of_other_layouts(ranks, text, written, name):
     far = square(ranks, text, written[0], name, SPANNING[name])
     assert max(far.values()) < 2e-6, far
 
@@ -157,7 +157,7 @@ def as_table(far):
 
 
 @pytest.mark.square
-def test_any_layout_continues_what_any_other_wrote(ranks, text, written):
+def test_any_layout_resumes_a_checkpoint_of_any_other(ranks, text, written):
     far = {name: square(ranks, text, written[0], name, NAMES) for name in LAYOUTS}
     page = PAGE.read_text()
     before, after = page.index("<!-- square -->"), page.index("<!-- /square -->")
@@ -214,7 +214,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_folder_that_is_not_whole_is_refused_and_passed_over(written, tmp_path, name):
+def test_an_incomplete_folder_is_refused_and_skipped(written, tmp_path, name):
     do, words = DAMAGES[name]
     shutil.copytree(written[0] / "zero3 2.ckpt", tmp_path / "step=1.ckpt")
     shutil.copytree(written[0] / "zero3 2.ckpt", tmp_path / "step=2.ckpt")
@@ -247,7 +247,7 @@ def test_weights_of_another_architecture_are_refused_by_name(ranks, text, writte
 
 
 @pytest.mark.parametrize("name", ["zero3 2", "pp 2"])
-def test_blocks_that_only_the_checkpoint_has_are_not_left_out(ranks, text, tmp_path, name):
+def test_blocks_that_only_the_checkpoint_has_are_not_ignored(ranks, text, tmp_path, name):
     train("single", text, save=tmp_path / "deep.ckpt", num_layers=3)
     for said in ranks(other_shapes, 2, name, text, tmp_path / "deep.ckpt", {}):
         assert "net.blocks.2.attention.key.weight is only in the checkpoint" in said
@@ -281,7 +281,7 @@ def test_the_command_line_continues_a_file_on_stages(ranks, text, tmp_path, monk
     assert torch.load(path, weights_only=True)["global_step"] == 4
 
 
-def test_one_process_refuses_parts_of_another_architecture(written, text, capsys, tmp_path):
+def test_one_process_refuses_shards_of_another_architecture(written, text, capsys, tmp_path):
     path = written[0] / "zero3 2.ckpt"
     words = [*WORDS, f"--data.path={text}", f"--ckpt_path={path}", "--model.d_model=32"]
     assert command(tmp_path, words) == 2

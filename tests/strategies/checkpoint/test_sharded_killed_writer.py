@@ -1,4 +1,4 @@
-"""Thirty jobs are killed at random moments of a sharded save; no folder only looks complete."""
+"""Thirty jobs are killed during a sharded save; no incomplete folder looks complete."""
 
 import os
 import random
@@ -31,7 +31,7 @@ def in_fork(folder, rank):
         os._exit(1)
 
 
-def test_killed_thirty_times_in_a_sharded_save_what_looks_whole_is_whole(tmp_path):
+def test_a_writer_killed_thirty_times_leaves_only_complete_sharded_checkpoints(tmp_path):
     dice, found = random.Random(1), 0
     for turn in range(30):
         folder = tmp_path / str(turn)

@@ -181,7 +181,7 @@ ODD_AVERAGES = {
 
 
 @pytest.mark.parametrize("kind", ODD_AVERAGES)
-def test_an_odd_average_is_refused_before_it_is_trained_on(kind, averaged, tmp_path):
+def test_an_invalid_average_is_refused_before_training(kind, averaged, tmp_path):
     change, said = ODD_AVERAGES[kind]
     checkpoint = torch.load(averaged, weights_only=True)
     change(checkpoint)
@@ -239,7 +239,7 @@ def test_pretrained_refuses_weights_that_cannot_be_trained(kind, whole, tmp_path
     assert said in str(refused.value)
 
 
-def test_a_full_disk_recommends_only_a_checkpoint_that_is_there(tmp_path, monkeypatch):
+def test_a_full_disk_recommends_only_an_existing_checkpoint(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -283,14 +283,14 @@ class RemovesItsFolder(L.Callback):
             shutil.rmtree(trainer.log_dir)
 
 
-def test_a_run_whose_folder_is_removed_meanwhile_ends_whole(tmp_path):
+def test_a_run_whose_folder_was_removed_finishes_and_creates_it_again(tmp_path):
     trainer = fit(tmp_path, 4, callbacks=RemovesItsFolder(), logger="csv", log_every_n_steps=1)
     assert trainer.global_step == 4
     assert Path(trainer.log_dir, "metrics.csv").is_file()
     assert find_last_checkpoint(trainer)
 
 
-def test_an_error_that_comes_of_the_removed_folder_says_so(tmp_path):
+def test_an_error_caused_by_a_removed_folder_names_the_folder(tmp_path):
     trainer = fit(tmp_path, 2, logger="csv")
     raise_if_run_dir_removed(trainer, FileNotFoundError("metrics.csv"))
     shutil.rmtree(trainer.log_dir)
@@ -320,9 +320,7 @@ def failed(action) -> Exception:
     ],
     ids=["long", "long in bytes", "NUL", "Python", "torch"],
 )
-def test_a_name_that_no_file_can_have_and_memory_that_is_not_there_are_one_line(
-    action, status, said
-):
+def test_an_invalid_file_name_and_missing_memory_are_one_line(action, status, said):
     error = failed(action)
     assert error_report.exit_status(error) == status
     assert said in error_report.message_of(error, ["fit"])

@@ -382,7 +382,7 @@ def errors_of_all():
     return found
 
 
-def test_what_cannot_follow_the_shards_is_refused_in_one_line(ranks):
+def test_writes_that_shards_would_lose_are_refused_in_one_line(ranks):
     for texts in ranks(errors_of_all, 2):
         for text, expected in zip(texts, REFUSED.values(), strict=True):
             assert re.search(expected, text)

@@ -331,7 +331,7 @@ def alive(strategy, precision):
     return module.alive, module.found
 
 
-def test_no_whole_weight_is_alive_after_the_forward_under_zero3(ranks):
+def test_no_full_weight_is_in_memory_after_the_forward_under_zero3(ranks):
     for precision in ("32-true", "bf16-mixed"):
         for bytes_alive, found in ranks(alive, 2, "zero3", precision):
             assert bytes_alive == 0
@@ -382,7 +382,7 @@ def routed():
     return isinstance(mixture.router.weight, DTensor), isinstance(mixture.experts.up, DTensor)
 
 
-def test_the_router_of_a_mixture_stays_whole(ranks):
+def test_the_router_of_a_mixture_is_replicated(ranks):
     assert ranks(routed, 2) == [(False, True)] * 2
 
 
@@ -395,7 +395,7 @@ def clipped(devices, strategy="auto"):
     return whole(module)
 
 
-def test_gradient_clip_val_measures_whole_and_sharded_gradients_together(ranks):
+def test_gradient_clip_val_measures_replicated_and_sharded_gradients_together(ranks):
     torch.manual_seed(0)
     start = whole(Task())
     single = clipped(1)
@@ -484,7 +484,7 @@ def bytes_sent(cases, ranks):
     return found
 
 
-def test_an_optimizer_step_sends_what_the_documentation_says(ranks):
+def test_the_bytes_of_an_optimizer_step_equal_the_documentation(ranks):
     for found in ranks(bytes_sent, 2, list(SENT), 2):
         for times, sent in zip(SENT.values(), found, strict=True):
             total = sent["allgather"] + sent["reducescatter"] + 2 * sent["allreduce"]

@@ -160,7 +160,7 @@ def test_the_kind_of_each_optimizer_of_torch_is_measured(kind, name):
         (Factored, "per tensor"), (OneRate, "coupled"), (NeedsTwo, "coupled"), (Outside, "coupled"),
     ],
 )  # fmt: skip
-def test_the_kind_of_an_optimizer_of_others_is_measured(optimizer, kind):
+def test_the_kind_of_an_external_optimizer_is_measured(optimizer, kind):
     made = optimizer([{"params": parameters(), "lr": 0.0}])  # a schedule may begin at zero
     states = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1]
     before = [p.detach().clone() for group in made.param_groups for p in group["params"]]
@@ -183,7 +183,7 @@ def test_fused_kernels_are_elementwise_although_they_round_the_last_numbers_othe
 
 
 @pytest.mark.parametrize("block", [64, 128, 256, 2048])
-def test_blocks_of_numbers_are_no_elements(block):
+def test_an_optimizer_with_blockwise_state_is_not_elementwise(block):
     """8-bit optimizers keep one scale for a block, which the rows of a rank would cut."""
 
     class Blocks(Base):
@@ -196,7 +196,7 @@ def test_blocks_of_numbers_are_no_elements(block):
         assert probe_optimizer(Blocks(parameters(shapes))).update_kind == "per tensor"
 
 
-def test_large_tensors_are_tried_large():
+def test_large_tensors_are_probed_at_full_size():
     """An optimizer that factors only what has 128 rows or more is not elementwise there."""
 
     class Thresholds(Base):
@@ -294,7 +294,7 @@ def runs(folder):
 
 
 @pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with the dataloaders")
-def test_optimizers_of_others_train_and_resume_on_shards_as_on_one_process(ranks, tmp_path):
+def test_external_optimizers_train_and_resume_on_shards_as_on_one_process(ranks, tmp_path):
     one = {
         (name, plan): train(factory, plan, save=tmp_path / f"{name} {plan}.ckpt")
         for name, factory in OPTIMIZERS.items()
@@ -327,7 +327,7 @@ def saves_late(folder):
     return str(error.value)
 
 
-def test_state_that_no_trial_has_shown_is_not_saved_as_a_shard(ranks, tmp_path):
+def test_state_that_the_probe_did_not_have_is_not_saved_as_a_shard(ranks, tmp_path):
     for said in ranks(saves_late, 2, tmp_path):
         assert said == (
             "Late keeps['late'] in its state, which it did not in a trial of three steps, so its "
@@ -350,7 +350,7 @@ def split_otherwise():
     return found
 
 
-def test_whole_tensors_are_refused_for_parameters_that_are_split_by_columns_or_twice(ranks):
+def test_full_tensors_are_refused_for_parameters_that_are_split_by_columns_or_twice(ranks):
     for said in ranks(split_otherwise, 2):
         assert (
             said

@@ -302,7 +302,7 @@ def errors_of_all():
     return found
 
 
-def test_what_shards_would_lose_is_refused_in_one_line(ranks):
+def test_uses_that_sharding_would_break_are_refused_in_one_line(ranks):
     for texts in ranks(errors_of_all, 2):
         for text, expected in zip(texts, REFUSED.values(), strict=True):
             assert re.search(expected, text)

@@ -137,7 +137,7 @@ def test_small_children_are_one_unit_by_default(everywhere, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_they_train_clipped_and_averaged_as_one_process(one, everywhere, layout):
+def test_small_children_train_clipped_and_averaged_as_one_process(one, everywhere, layout):
     weights, norms, _ = one
     assert len(norms) == 4
     assert min(norms) > 0.2
@@ -148,7 +148,7 @@ def test_they_train_clipped_and_averaged_as_one_process(one, everywhere, layout)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_their_statistics_of_normalization_are_those_of_ddp(everywhere, layout):
+def test_statistics_of_normalization_in_small_children_equal_those_of_ddp(everywhere, layout):
     for found in everywhere:
         weights, expected = found[layout]["statistics"][0], found["ddp"][0]
         assert weights["norm.running_mean"].abs().max() > 0.01
@@ -156,7 +156,7 @@ def test_their_statistics_of_normalization_are_those_of_ddp(everywhere, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_they_go_on_from_their_own_file_and_from_that_of_one_process(
+def test_small_children_resume_from_their_own_file_and_from_that_of_one_process(
     folder, one, everywhere, layout
 ):
     for found in everywhere:

@@ -1,4 +1,4 @@
-"""The terms of the reward by hand, and what is watched beside them."""
+"""Reward terms against counts by hand, and the metrics beside them."""
 
 import copy
 import itertools
@@ -77,7 +77,7 @@ def score(term: Reward, *texts: str) -> list[float]:
     return score_all([term], samples(*texts))[0].tolist()
 
 
-def test_what_stands_after_the_end_is_not_read() -> None:
+def test_text_after_the_end_is_not_scored() -> None:
     """Padding is token 0, which is a character: of a text that met the end, or the stop."""
     tokenizer = CharTokenizer("!.abc")
     tokenizer.eos_id = 4
@@ -116,7 +116,7 @@ def test_a_term_is_its_formula(term: Reward, texts: list[str], exact: list[float
     assert score(term, *texts) == pytest.approx(exact)
 
 
-def test_a_speaker_counts_who_is_known_and_says_enough() -> None:
+def test_a_speaker_counts_if_it_is_known_and_has_enough_words() -> None:
     text = "ly.\n\nROMEO:\nI have said enough words here.\n\nNobody:\nI am in no play, but talk.\n"
     text += "\nJULIET:\nNo.\n"
     longer = text.replace("No.", "No, and no, and no, and no.")
@@ -149,7 +149,7 @@ def test_distances_of_a_batch_are_those_of_all_pairs() -> None:
         assert mean_pairwise_distance(distances) == pytest.approx(sum(pairs) / len(pairs))
 
 
-def test_the_batch_of_all_ranks_is_compared_and_ours_are_answered() -> None:
+def test_texts_are_compared_with_those_of_all_ranks_and_scored_for_their_own_rank() -> None:
     all_texts = ("a b c d", "e f g h", "a b c d", "i j k l")
     inputs = samples("a b c d", "i j k l", all_texts=all_texts, first=2)
     assert BatchDistance(4).score(inputs) == [0.0, 1.0]
@@ -157,7 +157,7 @@ def test_the_batch_of_all_ranks_is_compared_and_ours_are_answered() -> None:
         BatchDistance().score(samples("alone"))
 
 
-def test_terms_add_up_by_weight_and_none_leaves_a_sample_out() -> None:
+def test_terms_are_added_by_weight_and_none_excludes_a_sample() -> None:
     terms = [
         CharacterFraction("e", -2.0),
         RewardFunction(lambda texts: [None, 3.0], weight=0.5, name="mine"),
@@ -168,7 +168,7 @@ def test_terms_add_up_by_weight_and_none_leaves_a_sample_out() -> None:
     assert total[1] == -2 * 0.5 + 0.5 * 3
 
 
-def test_a_binary_term_names_the_nan_of_what_it_judges_and_leaves_none_out() -> None:
+def test_a_binary_term_names_the_nan_of_its_inner_term_and_excludes_no_sample() -> None:
     broken = RewardFunction(lambda texts: [1.0, float("nan")], name="mine")
     with pytest.raises(RewardError, match="the reward mine is nan for sample 1"):
         score(Threshold(broken, min_value=0.5), "a", "b")
@@ -176,7 +176,7 @@ def test_a_binary_term_names_the_nan_of_what_it_judges_and_leaves_none_out() -> 
     assert np.isnan(score(Threshold(partly, min_value=0.5), "a", "b")).tolist() == [False, True]
 
 
-def test_the_measures_of_texts_are_their_counts() -> None:
+def test_text_metrics_equal_their_counts() -> None:
     found = text_metrics(["O speak", "O speak", "again yonder"], CorpusStats(PLAY))
     assert found["frac_unique_texts"] == pytest.approx(2 / 3)
     assert found["frac_in_vocab"] == pytest.approx(4 / 6)
@@ -187,7 +187,7 @@ def test_the_measures_of_texts_are_their_counts() -> None:
     assert "frac_in_vocab" not in found
 
 
-def test_the_measures_of_tokens_are_means_over_what_was_written() -> None:
+def test_token_metrics_are_means_over_the_generated_tokens() -> None:
     logprobs, ref_logprobs = torch.tensor([[-1.0, -2.0, 0.0]]), torch.tensor([[-1.5, -1.0, -9.0]])
     mask = torch.tensor([[True, True, False]])
     found = token_metrics(
@@ -201,7 +201,7 @@ def test_the_measures_of_tokens_are_means_over_what_was_written() -> None:
     )
 
 
-def test_mean_and_spread_of_a_term_are_over_what_it_scored() -> None:
+def test_mean_and_deviation_of_a_term_are_over_the_samples_that_it_scored() -> None:
     term, scores = RewardFunction(lambda texts: [], name="mine"), torch.tensor([0.0, math.nan, 4.0])
     found = reward_metrics([term], scores[None], scores)
     exact = {"mine": 2, "mine_std": 2, "reward": 2, "reward_std": 2}
@@ -242,7 +242,7 @@ BLIND = {
 
 
 @pytest.mark.parametrize("term", BLIND)
-def test_a_term_that_would_see_nothing_is_refused(term: str) -> None:
+def test_a_term_without_input_is_refused(term: str) -> None:
     make, message = BLIND[term]
     with pytest.raises(RewardError, match=message):
         make()
@@ -257,7 +257,7 @@ def test_a_corpus_in_which_a_term_finds_nothing_is_refused(term: Reward) -> None
         score_all([term], seen)
 
 
-def test_what_a_reward_does_to_its_arguments_others_do_not_see() -> None:
+def test_a_reward_that_changes_its_arguments_does_not_affect_others() -> None:
     def takes(texts, prompts, tokens, mask, logprobs, facts) -> list[float]:
         scores = [float(len(text)) for text in texts]
         for each in (texts, prompts, facts[0]):
@@ -277,7 +277,7 @@ def test_what_a_reward_does_to_its_arguments_others_do_not_see() -> None:
         assert getattr(seen, name).equal(getattr(before, name))
 
 
-def test_a_column_named_as_what_was_written_is_refused() -> None:
+def test_a_data_column_with_a_reserved_name_is_refused() -> None:
     seen = samples("a")
     seen.columns = {"texts": ["of the file"]}
     with pytest.raises(RewardError, match=r"a column 'texts'.*rename the column"):
@@ -300,7 +300,9 @@ def other(texts): return []
 
 
 @pytest.mark.parametrize("path", NO_FUNCTION)
-def test_a_reward_that_is_not_there_is_said_in_one_line(path: str, tmp_path, monkeypatch) -> None:
+def test_a_missing_reward_function_is_an_error_in_one_line(
+    path: str, tmp_path, monkeypatch
+) -> None:
     (tmp_path / "own.py").write_text(OWN)
     (tmp_path / "torn.py").write_text("raise ValueError('two\\nlines')\n")
     monkeypatch.chdir(tmp_path)
@@ -314,7 +316,7 @@ def test_a_reward_that_is_not_there_is_said_in_one_line(path: str, tmp_path, mon
     assert RewardFunction("own.length").score(samples("a", "bcd")) == [1, 3]
 
 
-def test_what_is_no_number_is_blamed_on_its_sample() -> None:
+def test_the_error_for_a_reward_that_is_not_a_number_names_the_sample() -> None:
     def reward_fn(texts: list[str]) -> list[str]:
         return [text if text == "two" else "1" for text in texts]
 
@@ -352,7 +354,7 @@ def test_a_reward_that_float32_cannot_hold_is_refused_with_its_term_and_sample()
         weighted_sum(terms, torch.tensor([[1, 1e9], [1, 1]], dtype=torch.float64))
 
 
-def test_a_weight_that_is_no_number_is_refused() -> None:
+def test_a_weight_that_is_not_a_number_is_refused() -> None:
     for weight in (math.nan, math.inf):
         with pytest.raises(RewardError, match=r"reward count has weight=(nan|inf); allowed: a fin"):
             check_rewards([Count(weight=weight)], has_corpus=True, has_reference=True)
@@ -390,7 +392,7 @@ def test_a_function_written_for_trl_gets_the_texts_as_completions() -> None:
     assert score_all([whole], batch).tolist() == [[7, 10]]
 
 
-def test_an_argument_that_is_not_there_is_named_beside_others_that_take_all() -> None:
+def test_a_missing_argument_is_named_even_if_the_function_takes_keyword_arguments() -> None:
     with pytest.raises(
         RewardError, match=r"has the argument 'completion', .*; allowed: texts, prompts"
     ):
