@@ -170,9 +170,9 @@ class Diffusion(TaskModule):
                 flag="--model.class_conditional=false",
             )
         names = tuple(getattr(datamodule, "class_names", ())) or default_class_names(num_classes)
-        given = {"channels": datamodule.channels, "num_classes": num_classes, "class_names": names}
+        values = {"channels": datamodule.channels, "num_classes": num_classes, "class_names": names}
         known = _data_fields(self.channels, self.num_classes, self.class_names)
-        self.check_data_fields("the datamodule", given, known)
+        self.check_data_fields("the datamodule", values, known)
         self.channels, self.num_classes = datamodule.channels, num_classes
         self.image_size = tuple(datamodule.image_size)
         self.class_names = names if self.class_conditional else ()
@@ -405,10 +405,10 @@ class Diffusion(TaskModule):
         )
         names = tuple(saved.get("class_names", ())) or default_class_names(saved["num_classes"])
         if self.channels:
-            given = {"channels": self.channels, "num_classes": self.num_classes}
+            values = {"channels": self.channels, "num_classes": self.num_classes}
             known = _data_fields(saved["channels"], saved["num_classes"], names)
             self.check_data_fields(
-                "the datamodule", given | {"class_names": self.class_names}, known
+                "the datamodule", values | {"class_names": self.class_names}, known
             )
         else:
             self.channels, self.num_classes = saved["channels"], saved["num_classes"]

@@ -301,11 +301,11 @@ class LanguageModel(TaskModule):
         saved_kwargs = defaults | {key: value for key, value in saved.items() if key in defaults}
         kwargs = defaults | self.net_kwargs
         mismatches = [key for key in NON_SHAPE_ARGUMENTS if kwargs[key] != saved_kwargs[key]]
-        given, expected = ({k: v[k] for k in mismatches} for v in (kwargs, saved_kwargs))
+        actual, expected = ({k: v[k] for k in mismatches} for v in (kwargs, saved_kwargs))
         if saved and mismatches:
             raise UsageError(
                 f"LanguageModel: the model of the checkpoint has {format_arguments(expected)}, "
-                f"but this model has {format_arguments(given)}, and would compute other values "
+                f"but this model has {format_arguments(actual)}, and would compute other values "
                 "from its weights",
                 [format_arguments(expected)],
                 f"use LanguageModel({format_arguments(expected)}, ...)",

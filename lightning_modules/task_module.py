@@ -167,20 +167,20 @@ class TaskModule(L.LightningModule):
         )
 
     def check_data_fields(
-        self, origin: str, given: Mapping[str, Any], known: Mapping[str, Any]
+        self, origin: str, values: Mapping[str, Any], known: Mapping[str, Any]
     ) -> None:
         """Raise UsageError for data, or a checkpoint, that does not fit the model.
 
         Args:
-            origin: what has the values `given`: "the datamodule" or "the checkpoint".
-            given: sizes and names that come from the data, by name.
+            origin: what has these values: "the datamodule" or "the checkpoint".
+            values: sizes and names that come from the data, by name.
             known: those that the model already has; their values must be equal.
         """
         for name, value in known.items():
-            if given[name] != value:
+            if values[name] != value:
                 raise UsageError(
-                    f"{type(self).__name__}: {origin} has {name} {_format_field(given[name])}, but "
-                    f"the model has {name} {_format_field(value)}",
+                    f"{type(self).__name__}: {origin} has {name} {_format_field(values[name])}, "
+                    f"but the model has {name} {_format_field(value)}",
                     [f"{name} {_format_field(value)}"],
                     "use the data that the model was trained on",
                     flag=self._data_flag,
