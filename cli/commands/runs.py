@@ -1,6 +1,7 @@
 """The command runs: list, show, compare and clean the folders that runs have written."""
 
 import json
+import shlex
 import shutil
 import time
 from pathlib import Path
@@ -149,18 +150,18 @@ def show_runs(names: list[str], root: Path, as_json_text: bool) -> int:
 def describe_run(run: RunSummary) -> list[tuple[str, str]]:
     """Return what a run's folder says of it, as pairs of a title and a text."""
     known: dict[str, Any] = run.record or {}
-    git = known.get("git") if isinstance(known.get("git"), dict) else {}
+    git, machine, parent, versions, metrics = (
+        index.mapping(known.get(key)) for key in ("git", "machine", "parent", "versions", "metrics")
+    )
     commit = str(git.get("commit", ""))[:12]
     changed = git.get("num_changed_files") if git.get("is_dirty") else 0
-    changes = f", {changed} files changed since: {record.DIFF_FILE}" if changed else ""
-    machine = known.get("machine") if isinstance(known.get("machine"), dict) else {}
-    parent = known.get("parent") if isinstance(known.get("parent"), dict) else {}
-    versions = known.get("versions") if isinstance(known.get("versions"), dict) else {}
-    command = known.get("command") if isinstance(known.get("command"), list) else []
+    changes = f", {changed} changed files: {record.DIFF_FILE}" if changed else ""
+    command = known.get("command")
+    words = command if isinstance(command, list) else []
     rows = [
         ("run", run.name),
         ("folder", str(run.folder)),
-        ("command", " ".join(str(word) for word in command)),
+        ("command", shlex.join(str(word) for word in words)),
         ("status", f"{run.status} {known.get('error') or ''}".strip()),
         ("task", run.task or ""),
         ("steps", "" if run.steps is None else f"{run.steps:,}"),
@@ -175,7 +176,6 @@ def describe_run(run: RunSummary) -> list[tuple[str, str]]:
     ]
     if run.record is None:
         rows.append(("record", "none: an older version of Ravine has made it"))
-    metrics = known.get("metrics") if isinstance(known.get("metrics"), dict) else {}
     rows += [(str(name), format_number(value)) for name, value in sorted(metrics.items())]
     rows += [("judged", text) for text in index.list_evaluations(run.folder)]
     return [(key, text) for key, text in rows if text]

@@ -8,6 +8,7 @@ import base64
 import html
 import json
 import os
+import shlex
 import tempfile
 from contextlib import suppress
 from io import BytesIO
@@ -149,12 +150,9 @@ def facts_of(run: ComparedRun) -> dict[str, str]:
     from ..commands.runs import format_best, format_size, format_time
 
     summary, known = run.summary, run.summary.record or {}
-    git, machine, parent = (
-        known.get(key) if isinstance(known.get(key), dict) else {}
-        for key in ("git", "machine", "parent")
-    )
-    commit = str(git.get("commit", ""))[:12]  # type: ignore[union-attr]
-    dirty = " + changes" if commit and git.get("is_dirty") else ""  # type: ignore[union-attr]
+    git, machine, parent = (index.mapping(known.get(k)) for k in ("git", "machine", "parent"))
+    commit = str(git.get("commit", ""))[:12]
+    dirty = " + changes" if commit and git.get("is_dirty") else ""
     return {
         "status": summary.status,
         "task": summary.task or "-",
@@ -163,10 +161,8 @@ def facts_of(run: ComparedRun) -> dict[str, str]:
         "time": format_time(summary.seconds),
         "size": format_size(summary.size),
         "commit": f"{commit}{dirty}" or "-",
-        "device": str(machine.get("device", "-")),  # type: ignore[union-attr]
-        "resumed from": f"{parent.get('run')} at step {parent.get('step')}"  # type: ignore[union-attr]
-        if parent
-        else "-",
+        "device": str(machine.get("device", "-")),
+        "resumed from": f"{parent.get('run')} at step {parent.get('step')}" if parent else "-",
     }
 
 
@@ -335,7 +331,7 @@ def make_page(runs: list[ComparedRun], differences: dict[str, list[str]], pictur
 def command_text(run: ComparedRun) -> str:
     """Return the command that made a run; "" if it was not recorded."""
     words = (run.summary.record or {}).get("command")
-    return " ".join(str(word) for word in words) if isinstance(words, list) else ""
+    return shlex.join(str(word) for word in words) if isinstance(words, list) else ""
 
 
 def write_files(folder: Path, picture: bytes, page: str) -> None:

@@ -146,6 +146,11 @@ def _number(value: Any) -> float | None:
     return value if is_number and abs(value) < 1e300 else None
 
 
+def mapping(value: Any) -> dict[str, Any]:
+    """Return a mapping of a record; {} for any other value."""
+    return value if isinstance(value, dict) else {}
+
+
 def _text(value: Any) -> str | None:
     return value[:200] if isinstance(value, str) and value else None
 
