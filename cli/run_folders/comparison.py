@@ -65,6 +65,10 @@ def compare_runs(names: list[str], root: Path, flags: dict[str, str]) -> int:
     chosen = choose_metrics(runs, flags.get("metrics"))
     differences = differing_values(runs)
     folder = Path(flags.get("folder", root / "comparison"))
+    if "folder" not in flags and folder.is_symlink():
+        raise UsageError(
+            f"{folder} is a symbolic link", "a folder that is named", flag="--folder=NAME"
+        )
     picture = draw_curves(runs, chosen)
     print(format_columns(runs, differences))
     write_files(folder, picture, make_page(runs, differences, picture))
@@ -243,6 +247,7 @@ def draw_curves(runs: list[ComparedRun], metrics: list[str]) -> bytes:
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     columns = min(2, max(1, len(metrics)))
     rows = max(1, -(-len(metrics) // columns))
@@ -254,7 +259,8 @@ def draw_curves(runs: list[ComparedRun], metrics: list[str]) -> bytes:
         axes.set_xlabel("optimizer step")
         axes.set_title(plain_label(metric))
         for position, run in enumerate(runs):
-            points = thin(run.curves.get(metric, []))
+            curve = run.curves.get(metric, [])
+            points = thin([(step + 1 - index.FIRST_LOGGED_STEP, value) for step, value in curve])
             if points:
                 marker = "o-" if len(points) <= 30 else "-"
                 axes.plot(
@@ -265,6 +271,7 @@ def draw_curves(runs: list[ComparedRun], metrics: list[str]) -> bytes:
                     color=f"C{position % 10}",
                     label=plain_label(run.summary.name),
                 )
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     buffer = BytesIO()

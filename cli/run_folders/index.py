@@ -65,7 +65,7 @@ def find_run_folders(root: Path) -> Iterator[Path]:
     """
     root = root.resolve() if root.is_symlink() else root
     if root.exists() and not root.is_dir():
-        raise UsageError(f"{root} is no folder", flag="--root=FOLDER")
+        raise UsageError(f"{root} is a file", "the folder of all runs", flag="--root=runs")
     pending = [(root, 0)]
     while pending:
         folder, depth = pending.pop()

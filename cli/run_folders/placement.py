@@ -25,7 +25,6 @@ from ravine.strategies.checkpoint.atomic_io import find_damage, list_checkpoints
 from . import index, record
 from .index import STEP_PATTERN
 
-VERBS = {"fit": "fit", "validate": "validate", "test": "test", "predict": "predict"}
 CHECKPOINTS_FOLDER = "checkpoints"
 
 
@@ -119,6 +118,8 @@ def reason_for_new_version(
         return f"the run has another name than {parent.name}"
     if not is_writable(run):
         return f"{run} may not be written to"
+    if special := find_special_file(run):
+        return f"{special} is a link or a device, and writing to it could leave the run's folder"
     known = record.read_record(run)
     if record.status_of(known, index.inspect_folder(run).last_written) == "running":
         return f"{run} is still being written to"
@@ -128,6 +129,20 @@ def reason_for_new_version(
     if newer := newer_checkpoint(path, run):
         return f"{newer.name} is newer than {path.name}"
     return ""
+
+
+def find_special_file(folder: Path) -> Path | None:
+    """Return an entry below a folder that is neither a regular file nor a folder, or None."""
+    for top, folders, files in os.walk(folder):
+        for name in [*folders, *files]:
+            path = Path(top, name)
+            try:
+                mode = path.lstat().st_mode
+            except OSError:
+                continue
+            if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+                return path
+    return None
 
 
 def newer_checkpoint(path: Path, run: Path) -> Path | None:

@@ -191,6 +191,17 @@ def test_a_checkpoint_that_is_reached_by_a_link_is_not_the_runs_own(run: Path) -
     assert placement.run_of_checkpoint(newest) == run.resolve()
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "hparams.yaml", "metrics.csv", "checkpoints/x"])
+def test_a_run_with_a_link_inside_is_not_gone_on_with(run: Path, name: str) -> None:
+    outside = Path("outside.txt").resolve()
+    outside.write_text("mine")
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(outside)
+    assert main(["fit", f"--ckpt_path={checkpoints(run)[0]}", "--trainer.max_epochs=3"]) == 0
+    assert outside.read_text() == "mine"
+    assert versions() == {"version_0", "version_1"}
+
+
 def test_names_of_runs_last_and_best_are_checkpoints(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
