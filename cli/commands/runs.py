@@ -177,7 +177,7 @@ def describe_run(run: RunSummary) -> list[tuple[str, str]]:
     if run.record is None:
         rows.append(("record", "none: an older version of Ravine has made it"))
     rows += [(str(name), format_number(value)) for name, value in sorted(metrics.items())]
-    rows += [("judged", text) for text in index.list_evaluations(run.folder)]
+    rows += [("evaluated", text) for text in index.list_evaluations(run.folder)]
     return [(key, text) for key, text in rows if text]
 
 
@@ -237,11 +237,11 @@ def format_time(seconds: float | None) -> str:
     """Return a duration: 42 s, 7:05, 3:07:05."""
     if seconds is None:
         return "-"
-    whole = int(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    hours, rest = divmod(whole, 3600)
-    minutes, left = divmod(rest, 60)
+    total = int(seconds)
+    if total < 60:
+        return f"{total} s"
+    hours, remainder = divmod(total, 3600)
+    minutes, left = divmod(remainder, 60)
     return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
 
 

@@ -56,14 +56,14 @@ def named_files(states: dict[str, Any], checkpoint: Path) -> list[Path]:
             names += [state.get("best_model_path", ""), state.get("last_model_path", "")]
     candidates = [Path(name) for name in names if isinstance(name, str) and name.strip("\0")]
     candidates += [checkpoint.parent / path.name for path in candidates]
-    found = []
+    existing = []
     for path in candidates:
         try:
             if path.exists():
-                found.append(path)
+                existing.append(path)
         except (OSError, ValueError):
             continue
-    return found
+    return existing
 
 
 def best_checkpoint(newest: Path) -> tuple[Path | None, str]:

@@ -33,12 +33,12 @@ class Deletion(NamedTuple):
     """An entry to delete: names of folders from the run's folder to it, and its size in bytes."""
 
     run: RunSummary
-    parts: tuple[str, ...]  # () is the run's folder itself
+    segments: tuple[str, ...]  # () is the run's folder itself
     size: int
 
     def __str__(self) -> str:
         """Return its path."""
-        return str(Path(self.run.folder, *self.parts))
+        return str(Path(self.run.folder, *self.segments))
 
 
 def clean_runs(words: list[str], root: Path, flags: dict[str, str]) -> int:
@@ -99,43 +99,43 @@ def find_old_checkpoints(ended: list[RunSummary], all_runs: list[RunSummary]) ->
     protected: set[tuple[int, int]] = set()
     unreadable: set[str] = set()
     for run in all_runs:
-        paths = [Path(run.folder, *parts) for parts, _ in walk_checkpoints(run)]
+        paths = [Path(run.folder, *segments) for segments, _ in walk_checkpoints(run)]
         kept, problem = newest_and_best(paths)
         protected |= {identity for path in kept if (identity := file_identity(path))}
         if problem:
             print(f"{run.name}: {problem}; all checkpoints of this name are kept")
             unreadable.add(run.name.rpartition("/")[0])
-    found = []
+    deletions = []
     for run in ended:
         if run.name.rpartition("/")[0] in unreadable:
             continue
-        for parts, size in walk_checkpoints(run):
-            if file_identity(Path(run.folder, *parts)) not in protected:
-                found.append(Deletion(run, parts, size))
-    return found
+        for segments, size in walk_checkpoints(run):
+            if file_identity(Path(run.folder, *segments)) not in protected:
+                deletions.append(Deletion(run, segments, size))
+    return deletions
 
 
 def find_evaluations(ended: list[RunSummary], all_runs: list[RunSummary]) -> list[Deletion]:
     """Return the folders of evaluations inside of runs."""
-    found = []
+    deletions = []
     for run in ended:
         for name, path in subfolders(run.folder):
             known = read_record(path)
             is_evaluation = known is not None and known["verb"] in ("test", "validate", "predict")
             has_checkpoint = bool(index.inspect_folder(path).checkpoints)
             if is_evaluation and not has_checkpoint:
-                found.append(Deletion(run, (name,), folder_size(path)))
-    return found
+                deletions.append(Deletion(run, (name,), folder_size(path)))
+    return deletions
 
 
 def find_events(ended: list[RunSummary], all_runs: list[RunSummary]) -> list[Deletion]:
     """Return the TensorBoard files of runs."""
-    found = []
+    deletions = []
     for run in ended:
-        for parts, size in walk_files(run.folder):
-            if parts[-1].startswith("events.out.tfevents."):
-                found.append(Deletion(run, parts, size))
-    return found
+        for segments, size in walk_files(run.folder):
+            if segments[-1].startswith("events.out.tfevents."):
+                deletions.append(Deletion(run, segments, size))
+    return deletions
 
 
 def find_failed(ended: list[RunSummary], all_runs: list[RunSummary]) -> list[Deletion]:
@@ -165,27 +165,29 @@ def subfolders(folder: Path) -> Iterator[tuple[str, Path]]:
                 yield entry.name, Path(entry.path)
 
 
-def walk_files(folder: Path, parts: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int]]:
+def walk_files(
+    folder: Path, segments: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], int]]:
     """Yield the path below `folder`, and the size, of each regular file; links are left out."""
-    with suppress(OSError), os.scandir(Path(folder, *parts)) as entries:
+    with suppress(OSError), os.scandir(Path(folder, *segments)) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             if entry.is_dir(follow_symlinks=False):
-                yield from walk_files(folder, (*parts, entry.name))
+                yield from walk_files(folder, (*segments, entry.name))
             elif entry.is_file(follow_symlinks=False):
-                yield (*parts, entry.name), entry.stat(follow_symlinks=False).st_size
+                yield (*segments, entry.name), entry.stat(follow_symlinks=False).st_size
 
 
 def walk_checkpoints(run: RunSummary) -> Iterator[tuple[tuple[str, ...], int]]:
     """Yield each checkpoint, a file or a folder, below the `checkpoints` folder of a run."""
     pending: list[tuple[str, ...]] = [("checkpoints",)]
     while pending:
-        parts = pending.pop()
-        top = Path(run.folder, *parts)
+        segments = pending.pop()
+        top = Path(run.folder, *segments)
         if top.is_symlink():
             continue
         with suppress(OSError), os.scandir(top) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
-                inner = (*parts, entry.name)
+                inner = (*segments, entry.name)
                 if entry.is_dir(follow_symlinks=False):
                     if entry.name.endswith(".ckpt"):
                         yield inner, folder_size(Path(entry.path))
@@ -209,15 +211,15 @@ def file_identity(path: Path) -> tuple[int, int] | None:
 
 
 @contextmanager
-def opened_folder(root: Path, parts: tuple[str, ...]) -> Iterator[int]:
+def opened_folder(root: Path, segments: tuple[str, ...]) -> Iterator[int]:
     """Open a folder below `root` step by step; a link on the way is an error."""
     flags = os.O_RDONLY | os.O_DIRECTORY
     descriptor = os.open(root, flags)
     try:
-        for part in parts:
-            if part in ("", ".", "..") or "/" in part:
-                raise OSError(f"{part!r} is no name of a folder")
-            inner = os.open(part, flags | os.O_NOFOLLOW, dir_fd=descriptor)
+        for segment in segments:
+            if segment in ("", ".", "..") or "/" in segment:
+                raise OSError(f"{segment!r} is no name of a folder")
+            inner = os.open(segment, flags | os.O_NOFOLLOW, dir_fd=descriptor)
             os.close(descriptor)
             descriptor = inner
         yield descriptor
@@ -231,10 +233,10 @@ def delete(deletion: Deletion, root: Path) -> None:
     Raises:
         UsageError: the entry is no longer what was shown.
     """
-    parts = (*deletion.run.folder.relative_to(root).parts, *deletion.parts)
+    segments = (*deletion.run.folder.relative_to(root).parts, *deletion.segments)
     try:
-        with opened_folder(root, parts[:-1]) as parent:
-            name = parts[-1]
+        with opened_folder(root, segments[:-1]) as parent:
+            name = segments[-1]
             mode = os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode
             if stat.S_ISDIR(mode):
                 shutil.rmtree(name, dir_fd=parent)

@@ -22,7 +22,7 @@ from . import index
 from .index import RunSummary
 from .record import read_regular_file, write_atomically
 
-Curves = dict[str, list[tuple[float, float]]]
+MetricCurves = dict[str, list[tuple[float, float]]]
 MAX_RUNS, MAX_PANELS, MAX_POINTS = 12, 12, 2000
 MAX_CONFIG_BYTES, MAX_CELL_CHARS = 2**18, 60
 IGNORED_KEYS = ("trainer.name", "trainer.default_root_dir", "config", "ckpt_path")
@@ -43,7 +43,7 @@ class ComparedRun(NamedTuple):
 
     summary: RunSummary
     config: dict[str, Any]
-    curves: Curves
+    curves: MetricCurves
     metrics: dict[str, float]
 
 
@@ -134,14 +134,14 @@ def flatten(value: Any, key: str = "") -> list[tuple[str, Any]]:
 def differing_values(runs: list[ComparedRun]) -> dict[str, list[str]]:
     """Return the keys whose values are not the same in all runs, with the values as texts."""
     keys = sorted({key for run in runs for key in run.config})
-    found = {}
+    differences = {}
     for key in keys:
         if key.startswith(IGNORED_KEYS):
             continue
         texts = [value_text(run.config[key]) if key in run.config else "-" for run in runs]
         if len(set(texts)) > 1:
-            found[key] = texts
-    return found
+            differences[key] = texts
+    return differences
 
 
 def value_text(value: Any) -> str:
@@ -224,8 +224,8 @@ def choose_metrics(runs: list[ComparedRun], requested: str | None) -> list[str]:
     if requested is None:
 
         def rank(name: str) -> tuple[Any, ...]:
-            place = PREFERRED.index(name) if name in PREFERRED else len(PREFERRED)
-            return place, -counts[name], not name.startswith("val"), name
+            position = PREFERRED.index(name) if name in PREFERRED else len(PREFERRED)
+            return position, -counts[name], not name.startswith("val"), name
 
         return sorted(counts, key=rank)[:MAX_PANELS]
     names = [name.strip() for name in requested.split(",") if name.strip()]
@@ -329,7 +329,7 @@ def make_page(runs: list[ComparedRun], differences: dict[str, list[str]], pictur
         f'<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">'
         f'<meta name="viewport" content="width=device-width">'
         f"<title>{title}</title><style>{STYLE}</style></head><body><h1>{title}</h1>"
-        f"{''.join(body)}<h2>Curves</h2>"
+        f"{''.join(body)}<h2>MetricCurves</h2>"
         f'<img alt="curves of the metrics" src="data:image/png;base64,{image}">'
         f"<h2>Commands</h2><ul>{commands or '<li>not recorded</li>'}</ul></body></html>\n"
     )
@@ -341,7 +341,7 @@ def command_text(run: ComparedRun) -> str:
     return shlex.join(str(word) for word in words) if isinstance(words, list) else ""
 
 
-def write_files(folder: Path, picture: bytes, page: str) -> None:
+def write_files(folder: Path, picture: bytes, page_text: str) -> None:
     """Write the picture and the page; earlier ones of the same folder are replaced.
 
     Raises:
@@ -358,7 +358,7 @@ def write_files(folder: Path, picture: bytes, page: str) -> None:
         finally:
             with suppress(OSError):
                 os.unlink(temporary)
-        write_atomically(folder / PAGE, page)
+        write_atomically(folder / PAGE, page_text)
     except OSError as error:
         raise UsageError(
             f"{folder} cannot be written: {error.strerror}", flag="--folder=ANOTHER"

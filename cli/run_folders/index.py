@@ -87,22 +87,22 @@ def find_run_folders(root: Path) -> Iterator[Path]:
 def run_name_of(folder: Path, root: Path) -> str:
     """Return the short name of a run: `spam/quick/3` for `runs/spam/quick/version_3`."""
     try:
-        parts = list(folder.relative_to(root).parts)
+        segments = list(folder.relative_to(root).parts)
     except ValueError:
         try:
-            parts = list(folder.resolve().relative_to(root.resolve()).parts)
+            segments = list(folder.resolve().relative_to(root.resolve()).parts)
         except ValueError:
             return folder.as_posix()
-    if parts and parts[-1].removeprefix(VERSION_PREFIX).isdecimal():
-        parts[-1] = parts[-1].removeprefix(VERSION_PREFIX)
-    return "/".join(parts)
+    if segments and segments[-1].removeprefix(VERSION_PREFIX).isdecimal():
+        segments[-1] = segments[-1].removeprefix(VERSION_PREFIX)
+    return "/".join(segments)
 
 
 def list_runs(root: Path) -> list[RunSummary]:
     """Return all runs below `root`, the newest first."""
     root = root.resolve() if root.is_symlink() else root
-    found = [summarize(folder, root) for folder in find_run_folders(root)]
-    return sorted(found, key=lambda run: (-run.started, run.name))
+    summaries = [summarize(folder, root) for folder in find_run_folders(root)]
+    return sorted(summaries, key=lambda run: (-run.started, run.name))
 
 
 def summarize(folder: Path, root: Path) -> RunSummary:
@@ -248,10 +248,10 @@ def joined_curves(run: RunSummary, root: Path) -> dict[str, list[tuple[float, fl
         seen.add(folder.resolve())
         limit = min(limit, step)
         for name, points in read_curves(folder).items():
-            own = curves.get(name, [])
-            start = min((s for s, _ in own), default=float("inf"))
+            later = curves.get(name, [])
+            start = min((s for s, _ in later), default=float("inf"))
             end = min(start, limit + FIRST_LOGGED_STEP)
-            curves[name] = [point for point in points if point[0] < end] + own
+            curves[name] = [point for point in points if point[0] < end] + later
         current = read_record(folder)
     return curves
 
@@ -345,7 +345,7 @@ def run_at_path(text: str) -> Path | None:
     if not text or "\0" in text:
         return None
     path = Path(text)
-    is_file = path.is_file() or path.suffix == ".ckpt"  # a checkpoint in parts is a folder
+    is_file = path.is_file() or path.suffix == ".ckpt"  # a checkpoint in segments is a folder
     candidates = (path.parent, path.parent.parent) if is_file else (path,)
     return next((f for f in candidates if path.exists() and is_run_folder(f)), None)
 
@@ -365,7 +365,7 @@ def short_name(text: str, root: Path) -> str:
 
 def list_evaluations(folder: Path) -> list[str]:
     """Return a line for each evaluation in a run's folder: its command and its metrics."""
-    found = []
+    evaluations = []
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             if not entry.is_dir(follow_symlinks=False):
@@ -376,8 +376,8 @@ def list_evaluations(folder: Path) -> list[str]:
             metrics = known.get("metrics")
             pairs = metrics.items() if isinstance(metrics, dict) else ()
             numbers = [f"{name} {value:.4g}" for name, value in pairs if _number(value) is not None]
-            found.append((_number(known.get("started")) or 0, entry.name, ", ".join(numbers)))
-    return [f"{name}: {text}" if text else name for _, name, text in sorted(found)]
+            evaluations.append((_number(known.get("started")) or 0, entry.name, ", ".join(numbers)))
+    return [f"{name}: {text}" if text else name for _, name, text in sorted(evaluations)]
 
 
 def _start_time(folder: Path) -> float:

@@ -3,7 +3,7 @@
     fit                                   the next free version_<k>
     fit from the newest checkpoint        the folder of the checkpoint's run, which goes on
     fit from an older one, or changed     the next free version_<k>; its record names the parent
-    test, validate, predict               <verb>_<k> inside of the folder of the judged run
+    test, validate, predict               <verb>_<k> inside of the folder of the evaluated run
     the same, of a file that is not a     <verb>_<k> beside the runs of that name
     run's own, or may not be written to
 
@@ -147,12 +147,12 @@ def find_special_file(folder: Path) -> Path | None:
 
 def newer_checkpoint(path: Path, run: Path) -> Path | None:
     """Return a complete checkpoint of the run that is newer than a given one, or None."""
-    written = {p.resolve(): time for time, p in list_checkpoints(run / CHECKPOINTS_FOLDER)}
-    own = path.resolve()
-    limit = (written.get(own, 0), checkpoint_step_in_name(path) or 0)
-    for other, time in sorted(written.items(), key=lambda item: -item[1]):
+    times = {p.resolve(): time for time, p in list_checkpoints(run / CHECKPOINTS_FOLDER)}
+    resolved_path = path.resolve()
+    limit = (times.get(resolved_path, 0), checkpoint_step_in_name(path) or 0)
+    for other, time in sorted(times.items(), key=lambda item: -item[1]):
         is_newer = (time, checkpoint_step_in_name(other) or 0) > limit
-        if other != own and is_newer and find_damage(other) is None:
+        if other != resolved_path and is_newer and find_damage(other) is None:
             return other
     return None
 

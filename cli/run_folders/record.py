@@ -255,14 +255,14 @@ def _run_git(git: str, folder: str, *words: str) -> str | None:
 @cache
 def installed_packages() -> tuple[str, ...]:
     """Return `name==version` of the packages that can be imported, from the names of folders."""
-    found: dict[str, str] = {}
+    packages: dict[str, str] = {}
     for folder in sys.path:
         with suppress(OSError):
             for entry in os.listdir(folder or "."):
                 if entry.endswith(".dist-info") and "-" in entry:
                     name, _, version = entry.removesuffix(".dist-info").rpartition("-")
-                    found.setdefault(name.lower(), f"{name}=={version}")
-    return tuple(found[name] for name in sorted(found))
+                    packages.setdefault(name.lower(), f"{name}=={version}")
+    return tuple(packages[name] for name in sorted(packages))
 
 
 def main_versions() -> dict[str, str]:

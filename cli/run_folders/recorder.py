@@ -44,7 +44,7 @@ class RunRecorder(L.Callback):
             folder: the run's folder.
             verb: fit, validate, test or predict.
             name: the name of the run.
-            module: what it trains or judges.
+            module: what it trains or evaluates.
             origin: run, checkpoint and step that it starts from, or None.
             is_continued: whether the folder is that of an earlier run, which goes on.
         """
@@ -62,7 +62,7 @@ class RunRecorder(L.Callback):
             if (past := earlier.get("duration_s")) and isinstance(past, int | float):
                 record["earlier_duration_s"] = past
         else:
-            record["parent" if verb == "fit" else "judged"] = origin
+            record["parent" if verb == "fit" else "evaluated"] = origin
         self.record, self.folder, self._started = record, folder, time.monotonic()
         self._write()
         with suppress(OSError):

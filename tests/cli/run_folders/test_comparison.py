@@ -53,7 +53,7 @@ def test_the_table_has_what_differs_and_not_what_is_the_same(
     assert [run.name for run in index.list_runs(Path("runs"))] == ["a/0", "a/1"]
 
 
-class Page(HTMLParser):
+class PageParser(HTMLParser):
     """Tags of a page, and every address in it."""
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ def test_the_page_needs_no_other_file_and_shows_a_malicious_run_as_text() -> Non
     make_run("a/<b>$x_", {1: 2.0, 2: float("nan")}, metrics={evil: 1.0}, git={"commit": evil})
     assert main(["runs", "compare", "a/0", "a/<b>$x_"]) == 0
     text = Path("runs/comparison/comparison.html").read_text()
-    page = Page()
+    page = PageParser()
     page.feed(text)
     assert page.tags <= {
         *("html", "head", "meta", "title", "style", "body", "h1", "h2", "div", "table", "tr"),

@@ -1,4 +1,4 @@
-"""Where commands write: evaluations into the run that they judge, a resume into its own run."""
+"""Where commands write: evaluations into the run that they evaluate, a resume into its own run."""
 
 import csv
 import json
@@ -89,7 +89,7 @@ def test_evaluations_write_into_the_run_that_they_judge(
     assert {p.name for p in run.iterdir()} >= {"validate_0", "test_0", "test_1", "predict_0"}
     found = known(run / "test_1")
     assert (found["verb"], found["status"]) == ("test", "done")
-    assert found["judged"]["run"] == "spam/version_0"
+    assert found["evaluated"]["run"] == "spam/version_0"
     assert "test/accuracy" in found["metrics"]
     capsys.readouterr()
     assert main(["runs", "show", "spam"]) == 0
