@@ -27,7 +27,7 @@ from .monitoring.summary import Summary
 from .monitoring.throughput import Throughput
 from .optimizers.lr_schedules import LRSchedule
 from .optimizers.plan import OptimizerPlan
-from .optimizers.rules import ParamRule
+from .optimizers.parameter_rules import ParamRule
 from .optimizers.update_monitor import UpdateMonitor
 from .quantization import Quantization
 from .stability.gradient_clipping import GradientClipping

@@ -36,7 +36,7 @@ from ravine.strategies.stock_callbacks import check_stock_callbacks
 
 from ..base import find_callbacks
 from ..checkpointing.batch_seeds import find_generators
-from ..hooks import restore_hook
+from ..hook_overrides import restore_hook
 from ..stock_callbacks.finetuning import (
     TRAINABLE_KEY,
     find_finetuning_callbacks,

@@ -34,7 +34,7 @@ from .distributed_matrix_op import apply_to_full_matrices
 from .elementwise import check_not_sparse
 from .lr_schedules import LRSchedule
 from .plan import OptimizerPlan
-from .rules import DecayFilter, OptimizerFactory, ParamRule
+from .parameter_rules import DecayFilter, OptimizerFactory, ParamRule
 
 __all__ = ["Muon", "MuonOptimizer"]
 

@@ -18,7 +18,7 @@ from ravine.errors import UsageError, suggest_names
 
 from . import optimizer_errors
 from .composite import CompositeOptimizer, ParamGroup, RuleGroups
-from .rules import DecayFilter, NamedParam, OptimizerFactory, ParamRule, get_optimizer_class
+from .parameter_rules import DecayFilter, NamedParam, OptimizerFactory, ParamRule, get_optimizer_class
 
 
 class RuleParams(NamedTuple):

@@ -25,13 +25,13 @@ from ravine.strategies.pipeline_parallel import full_module
 
 from ..base import find_callbacks
 from ..checks.run_checks import add_run_checks
-from ..hooks import override_hook, restore_hook
+from ..hook_overrides import override_hook, restore_hook
 from ..stock_callbacks.gradient_accumulation import count_optimizer_steps
 from .composite import CompositeOptimizer, ParamGroup, RuleGroups, needs_closure
 from .lr_finder import check_single_lr, find_lr_finders, get_suggested_lr, set_base_lr
 from .lr_schedules import LRSchedule, ScheduleLR
 from .param_groups import RuleParams, build_optimizer, make_added_groups, make_plan_table
-from .rules import (
+from .parameter_rules import (
     DecayFilter,
     OptimizerFactory,
     ParamRule,

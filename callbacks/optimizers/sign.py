@@ -21,7 +21,7 @@ from torch import (
 from .elementwise import ElementwiseOptimizer
 from .lr_schedules import LRSchedule
 from .plan import OptimizerPlan
-from .rules import DecayFilter
+from .parameter_rules import DecayFilter
 
 __all__ = ["SignSGD", "SignSGDOptimizer"]
 

@@ -33,7 +33,7 @@ from ravine.strategies.dtensor import to_local
 
 from ..base import find_callbacks
 from ..checks.run_checks import add_run_checks
-from ..hooks import override_hook, restore_hook
+from ..hook_overrides import override_hook, restore_hook
 from .nan_guard import NonFiniteError, SkippedSteps
 
 

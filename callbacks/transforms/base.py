@@ -33,7 +33,7 @@ from ravine.errors import (
 )
 from ravine.strategies.materialize import collect_deferred_values, materialize_params
 
-from ..hooks import hook_owner, is_attached, override_hook, restore_hook
+from ..hook_overrides import hook_owner, is_attached, override_hook, restore_hook
 
 CALLBACK_FLAG = "--trainer.callbacks."  # prefix of the arguments of the last callback
 RENAMING_PHASES = ("quantize", "adapt")  # phases that rename weights

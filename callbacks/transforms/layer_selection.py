@@ -14,7 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from ravine.errors import UsageError, suggest_names
 
-from ..optimizers.rules import classify_params
+from ..optimizers.parameter_rules import classify_params
 
 Patterns = str | Sequence[str]
 LIST_KEYS = ("targets", "exclude", "train_also")  # arguments that are lists of patterns

@@ -12,7 +12,7 @@ from schedulefree import AdamWScheduleFree
 from torch.optim import SGD, AdamW
 
 from ravine.callbacks import EMA, GradientClipping, Muon, OptimizerPlan, Summary, UpdateMonitor
-from ravine.callbacks.optimizers.rules import ParamRule, classify_params
+from ravine.callbacks.optimizers.parameter_rules import ParamRule, classify_params
 from ravine.datamodules import TextDataModule
 from ravine.datamodules.text import python_docs_text
 from ravine.lightning_modules import LanguageModel

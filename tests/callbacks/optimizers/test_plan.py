@@ -21,7 +21,7 @@ from ravine.callbacks import (
     UpdateMonitor,
 )
 from ravine.callbacks.optimizers.composite import CompositeOptimizer
-from ravine.callbacks.optimizers.rules import assign_params, classify_params
+from ravine.callbacks.optimizers.parameter_rules import assign_params, classify_params
 from ravine.errors import UsageError
 from ravine.lightning_modules.task_module import TaskModule
 from ravine.strategies import AtomicCheckpointIO

@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 
-from ravine.callbacks.hooks import hook_owner, override_hook, restore_hook
+from ravine.callbacks.hook_overrides import hook_owner, override_hook, restore_hook
 
 
 class Taker(L.Callback):
