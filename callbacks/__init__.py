@@ -26,8 +26,8 @@ from .monitoring.progress import ProgressBar
 from .monitoring.summary import Summary
 from .monitoring.throughput import Throughput
 from .optimizers.lr_schedules import LRSchedule
-from .optimizers.plan import OptimizerPlan
 from .optimizers.parameter_rules import ParamRule
+from .optimizers.plan import OptimizerPlan
 from .optimizers.update_monitor import UpdateMonitor
 from .quantization import Quantization
 from .stability.gradient_clipping import GradientClipping

@@ -33,8 +33,8 @@ from ravine.strategies.dtensor import to_local
 from .distributed_matrix_op import apply_to_full_matrices
 from .elementwise import check_not_sparse
 from .lr_schedules import LRSchedule
-from .plan import OptimizerPlan
 from .parameter_rules import DecayFilter, OptimizerFactory, ParamRule
+from .plan import OptimizerPlan
 
 __all__ = ["Muon", "MuonOptimizer"]
 

@@ -18,7 +18,13 @@ from ravine.errors import UsageError, suggest_names
 
 from . import optimizer_errors
 from .composite import CompositeOptimizer, ParamGroup, RuleGroups
-from .parameter_rules import DecayFilter, NamedParam, OptimizerFactory, ParamRule, get_optimizer_class
+from .parameter_rules import (
+    DecayFilter,
+    NamedParam,
+    OptimizerFactory,
+    ParamRule,
+    get_optimizer_class,
+)
 
 
 class RuleParams(NamedTuple):

@@ -20,8 +20,8 @@ from torch import (
 
 from .elementwise import ElementwiseOptimizer
 from .lr_schedules import LRSchedule
-from .plan import OptimizerPlan
 from .parameter_rules import DecayFilter
+from .plan import OptimizerPlan
 
 __all__ = ["SignSGD", "SignSGDOptimizer"]
 
