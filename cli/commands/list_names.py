@@ -128,7 +128,8 @@ def config_lines(configs: Iterable[ConfigEntry]) -> list[str]:
 
 def header_lines(header: ConfigHeader) -> list[str]:
     """Return machine and time in one line, and the expected result in another."""
-    machine = f"machine: {header.machine}" if header.machine else ""
+    label = "machine" if header.time else "machine and time"
+    machine = f"{label}: {header.machine}" if header.machine else ""
     time = f"time: {header.time}" if header.time else ""
     expected = f"expect: {header.expected}" if header.expected else ""
     return [". ".join(filter(None, (machine, time))), expected]

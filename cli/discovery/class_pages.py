@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import re
+import shlex
 from types import ModuleType
 
 from ravine.errors import UsageError, suggest_names
@@ -45,11 +46,26 @@ CLASS_FLAGS = {
 EXAMPLE_CONFIGS = ("shakespeare/quick", "spam/quick", "diffusion/digits", "reinforce/quick")
 EXAMPLE_CONFIG_OF = {  # of a class, and of a kind
     "FrechetDistance": "diffusion/digits",
+    "InstructionDataModule": "shakespeare/quick",
     "optimizers": "shakespeare/quick_adamw",
     "rewards": "reinforce/quick",
 }
-# What to type for a required argument, by a word of its type hint.
-PLACEHOLDERS = {"int": "10", "float": "0.1", "bool": "true", "Path": "FILE", "str": "TEXT"}
+# What to type for a required argument: by its name, or by a word of its type hint.
+EXAMPLE_VALUES = {
+    "path": "FILE",
+    "base_checkpoint": "FILE",
+    "monitor": "val/loss",
+    "reward": "LineLength",
+    "scheduling": "{4: 2}",
+}
+PLACEHOLDERS = {
+    "Callable": "my_file.function",
+    "int": "10",
+    "float": "0.1",
+    "bool": "true",
+    "Path": "FILE",
+    "str": "TEXT",
+}
 
 
 def default_text(parameter: Parameter) -> str | None:
@@ -116,17 +132,14 @@ def example_command(entry: Entry, program: str) -> str:
     is_for_plan = entry.kind == "optimizers" and not entry.is_plan
     style = "plan" if is_for_plan else entry.kind
     class_flag, argument_flag = CLASS_FLAGS.get(style, CLASS_FLAGS["callbacks"])
-    arguments = argument_flags(entry, argument_flag)
-    if entry.kind in ("tasks", "data"):
+    class_flag, arguments = class_flag.format(name), argument_flags(entry, argument_flag)
+    if entry.kind in ("tasks", "data") and name not in EXAMPLE_CONFIG_OF:
         used_in = configs_with_class(name, complete_only=True)
         preferred = next(iter([*(c for c in used_in if "quick" in c), *used_in]), "")
-        other = partner_flag(entry)
-        words = [f"{fit} {preferred}"] if preferred else [f"{program} fit", class_flag, other]
-    else:
-        config, is_added = example_config(entry)
-        words = [f"{fit} {config}", class_flag] if is_added else [f"{fit} {config}"]
-        arguments = arguments if is_added else []
-    return " ".join([*words, *arguments]).format(name)
+        pair = [f"{program} fit", class_flag, partner_flag(entry)]
+        return " ".join([*([f"{fit} {preferred}"] if preferred else pair), *arguments])
+    config, is_added = example_config(entry)
+    return " ".join([f"{fit} {config}", *([class_flag, *arguments] if is_added else [])])
 
 
 def partner_flag(entry: Entry) -> str:
@@ -153,10 +166,11 @@ def argument_flags(entry: Entry, flag: str) -> list[str]:
     """Return flags for the required arguments, or for the first argument with a plain value."""
     parameters = entry.parameters or []
     if required := [p for p in parameters if p.default is None]:
-        return [flag.format(p.name, placeholder(p)) for p in required]
+        return [shlex.quote(flag.format(p.name, placeholder(p))) for p in required]
     for p in parameters:
         text = default_text(p)
-        if text is not None and re.fullmatch(r"[\w.+-]+", text) and text != "null":
+        is_known = text not in (None, "null", p.default) or re.fullmatch(r"[\d.+-]+", text or "")
+        if is_known and re.fullmatch(r"[\w.+-]+", text or ""):
             return [flag.format(p.name, text)]
     return []
 
@@ -165,8 +179,8 @@ def placeholder(parameter: Parameter) -> str:
     """Return what to type for a required argument."""
     if choices := source_index.literal_choices(parameter.annotation, parameter.source):
         return str(choices[0])
-    if parameter.name in ("path", "base_checkpoint"):
-        return "FILE"
+    if parameter.name in EXAMPLE_VALUES:
+        return EXAMPLE_VALUES[parameter.name]
     words = re.findall(r"\w+", parameter.annotation)
     return next((text for word, text in PLACEHOLDERS.items() if word in words), "VALUE")
 

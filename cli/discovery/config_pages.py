@@ -30,7 +30,7 @@ class ConfigHeader:
     Args:
         command: the command of its first line.
         machine: the machine that the time is for.
-        time: how long the command takes there.
+        time: how long the command takes there; "" if one sentence tells machine and time.
         expected: the result to expect.
         text: the whole comment, without its # signs.
     """
