@@ -41,6 +41,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ravine.errors import UsageError
 
 from .block_attention import accumulation_dtype, attention_with_lse, attention_with_lse_backward
+from .expert_parallel import find_experts
 
 # groups of heads that are exchanged one after another; backward by the number of ranks, and more of
 # them, because the backward pass needs more buffers
@@ -76,6 +77,14 @@ class ContextParallel:
                 ["networks with both attributes"],
                 'use Trainer(strategy="zero3")',
                 flag="--trainer.strategy=zero3",
+            )
+        if find_experts(module):
+            raise UsageError(
+                f"cp={self.num_ranks}: the capacity and the load balancing loss of experts need "
+                "whole sequences, and each rank has a part of every sequence",
+                ["networks without experts"],
+                'use Trainer(strategy="ep")',
+                flag="--trainer.strategy=ep",
             )
         if any(getattr(m, "dropout", 0) for m in self.attention_modules):
             raise UsageError(

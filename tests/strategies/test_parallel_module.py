@@ -305,6 +305,10 @@ REFUSED = {
         (Net, "cp", 2, (), {"num_heads": 2, "dropout": 0.1}),
         "cp=2: Net applies dropout to attention weights, .*; use dropout=0",
     ),
+    "experts of sequences that are cut": (
+        (Net, "cp", 2, (), {"num_heads": 2, "num_experts": 4}),
+        "cp=2: the capacity and the load balancing loss of experts need whole sequences",
+    ),
     "tokens that are dropped": (
         (Forgetful, "cp", 2, (), {"num_heads": 2}),
         "cp=2: Forgetful has dropout .net.dropout., and the ranks would draw the same mask",
