@@ -46,43 +46,51 @@ class LauncherJob(NamedTuple):
 
 
 def detect_job(environment: Mapping[str, str] = os.environ) -> LauncherJob | None:
-    """Return the job that a launcher has started this process for; None if there is none."""
+    """Return the job for which torchrun or srun has started this process; None if there is none.
+
+    Args:
+        environment: the environment variables; tests pass their own.
+    """
     if "RANK" in environment and environment.get("WORLD_SIZE", "1") != "1":
         rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-        shared = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         address, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT")
-        return LauncherJob(rank, size, address, int(port), shared) if address and port else None
+        if not (address and port):
+            return None
+        # torchrun sets this variable if its own process serves a store at the job's address.
+        has_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        return LauncherJob(rank, size, address, int(port), has_store)
     if environment.get("SLURM_NTASKS", "1") != "1" and "SLURM_PROCID" in environment:
         from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
         if SLURMEnvironment.detect():
             cluster = SLURMEnvironment()
             rank, size = int(environment["SLURM_PROCID"]), int(environment["SLURM_NTASKS"])
-            return LauncherJob(rank, size, cluster.main_address, cluster.main_port, False)
+            address, port = cluster.main_address, cluster.main_port
+            return LauncherJob(rank, size, address, port, has_store=False)
     return None
 
 
 def call_on_rank_zero(find_path: Callable[[], str | None] | None) -> str | None:
     """Call `find_path` on rank 0 and return its result on all ranks; without a job, call it here.
 
-    The other ranks wait without a time limit. If `find_path` raises an error on rank 0, they raise
-    the same error.
+    The other ranks wait without a time limit for a JSON object from rank 0: `{"asked": true,
+    "answer": path}`, `{"asked": false}` if its command needs no path, `{"mistake": arguments of a
+    UsageError}` after an error, or `{"interrupted": true}` after Ctrl-C.
 
     Args:
-        find_path: finds the path; None if the command of this rank needs no path. Rank 0 then sends
-            this to ranks that wait for a path.
+        find_path: finds the path; None if the command of this rank needs no path.
 
     Raises:
-        UsageError: as on rank 0, or if the command of rank 0 needs no path.
+        UsageError: on the other ranks, with the text of the error of rank 0 (of any class), or if
+            the command of rank 0 needs no path.
+        KeyboardInterrupt: on all ranks, if Ctrl-C ended the search on rank 0.
     """
     global _num_calls
     launcher_job = detect_job()
     if launcher_job is None:
         return find_path() if find_path else None
-    _num_calls += 1
-    # torchrun keeps its store over restarts; without that store, restart counts of nodes may differ
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if launcher_job.has_store else ""
-    key = f"ravine/checkpoint/{attempt}/{_num_calls}"
+    _num_calls += 1  # the same number on all ranks: they run the same command
+    key = _make_message_key(launcher_job, _num_calls)
     if launcher_job.rank == 0:
         return _call_and_publish(find_path, launcher_job, key)
     if find_path is None:
@@ -101,14 +109,33 @@ def call_on_rank_zero(find_path: Callable[[], str | None] | None) -> str | None:
     return message["answer"]
 
 
+def _make_message_key(launcher_job: LauncherJob, call_number: int) -> str:
+    """Return the key of the store under which rank 0 puts the message of a call."""
+    attempt = ""
+    if launcher_job.has_store:
+        # torchrun's store survives a restart, with the messages of earlier attempts.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    # Rank 0 opens its own store anew at each restart. There the count must not be in the key,
+    # because nodes may count restarts differently.
+    return f"ravine/checkpoint/{attempt}/{call_number}"
+
+
 def _call_and_publish(
     find_path: Callable[[], str | None] | None, launcher_job: LauncherJob, key: str
 ) -> str | None:
+    """On rank 0: return the result of `find_path`, and put it or its error into the store.
+
+    Args:
+        find_path: finds the path; None if the command of rank 0 needs no path.
+        launcher_job: the job whose ranks wait for the message.
+        key: the key of the message in the store.
+    """
     if find_path is None:
         with suppress(RuntimeError, UsageError):  # maybe no rank waits, so a used port is no error
             _open_store(launcher_job).set(key, json.dumps({"asked": False}))
         return None
     store = _open_store(launcher_job)
+    # The first message is sent if `find_path` ends by SystemExit.
     message: dict[str, Any] = {"mistake": {"problem": "rank 0 could not find the checkpoint"}}
     try:
         message = {"asked": True, "answer": find_path()}
@@ -121,13 +148,18 @@ def _call_and_publish(
         raise
     finally:
         store.set(key, json.dumps(message))
-        end = time.monotonic() + CLOSE_TIMEOUT_S
-        while (
-            not launcher_job.has_store and time.monotonic() < end
-        ):  # the store ends with this process
-            if store.add(f"{key}/read", 0) == launcher_job.world_size - 1:
-                break
-            time.sleep(POLL_INTERVAL_S)
+        if not launcher_job.has_store:  # the store ends with this process
+            _wait_for_readers(store, key, num_readers=launcher_job.world_size - 1)
+
+
+def _wait_for_readers(store: Any, key: str, num_readers: int) -> None:
+    """Wait until `num_readers` ranks have read the message, at most CLOSE_TIMEOUT_S seconds."""
+    end = time.monotonic() + CLOSE_TIMEOUT_S
+    while time.monotonic() < end:
+        # Each reader adds 1 to this count; adding 0 returns it.
+        if store.add(f"{key}/read", 0) == num_readers:
+            break
+        time.sleep(POLL_INTERVAL_S)
 
 
 def usage_error_parts(error: Exception) -> dict[str, Any]:
@@ -138,7 +170,13 @@ def usage_error_parts(error: Exception) -> dict[str, Any]:
 
 
 def _open_store(launcher_job: LauncherJob) -> Any:
-    """Return the store of the job; rank 0 opens it if the launcher has none."""
+    """Return the TCPStore of the job; rank 0 opens it if the launcher has none.
+
+    The store is kept in `_open_stores` until the process ends; a second call returns it.
+
+    Raises:
+        UsageError: the store cannot be opened or reached.
+    """
     if _open_stores:
         return _open_stores[0]
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
@@ -150,8 +188,14 @@ def _open_store(launcher_job: LauncherJob) -> Any:
     try:
         if not is_server:
             _wait_until_open(launcher_job.address, port)
-        limit = timedelta(seconds=60)
-        store = TCPStore(launcher_job.address, port, None, is_server, limit, wait_for_workers=False)
+        store = TCPStore(
+            launcher_job.address,
+            port,
+            world_size=None,  # any number of ranks may connect
+            is_master=is_server,
+            timeout=timedelta(seconds=60),
+            wait_for_workers=False,
+        )
     except (OSError, RuntimeError) as error:
         raise UsageError(
             f"the ranks cannot connect to {launcher_job.address}:{port} to agree on a checkpoint:"

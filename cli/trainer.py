@@ -131,14 +131,19 @@ class Trainer(L.Trainer):
         """
         silence_lightning()
         check_counts(kwargs)
-        self._run_name, self.run_dir = name, None
-        self._kept_steps: int | None = None  # steps of the run that goes on in its directory
-        self.changed_arguments: list[str] | None = None  # on a resume; None if not known
-        self._requested_loggers = select_loggers(
-            logger, is_barebones := bool(kwargs.get("barebones"))
-        )
-        self._is_dry_run = is_dry_run = is_barebones or bool(kwargs.get("fast_dev_run"))
-        defaults = {
+        self._run_name = name
+        self.run_dir = None  # created by `log_dir`
+        # Steps done by a run that is resumed in its own directory; None for a new directory.
+        self._kept_steps: int | None = None
+        # On a resume, the arguments that differ from the checkpoint's; None if not known. The
+        # command line sets it.
+        self.changed_arguments: list[str] | None = None
+        is_barebones = bool(kwargs.get("barebones"))
+        is_dry_run = is_barebones or bool(kwargs.get("fast_dev_run"))
+        self._is_dry_run = is_dry_run  # a dry run has no run directory
+        self._requested_loggers = select_loggers(logger, is_barebones)
+        logger_objects = [item for item in self._requested_loggers if isinstance(item, Logger)]
+        default_callbacks = {  # class: whether it is added
             ExactResume: not is_dry_run,
             GracefulStop: not is_dry_run,
             TokenWeightedLoss: True,
@@ -150,11 +155,10 @@ class Trainer(L.Trainer):
         }
         super().__init__(
             precision=resolve_precision(precision, kwargs.get("accelerator", "auto")),
-            logger=[
-                requested for requested in self._requested_loggers if isinstance(requested, Logger)
-            ]
-            or False,
-            callbacks=put_run_checks_first(add_default_callbacks(as_list(callbacks), defaults)),
+            logger=logger_objects or False,  # `log_dir` adds the loggers given by name
+            callbacks=put_run_checks_first(
+                add_default_callbacks(as_list(callbacks), default_callbacks)
+            ),
             plugins=add_atomic_checkpoint_io(as_list(plugins)),
             default_root_dir=default_root_dir,
             num_sanity_val_steps=num_sanity_val_steps,
@@ -165,6 +169,7 @@ class Trainer(L.Trainer):
             **kwargs,  # passed unchanged, so that the parser finds Lightning's arguments
         )
         check_not_spawned(self.strategy)
+        # The number of ranks is known only after `super().__init__`.
         if self.world_size > 1 and not contains_kind(self.callbacks, RankWatchdog):  # type: ignore
             self.callbacks.insert(0, RankWatchdog())  # type: ignore[attr-defined]
         self._install_fast_loop()
@@ -177,20 +182,22 @@ class Trainer(L.Trainer):
         """
         strategy: Any = self.strategy
 
-        def compare() -> None:
+        def compare_configs() -> None:
             if self.world_size > 1 and dist.is_initialized():
                 check_same_config(flat_config)
 
-        if isinstance(strategy, MeshStrategy):  # building its mesh needs collectives
-            strategy.on_process_group_ready = compare
+        if isinstance(strategy, MeshStrategy):
+            # Its `setup_environment` also builds the mesh, by collectives that ranks with different
+            # configs would not match; it calls this attribute before.
+            strategy.on_process_group_ready = compare_configs
             return
         setup_environment = strategy.setup_environment
 
-        def join_and_compare() -> None:
-            setup_environment()
-            compare()
+        def setup_and_compare() -> None:
+            setup_environment()  # initializes the process group
+            compare_configs()
 
-        replace_method(strategy, "setup_environment", join_and_compare)
+        replace_method(strategy, "setup_environment", setup_and_compare)
 
     def _install_fast_loop(self) -> None:
         """Remove overhead from training steps: lightning_compat/fast_loop.py has the figures."""
@@ -210,9 +217,13 @@ class Trainer(L.Trainer):
 
     @property
     def log_dir(self) -> str | None:
-        """Return the run directory; all ranks create it together on the first access in a run."""
+        """Return the run directory, or None without a module and in a dry run.
+
+        The first access in a run is collective: rank 0 creates the directory. Each rank then
+        creates the loggers given by name and sets the folder of checkpoints.
+        """
         if self.run_dir is None and self.lightning_module is not None and not self._is_dry_run:
-            self.run_dir, self._kept_steps = self._broadcast_run_dir()
+            self.run_dir, self._kept_steps = self._create_run_dir_on_rank_zero()
             self.loggers = [
                 self._make_logger(requested, self.run_dir) for requested in self._requested_loggers
             ]
@@ -225,28 +236,27 @@ class Trainer(L.Trainer):
         return self.run_dir
 
     def _record_checkpoint_folders(self, folder: str) -> None:
-        """Write checkpoint folders outside of the run directory to a file, which `last` reads."""
-        callbacks = [c for c in self.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-        run_path = os.path.abspath(folder)
-        checkpoint_paths = [
-            os.path.abspath(str(c.dirpath)) for c in callbacks if "://" not in str(c.dirpath)
-        ]
-        lines = sorted(
-            {
-                checkpoint_path
-                for checkpoint_path in checkpoint_paths
-                if not checkpoint_path.startswith(run_path + os.sep)
-            }
-        )
-        if lines and self.is_global_zero:
-            Path(folder, CHECKPOINT_FOLDERS_FILE).write_text("\n".join(lines), encoding="utf-8")
+        """Write the checkpoint folders outside of the run directory `folder` to a file in it.
 
-    def _broadcast_run_dir(self) -> tuple[str, int | None]:
-        """Return the run directory, and the steps of the run that goes on there, or None.
-
-        Rank 0 creates it; all ranks raise an error if that fails.
+        `--ckpt_path=last` reads this file. Folders on a remote file system are left out.
         """
-        created: tuple[str, int | None] = ("", None)
+        callbacks = [c for c in self.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        local_folders = {
+            os.path.abspath(str(c.dirpath)) for c in callbacks if "://" not in str(c.dirpath)
+        }
+        inside = os.path.abspath(folder) + os.sep
+        outside_folders = sorted(path for path in local_folders if not path.startswith(inside))
+        if outside_folders and self.is_global_zero:
+            text = "\n".join(outside_folders)
+            Path(folder, CHECKPOINT_FOLDERS_FILE).write_text(text, encoding="utf-8")
+
+    def _create_run_dir_on_rank_zero(self) -> tuple[str, int | None]:
+        """Create the run directory on rank 0; return its path and kept steps on all ranks.
+
+        The kept steps are those done by a run that is resumed in its own directory, else None.
+        All ranks raise an error if rank 0 fails.
+        """
+        created: tuple[str, int | None] = ("", None)  # "" means that rank 0 failed
         problem = None
         if self.is_global_zero:
             try:
@@ -254,12 +264,17 @@ class Trainer(L.Trainer):
             except (UsageError, OSError) as error:
                 problem = error
         created = self.strategy.broadcast(created)
-        if created[0]:
+        path, _ = created
+        if path:
             return created
         raise problem or run_dir_error(Path(self.default_root_dir), OSError(0, "rank 0 failed"))
 
     def _create_run_dir(self) -> tuple[str, int | None]:
-        """Create the run directory or choose that of a run that goes on; start its record."""
+        """Create the run directory, or choose that of the resumed run; start its record.
+
+        Returns:
+            The path, and the steps done by the run that is resumed there, or None if it is new.
+        """
         name = self._run_name or type(self.lightning_module).__name__.lower()
         check_run_name(name)
         root = Path(self.default_root_dir)
@@ -273,8 +288,9 @@ class Trainer(L.Trainer):
         if placement.reason and verb == "fit":
             self.print(f"{folder.name} is a new version: {placement.reason}")
         self._start_record(folder, verb, name, placement)
-        step = (placement.origin or {}).get("step") if placement.continued else None
-        return str(folder), step
+        # `origin` holds the path, step and run of the checkpoint that is resumed.
+        kept_steps = (placement.origin or {}).get("step") if placement.continued else None
+        return str(folder), kept_steps
 
     def _start_record(self, folder: Path, verb: str, name: str, placement: Placement) -> None:
         recorder = next((c for c in self.callbacks if isinstance(c, RunRecorder)), None)  # type: ignore
@@ -293,7 +309,7 @@ class Trainer(L.Trainer):
                 return RunCSVLogger(root, name="", version=version, kept_steps=self._kept_steps)
             case "tensorboard":
                 options = {}
-                if self._kept_steps is not None:
+                if self._kept_steps is not None:  # TensorBoard hides rows from this step on
                     options["purge_step"] = self._kept_steps + FIRST_LOGGED_STEP
                 return TensorBoardLogger(
                     root, name="", version=version, default_hp_metric=False, **options
@@ -359,12 +375,8 @@ def add_default_callbacks(callbacks: list[Callback], defaults: dict[type, bool])
 
 def put_run_checks_first(callbacks: list[Callback]) -> list[Callback]:
     """Return the callbacks with RunChecks first, so that its checks run before the others fail."""
-    run_checks = [callback for callback in callbacks if isinstance(callback, RunChecks)] or [
-        RunChecks()
-    ]
-    return run_checks[:1] + [
-        callback for callback in callbacks if not isinstance(callback, RunChecks)
-    ]
+    run_checks = next((c for c in callbacks if isinstance(c, RunChecks)), None) or RunChecks()
+    return [run_checks, *(c for c in callbacks if not isinstance(c, RunChecks))]
 
 
 def as_list(value: Any) -> list[Any]:

@@ -43,7 +43,14 @@ class BaseDataModule(L.LightningDataModule, metaclass=ABCMeta):
         num_samples: int,
         batch_size: int | None = None,
     ) -> ResumableLoader:
-        """Return a training loader for the trainer's ranks; see `ResumableLoader`."""
+        """Return a training loader, which divides each batch over the ranks of the trainer.
+
+        Args:
+            sampler: draws the order of the samples in an epoch.
+            make_batch: makes a batch from a tensor of sample indices.
+            num_samples: samples of an epoch.
+            batch_size: samples of one optimizer step over all ranks; by default `self.batch_size`.
+        """
         trainer: Any = self.trainer
         return ResumableLoader(
             sampler,
@@ -131,12 +138,14 @@ def is_distributed(trainer: Any) -> bool:
 
 
 def exchange_prepared(local_result: PreparationResult | None, trainer: Any) -> Any:
-    """Return the value prepared by local rank 0 of this node, or None.
+    """Return the value prepared by local rank 0 of this node, or None if no rank prepared one.
 
-    Collective: every rank calls it.
+    Collective: every rank calls it. Without a local rank 0 that prepared a value, a node gets the
+    value of another node.
 
     Args:
-        local_result: the result prepared by this process, or None.
+        local_result: the value or the error of the preparation in this process; None on the ranks
+            that prepare nothing.
         trainer: the trainer of this rank.
 
     Raises:
@@ -147,9 +156,9 @@ def exchange_prepared(local_result: PreparationResult | None, trainer: Any) -> A
     group: Any = dist.new_group(backend="gloo")
     try:
         gathered: list[Any] = [None] * dist.get_world_size(group)
-        message = (
-            None if local_result is None else (local_result.value, _describe_error(local_error))
-        )
+        message = None
+        if local_result is not None:
+            message = local_result.value, _describe_error(local_error)
         dist.all_gather_object(gathered, (trainer.node_rank, message), group=group)
     except RuntimeError:  # another rank has ended, for example after Ctrl-C
         if local_error is not None:
@@ -159,12 +168,13 @@ def exchange_prepared(local_result: PreparationResult | None, trainer: Any) -> A
         dist.destroy_process_group(group)
     if local_error is not None:
         raise local_error
-    results = [(node, *result) for node, result in gathered if result is not None]
+    results = [(node, *message) for node, message in gathered if message is not None]
     for _, _, described_error in results:
         if described_error is not None:
             _raise_remote_error(*described_error)
-    node_values = [content for node, content, _ in results if node == trainer.node_rank]
-    return (node_values or [content for _, content, _ in results] or [None])[0]
+    all_values = [value for _, value, _ in results]
+    node_values = [value for node, value, _ in results if node == trainer.node_rank]
+    return next(iter(node_values or all_values), None)
 
 
 class PreparationError(RunError):

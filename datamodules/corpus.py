@@ -71,18 +71,30 @@ def prepare_token_file(
     tokenizer_name: str = "characters",
     special_tokens: SpecialTokenMode = "as_text",
 ) -> TextSummary:
-    """Write the tokens of a text to a file for all processes of a machine; see `build_corpus`.
+    """Write the tokens of a text to a file, which all processes of a machine read.
 
-    A text that is short enough for memory needs no file. If the file cannot be written, each
-    process tokenizes such a text itself.
+    Without a writable cache folder, a text that fits into memory gets no file: each process
+    tokenizes it.
+
+    Args:
+        iter_text: returns an iterator over the chunks of the text.
+        name: name of the text, for errors.
+        max_chars_in_memory: tokens of a longer text stay memory-mapped.
+        tokenizer_name: the tokenizer, see `make_tokenizer`.
+        special_tokens: how the tokenizer's special tokens are read in the text.
+
+    Returns:
+        The summary of the text, with `token_file` set if the file was written.
+
+    Raises:
+        TokenCacheError: the file of a text that is too long for memory cannot be written.
     """
     summary = summarize_text(iter_text, name)
     tokenizer = make_tokenizer(tokenizer_name, summary.characters, special_tokens)
     is_memmap = summary.num_chars > max_chars_in_memory
     try:
-        return summary._replace(
-            token_file=str(write_token_file(tokenizer, iter_text, summary.sha256, is_memmap))
-        )
+        token_file = write_token_file(tokenizer, iter_text, summary.sha256, is_memmap)
+        return summary._replace(token_file=str(token_file))
     except TokenCacheError:
         if is_memmap:
             raise
@@ -99,8 +111,13 @@ def build_corpus(
 ) -> Corpus:
     """Tokenize a text in two passes: first its characters and SHA-256, then its tokens.
 
-    With `prepared_summary`, the result of `prepare_token_file`, the text is not read: the tokens
-    come from that file.
+    Args:
+        iter_text: returns a new iterator over the chunks of the text, for each pass.
+        name: name of the text, for errors.
+        max_chars_in_memory: tokens of a longer text stay memory-mapped.
+        tokenizer_name: the tokenizer, see `make_tokenizer`.
+        special_tokens: how the tokenizer's special tokens are read in the text.
+        prepared_summary: the result of `prepare_token_file`; its token file replaces both passes.
     """
     summary = summarize_text(iter_text, name) if prepared_summary is None else prepared_summary
     tokenizer = make_tokenizer(tokenizer_name, summary.characters, special_tokens)

@@ -87,8 +87,15 @@ def resolve_source(
 ) -> tuple[Path | None, str]:
     """Return the path of a dataset's file, or None for the embedded default and the reason for it.
 
-    `source_name` is the dataset's name, "auto" (embedded only if the dataset is not found), or
-    "embedded".
+    Args:
+        source_name: the dataset's name; "auto", which is embedded only if the dataset is not found;
+            or "embedded", the small data inside of the package.
+        remote_file: the file of the dataset.
+        root: the folder of datasets; by default the variable DATA_ROOT.
+        download_error: the text returned by `download_if_missing`, for the error message.
+
+    Raises:
+        DatasetNotFound: the dataset was requested by its name and is not on disk.
     """
     if source_name not in (remote_file.name, "auto", "embedded"):
         raise UsageError(
@@ -147,7 +154,7 @@ def find_local(remote_file: RemoteFile, root: str | None = None, download_error:
         DatasetNotFound: neither `root` nor the cache folder holds the file.
         UsageError: the file below `root` has another checksum.
     """
-    searched = []
+    searched = []  # the places without the file, for the error
     label, folder = ("root", root) if root else ("DATA_ROOT", os.environ.get("DATA_ROOT"))
     if folder:
         for relative_path in (remote_file.path, *remote_file.alternative_paths):
@@ -178,7 +185,11 @@ def find_local(remote_file: RemoteFile, root: str | None = None, download_error:
 
 
 def download_if_missing(source_name: str, remote_file: RemoteFile, root: str | None = None) -> str:
-    """Download a dataset into the cache if it is missing; return the error as text, or ""."""
+    """Download a dataset into the cache if it is missing; return the error as text, or "".
+
+    Only local rank 0 calls this. The text becomes part of the error that every rank raises if its
+    own search (`find_local`) fails.
+    """
     try:
         if source_name in (remote_file.name, "auto"):
             find_local(remote_file, root)
@@ -251,6 +262,12 @@ def _make_https_opener() -> urllib.request.OpenerDirector:
 
 
 def _download_bytes(remote_file: RemoteFile) -> bytes:
+    """Download the file of a dataset into memory, with a progress bar.
+
+    Raises:
+        DownloadError: far more bytes than the known size arrive, or fewer than the server states.
+        OSError, HTTPException: the connection fails.
+    """
     limit = 2 * remote_file.size  # a server that sends more sends another file
     received = bytearray()
     with (
@@ -270,12 +287,19 @@ def _download_bytes(remote_file: RemoteFile) -> bytes:
 
 
 def _verify_content(content: bytes, remote_file: RemoteFile) -> bytes:
+    """Return the dataset's file from the downloaded bytes, after a check of its SHA-256.
+
+    A member of a zip archive is extracted. A gzip file stays compressed, but the SHA-256 is that of
+    its decompressed content.
+
+    Raises:
+        DownloadError: the archive is damaged, or the SHA-256 differs.
+    """
     if remote_file.zip_member:
         try:
             with zipfile.ZipFile(io.BytesIO(content)).open(remote_file.zip_member) as member:
-                content = member.read(
-                    remote_file.size + 1
-                )  # bounded: a zip bomb may decompress to any size
+                # bounded, because a zip bomb may decompress to any size
+                content = member.read(remote_file.size + 1)
         except (zipfile.BadZipFile, zlib.error, KeyError, RuntimeError) as error:
             raise DownloadError(
                 f"the download is not a zip archive with the file {remote_file.zip_member}: {error}"

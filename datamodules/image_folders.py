@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ravine.errors import MissingFileError, UsageError
 
@@ -102,18 +103,17 @@ def read_image_folder(
     """
     skipped = SkippedFiles(folder)
     subfolder_paths = list_subfolders(folder)
-    _check_not_mixed(
-        folder, subfolder_paths, top_level_images := find_images(folder, skipped, recursive=False)
-    )
+    top_level_images = find_images(folder, skipped, recursive=False)
+    _check_not_mixed(folder, subfolder_paths, top_level_images)
+    files_by_split: dict[str, dict[str, list[Path]]]  # files by class name, for each split
     if split_folders := _find_split_folders(subfolder_paths):
         files_by_split = {
             split: _images_by_class(path, folder.name, skipped)
             for split, path in split_folders.items()
         }
     else:
-        files_by_split = {
-            "all": _images_by_subfolder(subfolder_paths, skipped) or {folder.name: top_level_images}
-        }
+        files_by_class = _images_by_subfolder(subfolder_paths, skipped)
+        files_by_split = {"all": files_by_class or {folder.name: top_level_images}}
     if not any(paths for classes in files_by_split.values() for paths in classes.values()):
         raise MissingFileError(
             f"{folder} has no image{_describe_skipped(skipped)}",
@@ -124,22 +124,14 @@ def read_image_folder(
             "use source='FOLDER' with the folder of the images",
             flag="--data.source=FOLDER",
         )
-    names = tuple(next(iter(files_by_split.values())))
-    for split, classes in files_by_split.items():
-        if tuple(classes) != names and len(files_by_split) > 1:
-            differing_classes = sorted(set(classes) ^ set(names))
-            raise UsageError(
-                f"{folder}: the classes of {split} and {next(iter(files_by_split))} differ: "
-                f"{', '.join(differing_classes[:5])}",
-                ["the same subfolders in each split"],
-                f"give each split the same subfolders, or use source='{split_folders['train']}'",
-                flag=f"--data.source={split_folders['train']}",
-            )
+    if split_folders:
+        _check_same_classes(folder, files_by_split, next(iter(split_folders.values())))
+    class_names = tuple(next(iter(files_by_split.values())))
     reader = ImageReader(mode, resize)
     sets = {}
     for split, classes in files_by_split.items():
         paths = [path for class_files in classes.values() for path in class_files]
-        labels = torch.tensor(
+        labels = torch.tensor(  # the index of its class for each path
             [k for k, class_files in enumerate(classes.values()) for _ in class_files]
         )
         if empty := [name for name, class_files in classes.items() if not class_files]:
@@ -149,17 +141,43 @@ def read_image_folder(
                 "add an image, or remove the subfolder",
             )
         files = tuple(os.path.relpath(path, folder) for path in paths)
-        sets[split] = ImageSet(reader.read_files(paths), labels, names, files)
+        sets[split] = ImageSet(reader.read_files(paths), labels, class_names, files)
     notes = reader.describe_changes()
     if skipped.counts:
         notes.insert(0, f"not read: {skipped.describe()}")
     return FolderContents(sets, notes)
 
 
+def _check_same_classes(
+    folder: Path, files_by_split: dict[str, dict[str, list[Path]]], first_folder: Path
+) -> None:
+    """Raise an error if the splits of a folder have different classes, or another order of them."""
+    first_split, first_classes = next(iter(files_by_split.items()))
+    for split, classes in files_by_split.items():
+        if tuple(classes) != tuple(first_classes):
+            differing_classes = sorted(set(classes) ^ set(first_classes))
+            raise UsageError(
+                f"{folder}: the classes of {split} and {first_split} differ: "
+                f"{', '.join(differing_classes[:5])}",
+                ["the same subfolders in each split"],
+                f"give each split the same subfolders, or use source='{first_folder}'",
+                flag=f"--data.source={first_folder}",
+            )
+
+
 def read_images(
     path: Path, mode: ColorMode, resize: ImageSize | None
 ) -> tuple[ImageSet, list[str]]:
-    """Read one image file or all images below a folder, with labels -1; also return log notes."""
+    """Read one image file or all images below a folder, for prediction.
+
+    Args:
+        path: the file or the folder.
+        mode: color mode, see `read_image_folder`.
+        resize: rows and columns to which every image is scaled and center-cropped; None: unchanged.
+
+    Returns:
+        The images, with label -1 and no class names, and notes for the log.
+    """
     skipped = SkippedFiles(path)
     if path.is_file():
         files, root = [path], path.parent
@@ -182,10 +200,12 @@ def read_images(
     files.sort(key=lambda file: natural_sort_key(str(file)))
     reader = ImageReader(mode, resize)
     names = tuple(os.path.relpath(file, root) for file in files)
-    images = ImageSet(reader.read_files(files), torch.full((len(files),), -1), (), names)
-    return images, (
-        [f"not read: {skipped.describe()}"] if skipped.counts else []
-    ) + reader.describe_changes()
+    labels = torch.full((len(files),), -1)
+    images = ImageSet(reader.read_files(files), labels, class_names=(), files=names)
+    notes = reader.describe_changes()
+    if skipped.counts:
+        notes.insert(0, f"not read: {skipped.describe()}")
+    return images, notes
 
 
 def natural_sort_key(name: str) -> tuple[Any, ...]:
@@ -201,7 +221,10 @@ def list_subfolders(folder: Path) -> list[Path]:
 
 
 def find_images(folder: Path, skipped: SkippedFiles, recursive: bool = True) -> list[Path]:
-    """List the image files of a folder, also below it if `recursive`; folder links are followed."""
+    """List the image files of a folder, also below it if `recursive`; folder links are followed.
+
+    Other files are counted in `skipped`; hidden ones are not.
+    """
     images, pending, visited = [], [str(folder)], set()
     while pending:
         current = pending.pop()
@@ -216,12 +239,12 @@ def find_images(folder: Path, skipped: SkippedFiles, recursive: bool = True) -> 
                 match _entry_type(entry):
                     case "folder":
                         pending += [entry.path] if recursive else []
-                    case "file" if (end := Path(entry.name).suffix.lower()) in IMAGE_SUFFIXES:
+                    case "file" if (suffix := Path(entry.name).suffix.lower()) in IMAGE_SUFFIXES:
                         images.append(Path(entry.path))
                     case "file":
-                        skipped.add(printable(end) or "without a suffix", entry.path)
-                    case kind:
-                        skipped.add(kind, entry.path)
+                        skipped.add(printable(suffix) or "without a suffix", entry.path)
+                    case other_type:  # a broken link, a pipe, ...
+                        skipped.add(other_type, entry.path)
     return sorted(images)
 
 
@@ -295,7 +318,10 @@ def _describe_skipped(skipped: SkippedFiles) -> str:
 def find_idx_files(source: Path) -> IdxFiles | None:
     """Find the idx files of a path: a folder, a folder with a subfolder raw, or FOLDER/PREFIX.
 
-    Returns None if there are none.
+    PREFIX is the start of the file names of one dataset, if the folder holds several.
+
+    Returns:
+        The paths by (split, "images" or "labels"), or None if there are none.
 
     Raises:
         UsageError: a folder holds several datasets.
@@ -304,20 +330,23 @@ def find_idx_files(source: Path) -> IdxFiles | None:
         source = source.parent / (match["set"] or "")
     folders = [source, source / "raw"] if source.is_dir() else [source.parent]
     for folder in folders:
-        sets = _group_by_set(folder)
+        files_by_prefix = _group_by_set(folder)
         if not source.is_dir():
-            sets = {name: files for name, files in sets.items() if name == source.name}
-        if len(sets) > 1:
-            names = ", ".join(name or "without a prefix" for name in sorted(sets))
-            first = folder / next(name for name in sorted(sets) if name)
+            files_by_prefix = {
+                prefix: files for prefix, files in files_by_prefix.items() if prefix == source.name
+            }
+        if len(files_by_prefix) > 1:
+            prefixes = sorted(files_by_prefix)
+            names = ", ".join(prefix or "without a prefix" for prefix in prefixes)
+            first = folder / next(prefix for prefix in prefixes if prefix)
             raise UsageError(
                 f"{folder} holds several idx datasets: {names}",
                 ["one dataset"],
                 f"use source={str(first)!r}",
                 flag=f"--data.source={first}",
             )
-        if sets:
-            return next(iter(sets.values()))
+        if files_by_prefix:
+            return next(iter(files_by_prefix.values()))
     return None
 
 
@@ -337,23 +366,16 @@ def _group_by_set(folder: Path) -> dict[str, IdxFiles]:
 def read_idx_files(files: IdxFiles) -> tuple[dict[str, ImageSet], list[str]]:
     """Read a custom idx dataset by split (train, val, test); also return notes for the log.
 
-    The classes are the label values that occur. Without label files all images are of one class.
+    Without label files all images are of one class, named as their folder.
+
+    Args:
+        files: the paths by (split, "images" or "labels"); only the training images are required.
+
+    Raises:
+        UsageError: files are missing or damaged, or the splits differ in shape.
     """
     splits = [split for split in ("train", "val", "test") if (split, "images") in files]
-    if unpaired := [str(path) for (split, _), path in files.items() if split not in splits]:
-        raise UsageError(
-            f"{unpaired[0]} has no file of images in its folder",
-            ["a file of images for each file of labels"],
-            "put both files into one folder",
-        )
-    if "train" not in splits:
-        path = next(iter(files.values()))
-        raise UsageError(
-            f"{path.parent} has no training images",
-            ["train-images-idx3-ubyte, gzipped or not"],
-            "add the file, or use source='FOLDER'",
-            flag="--data.source=FOLDER",
-        )
+    _check_idx_splits(files, splits)
     images = {split: read_idx_images(files[split, "images"]) for split in splits}
     labelled_splits = [split for split in splits if (split, "labels") in files]
     if labelled_splits and labelled_splits != splits:
@@ -370,23 +392,60 @@ def read_idx_files(files: IdxFiles) -> tuple[dict[str, ImageSet], list[str]]:
             ["one shape for all splits"],
             "convert the images to one shape",
         )
-    if not labelled_splits:
-        name = files["train", "images"].parent.name
-        return {
-            split: ImageSet(array, torch.zeros(len(array), dtype=torch.int64), (name,))
-            for split, array in images.items()
-        }, []
-    labels = {split: read_idx(files[split, "labels"], 1) for split in splits}
-    for split in splits:
+    if labelled_splits:
+        return _add_idx_labels(files, images)
+    name = files["train", "images"].parent.name
+    return {
+        split: ImageSet(array, torch.zeros(len(array), dtype=torch.int64), (name,))
+        for split, array in images.items()
+    }, []
+
+
+def _check_idx_splits(files: IdxFiles, splits: list[str]) -> None:
+    """Raise an error for labels without images, or if there are no training images.
+
+    Args:
+        files: the paths by (split, "images" or "labels").
+        splits: the splits with images.
+    """
+    if unpaired := [str(path) for (split, _), path in files.items() if split not in splits]:
+        raise UsageError(
+            f"{unpaired[0]} has no file of images in its folder",
+            ["a file of images for each file of labels"],
+            "put both files into one folder",
+        )
+    if "train" not in splits:
+        path = next(iter(files.values()))
+        raise UsageError(
+            f"{path.parent} has no training images",
+            ["train-images-idx3-ubyte, gzipped or not"],
+            "add the file, or use source='FOLDER'",
+            flag="--data.source=FOLDER",
+        )
+
+
+def _add_idx_labels(
+    files: IdxFiles, images: dict[str, Tensor]
+) -> tuple[dict[str, ImageSet], list[str]]:
+    """Read the label files of all splits; return the labeled images by split, and log notes.
+
+    The classes are the label values (0 to 255) that occur in any split, in ascending order.
+
+    Args:
+        files: the paths by (split, "images" or "labels").
+        images: the images by split.
+    """
+    labels = {split: read_idx(files[split, "labels"], 1) for split in images}  # uint8 (n)
+    for split in images:
         image_set = ImageSet(images[split], labels[split], ())
         image_set.check_counts(str(files[split, "images"]))
-    counts = torch.stack(
+    counts = torch.stack(  # (split 256)
         [torch.bincount(split_labels, minlength=256) for split_labels in labels.values()]
     )
-    used_labels = counts.sum(0).nonzero()[:, 0].to(torch.uint8)
+    used_labels = counts.sum(0).nonzero()[:, 0].to(torch.uint8)  # (num_classes)
     names = tuple(str(label) for label in used_labels.tolist())
     sets, notes = {}, []
-    for split in splits:
+    for split in images:
         class_indices = torch.searchsorted(used_labels, labels[split])
         image_set = ImageSet(images[split], class_indices, names)
         if split == "train":

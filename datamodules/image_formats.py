@@ -67,24 +67,33 @@ def read_idx(path: Path, *allowed_dims: int) -> Tensor:
 
 
 def _parse_idx(file: gzip.GzipFile | object, path: Path, is_gzipped: bool) -> Tensor:
+    """Read the header and the bytes of an open idx file; return a uint8 tensor.
+
+    The header: two zero bytes, the element type, the number of dimensions, and each dimension as
+    four bytes, the highest first. Its sizes are checked before memory is allocated.
+
+    Args:
+        file: the open file, decompressed while it is read.
+        path: its path, for the size and for errors.
+        is_gzipped: whether the file on disk is compressed.
+    """
     read_bytes, readinto = file.read, file.readinto  # type: ignore[attr-defined]
     header = read_bytes(4)
-    sizes = [
-        int.from_bytes(read_bytes(4), "big") for _ in range(header[3] if len(header) == 4 else 0)
-    ]
+    num_dimensions = header[3] if len(header) == 4 else 0
+    sizes = [int.from_bytes(read_bytes(4), "big") for _ in range(num_dimensions)]
     if header[:2] != b"\0\0" or not sizes or header[2] not in ELEMENT_TYPES:
         raise UsageError(
             f"{path} is not an idx file of bytes: it begins with {header.hex(' ') or 'no byte'}",
             ["00 00 08 and the number of dimensions"],
             "download the file again",
         )
-    if header[2] != 8:
+    if header[2] != 8:  # 8: unsigned bytes
         raise UsageError(
             f"{path} holds {ELEMENT_TYPES[header[2]]}",
             ["an idx file of bytes from 0 to 255, which begins with 00 00 08"],
             "convert the file to bytes",
         )
-    start, length = 4 + 4 * len(sizes), math.prod(sizes)
+    start, length = 4 + 4 * len(sizes), math.prod(sizes)  # bytes of the header, and after it
     dimensions, size = " x ".join(map(str, sizes)), path.stat().st_size
     if is_gzipped and length > 4 * size + GZIP_ALLOWANCE:
         raise UsageError(
@@ -191,17 +200,19 @@ class ImageReader:
         self.num_rotated = 0
 
     def read_files(self, paths: list[Path]) -> Tensor:
-        """Read the image files into one tensor, uint8 (n c y x)."""
+        """Read the image files into one tensor, uint8 (n c y x).
+
+        Raises:
+            UsageError: a file cannot be read, or differs in size or mode from the first image that
+                this reader has read (in any call).
+        """
         images = torch.empty(0, dtype=torch.uint8)
         for number, path in enumerate(paths):
             pixels, image_format = self._read_file(path)  # (y x) or (y x c)
             if self.first_image is None:
                 self.first_image = path, image_format
             first_path, expected_format = self.first_image
-            if (image_format.mode, image_format.size) != (
-                expected_format.mode,
-                expected_format.size,
-            ):
+            if image_format != expected_format:
                 hint, flag = self._suggest_conversion(image_format, expected_format)
                 raise UsageError(
                     f"{path} is {image_format}, but {first_path} is {expected_format}",
@@ -209,7 +220,7 @@ class ImageReader:
                     hint,
                     flag=flag,
                 )
-            if not number:
+            if number == 0:
                 images = allocate_images(len(paths), image_format)
             destination = images[number].permute(1, 2, 0).numpy()  # (y x c), a view of `images`
             destination[...] = pixels.reshape(destination.shape)
@@ -264,6 +275,21 @@ class ImageReader:
             ) from None
 
     def _decode(self, file: Any, path: Path) -> tuple[Any, ImageFormat]:
+        """Decode, rotate, convert and resize one image.
+
+        Images that are changed or read in part are counted in `self`, for the log.
+
+        Args:
+            file: the open file.
+            path: its path; only its name is used, for the log.
+
+        Returns:
+            The pixels, uint8 (y x) or (y x 3), and their format.
+
+        Raises:
+            UnsupportedImageError: an unknown format, too many pixels, or a mode that `self.mode`
+                excludes.
+        """
         from PIL import Image, ImageOps, UnidentifiedImageError
 
         try:
@@ -282,17 +308,20 @@ class ImageReader:
                 [f"at most {MAX_PIXELS:,} pixels per image"],
                 "reduce the size of the image",
             )
-        if getattr(picture, "is_animated", False) and picture.format != "MPO":  # photo, preview
+        # A file of format MPO, of some cameras, holds a photo and its preview: the photo is read.
+        if getattr(picture, "is_animated", False) and picture.format != "MPO":
             self.multi_frame_files.append(printable(path.name))
         is_16_bit = picture.format in ("PNG", "TIFF") and "16" in _raw_mode(picture)
         picture.load()
         with suppress(Exception):  # an unreadable EXIF block counts as no orientation
-            orientation = picture.getexif().get(0x0112, 1)
+            orientation = picture.getexif().get(0x0112, 1)  # EXIF tag; 1 is upright
             ImageOps.exif_transpose(picture, in_place=True)
             self.num_rotated += orientation in range(2, 9)
-        image_format = ImageFormat(picture.mode, picture.size, f"{', 16-bit' if is_16_bit else ''}"
-                    f"{', transparent' if picture.has_transparency_data else ''}")  # fmt: skip
-        picture = convert_mode(picture, self.mode, image_format)
+        note = ", 16-bit" if is_16_bit else ""
+        if picture.has_transparency_data:
+            note += ", transparent"
+        stored_format = ImageFormat(picture.mode, picture.size, note)
+        picture = convert_mode(picture, self.mode, stored_format)
         if self.resize:
             rows, columns = self.resize
             picture = ImageOps.fit(picture, (columns, rows), Image.Resampling.LANCZOS)
@@ -310,7 +339,17 @@ class UnsupportedImageError(UsageError):
 
 
 def convert_mode(picture: Any, mode: ColorMode, image_format: ImageFormat) -> Any:
-    """Convert a loaded image to mode L or RGB; with `auto` only if no pixel value changes."""
+    """Convert a loaded image to mode L or RGB; with `auto` only if no pixel value changes.
+
+    Args:
+        picture: a loaded `PIL.Image.Image`.
+        mode: `gray` converts to L, `rgb` to RGB; transparent pixels are blended with white, and 16
+            bits become the upper 8.
+        image_format: the stored mode; its note is set for 16 bits or transparency.
+
+    Raises:
+        UnsupportedImageError: with `auto` a conversion would change values; else 32-bit pixels.
+    """
     from PIL import Image
 
     target = {"gray": "L", "rgb": "RGB"}.get(mode)
@@ -324,13 +363,13 @@ def convert_mode(picture: Any, mode: ColorMode, image_format: ImageFormat) -> An
                 flag="--data.mode=rgb, or --data.mode=gray",
             )
         return picture if picture.mode == lossless_mode else picture.convert(lossless_mode)
-    if picture.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N"):
+    if picture.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N"):  # integers of 16 or 32 bits
         values = numpy.array(picture)
         if values.size and not 0 <= values.min() <= values.max() < 2**16:
             raise UnsupportedImageError(
                 "has pixels of 32 bits", ["8 bits", "16 bits"], "convert the image"
             )
-        key = picture.info.get("transparency")
+        key = picture.info.get("transparency")  # the gray value that means transparent
         is_transparent = values == key if isinstance(key, int) else None
         values_8bit = (values >> 8).astype(numpy.uint8)
         if is_transparent is not None:

@@ -90,17 +90,18 @@ def parse_class_indices(
     Raises:
         UsageError: a word is neither a class name nor an index.
     """
-    entries = (
-        (classes if classes in class_names else classes.split(","))
-        if isinstance(classes, str)
-        else classes
-    )
-    entries = [entries] if isinstance(entries, str) else [str(entry).strip() for entry in entries]
+    if isinstance(classes, str) and classes in class_names:
+        entries = [classes]  # the name of a class may contain a comma
+    else:
+        words = classes.split(",") if isinstance(classes, str) else classes
+        entries = [str(word).strip() for word in words]
     index_by_name = {name: number for number, name in enumerate(class_names)}
-    name, suggested = flag.lstrip("-").rpartition(".")[2], f"0-{len(class_names) - 1}"
-    allowed = [describe_classes(class_names)]
-    hint, suggestion = f"use {name}={suggested!r}", f"{flag}={suggested}"
+    # for the errors: the argument's name, its value, and one that is valid
+    argument = flag.lstrip("-").rpartition(".")[2]
     classes_text = classes if isinstance(classes, str) else ",".join(entries)
+    all_classes = f"0-{len(class_names) - 1}"
+    allowed = [describe_classes(class_names)]
+    hint, suggested_flag = f"use {argument}={all_classes!r}", f"{flag}={all_classes}"
     indices: list[int] = []
     for entry in entries:
         if entry in index_by_name:
@@ -108,18 +109,24 @@ def parse_class_indices(
             continue
         first, _, last = entry.partition("-")
         bounds = first.strip(), (last or first).strip()
-        if not all(end.isascii() and end.isdecimal() and len(end) < 20 for end in bounds):
-            raise UsageError(f"{entry!r} is not a class", allowed, hint, flag=suggestion)
-        is_named = all(end in index_by_name for end in bounds)
-        begin, end = (index_by_name[end] for end in bounds) if is_named else map(int, bounds)
+        # fewer than 20 digits: Python refuses to convert very long numbers
+        if not all(bound.isascii() and bound.isdecimal() and len(bound) < 20 for bound in bounds):
+            raise UsageError(f"{entry!r} is not a class", allowed, hint, flag=suggested_flag)
+        if all(bound in index_by_name for bound in bounds):
+            begin, end = (index_by_name[bound] for bound in bounds)
+        else:
+            begin, end = map(int, bounds)
         if not begin <= end < len(class_names):
             raise UsageError(
-                f"{name}={classes_text!r} is not in the classes", allowed, hint, flag=suggestion
+                f"{argument}={classes_text!r} is not in the classes",
+                allowed,
+                hint,
+                flag=suggested_flag,
             )
         indices += range(begin, end + 1)
     if not indices:
         raise UsageError(
-            f"{name}={classes_text!r} selects no class", allowed, hint, flag=suggestion
+            f"{argument}={classes_text!r} selects no class", allowed, hint, flag=suggested_flag
         )
     return indices
 

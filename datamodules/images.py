@@ -60,27 +60,6 @@ class ImageDataModule(BaseDataModule):
 
     After `setup` the attributes `num_classes`, `class_names`, `channels` and `image_size` (y, x)
     are set.
-
-    Args:
-        source: digits (scikit-learn's, 8x8, needs no file), mnist, fashion, cifar10, or a custom
-            folder: FOLDER/<class>/* of image files, the same in FOLDER/train and FOLDER/test,
-            FOLDER/* of one class, or idx files as MNIST's.
-        batch_size: images of one optimizer step, over all ranks and accumulated batches.
-        root: the folder of datasets; by default the variable DATA_ROOT.
-        flip: horizontal flip of random images, drawn per epoch with probability 1/2; by default
-            only for cifar10.
-        val_fraction: fraction of each training class held out for validation; 0 for no validation.
-        test_fraction: fraction of each class held out for test, if the source has no test split.
-        seed: seed of the order; by default that of seed_everything. The splits do not depend on it:
-            a later `test` with another seed must not use training images.
-        classes: indices or names of the classes to use; by default all. Their indices stay the
-            same.
-        mode: color mode for folders: `auto` takes 8-bit gray or RGB as stored and rejects a
-            mixture; `gray` and `rgb` convert, transparent pixels become white.
-        resize: rows and columns, or one number for both; each image of a folder is scaled and
-            center-cropped to it. By default all images must have one size.
-        predict_path: image file, or folder with images at any depth, for `predict`; by default the
-            test split is predicted.
     """
 
     def __init__(
@@ -97,7 +76,31 @@ class ImageDataModule(BaseDataModule):
         resize: int | tuple[int, int] | None = None,
         predict_path: str | Path | None = None,
     ) -> None:
-        """Check the arguments; files are read in `setup`."""
+        """Check the arguments; files are read in `setup`.
+
+        Args:
+            source: digits (scikit-learn's, 8x8, needs no file), mnist, fashion, cifar10, or a
+                custom folder: FOLDER/<class>/* of image files, the same in FOLDER/train and
+                FOLDER/test, FOLDER/* of one class, or idx files as MNIST's.
+            batch_size: images of one optimizer step, over all ranks and accumulated batches.
+            root: the folder of datasets; by default the variable DATA_ROOT.
+            flip: horizontal flip of random images, drawn per epoch with probability 1/2; by default
+                only for cifar10.
+            val_fraction: fraction of each training class held out for validation; 0 for no
+                validation.
+            test_fraction: fraction of each class held out for test, if the source has no test
+                split.
+            seed: seed of the order; by default that of seed_everything. The splits do not depend on
+                it: a later `test` with another seed must not use training images.
+            classes: indices or names of the classes to use; by default all. Their indices stay the
+                same.
+            mode: color mode for folders: `auto` takes 8-bit gray or RGB as stored and rejects a
+                mixture; `gray` and `rgb` convert, transparent pixels become white.
+            resize: rows and columns, or one number for both; each image of a folder is scaled and
+                center-cropped to it. By default all images must have one size.
+            predict_path: image file, or folder with images at any depth, for `predict`; by default
+                the test split is predicted.
+        """
         super().__init__()
         check_positive("batch_size", batch_size)
         check_fraction("val_fraction", val_fraction, can_be_zero=True)
@@ -135,11 +138,12 @@ class ImageDataModule(BaseDataModule):
                 "remove mode and resize, or use source='FOLDER'",
                 flag="--data.source=FOLDER",
             )
+        # set by `setup`
         self.num_classes, self.channels, self.image_size = 0, 0, (0, 0)
         self.class_names: tuple[str, ...] = ()
         self._splits: dict[str, ImageSet] = {}
         self._predict_set: ImageSet | None = None  # images to predict, with labels -1
-        self._download_errors: dict[str, str] = {}
+        self._download_errors: dict[str, str] = {}  # by path of the dataset's file
 
     def prepare_data(self) -> None:
         """Download missing files; Lightning calls this on local rank 0 only."""
@@ -156,6 +160,10 @@ class ImageDataModule(BaseDataModule):
             self.skip_validation()
 
     def _load_splits(self) -> None:
+        """Read the images, split off test and val if the source lacks them, and log the result.
+
+        Sets the splits, the classes, the shape of the images and `provenance`.
+        """
         loaded_splits, file, notes = self._load_source()
         train = loaded_splits["train"]
         if "test" not in loaded_splits:
@@ -192,7 +200,12 @@ class ImageDataModule(BaseDataModule):
             log_once(f"data: {note}", is_warning=True)
 
     def _load_source(self) -> tuple[dict[str, ImageSet], str, list[str]]:
-        """Return the images by split (train; val and test if the source has them), file, notes."""
+        """Read the images of `self.source`: a named dataset, idx files, or a folder of images.
+
+        Returns:
+            The images by split (train; val and test if the source has them), the path of the data
+            ("" for the digits of scikit-learn), and notes for the log.
+        """
         if self.source == "digits":
             return {"train": read_digits()}, "", []
         if self.source in IMAGE_DATASETS:
@@ -266,18 +279,19 @@ class ImageDataModule(BaseDataModule):
         """Return a loader that shuffles each epoch and skips its incomplete last batch."""
         images, labels = self._move_split_to_device("train")
         seed = resolve_seed(self.seed)
-        is_flipped: dict[int, Tensor] = {}  # flip masks by epoch
+        mask_by_epoch: dict[int, Tensor] = {}  # of the current epoch only: bool (n), True: flipped
 
         def make_batch(items: Tensor) -> tuple[Tensor, Tensor]:
             batch = to_float(images[items])  # (b c y x)
             if self.flip:
-                if loader.epoch not in is_flipped:
+                if loader.epoch not in mask_by_epoch:
+                    # one draw for all samples, so that it does not depend on the batches
                     g = seeded_generator(seed, "flip", loader.epoch)
-                    flips = torch.randint(2, (len(labels),), generator=g).bool()
-                    is_flipped.clear()
-                    is_flipped[loader.epoch] = flips.to(images.device)
-                flip_mask = is_flipped[loader.epoch][items][:, None, None, None]
-                batch = torch.where(flip_mask, batch.flip(-1), batch)
+                    mask = torch.randint(2, (len(labels),), generator=g).bool()
+                    mask_by_epoch.clear()
+                    mask_by_epoch[loader.epoch] = mask.to(images.device)
+                batch_mask = mask_by_epoch[loader.epoch][items][:, None, None, None]  # (b 1 1 1)
+                batch = torch.where(batch_mask, batch.flip(-1), batch)
             return batch, labels[items]
 
         sampler = EpochSampler(seed, len(labels), device=images.device)
@@ -295,11 +309,8 @@ class ImageDataModule(BaseDataModule):
     def predict_dataloader(self) -> EvalLoader:
         """Return a loader of `predict_path` or the test split: (images, labels, file names (b))."""
         if self._predict_set is not None:
-            images, labels, files = (
-                self._predict_set.images,
-                self._predict_set.labels,
-                self._predict_set.files,
-            )
+            images, labels = self._predict_set.images, self._predict_set.labels
+            files = self._predict_set.files
         else:
             images, labels = self._move_split_to_device("test")
             files = self._splits["test"].files or tuple(f"test {i}" for i in range(len(labels)))
@@ -347,6 +358,14 @@ def stratified_split(images: ImageSet, fraction: float, split: str) -> tuple[Ima
     """Split off the same fraction of each class; return the remaining and the selected images.
 
     The draw uses a fixed seed, so it is the same in every run.
+
+    Args:
+        images: the labeled images.
+        fraction: the fraction of each class to select, at least one image; 0 selects none.
+        split: name of the selected split (val or test), which also enters the seed.
+
+    Raises:
+        UsageError: no image of a class would remain.
     """
     is_selected = torch.zeros(len(images.labels), dtype=torch.bool)
     for class_index, name in enumerate(images.class_names):

@@ -92,21 +92,6 @@ class InstructionDataModule(BaseDataModule):
 
     An answer ends with the tokenizer's end-of-text token, if it has one, so that a model learns to
     stop.
-
-    Args:
-        path: a file of JSON objects, one per line (.jsonl, .ndjson) or in a list (.json), or a
-            folder of such files.
-        prompt_field: the field with the prompt, which gets no loss.
-        answer_field: the field with the answer, which is learned.
-        tokenizer: characters, bytes, gpt2 or a file, as in TextDataModule; use the tokenizer of the
-            model that is fine-tuned.
-        context_length: maximum t; a longer example is truncated at its end, and the log gives the
-            number of truncated examples.
-        batch_size: examples of one optimizer step, over all ranks and accumulated batches.
-        val_fraction: fraction of the examples, drawn by the seed, held out for validation and test.
-        seed: seed of the split and the order; by default that of seed_everything.
-        special_tokens: how the tokenizer's special tokens are read in a text: as_text, as ordinary
-            text; allow, as one token each; or error, as an error.
     """
 
     def __init__(
@@ -121,7 +106,24 @@ class InstructionDataModule(BaseDataModule):
         seed: int | None = None,
         special_tokens: SpecialTokenMode = "as_text",
     ) -> None:
-        """Check the arguments; the file is read in `setup`."""
+        """Check the arguments; the file is read in `setup`.
+
+        Args:
+            path: a file of JSON objects, one per line (.jsonl, .ndjson) or in a list (.json), or a
+                folder of such files.
+            prompt_field: the field with the prompt, which gets no loss.
+            answer_field: the field with the answer, which is learned.
+            tokenizer: characters, bytes, gpt2 or a file, as in TextDataModule; use the tokenizer of
+                the model that is fine-tuned.
+            context_length: maximum t; a longer example is truncated at its end, and the log gives
+                the number of truncated examples.
+            batch_size: examples of one optimizer step, over all ranks and accumulated batches.
+            val_fraction: fraction of the examples, drawn by the seed, held out for validation and
+                test.
+            seed: seed of the split and the order; by default that of seed_everything.
+            special_tokens: how the tokenizer's special tokens are read in a text: as_text, as
+                ordinary text; allow, as one token each; or error, as an error.
+        """
         super().__init__()
         check_positive("context_length", context_length)
         check_positive("batch_size", batch_size)

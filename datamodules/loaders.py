@@ -25,14 +25,6 @@ from .samplers import EpochSampler
 class ResumableLoader:
     """Resumable training loader: yields the micro-batches of one epoch, from any saved position.
 
-    Args:
-        epoch_sampler: maps (epoch, first, last) to item indices.
-        make_batch: makes a batch from item indices.
-        num_samples: samples of an epoch; the incomplete last batch is dropped.
-        batch_size: samples of one optimizer step, over all ranks and accumulated batches.
-        data_parallel: data-parallel rank and size, and the number of accumulated batches.
-        repeat_first_epoch: whether every epoch repeats the first one, for overfit_batches.
-
     The trainer calls `set_epoch` through `sampler`, as for torch's DistributedSampler.
     """
 
@@ -47,25 +39,29 @@ class ResumableLoader:
         data_parallel: DataParallelInfo = DataParallelInfo(),  # noqa: B008 - immutable
         repeat_first_epoch: bool = False,
     ) -> None:
-        """Store the options and check that the batch divides over ranks and accumulated batches."""
+        """Store the options and check that the batch divides over ranks and accumulated batches.
+
+        Args:
+            epoch_sampler: maps (epoch, first, last) to item indices.
+            make_batch: makes a batch from item indices.
+            num_samples: samples of an epoch; the incomplete last batch is dropped.
+            batch_size: samples of one optimizer step, over all ranks and accumulated batches.
+            data_parallel: data-parallel rank and size, and the number of accumulated batches.
+            repeat_first_epoch: whether every epoch repeats the first one, for overfit_batches.
+        """
         check_divisible(batch_size, num_samples, data_parallel)
-        self.epoch_sampler, self.make_batch, self.batch_size, self.data_parallel = (
-            epoch_sampler,
-            make_batch,
-            batch_size,
-            data_parallel,
-        )
+        self.epoch_sampler, self.make_batch = epoch_sampler, make_batch
+        self.batch_size, self.data_parallel = batch_size, data_parallel
         self.num_samples = num_samples // batch_size * batch_size
         # Lightning's BatchSizeFinder doubles the batch size while it is below this length
         self.dataset = range(num_samples // 2 + 1)
         self.epoch, self.num_consumed = 0, 0  # the position: samples of the epoch yielded so far
-        self._trainer_epoch, self._epoch_offset = (
-            0,
-            0,
-        )  # the trainer's epoch number, and the loader's epoch minus that
-        self._resume_state: dict[str, int] | None = None
+        self._trainer_epoch = 0  # the trainer's epoch number, given to `set_epoch`
+        self._epoch_offset = 0  # the loader's epoch minus the trainer's
+        self._resume_state: dict[str, int] | None = None  # loaded, until the next iteration
         self.repeat_first_epoch = repeat_first_epoch
-        # with overfit_batches Lightning warns about a `sampler` whose shuffling it cannot disable
+        # Lightning calls `set_epoch` of `sampler` and of `batch_sampler`. With overfit_batches it
+        # warns about a `sampler` whose shuffling it cannot disable, but not about the other.
         setattr(self, "batch_sampler" if repeat_first_epoch else "sampler", _EpochSetter(self))
 
     def __len__(self) -> int:
@@ -91,9 +87,8 @@ class ResumableLoader:
         local_batch_size = micro_batch_size // size
         while self.num_consumed < self.num_samples:
             first = self.num_consumed + rank * local_batch_size
-            self.num_consumed += (
-                micro_batch_size  # before the yield: a yielded batch counts as consumed
-            )
+            # before the yield: a yielded batch counts as consumed
+            self.num_consumed += micro_batch_size
             yield self.make_batch(self.epoch_sampler(self.epoch, first, first + local_batch_size))
 
     def _restore_position(self) -> None:
@@ -141,7 +136,11 @@ class ResumableLoader:
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Resume the next iteration at the saved position."""
+        """Resume the next iteration at the position that `state_dict` returned.
+
+        Raises:
+            UsageError: `state` has other keys or types.
+        """
         keys = ("epoch", "num_consumed", "trainer_epoch")
         if not isinstance(state, dict) or any(type(state.get(key)) is not int for key in keys):
             raise UsageError(
@@ -150,11 +149,8 @@ class ResumableLoader:
                 "pass another checkpoint to trainer.fit(ckpt_path=...)",
                 flag="--ckpt_path=FILE",
             )
-        self.epoch, self.num_consumed, self._trainer_epoch = (
-            state["epoch"],
-            state["num_consumed"],
-            state["trainer_epoch"],
-        )
+        self.epoch, self.num_consumed = state["epoch"], state["num_consumed"]
+        self._trainer_epoch = state["trainer_epoch"]
         self._resume_state = state
 
 
@@ -180,7 +176,17 @@ class EvalLoader:
         batch_size: int,
         data_parallel: DataParallelInfo = DataParallelInfo(),  # noqa: B008 - immutable
     ) -> None:
-        """Split the samples into batches of about `batch_size` over all ranks."""
+        """Split the samples into batches of about `batch_size` over all ranks.
+
+        Args:
+            make_batch: makes a batch from a tensor of sample indices.
+            num_samples: samples of the split.
+            batch_size: samples of one batch over all ranks.
+            data_parallel: data-parallel rank and size.
+
+        Raises:
+            UsageError: there are more ranks than samples.
+        """
         if num_samples < data_parallel.dp_size:
             raise UsageError(
                 f"{num_samples} samples cannot be evaluated on {data_parallel.dp_size} ranks: "
@@ -221,7 +227,13 @@ def check_positive(name: str, value: int) -> None:
 
 
 def check_divisible(batch_size: int, num_samples: int, data_parallel: DataParallelInfo) -> None:
-    """Raise an error if the global batch exceeds the samples or does not divide over the ranks."""
+    """Raise an error if the global batch exceeds the samples or does not divide over the ranks.
+
+    Args:
+        batch_size: samples of one optimizer step, over all ranks and accumulated batches.
+        num_samples: samples of an epoch.
+        data_parallel: data-parallel size, and the number of accumulated batches.
+    """
     check_positive("batch_size", batch_size)
     if batch_size > num_samples:
         raise UsageError(

@@ -35,21 +35,8 @@ class PromptBatch(NamedTuple):
 class PromptDataModule(BaseDataModule):
     """Batches of prompts for reinforcement learning.
 
-        data = PromptDataModule("plays.txt", prompt_length=256, batch_size=64)
-        data = PromptDataModule("questions.jsonl", corpus_path="plays.txt")
-
-    Args:
-        path: a text file; or a .jsonl, .ndjson or .json file of objects like {"prompt": "Q: ",
-            "answer": "A"}, or a folder of such files; by default `source` is used.
-        source: a text by its name, embedded or auto, as in `TextDataModule`.
-        root: the folder of datasets; by default the variable DATA_ROOT.
-        corpus_path: reference text for rewards; by default the text of the snippets.
-        prompt_length: characters per snippet.
-        batch_size: prompts of one optimizer step, over all ranks and accumulated batches.
-        val_fraction: fraction at the end of the text or file that is held out from training.
-        num_val_prompts: prompts per validation, always the same, spaced evenly over the held-out
-            part; rounded down to a multiple of the number of ranks.
-        seed: seed of the order; by default that of seed_everything.
+    data = PromptDataModule("plays.txt", prompt_length=256, batch_size=64)
+    data = PromptDataModule("questions.jsonl", corpus_path="plays.txt")
     """
 
     def __init__(
@@ -64,7 +51,21 @@ class PromptDataModule(BaseDataModule):
         num_val_prompts: int = 64,
         seed: int | None = None,
     ) -> None:
-        """Check the arguments; files are read in `setup`."""
+        """Check the arguments; files are read in `setup`.
+
+        Args:
+            path: a text file; or a .jsonl, .ndjson or .json file of objects like {"prompt": "Q: ",
+                "answer": "A"}, or a folder of such files; by default `source` is used.
+            source: a text by its name, embedded or auto, as in `TextDataModule`.
+            root: the folder of datasets; by default the variable DATA_ROOT.
+            corpus_path: reference text for rewards; by default the text of the snippets.
+            prompt_length: characters per snippet.
+            batch_size: prompts of one optimizer step, over all ranks and accumulated batches.
+            val_fraction: fraction at the end of the text or file that is held out from training.
+            num_val_prompts: prompts per validation, always the same, spaced evenly over the
+                held-out part; rounded down to a multiple of the number of ranks.
+            seed: seed of the order; by default that of seed_everything.
+        """
         super().__init__()
         for name, value in (("prompt_length", prompt_length), ("batch_size", batch_size)):
             check_positive(name, value)

@@ -158,27 +158,6 @@ class SpamDataModule(BaseDataModule):
 
         data = SpamDataModule(source="embedded", batch_size="all", val_fraction=0.0)
         Trainer(max_steps=200).fit(SpamClassifier(), datamodule=data)
-
-    Args:
-        path: a file with ``label<TAB>text`` lines, or a CSV or TSV file with a header; by default
-            `source` is used.
-        source: sms (SMS Spam Collection, 5,574 messages); embedded (forty messages written for this
-            project, with a fixed test split); auto: sms if it is available, else embedded.
-        root: the folder of datasets; by default the variable DATA_ROOT.
-        predict_path: the file whose lines `predict` labels, or a CSV file with a column of texts.
-        batch_size: messages of one optimizer step over all ranks, at most all of them; or "all".
-        test_fraction: fraction of each class held out for test.
-        val_fraction: fraction of the remaining messages held out for validation; 0 for no
-            validation.
-        seed: seed of the split and the order. It does not follow seed_everything: a later `test`
-            with another seed must not test on training messages.
-        text_column: column of the texts in a CSV or TSV file, by name or by position from 0; by
-            default the column named text, v2, message, sms or similar.
-        label_column: column of the labels; by default the column named label, v1, category or
-            similar.
-        spam_label: the label value for spam; by default spam or 1.
-        encoding: encoding of the files: utf-8, latin-1 (as Kaggle's spam.csv), utf-16, or another
-            encoding of Python.
     """
 
     def __init__(
@@ -196,7 +175,31 @@ class SpamDataModule(BaseDataModule):
         spam_label: str | None = None,
         encoding: str = "utf-8",
     ) -> None:
-        """Check the arguments; files are read in `setup`."""
+        """Check the arguments; files are read in `setup`.
+
+        Args:
+            path: a file with ``label<TAB>text`` lines, or a CSV or TSV file with a header; by
+                default `source` is used.
+            source: sms (SMS Spam Collection, 5,574 messages); embedded (forty messages written for
+                this project, with a fixed test split); auto: sms if it is available, else embedded.
+            root: the folder of datasets; by default the variable DATA_ROOT.
+            predict_path: the file whose lines `predict` labels, or a CSV file with a column of
+                texts.
+            batch_size: messages of one optimizer step over all ranks, at most all of them; or
+                "all".
+            test_fraction: fraction of each class held out for test.
+            val_fraction: fraction of the remaining messages held out for validation; 0 for no
+                validation.
+            seed: seed of the split and the order. It does not follow seed_everything: a later
+                `test` with another seed must not test on training messages.
+            text_column: column of the texts in a CSV or TSV file, by name or by position from 0; by
+                default the column named text, v2, message, sms or similar.
+            label_column: column of the labels; by default the column named label, v1, category or
+                similar.
+            spam_label: the label value for spam; by default spam or 1.
+            encoding: encoding of the files: utf-8, latin-1 (as Kaggle's spam.csv), utf-16, or
+                another encoding of Python.
+        """
         super().__init__()
         if batch_size != "all":
             check_positive("batch_size", batch_size)

@@ -45,32 +45,8 @@ def python_docs_text() -> Iterator[str]:
 class TextDataModule(BaseDataModule):
     """Text as batches (inputs, targets), both int64 (b t); targets are shifted by one token.
 
-        data = TextDataModule("my.txt", context_length=128, batch_size=64)
-        Trainer(max_steps=500).fit(LanguageModel(num_layers=2, d_model=64), datamodule=data)
-
-    Args:
-        path: a text file, a folder of text files, or a folder with nanoGPT's train.bin and val.bin;
-            by default `source` is used.
-        source: a text by its name (docs/data.md lists them); embedded: CPython's help topics; auto:
-            the first text of the list if it is available, otherwise the embedded text.
-        root: the folder of datasets; by default the variable DATA_ROOT.
-        context_length: t.
-        batch_size: windows of one optimizer step, over all ranks and accumulated batches.
-        val_fraction: fraction at the end of the text, used for validation and for `test`.
-        seed: seed of the order of the windows; by default that of seed_everything.
-        tokenizer: characters (of the text), bytes, gpt2 (GPT-2's byte pair encoding), or the path
-            of a tokenizer.json or of a folder with one or with vocab.json and merges.txt.
-        max_chars_in_memory: number of characters; a longer text is memory-mapped and stays off the
-            device.
-        window_sampling: start of the training windows: random; or sequential: side by side from a
-            random offset per epoch, so that an epoch covers every token once.
-        start_token: index of the first token to use; the vocabulary is that of the whole text.
-        stop_token: index of the first token not to use; by default all tokens are used.
-        special_tokens: how the tokenizer's special tokens, like <|endoftext|>, are read in a text:
-            as_text, as ordinary text; allow, as one token each; or error, as an error.
-        vocab_size: vocabulary size of a folder of tokens whose tokenizer is not known.
-        dtype: integer type of a folder of tokens; by default that of its meta.pkl or meta.json, or
-            uint16.
+    data = TextDataModule("my.txt", context_length=128, batch_size=64)
+    Trainer(max_steps=500).fit(LanguageModel(num_layers=2, d_model=64), datamodule=data)
     """
 
     def __init__(
@@ -91,7 +67,32 @@ class TextDataModule(BaseDataModule):
         vocab_size: int | None = None,
         dtype: TokenType | None = None,
     ) -> None:
-        """Check the arguments; files are read in `setup`."""
+        """Check the arguments; files are read in `setup`.
+
+        Args:
+            path: a text file, a folder of text files, or a folder with nanoGPT's train.bin and
+                val.bin; by default `source` is used.
+            source: a text by its name (docs/data.md lists them); embedded: CPython's help topics;
+                auto: the first text of the list if it is available, otherwise the embedded text.
+            root: the folder of datasets; by default the variable DATA_ROOT.
+            context_length: t.
+            batch_size: windows of one optimizer step, over all ranks and accumulated batches.
+            val_fraction: fraction at the end of the text, used for validation and for `test`.
+            seed: seed of the order of the windows; by default that of seed_everything.
+            tokenizer: characters (of the text), bytes, gpt2 (GPT-2's byte pair encoding), or the
+                path of a tokenizer.json or of a folder with one or with vocab.json and merges.txt.
+            max_chars_in_memory: number of characters; a longer text is memory-mapped and stays off
+                the device.
+            window_sampling: start of the training windows: random; or sequential: side by side from
+                a random offset per epoch, so that an epoch covers every token once.
+            start_token: index of the first token to use; the vocabulary is that of the whole text.
+            stop_token: index of the first token not to use; by default all tokens are used.
+            special_tokens: how the tokenizer's special tokens, like <|endoftext|>, are read in a
+                text: as_text, as ordinary text; allow, as one token each; or error, as an error.
+            vocab_size: vocabulary size of a folder of tokens whose tokenizer is not known.
+            dtype: integer type of a folder of tokens; by default that of its meta.pkl or meta.json,
+                or uint16.
+        """
         super().__init__()
         check_positive("context_length", context_length)
         check_positive("batch_size", batch_size)

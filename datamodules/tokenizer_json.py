@@ -21,13 +21,8 @@ from .tokenizers import ENDOFTEXT, WORD_END, SpecialTokenMode, Tokenizer
 class FileTokenizer(Tokenizer):
     """Hugging Face tokenizer of the tokenizers library, from the text of its tokenizer.json.
 
-        tokenizer = FileTokenizer.from_file("my/tokenizer.json")
-        tokenizer = FileTokenizer.from_merges(vocab, merges, ["<|endoftext|>"])
-
-    Args:
-        json_text: the JSON text; its truncation and padding are not used.
-        eos_token: the special token that ends a text, by name.
-        special_tokens: how special tokens in a text are read.
+    tokenizer = FileTokenizer.from_file("my/tokenizer.json")
+    tokenizer = FileTokenizer.from_merges(vocab, merges, ["<|endoftext|>"])
     """
 
     tokenizer_type = "file"
@@ -39,7 +34,13 @@ class FileTokenizer(Tokenizer):
         eos_token: str | None = None,
         special_tokens: SpecialTokenMode = "as_text",
     ) -> None:
-        """Parse the text, and find the special tokens and the bytes per token."""
+        """Parse the text, and find the special tokens and the bytes per token.
+
+        Args:
+            json_text: the JSON text; its truncation and padding are not used.
+            eos_token: the special token that ends a text, by name.
+            special_tokens: how special tokens in a text are read.
+        """
         import tokenizers
 
         try:

@@ -28,11 +28,12 @@ def check_format(checkpoint: dict[str, Any], name: str = "the checkpoint") -> No
         name: its path or a description, for the error.
     """
     if not any(section in checkpoint for section in SECTIONS_OF_FORMAT_1):
-        return
+        return  # not written by ravine
     section = checkpoint.get("ravine")
     version = section.get("format_version", 1) if isinstance(section, dict) else 1
     if version == FORMAT_VERSION:
         return
+    # the release that reads an older format; None for a format of the future
     reader = READ_BY.get(version) if isinstance(version, int) else None
     hint = f"pip install ravine=={reader}" if reader else "install a newer version of ravine"
     raise UsageError(

@@ -30,12 +30,11 @@ class _ErrorParts(Exception):
             label: the word before the allowed values.
         """
         self.problem, self.hint, self.flag, self.label = problem, hint, flag, label
+        # splitlines: a phrase becomes a list of one, an empty text an empty list
         values = allowed.splitlines() if isinstance(allowed, str) else allowed
         self.allowed = [str(value) for value in values]
-        names = f"{label}: {', '.join(self.allowed)}" if self.allowed else ""
-        super().__init__(
-            "; ".join(sentence for sentence in (problem, names, hint or flag) if sentence)
-        )
+        allowed_text = f"{label}: {', '.join(self.allowed)}" if self.allowed else ""
+        super().__init__("; ".join(text for text in (problem, allowed_text, hint or flag) if text))
 
     def to_arguments(self) -> dict[str, Any]:
         """Return the arguments of an equal error, as plain values that another rank can receive."""
@@ -121,8 +120,8 @@ def suggest_names(
         dotted: whether ``name`` may also be the end of a dotted name, as "query" is of
             "blocks.0.query".
     """
-    ratios = _similarities(name, allowed, dotted)
-    least = max([least, *(ratio - 0.15 for ratio in ratios.values())])
+    ratios = _similarities(name, allowed, dotted)  # similarity by allowed name
+    least = max(least, max(ratios.values(), default=0.0) - 0.15)
     return [n for n in _by_similarity(ratios) if ratios[n] >= least][:count]
 
 

@@ -81,16 +81,16 @@ def _open_temp_file(folder: Path) -> tuple[Path, IO[bytes]]:
         file = path.open("wb")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):  # not removed meanwhile
                 return path, file
         except (BlockingIOError, FileNotFoundError):  # another writer is removing it
             pass
         except OSError:  # a file system without locks: stale files are not removed
             return path, file
-        if attempt < 19:
+        if attempt < 19:  # the last file is returned, although it may be removed
             file.close()
             path.unlink(missing_ok=True)
-    return path, file  # the rename in `atomic_write` will raise the error
+    return path, file  # the rename in `atomic_write` raises the error if it was removed
 
 
 def _remove_stale_temp_files(folder: Path) -> None:

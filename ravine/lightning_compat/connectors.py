@@ -99,10 +99,10 @@ def after_registering_signals(trainer: L.Trainer, function: Callable[[], None]) 
     Seen on: 2.5.6 to 2.6.6
     """
     connector = private(trainer, "_signal_connector")
-    register = private(type(connector), "register_signal_handlers")
+    original_method = private(type(connector), "register_signal_handlers")
 
     def register_and_call() -> None:
-        register(connector)
+        original_method(connector)
         function()
 
     replace_method(connector, "register_signal_handlers", register_and_call)

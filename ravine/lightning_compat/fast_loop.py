@@ -59,16 +59,22 @@ class FastOptimization(_AutomaticOptimization):
         """Store the loop's functions; the loop sets `is_fast` at the start of each epoch."""
         super().__init__(trainer)
         self.call, self.free_gradients = loop.call, loop.free_gradients
-        self.is_fast = self.frees = False  # set by the loop for each epoch
+        self.is_fast = self.frees_gradients = False  # set by the loop for each epoch
 
     def _training_step(self, kwargs: OrderedDict) -> ClosureResult:
+        """Compute the loss of a micro-batch: called by Lightning's closure, before backward.
+
+        Args:
+            kwargs: the arguments of the module's `training_step`, in order.
+        """
         if not self.is_fast:
             return super()._training_step(kwargs)
         trainer = self.trainer
-        names = trainer.lightning_module.__dict__  # nn.Module's own setattr takes 3 us
-        names["_current_fx_name"] = "training_step"
+        # `self.log` reads the hook's name here. The `__setattr__` of nn.Module would take 3 us.
+        module_attributes = trainer.lightning_module.__dict__
+        module_attributes["_current_fx_name"] = "training_step"
         output = trainer.strategy.training_step(*kwargs.values())
-        names["_current_fx_name"] = None
+        module_attributes["_current_fx_name"] = None
         if output is None and trainer.world_size > 1:
             raise RunError(
                 "training_step returned None, but a rank cannot skip a step alone",
@@ -80,16 +86,17 @@ class FastOptimization(_AutomaticOptimization):
         return ClosureResult.from_training_step_output(output, trainer.accumulate_grad_batches)
 
     def _make_backward_fn(self, optimizer: Optimizer) -> Callable[[Tensor], None] | None:
+        """Return the function that Lightning's closure calls with the loss: backward and hooks."""
         if not self.is_fast or self._skip_backward:
             return super()._make_backward_fn(optimizer)
         strategy, module = self.trainer.strategy, self.trainer.lightning_module
         is_model_parallel = isinstance(strategy, ModelParallelAccess)
-        around = strategy.around_backward if is_model_parallel else nullcontext
+        backward_context = strategy.around_backward if is_model_parallel else nullcontext
 
         def backward(loss: Tensor) -> None:
             strategy.pre_backward(loss)
             self.call("on_before_backward", loss)
-            with around():
+            with backward_context():
                 strategy.precision_plugin.backward(loss, module, optimizer)
             self.call("on_after_backward")
             strategy.post_backward(loss.detach())
@@ -108,7 +115,7 @@ class FastOptimization(_AutomaticOptimization):
         if not self.is_fast:
             return super()._optimizer_zero_grad(batch_idx, optimizer)
         trainer = self.trainer
-        if self.frees:  # neither module nor optimizer overrides zero_grad
+        if self.frees_gradients:  # neither module nor optimizer overrides zero_grad
             self.free_gradients(optimizer)
         else:
             module, epoch = trainer.lightning_module, trainer.current_epoch
@@ -148,7 +155,7 @@ class FastEpochLoop(_TrainingEpochLoop):
         self.frees_early, self.free_gradients = frees_early, free_gradients
         self.is_fast = False
         self.hooks: dict[str, list[Callable[..., Any]]] = {}
-        self.logged: dict[str, tuple[Any, dict]] = {}  # metric and options by name
+        self.logged_metrics: dict[str, tuple[Any, dict]] = {}  # metric and options by name
         self.automatic_optimization: FastOptimization = FastOptimization(trainer, self)
 
     @property
@@ -159,36 +166,44 @@ class FastEpochLoop(_TrainingEpochLoop):
         return super().global_step
 
     def run(self, data_fetcher: _DataFetcher) -> None:
-        """Run an epoch, with a short `self.log` and a direct call of the clipping hook."""
+        """Run an epoch, with a short `self.log` and a direct call of the clipping hook.
+
+        Lightning's fit loop calls this once an epoch. What cannot change within an epoch is found
+        here once.
+        """
         trainer = self.trainer
         module, precision = trainer.lightning_module, trainer.precision_plugin
         self.is_fast = self.automatic_optimization.is_fast = self._can_be_fast(data_fetcher)
         if not self.is_fast:
             return super().run(data_fetcher)
-        self.automatic_optimization.frees = self.frees_early(trainer)
+        self.automatic_optimization.frees_gradients = self.frees_early(trainer)
         self.hooks = {name: implemented_hooks(name, trainer) for name in STEP}
-        self.takes_index = "batch_idx" in self._build_kwargs(OrderedDict(), None, 0)
-        self.moves = self._batch_moves()
-        self.validates = trainer.enable_validation
-        clips = is_overridden("configure_gradient_clipping", module)
-        self.clips = clips or trainer.gradient_clip_val is not None
-        self.logged.clear()
-        shortens = type(module).log is L.LightningModule.log
-        if shortens:
+        self.step_takes_index = "batch_idx" in self._build_kwargs(OrderedDict(), None, 0)
+        self.moves_batches = self._moves_batches()
+        self.has_validation = trainer.enable_validation
+        overrides_clipping = is_overridden("configure_gradient_clipping", module)
+        self.calls_clipping_hook = overrides_clipping or trainer.gradient_clip_val is not None
+        self.logged_metrics.clear()
+        # Entries of `__dict__` hide the methods of the class, only until the end of the epoch.
+        replaces_log = type(module).log is L.LightningModule.log  # not overridden by the user
+        if replaces_log:
             module.__dict__["log"] = MethodType(log_fast, module)
         precision.__dict__["_after_closure"] = self._after_closure
         try:
             super().run(data_fetcher)
         finally:
             precision.__dict__.pop("_after_closure")
-            if shortens:
+            if replaces_log:
                 module.__dict__.pop("log")
 
     def _can_be_fast(self, fetcher: _DataFetcher) -> bool:
-        """Whether this run needs only features that the fast loop supports."""
+        """Return whether this run needs only features that the fast loop supports.
+
+        Methods are compared with Lightning's: a subclass that overrides one must be called.
+        """
         trainer: Any = self.trainer
-        precision, strategy = type(trainer.precision_plugin), type(trainer.strategy)
         module = trainer.lightning_module
+        precision, strategy = type(trainer.precision_plugin), type(trainer.strategy)  # classes
         return (
             module.automatic_optimization
             and isinstance(trainer.profiler, PassThroughProfiler)
@@ -202,8 +217,8 @@ class FastEpochLoop(_TrainingEpochLoop):
             and not trainer.strategy.handles_gradient_accumulation
         )
 
-    def _batch_moves(self) -> bool:
-        """Whether a batch is moved or changed between the loader and the step."""
+    def _moves_batches(self) -> bool:
+        """Return whether a batch is moved or changed between the loader and the step."""
         trainer: Any = self.trainer
         return (
             trainer.strategy.root_device.type != "cpu"
@@ -215,15 +230,16 @@ class FastEpochLoop(_TrainingEpochLoop):
     def call(self, name: str, *args: Any) -> None:
         """Call the hooks of this name, callbacks first; `self.log` reads the name."""
         if hooks := self.hooks[name]:
-            names = self.trainer.lightning_module.__dict__
-            before, names["_current_fx_name"] = names["_current_fx_name"], name
+            module_attributes = self.trainer.lightning_module.__dict__
+            outer_name = module_attributes["_current_fx_name"]
+            module_attributes["_current_fx_name"] = name
             for hook in hooks:
                 hook(*args)
-            names["_current_fx_name"] = before
+            module_attributes["_current_fx_name"] = outer_name
 
     def _after_closure(self, module: L.LightningModule, optimizer: Optimizer) -> None:
         self.call("on_before_optimizer_step", optimizer)
-        if self.clips:
+        if self.calls_clipping_hook:
             module.configure_gradient_clipping(
                 optimizer,
                 gradient_clip_val=self.trainer.gradient_clip_val,
@@ -231,7 +247,11 @@ class FastEpochLoop(_TrainingEpochLoop):
             )
 
     def advance(self, data_fetcher: _DataFetcher) -> None:
-        """Train on one micro-batch."""
+        """Train on one micro-batch: load it, call the hooks and the step, and log.
+
+        Lightning's `run` calls this in a loop. The counters of `batch_progress` change in the order
+        of Lightning's own `advance`, because a checkpoint may be saved in any hook.
+        """
         if not self.is_fast or self.restarting:
             return super().advance(data_fetcher)
         trainer: Any = self.trainer
@@ -243,39 +263,45 @@ class FastEpochLoop(_TrainingEpochLoop):
         batch, _, _ = next(data_fetcher)
         index = progress.current.ready
         progress.is_last_batch = data_fetcher.done
-        if self.moves:
+        if self.moves_batches:
             batch = load_batch(trainer, trainer.lightning_module, batch)
         progress.increment_ready()
         connector, results = trainer._logger_connector, self._results
+        # None before the epoch, True in its first micro-batch, False in later ones
         connector._first_loop_iter = connector._first_loop_iter is None
+        # the open batch, from which `self.log` finds the batch size if it is not given
         results.batch, results.batch_size, results.dataloader_idx = batch, None, None
         self.call("on_train_batch_start", batch, index)
         trainer.strategy.on_train_batch_start(batch, index)
         progress.increment_started()
-        inputs = OrderedDict(batch=batch, batch_idx=index) if self.takes_index else {"batch": batch}
+        inputs = (
+            OrderedDict(batch=batch, batch_idx=index) if self.step_takes_index else {"batch": batch}
+        )
         output = self.automatic_optimization.run(trainer.optimizers[0], index, inputs)  # type: ignore
         progress.increment_processed()
-        last = self._num_ready_batches_reached()
+        is_last = self._num_ready_batches_reached()
         if trainer.lr_scheduler_configs:
             self.update_lr_schedulers("step", update_plateau_schedulers=False)
-            if last:
+            if is_last:
                 self.update_lr_schedulers("epoch", update_plateau_schedulers=False)
         self.call("on_train_batch_end", output, batch, index)
-        every = trainer.log_every_n_steps
-        writes = every and (self._batches_that_stepped + 1) % every == 0
-        writes = writes or trainer.should_stop or trainer.fast_dev_run
-        if writes or last:
-            connector.on_batch_end()
+        interval = trainer.log_every_n_steps
+        is_log_step = interval and (self._batches_that_stepped + 1) % interval == 0
+        is_log_step = is_log_step or trainer.should_stop or trainer.fast_dev_run
+        if is_log_step or is_last:
+            connector.on_batch_end()  # computes the metrics of the step
         results.batch = results.batch_size = None
         progress.increment_completed()
-        if writes:
-            connector.update_train_step_metrics()
+        if is_log_step:
+            connector.update_train_step_metrics()  # passes them to the loggers
 
     def _should_check_val_epoch(self) -> bool:
         if not self.is_fast:
             return super()._should_check_val_epoch()
         every = self.trainer.check_val_every_n_epoch
-        return self.validates and (every is None or (self.trainer.current_epoch + 1) % every == 0)
+        return self.has_validation and (
+            every is None or (self.trainer.current_epoch + 1) % every == 0
+        )
 
     def _should_check_val_fx(self, data_fetcher: _DataFetcher) -> bool:
         due = super()._should_check_val_fx(data_fetcher)
@@ -321,28 +347,27 @@ def log_fast(self: L.LightningModule, name: str, value: Any, *args: Any, **optio
     Seen on: 2.5.6 to 2.6.6
     """
     loop: Any = self.trainer.fit_loop.epoch_loop
-    plain = self._current_fx_name == "training_step" and not args and isinstance(value, Tensor)
-    metric, known = loop.logged.get(name, (None, None))
+    can_keep = self._current_fx_name == "training_step" and not args and isinstance(value, Tensor)
+    metric, kept_options = loop.logged_metrics.get(name, (None, None))
     if (
-        plain
+        can_keep
         and metric is not None
-        and known == options
+        and kept_options == options
         and value.ndim == 0
         and not (metric.meta.on_epoch and options.get("batch_size") is None)
-        and self.trainer._logger_connector._first_loop_iter is False
+        and self.trainer._logger_connector._first_loop_iter is False  # not the first micro-batch
     ):
         value = value.detach()
         if metric.meta.on_epoch or metric.meta.sync.should or value.dtype is not torch.float32:
             metric.forward(value, options.get("batch_size", 1))
         else:  # as `forward` without a sum over steps: keep the value of this step
-            metric._forward_cache = metric.value = (
-                value.clone()
-            )  # the original may be changed in place
-            metric._computed = None
-        metric.has_reset = False
+            # a clone, because the module may change the original in place
+            metric._forward_cache = metric.value = value.clone()
+            metric._computed = None  # torchmetrics' cached result of earlier steps
+        metric.has_reset = False  # there is a value to log since the last reset
         return
-    type(self).log(self, name, value, *args, **options)
-    if plain:
+    type(self).log(self, name, value, *args, **options)  # Lightning's method
+    if can_keep:
         metric = loop._results.get(f"training_step.{name}")
         if metric is not None and metric.is_tensor:
-            loop.logged[name] = (metric, options)
+            loop.logged_metrics[name] = (metric, options)

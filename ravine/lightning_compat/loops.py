@@ -133,22 +133,23 @@ def validation_loaders(trainer: L.Trainer, forget: bool = False) -> Iterator[lis
 
     Args:
         trainer: the trainer.
-        forget: discard loaders that this call created, so that the loop creates them again.
+        forget: discard loaders that this call created, so that the loop creates them again. True
+            for a check that reads batches, because an iterator may not start anew.
 
     Upstream: pytorch/loops/evaluation_loop.py
     Seen on: 2.5.6 to 2.6.6
     """
     loop = trainer.fit_loop.epoch_loop.val_loop
-    created = private(loop, "_combined_loader") is None
-    reloaded = private(loop, "_last_val_dl_reload_epoch")
-    loop.setup_data()
+    was_missing = private(loop, "_combined_loader") is None
+    last_reload_epoch = private(loop, "_last_val_dl_reload_epoch")
+    loop.setup_data()  # creates the loaders only if they are missing or due to be reloaded
     combined = private(loop, "_combined_loader")
     try:
         yield [] if combined is None else combined.flattened
     finally:
-        if forget and created:
+        if forget and was_missing:
             set_private(loop, "_combined_loader", None)
-            set_private(loop, "_last_val_dl_reload_epoch", reloaded)
+            set_private(loop, "_last_val_dl_reload_epoch", last_reload_epoch)
 
 
 def load_batch(trainer: Any, module: L.LightningModule, batch: Any) -> Any:
@@ -241,11 +242,11 @@ def set_before_fetch(trainer: L.Trainer, function: Callable[[], None]) -> None:
     Seen on: 2.5.6 to 2.6.6
     """
     loop = trainer.fit_loop.epoch_loop
-    before = private(type(loop), "_on_before_fetch")
+    original_method = private(type(loop), "_on_before_fetch")
 
     def before_fetch() -> None:
         function()
-        before(loop)
+        original_method(loop)
 
     replace_method(loop, "_on_before_fetch", before_fetch)
 

@@ -129,7 +129,8 @@ def allow_any_precision(kind: type) -> None:
     """Allow the precisions `64-true` and `16-mixed` with a strategy of class ``kind``.
 
     Reason: Lightning refuses them for an instance of ModelParallelStrategy, but not for a strategy
-    that is given by name. Called once, where the class is defined.
+    that is given by name: during the check, the instance is replaced by its class name. Called
+    once, where the class is defined.
 
     Upstream: pytorch/trainer/connectors/accelerator_connector.py
     Seen on: 2.5.6 to 2.6.6
@@ -137,16 +138,16 @@ def allow_any_precision(kind: type) -> None:
     connector = private_import(
         "lightning.pytorch.trainer.connectors.accelerator_connector", "_AcceleratorConnector"
     )
-    validate = private(connector, "_validate_precision_choice")
+    original_method = private(connector, "_validate_precision_choice")
 
-    @functools.wraps(validate)
-    def validated(self: Any) -> None:
-        strategy = private(self, "_strategy_flag")
+    @functools.wraps(original_method)
+    def validate_with_name(self: Any) -> None:
+        strategy = private(self, "_strategy_flag")  # the trainer's argument `strategy`
         if isinstance(strategy, kind):
             self._strategy_flag = kind.__name__
         try:
-            validate(self)
+            original_method(self)
         finally:
             self._strategy_flag = strategy
 
-    cast(Any, connector)._validate_precision_choice = validated
+    cast(Any, connector)._validate_precision_choice = validate_with_name
