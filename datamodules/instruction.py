@@ -128,11 +128,8 @@ class InstructionDataModule(BaseDataModule):
         check_positive("context_length", context_length)
         check_positive("batch_size", batch_size)
         check_fraction("val_fraction", val_fraction)
-        self.path, self.fields, self.tokenizer_name = (
-            Path(path).expanduser(),
-            (prompt_field, answer_field),
-            tokenizer,
-        )
+        self.path, self.tokenizer_name = Path(path).expanduser(), tokenizer
+        self.fields = prompt_field, answer_field
         self.context_length, self.batch_size = context_length, batch_size
         self.val_fraction, self.seed = val_fraction, seed
         self.special_tokens: SpecialTokenMode = special_tokens
@@ -148,7 +145,12 @@ class InstructionDataModule(BaseDataModule):
             self.prepare_for_all_ranks(self._write_token_file)
 
     def _write_token_file(self) -> TokenizedExamples:
-        """Tokenize, and write the tokens to a file if the cache folder is writable."""
+        """Tokenize on local rank 0, and write the tokens to a file of the cache folder.
+
+        Returns:
+            The examples without their tokens, which the other ranks read from `token_file`. If the
+            cache folder is not writable, `num_examples` is 0, and each rank tokenizes in `setup`.
+        """
         tokenized = self._tokenize_examples()
         key = json.dumps(
             [
@@ -165,12 +167,16 @@ class InstructionDataModule(BaseDataModule):
         try:
             with atomic_write(path) as file:
                 file.write(tokenized.tokens.data)
-        except OSError:  # each process tokenizes
+        except OSError:
             return without_tokens._replace(num_examples=0)
         return without_tokens._replace(token_file=str(path))
 
     def _tokenize_examples(self) -> TokenizedExamples:
-        """Return the concatenated tokens of all examples."""
+        """Read and tokenize all examples; return their concatenated tokens.
+
+        Raises:
+            UsageError: the files hold fewer than two examples, or one that is malformed.
+        """
         examples = list(read_examples(self.path, *self.fields))
         if len(examples) < 2:
             raise UsageError(
@@ -183,34 +189,35 @@ class InstructionDataModule(BaseDataModule):
         tokenizer = make_tokenizer(self.tokenizer_name, characters, self.special_tokens)
         rows = [self._tokenize_example(example, tokenizer) for example in examples]
         return TokenizedExamples(
-            compute_sha256(*list_files(self.path)),
-            characters,
-            tokenizer.cache_key,
-            len(examples),
-            np.array([len(tokens) for tokens, _ in rows], np.int32),
-            np.array([num_prompt_tokens for _, num_prompt_tokens in rows], np.int32),
-            torch.cat([tokens for tokens, _ in rows]).numpy().astype(np.int32),
+            sha256=compute_sha256(*list_files(self.path)),
+            characters=characters,
+            tokenizer_key=tokenizer.cache_key,
+            num_examples=len(examples),
+            lengths=np.array([len(tokens) for tokens, _ in rows], np.int32),
+            prompt_lengths=np.array([prompt_length for _, prompt_length in rows], np.int32),
+            tokens=torch.cat([tokens for tokens, _ in rows]).numpy().astype(np.int32),
         )
 
     def setup(self, stage: str) -> None:
-        """Read and tokenize the file, and log its size; raise an error if it cannot be split."""
-        prepared: TokenizedExamples | None = self.get_prepared()
+        """Read and tokenize the file, and log its size; raise an error if it cannot be split.
+
+        Lightning calls this on every rank, before each stage.
+        """
+        prepared: TokenizedExamples | None = self.get_prepared()  # collective: before any return
         if self.rows:
-            return
+            return  # set up by an earlier stage
         if prepared is None or not prepared.num_examples or not prepared.has_file():
             prepared = self._tokenize_examples()
         tokenized = prepared.load_tokens()
         self.tokenizer = make_tokenizer(
             self.tokenizer_name, tokenized.characters, self.special_tokens
         )
-        tokens = torch.from_numpy(tokenized.tokens.astype(np.int64)).split(
-            tokenized.lengths.tolist()
-        )
-        rows = list(zip(tokens, tokenized.prompt_lengths.tolist(), strict=True))
+        all_tokens = torch.from_numpy(tokenized.tokens.astype(np.int64))
+        example_tokens = all_tokens.split(tokenized.lengths.tolist())
+        rows = list(zip(example_tokens, tokenized.prompt_lengths.tolist(), strict=True))
+        # `_tokenize_example` cuts an example at the context length, maybe to its prompt alone.
         self.rows = [
-            (tokens, num_prompt_tokens)
-            for tokens, num_prompt_tokens in rows
-            if num_prompt_tokens < len(tokens)
+            (tokens, prompt_length) for tokens, prompt_length in rows if prompt_length < len(tokens)
         ]
         if len(self.rows) < 2:
             raise UsageError(

@@ -112,25 +112,33 @@ def _is_json_lines(text: str) -> bool:
 
 
 def _decode(text: bytes, location: str, file: Path) -> str:
-    """Decode a line or a whole file; the error message names the line of an invalid byte."""
-    try:
-        bad_offset, decoded = text.find(0), ""
-        if bad_offset < 0:
-            decoded = text.decode()
-    except UnicodeDecodeError as error:
-        bad_offset = error.start
+    """Decode a line or a whole file as UTF-8.
+
+    Args:
+        text: the bytes.
+        location: the file and line for errors; the file alone if `text` is the whole file.
+        file: the path of the file.
+
+    Raises:
+        UsageError: a byte is 0 or no UTF-8; the message names its line and position.
+    """
+    bad_offset = text.find(b"\0")
     if bad_offset < 0:
-        return decoded
-    start = text.rfind(b"\n", 0, bad_offset) + 1  # start of the line of the byte
-    error_location = (
-        f"{file}, line {1 + text[:start].count(10)}" if location == str(file) else location
-    )
-    is_utf16 = not text[bad_offset] or text[:2] in (b"\xff\xfe", b"\xfe\xff")
-    encoding = "utf-16" if is_utf16 else "latin1"
+        try:
+            return text.decode()
+        except UnicodeDecodeError as error:
+            bad_offset = error.start
+    bad_byte = text[bad_offset]
+    line_start = text.rfind(b"\n", 0, bad_offset) + 1
+    if location == str(file):
+        line_number = 1 + text[:line_start].count(b"\n")
+        location = f"{file}, line {line_number}"
+    has_byte_order_mark = text[:2] in (b"\xff\xfe", b"\xfe\xff")
+    encoding = "utf-16" if bad_byte == 0 or has_byte_order_mark else "latin1"
     command = f"iconv -f {encoding} -t utf-8 '{file}' > rows{file.suffix}"
     raise UsageError(
-        f"{error_location}: {'not a text' if not text[bad_offset] else 'not UTF-8'}: byte "
-        f"0x{text[bad_offset]:02x} at position {bad_offset - start}",
+        f"{location}: {'not a text' if bad_byte == 0 else 'not UTF-8'}: byte "
+        f"0x{bad_byte:02x} at position {bad_offset - line_start}",
         ["UTF-8"],
         f"if the file is {encoding}, convert it: {command}",
         flag=command,
@@ -138,6 +146,7 @@ def _decode(text: bytes, location: str, file: Path) -> str:
 
 
 def _parse(text: str, location: str, example: str) -> Any:
+    """Parse a JSON text; an error names its `location` (file and line) and shows an `example`."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

@@ -49,7 +49,7 @@ def read_nanogpt_bins(
         vocab_size: vocabulary size of tokens whose tokenizer is not known.
         dtype: integer type of the tokens; by default that of the meta file, or uint16.
     """
-    files = folder / "train.bin", folder / "val.bin"
+    files = folder / "train.bin", folder / "val.bin"  # lists below have this order
     if not has_nanogpt_bins(folder):
         return None
     meta, meta_path = _read_meta(folder)
@@ -61,7 +61,7 @@ def read_nanogpt_bins(
     token_ranges = [
         _cached_token_range(file, array) for file, array in zip(files, arrays, strict=True)
     ]
-    largest = max(token_range[1] for token_range in token_ranges)
+    largest = max(high for _, high in token_ranges)
     known_tokenizer = _resolve_tokenizer(
         folder, meta, meta_path, tokenizer_name, vocab_size, largest
     )
@@ -73,9 +73,9 @@ def read_nanogpt_bins(
             "use dtype='uint32'",
             flag="--data.dtype=uint32",
         )
-    for file, array, token_range_of_file in zip(files, arrays, token_ranges, strict=True):
-        check_token_range(str(file), array, token_range_of_file, known_tokenizer)
-    note = ""
+    for file, array, token_range in zip(files, arrays, token_ranges, strict=True):
+        check_token_range(str(file), array, token_range, known_tokenizer)
+    note = ""  # for the log
     if known_tokenizer.tokenizer_type == "gpt2" and largest < known_tokenizer.vocab_size // 2:
         note = (
             f"no token is above {largest:,} of GPT-2's {known_tokenizer.vocab_size:,}: if they "
@@ -94,7 +94,20 @@ def _resolve_tokenizer(
     vocab_size: int | None,
     largest: int,
 ) -> Tokenizer:
-    """Return the tokenizer of a folder of tokens: from the arguments, else from its files."""
+    """Return the tokenizer of a folder of tokens: from the arguments, else from its files.
+
+    Args:
+        folder: the folder of tokens, maybe with a tokenizer.json.
+        meta: the content of its meta.pkl or meta.json; empty without such a file.
+        meta_path: the path of that file, for errors.
+        tokenizer_name: gpt2, bytes, or a file; `characters`, the default, means not given.
+        vocab_size: the given vocabulary size; one that differs from that of the named tokenizer
+            takes precedence over it.
+        largest: the largest token, for the suggested vocabulary size.
+
+    Raises:
+        UsageError: neither the arguments nor the files determine the tokenizer.
+    """
     if tokenizer_name != "characters":
         named_tokenizer = make_tokenizer(tokenizer_name)
         if vocab_size in (None, named_tokenizer.vocab_size):
@@ -125,7 +138,7 @@ def _resolve_tokenizer(
 
 
 def _read_meta(folder: Path) -> tuple[dict[str, Any], Path]:
-    """Return the content of meta.pkl or meta.json, and the path of the file."""
+    """Return the content of meta.pkl or meta.json, {} without such a file, and the path of it."""
     for name in ("meta.pkl", "meta.json"):
         meta_path = folder / name
         if not meta_path.is_file():
@@ -211,7 +224,15 @@ def _char_tokenizer(itos: Any, meta_path: Path) -> CharTokenizer:
 
 
 def _check_token_width(file: Path, array: np.ndarray) -> None:
-    """Raise an error if tokens were read with half of their width, or the file is a .npy file."""
+    """Raise an error if tokens were read with half of their width, or the file is a .npy file.
+
+    Small little-endian numbers that are read with half of their width have a 0 at every second
+    position; with a quarter of it, also at the positions 2, 6, 10, ...
+
+    Args:
+        file: the file of tokens.
+        array: its tokens as read (n).
+    """
     with file.open("rb") as opened:
         if opened.read(6) == b"\x93NUMPY":
             raise UsageError(
@@ -226,9 +247,13 @@ def _check_token_width(file: Path, array: np.ndarray) -> None:
         and head_tokens.any()
         and not head_tokens[1::2].any()
     ):
-        is_64_bit = array.dtype.itemsize == 4 or not head_tokens[2::4].any()
-        allowed = ("int64",) if is_64_bit else ("int32", "uint32")
-        allowed = ("uint16",) if array.dtype.itemsize == 1 and head_tokens[2::4].any() else allowed
+        is_four_times_wider = not head_tokens[2::4].any()
+        if array.dtype.itemsize == 1 and not is_four_times_wider:
+            allowed = ("uint16",)
+        elif array.dtype.itemsize == 4 or is_four_times_wider:
+            allowed = ("int64",)
+        else:
+            allowed = ("int32", "uint32")
         raise UsageError(
             f"every second number of {file} is 0 if it is read as {array.dtype}, so its numbers "
             "are wider",
@@ -249,7 +274,7 @@ def _cached_token_range(file: Path, array: np.ndarray) -> tuple[int, int]:
         try:
             low, high = json.loads(path.read_text())
             return int(low), int(high)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError):  # a damaged cache file is written again
             pass
     token_range = compute_token_range(array)
     if is_long:

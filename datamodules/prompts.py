@@ -78,7 +78,7 @@ class PromptDataModule(BaseDataModule):
         self.val_fraction, self.num_val_prompts, self.seed = val_fraction, num_val_prompts, seed
         self.corpus_text: str | None = None  # reference text for rewards
         self.rows: list[dict[str, Any]] = []  # rows of JSON files
-        self._snippets = ""
+        self._snippets = ""  # the text from which snippets are taken as prompts
         self._download_error = ""
 
     def prepare_data(self) -> None:
@@ -89,9 +89,13 @@ class PromptDataModule(BaseDataModule):
             )
 
     def setup(self, stage: str) -> None:
-        """Read the prompts and the reference text, and log the file and its size."""
+        """Read the prompts and the reference text, and log the file and its size.
+
+        Prompts are the rows of a JSON file, or snippets of a text, which is then the reference text
+        for rewards too unless `corpus_path` gives another.
+        """
         if self._snippets or self.rows:
-            return
+            return  # set up by an earlier stage
         file, reason = resolve_file(
             self.path, self.source, text_source(self.source), self.root, self._download_error
         )
@@ -101,7 +105,8 @@ class PromptDataModule(BaseDataModule):
             size = f"{len(self.rows):,} prompts"
         else:
             self.corpus_text = "".join(read_text(list_files(file)) if file else python_docs_text())
-            self._snippets, size = self.corpus_text, f"snippets of {self.prompt_length} characters"
+            self._snippets = self.corpus_text
+            size = f"snippets of {self.prompt_length} characters"
         if self.corpus_path is not None:
             self.corpus_text = "".join(
                 read_text(list_files(Path(self.corpus_path).expanduser(), "corpus_path"))
@@ -110,6 +115,7 @@ class PromptDataModule(BaseDataModule):
         self.provenance = {"file": str(file or ""), "sha256": self._checksum(file)}
         if self.path is None:
             self.provenance["source"] = text_source(self.source).name if file else "embedded"
+        # `reason`: why the embedded text is used; "" for another
         log_once(f"data: {name}, {size}{reason and '; ' + reason}", is_warning=bool(reason))
 
     def _checksum(self, file: Path | None) -> str:
@@ -141,13 +147,15 @@ class PromptDataModule(BaseDataModule):
         """Return the validation loader: the same prompts each time, all in one batch.
 
         One batch, because metrics compare the texts of a batch with each other.
+
+        Raises:
+            UsageError: there are fewer prompts than ranks.
         """
-        _, first, last = self._get_bounds()
+        _, first, last = self._get_bounds()  # positions of the held-out prompts
         data_parallel = DataParallelInfo.from_trainer(self.trainer)
         count = min(self.num_val_prompts, last - first) if self.rows else self.num_val_prompts
-        even_count = (
-            count - count % data_parallel.dp_size
-        )  # equal batches: metrics compare the texts of a batch
+        # a multiple of the ranks, so that their batches are equal
+        even_count = count - count % data_parallel.dp_size
         if not even_count:
             problem = (
                 f"only {count} prompts are held out" if self.rows else f"num_val_prompts={count}"
@@ -166,6 +174,7 @@ class PromptDataModule(BaseDataModule):
         positions = torch.linspace(first, last - 1, even_count).long()
 
         def make_batch(numbers: Tensor) -> PromptBatch:
+            # sample ids (epoch, number); epoch -1 is the validation
             return self._make_batch(positions[numbers], [(-1, n) for n in numbers.tolist()])
 
         return EvalLoader(make_batch, even_count, even_count, data_parallel)

@@ -47,7 +47,16 @@ class Message(NamedTuple):
 
 
 def parse_messages(lines: list[str], name: str, has_splits: bool = False) -> list[Message]:
-    """Parse lines ``label<TAB>text``, with `has_splits` ``split<TAB>label<TAB>text``."""
+    """Parse lines ``label<TAB>text``, with `has_splits` ``split<TAB>label<TAB>text``.
+
+    Args:
+        lines: the lines of the file; empty ones are skipped.
+        name: the file name for error messages.
+        has_splits: whether each line names its split, as in the embedded file.
+
+    Raises:
+        UsageError: a line has another form, or a class has no message.
+    """
     messages = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -119,13 +128,23 @@ def grouped_stratified_split(
     """Draw a fraction of each class, and at least one message per class if another one remains.
 
     Equal messages form a group, which is drawn as a whole.
+
+    Args:
+        messages: all messages.
+        candidates: positions in `messages` from which to draw.
+        fraction: the fraction of each class to draw; 0 draws none.
+        g: the random generator of the draw.
+
+    Returns:
+        The positions of the drawn messages.
     """
-    groups: dict[str, list[int]] = defaultdict(list)
+    groups: dict[str, list[int]] = defaultdict(list)  # positions by text
     for i in candidates:
         groups[messages[i].text.strip().casefold()].append(i)
     keys, selected = list(groups), set[int]()
+    # messages of each class in a group; equal texts may have different labels
     sizes = {key: Counter(messages[i].label for i in group) for key, group in groups.items()}
-    remaining = {
+    remaining = {  # messages of each class that are still to draw
         label: round(fraction * sum(messages[i].label == label for i in candidates))
         for label in range(len(LABELS))
     }
@@ -136,15 +155,16 @@ def grouped_stratified_split(
         for label, size in sizes[key].items():
             remaining[label] -= size
 
+    # First the groups that fit; then one group of each class that was not drawn at all.
     for key in shuffled_keys:
         if all(size <= remaining[label] for label, size in sizes[key].items()):
             select_group(key)
     for label in range(len(LABELS)) if fraction else ():
         class_keys = [key for key in shuffled_keys if sizes[key][label]]
         unselected_keys = [key for key in class_keys if not selected.issuperset(groups[key])]
-        single_class_keys = [
-            key for key in unselected_keys if len(sizes[key]) == 1
-        ]  # does not change the counts of the other class
+        # groups of one class do not change the count of the other class
+        single_class_keys = [key for key in unselected_keys if len(sizes[key]) == 1]
+        # nothing of the class was drawn, and another group of it remains
         if len(unselected_keys) == len(class_keys) > 1 and single_class_keys:
             select_group(min(single_class_keys, key=lambda key: sizes[key][label]))
     return selected
@@ -205,7 +225,7 @@ class SpamDataModule(BaseDataModule):
             check_positive("batch_size", batch_size)
         check_fraction("test_fraction", test_fraction)
         check_fraction("val_fraction", val_fraction, can_be_zero=True)
-        try:
+        try:  # Python also has codecs from bytes to bytes, such as base64
             is_text_encoding = codecs.lookup(encoding)._is_text_encoding
         except (LookupError, ValueError):
             is_text_encoding = False
@@ -247,6 +267,11 @@ class SpamDataModule(BaseDataModule):
             self.skip_validation()
 
     def _load_predict_lines(self) -> None:
+        """Read the messages to predict: the lines of a text, or the text column of a table.
+
+        Raises:
+            UsageError: `predict_path` is not given, or its file has no message.
+        """
         if self.predict_path is None:
             raise UsageError(
                 "SpamDataModule: predict needs a file, and predict_path is not given",
@@ -271,6 +296,10 @@ class SpamDataModule(BaseDataModule):
             )
 
     def _load_messages(self) -> None:
+        """Read the labeled messages, assign them to splits, and log the result.
+
+        Sets `messages`, `splits` and `provenance`.
+        """
         file, reason = resolve_file(
             self.path, self.source, TEXT_DATASETS["sms"], self.root, self._download_error
         )
@@ -279,6 +308,7 @@ class SpamDataModule(BaseDataModule):
         text = read_text_file(
             file or EMBEDDED_FILE, "path", self.encoding if is_custom_file else "utf-8"
         )
+        # None for lines `label<TAB>text`
         table = self._parse_table(text, name, Path(name).suffix.lower()) if is_custom_file else None
         if table is not None:
             messages = messages_from_table(table, name, self.spam_label)
@@ -287,9 +317,9 @@ class SpamDataModule(BaseDataModule):
         self.messages = messages
         self._assign_splits(name)
         keys = {m.text.strip().casefold() for m in messages}
-        resolved_source = self.source if self.path is not None else "sms" if file else "embedded"
+        named_source = "sms" if file else "embedded"
         self.provenance = {
-            "source": resolved_source,
+            "source": self.source if is_custom_file else named_source,
             "file": str(file or ""),
             "sha256": compute_sha256(file or EMBEDDED_FILE),
             "duplicates": len(messages) - len(keys),
@@ -311,16 +341,18 @@ class SpamDataModule(BaseDataModule):
                 "name, which is not read",
                 is_warning=True,
             )
+        self._warn_of_missing_classes()
+
+    def _warn_of_missing_classes(self) -> None:
+        """Log a warning for each class without a message in a split that has messages."""
         for split, indices in self.splits.items():
-            present_classes = {messages[i].label for i in indices}
+            present_classes = {self.messages[i].label for i in indices}
             for k, label in enumerate(LABELS) if indices else ():
                 if k not in present_classes:
-                    num_different = len(
-                        {m.text.strip().casefold() for m in messages if m.label == k}
-                    )
+                    texts = {m.text.strip().casefold() for m in self.messages if m.label == k}
                     log_once(
                         f"data: no {label} in {split}, so scores of {label} are undefined there: "
-                        f"there are {num_different} different {label} messages, and copies stay "
+                        f"there are {len(texts)} different {label} messages, and copies stay "
                         "together",
                         is_warning=True,
                     )
@@ -338,9 +370,17 @@ class SpamDataModule(BaseDataModule):
         return None
 
     def _assign_splits(self, name: str) -> None:
+        """Set `splits`: the positions of the training, validation and test messages.
+
+        Args:
+            name: the file name for errors.
+
+        Raises:
+            UsageError: a split is empty (val only if `val_fraction` is not 0).
+        """
         messages, all_indices = self.messages, list(range(len(self.messages)))
         test = {i for i in all_indices if messages[i].split == "test"}
-        if not test:
+        if not test:  # the file does not name splits
             g = seeded_generator(self.seed, "test")
             test = grouped_stratified_split(messages, all_indices, self.test_fraction, g)
         non_test = [i for i in all_indices if i not in test]

@@ -56,9 +56,11 @@ def read_table(
     """
     lines = list(io.StringIO(content, newline=""))
     requested = {text_column, label_column} - {None}
-    rows = _parse_rows(lines, name, "\t" if name.lower().endswith((".tsv", ".tab")) else min(
-        DELIMITERS, key=lambda delimiter: _delimiter_rank(lines, delimiter, requested)
-    ))  # fmt: skip
+    if name.lower().endswith((".tsv", ".tab")):
+        delimiter = "\t"
+    else:
+        delimiter = min(DELIMITERS, key=lambda d: _delimiter_rank(lines, d, requested))
+    rows = _parse_rows(lines, name, delimiter)  # (line number, cells)
     if not rows:
         raise UsageError(
             f"{name} has no row", ["a header, and one message per row"], "add rows to the file"
@@ -68,6 +70,7 @@ def read_table(
     has_header = not first_cells & {"ham", "spam"} or bool(
         first_cells & set(TEXT_NAMES) or requested & set(first)
     )
+    # without a header the names of the columns are their positions
     columns = first if has_header else [str(column_index) for column_index in range(len(first))]
     if not has_header and not requested and len(first) == 2:  # label first, then text
         text_column, label_column = "1", "0"
@@ -75,7 +78,7 @@ def read_table(
     if has_labels:
         column_indices.append(_find_column(columns, label_column, LABEL_NAMES, name, "label"))
     entries, num_rows_outside_columns = [], 0
-    for line, row in rows[has_header:]:
+    for line, row in rows[1:] if has_header else rows:
         if len(row) <= max(column_indices):
             raise UsageError(
                 f"{name}, line {line}: the row has {len(row)} columns, but the column "
@@ -112,27 +115,39 @@ def _allow_long_fields() -> Iterator[None]:
 
 
 def _parse_rows(lines: list[str], name: str, delimiter: str) -> list[tuple[int, list[str]]]:
-    """Return the non-empty rows, each with the number of its first line, from 1."""
+    """Return the non-empty rows, each with the number of its first line, from 1.
+
+    A quoted cell may contain line ends, so a row may have several lines.
+
+    Args:
+        lines: the lines of the file, with their line ends.
+        name: the file name for error messages.
+        delimiter: the character between two cells.
+
+    Raises:
+        UsageError: a row cannot be parsed, or a quote is never closed.
+    """
     rows: list[tuple[int, list[str]]] = []
     with _allow_long_fields():
         reader = csv.reader(lines, delimiter=delimiter)
-        start = 0
+        start = 0  # lines before the next row
+        last_start = 0  # lines before the last row that was read
         try:
             for row in reader:
                 if any(cell.strip() for cell in row):
                     rows.append((start + 1, row))
-                last, start = start, reader.line_num
+                last_start, start = start, reader.line_num
         except csv.Error as error:
             raise UsageError(
                 f"{name}, line {reader.line_num}: {error}", ["a CSV row"], "correct the line"
             ) from None
         if rows:  # an unclosed quote puts the rest of the file into one cell
             try:
-                list(csv.reader(lines[last:], delimiter=delimiter, strict=True))
+                list(csv.reader(lines[last_start:], delimiter=delimiter, strict=True))
             except csv.Error as error:
                 if "end of data" in str(error):
                     raise UsageError(
-                        f"{name}, line {last + 1}: a quote is opened and never closed",
+                        f"{name}, line {last_start + 1}: a quote is opened and never closed",
                         ["quotes in pairs, and two quotes for one inside a text"],
                         "close the quote, or write it twice",
                     ) from None
@@ -154,18 +169,25 @@ def _delimiter_rank(
 def _find_column(
     columns: list[str], requested: str | None, known_names: tuple[str, ...], name: str, role: str
 ) -> int:
-    """Return the position of a column, from 0."""
+    """Return the position of a column, from 0.
+
+    Args:
+        columns: the names in the header; "" for a column without a name.
+        requested: the name or position that the user gave; None searches the known names.
+        known_names: usual names of such a column, in lower case.
+        name: the file name for error messages.
+        role: text or label, the start of the argument that gives the column.
+
+    Raises:
+        UsageError: no column fits, or several do.
+    """
     available = [column for column in columns if column]
     first = next(iter(available), "0")
     flag = f"--data.{role}_column"
     if requested is not None:
         matches = [index for index, column in enumerate(columns) if column == requested]
-        if (
-            not matches
-            and requested.isdecimal()
-            and len(requested) < 6
-            and int(requested) < len(columns)
-        ):
+        is_number = requested.isdecimal() and len(requested) < 6
+        if not matches and is_number and int(requested) < len(columns):
             return int(requested)
         closest = suggest_names(requested, columns, 1) or [c for c in columns if c][:1]
         if not matches:

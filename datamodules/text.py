@@ -101,17 +101,10 @@ class TextDataModule(BaseDataModule):
         self.source: TextName = source
         text_source(source)  # UsageError for an unknown name
         self.context_length, self.batch_size = context_length, batch_size
-        self.val_fraction, self.seed, self.max_chars_in_memory = (
-            val_fraction,
-            seed,
-            max_chars_in_memory,
-        )
-        self.tokenizer_name, self.window_sampling, self.start_token, self.stop_token = (
-            tokenizer,
-            window_sampling,
-            start_token,
-            stop_token,
-        )
+        self.val_fraction, self.seed = val_fraction, seed
+        self.max_chars_in_memory, self.tokenizer_name = max_chars_in_memory, tokenizer
+        self.window_sampling = window_sampling
+        self.start_token, self.stop_token = start_token, stop_token
         self.special_tokens: SpecialTokenMode = special_tokens
         self.vocab_size = vocab_size
         self.dtype: TokenType | None = dtype
@@ -195,21 +188,29 @@ class TextDataModule(BaseDataModule):
         return (lambda: read_text(files)) if file else python_docs_text
 
     def setup(self, stage: str) -> None:
-        """Read and tokenize the text and log its source; raise an error if it is too short."""
-        summary = self.get_prepared()
+        """Read and tokenize the text and log its source; raise an error if it is too short.
+
+        Lightning calls this on every rank, before each stage.
+        """
+        summary = self.get_prepared()  # collective: before any return
         if self._corpus is not None:
-            return
+            return  # set up by an earlier stage
+        # `reason`: why the embedded text is used; "" for another
         file, name, reason = self._resolve_source()
         corpus = (
             read_nanogpt_bins(file, self.tokenizer_name, self.vocab_size, self.dtype)
             if file
             else None
         )
-        if corpus is None:
+        if corpus is None:  # a text, not a folder of tokens
             self._check_token_options(name)
-            text, limit = self._make_text_reader(file), self.max_chars_in_memory
             corpus = build_corpus(
-                text, name, limit, self.tokenizer_name, self.special_tokens, summary
+                self._make_text_reader(file),
+                name,
+                self.max_chars_in_memory,
+                self.tokenizer_name,
+                self.special_tokens,
+                prepared_summary=summary,
             )
         elif self.special_tokens != "as_text":
             raise UsageError(
@@ -223,8 +224,10 @@ class TextDataModule(BaseDataModule):
         corpus = self._slice_tokens(name, unit, corpus)
         self._check_length(name, unit, corpus)
         self._corpus = corpus
-        known = text_source(self.source).name if file else "embedded"
-        resolved_source = self.source if self.path is not None else known
+        if self.path is not None:
+            resolved_source = self.source
+        else:
+            resolved_source = text_source(self.source).name if file else "embedded"
         self.provenance = {
             "source": resolved_source,
             "file": str(file or ""),
@@ -262,6 +265,13 @@ class TextDataModule(BaseDataModule):
         return corpus._replace(tokens=corpus.tokens[self.start_token : stop])
 
     def _check_length(self, name: str, unit: str, corpus: Corpus) -> None:
+        """Raise an error if the training or validation tokens are too few.
+
+        Args:
+            name: name of the text, for errors.
+            unit: what is counted: characters, bytes or tokens.
+            corpus: the tokens.
+        """
         train, val = self._split_corpus(corpus)
         count = len(train) + len(val)
         if len(val) < 2:
@@ -274,20 +284,18 @@ class TextDataModule(BaseDataModule):
             )
         if len(train) <= self.context_length:
             max_fitting = len(train) - 1
+            if max_fitting > 0:
+                allowed = f"a context_length of at most {max_fitting}"
+                hint = f"use context_length={max_fitting}, or a longer text"
+                flag = f"--data.context_length={max_fitting}"
+            else:
+                allowed, hint, flag = "a longer text", "use path='FILE'", "--data.path=FILE"
             raise UsageError(
                 f"{name} has {count:,} {unit}, {len(train):,} of them for training, which is "
                 f"less than one window of context_length + 1 = {self.context_length + 1}",
-                [
-                    f"a context_length of at most {max_fitting}"
-                    if max_fitting > 0
-                    else "a longer text"
-                ],
-                f"use context_length={max_fitting}, or a longer text"
-                if max_fitting > 0
-                else "use path='FILE'",
-                flag=f"--data.context_length={max_fitting}"
-                if max_fitting > 0
-                else "--data.path=FILE",
+                [allowed],
+                hint,
+                flag=flag,
             )
 
     def _split_corpus(self, corpus: Corpus) -> tuple[Tensor, Tensor]:
@@ -300,17 +308,20 @@ class TextDataModule(BaseDataModule):
         """Return the loader of training windows; an epoch has about as many tokens as the split."""
         tokens, _ = self._get_splits()
         t = self.context_length
-        windows = tokens.unfold(0, t + 1, 1)  # a view: (n - t, t + 1)
+        windows = tokens.unfold(0, t + 1, 1)  # a view: (n - t, t + 1), one row per start
 
         def make_batch(starts: Tensor) -> tuple[Tensor, Tensor]:
             window = windows[starts]  # (b, t + 1)
-            return window[:, :-1].long(), window[:, 1:].long()
+            return window[:, :-1].long(), window[:, 1:].long()  # inputs, targets
 
-        seed, num_samples = resolve_seed(self.seed), max(self.batch_size, len(tokens) // t)
-        epoch_sampler = EpochSampler(seed, len(windows), replacement=True, device=tokens.device)
+        seed = resolve_seed(self.seed)
+        epoch_sampler: EpochSampler
         if self.window_sampling == "sequential":
             epoch_sampler = StridedWindowSampler(seed, len(windows), t, tokens.device)
             num_samples = epoch_sampler.num_items
+        else:
+            epoch_sampler = EpochSampler(seed, len(windows), replacement=True, device=tokens.device)
+            num_samples = max(self.batch_size, len(tokens) // t)
         return self.make_train_loader(epoch_sampler, make_batch, num_samples)
 
     def val_dataloader(self) -> EvalLoader:

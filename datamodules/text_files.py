@@ -45,22 +45,12 @@ def identify_binary(header: bytes) -> str:
 
     The description also names the tool that converts such a file to text, where there is one.
     """
-    description = next(
-        (
-            description
-            for signature, description in SIGNATURES.items()
-            if header.startswith(signature)
-        ),
-        "",
-    )
-    has_control_bytes = any(
-        byte < 9 for byte in header[:NUM_HEADER_BYTES]
-    )  # a text may begin with the letters RIFF, so control bytes are needed as well
-    return (
-        description
-        if has_control_bytes or not header[:4].isascii() or header.startswith(b"%PDF-")
-        else ""
-    )
+    matches = (d for signature, d in SIGNATURES.items() if header.startswith(signature))
+    description = next(matches, "")
+    # A text may begin with the letters of a signature, such as RIFF, so other bytes are needed too.
+    has_control_bytes = any(byte < 9 for byte in header[:NUM_HEADER_BYTES])
+    is_binary = has_control_bytes or not header[:4].isascii() or header.startswith(b"%PDF-")
+    return description if is_binary else ""
 
 
 def check_not_binary(path: Path, header: bytes, argument: str) -> None:
@@ -84,7 +74,16 @@ def check_not_binary(path: Path, header: bytes, argument: str) -> None:
 
 
 def list_files(path: Path, argument: str = "path") -> list[Path]:
-    """Return the file itself, or all files below a folder that are not hidden, sorted."""
+    """Return the file itself, or all files below a folder that are not hidden, sorted.
+
+    Args:
+        path: the file or folder.
+        argument: the datamodule's argument that gave the path, for errors.
+
+    Raises:
+        MissingFileError: the path does not exist, or the folder holds no files.
+        UsageError: a file has a known binary format.
+    """
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -99,6 +98,7 @@ def list_files(path: Path, argument: str = "path") -> list[Path]:
         )
     files = []
     for folder, subfolders, names in os.walk(path):
+        # in place: os.walk then skips the hidden folders
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for file in (Path(folder, name) for name in names if not name.startswith(".")):
             if not file.is_file():
@@ -127,6 +127,15 @@ def read_text(files: Iterable[Path], argument: str = "path") -> Iterator[str]:
 
 
 def _read_file(path: Path, argument: str) -> Iterator[str]:
+    """Yield the UTF-8 text of a file in chunks.
+
+    Args:
+        path: the file.
+        argument: the datamodule's argument that gave the path, for errors.
+
+    Raises:
+        UsageError: the file is binary, or a byte is 0 or no UTF-8.
+    """
     decoder = codecs.getincrementaldecoder("utf-8-sig")()  # skips a byte order mark
     offset = 0  # position of the first byte not yet decoded
     with path.open("rb") as file:
@@ -154,7 +163,8 @@ def _read_file(path: Path, argument: str) -> Iterator[str]:
                     f"{argument}='text.txt'",
                     flag=_iconv(path, "latin1"),
                 ) from None
-            offset = file.tell() - len(decoder.getstate()[0])
+            undecoded, _ = decoder.getstate()  # the start of a character at the end of the chunk
+            offset = file.tell() - len(undecoded)
             if not chunk:
                 return
 
@@ -164,7 +174,17 @@ def _iconv(path: Path, encoding: str) -> str:
 
 
 def read_text_file(path: Path, argument: str, encoding: str) -> str:
-    """Read and decode one file; the error message gives the position of an invalid byte."""
+    """Read and decode one file.
+
+    Args:
+        path: the file.
+        argument: the datamodule's argument that gave the path, for errors.
+        encoding: an encoding of Python; a byte order mark of UTF-8 is skipped.
+
+    Raises:
+        UsageError: the path is a folder, or the file is binary or of another encoding; the message
+            gives the position of the invalid byte.
+    """
     if path.is_dir():
         raise UsageError(
             f"{path} is a folder",

@@ -56,7 +56,8 @@ def write_token_file(
         TokenCacheError: the cache folder cannot be written.
     """
     token_dtype = _token_dtype(tokenizer, is_memmap)
-    # in the mode "error" the text must be read even if its tokens are cached without that check
+    # In the mode "error" a special token in the text is an error. Tokens that another mode has
+    # cached are not used, because the text would not be searched.
     name = tokenizer.cache_key + ("-error" if tokenizer.special_tokens == "error" else "")
     path = cache_folder() / "tokens" / f"{sha256}-{name}.{token_dtype}"
     if path.is_file():
@@ -67,6 +68,7 @@ def write_token_file(
                 file.write(numbers.astype(token_dtype).data)
     except OSError as error:
         failed_path = path.parent if error.filename is None else Path(error.filename)
+        # either a folder that contains the token file, or a file in its folder
         if not (path.is_relative_to(failed_path) or failed_path.is_relative_to(path.parent)):
             raise  # the error comes from reading the text
         raise TokenCacheError(path.parent, error) from error
@@ -142,13 +144,21 @@ def split_at_word_boundaries(
 
     A chunk is longer only if it has no such boundary, for example a word of a million letters. Text
     that was searched for a boundary is neither searched nor copied again.
+
+    Args:
+        text: the text in pieces of any length.
+        tokenizer: finds the boundaries; a check of one reads `lookahead` characters after it.
+        max_chars: the largest length of a chunk; boundaries are searched from half of it.
     """
     held_chunks: list[str] = []  # start of the next chunk, without a usable boundary
-    length, buffer = 0, ""
-    for chunk in text:
-        buffer, position = buffer + chunk, 0
+    length = 0  # characters in `held_chunks`
+    buffer = ""  # text that follows `held_chunks`
+    for piece in text:
+        buffer += piece
+        position = 0  # characters of the buffer that are already in yielded chunks
         while True:
-            min_offset = tokenizer.lookahead if held_chunks else 1  # text before is searched
+            # The end of `held_chunks` is searched already, except its last characters.
+            min_offset = tokenizer.lookahead if held_chunks else 1
             boundary = tokenizer.next_boundary(
                 buffer, position + max(min_offset, max_chars // 2 - length)
             )
@@ -169,7 +179,14 @@ def split_at_word_boundaries(
 def check_token_range(
     name: str, array: np.ndarray, token_range: tuple[int, int], tokenizer: Tokenizer
 ) -> None:
-    """Raise an error if tokens are outside of the vocabulary; `token_range` is (low, high)."""
+    """Raise an error if tokens are outside of the vocabulary.
+
+    Args:
+        name: the file or the array, for errors.
+        array: the tokens (n), searched for the position of a wrong one.
+        token_range: the smallest and the largest token of the array.
+        tokenizer: the tokenizer with the vocabulary.
+    """
     low, high = token_range
     if low >= 0 and high < tokenizer.vocab_size:
         return

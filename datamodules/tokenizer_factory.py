@@ -38,12 +38,17 @@ def make_tokenizer(
         return FileTokenizer.from_file(name, special_tokens)
     tokenizer = factories[name]()
     if special_tokens != tokenizer.special_tokens:
-        tokenizer.set_special_tokens(tokenizer.special_ids, special_tokens)  # raises an error
+        # raises an error: characters and bytes have no special tokens
+        tokenizer.set_special_tokens(tokenizer.special_ids, special_tokens)
     return tokenizer
 
 
 def tokenizer_from_state_dict(state: dict[str, Any]) -> Tokenizer:
-    """Rebuild a tokenizer from the result of its `state_dict()`."""
+    """Rebuild a tokenizer from the result of its `state_dict()`, as saved in a checkpoint.
+
+    Raises:
+        UsageError: the type is not known, or the state is damaged.
+    """
     special_tokens = state.get("special_tokens", "as_text")
     try:
         match state.get("tokenizer_type"):

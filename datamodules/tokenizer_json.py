@@ -56,9 +56,10 @@ class FileTokenizer(Tokenizer):
         self.hf_tokenizer.no_truncation()
         self.hf_tokenizer.no_padding()
         self.json_text = json_text
-        added = self.hf_tokenizer.get_added_tokens_decoder()
+        added = self.hf_tokenizer.get_added_tokens_decoder()  # by id: tokens outside of the merges
         special_ids = {token.content: n for n, token in added.items() if token.special}
         self.set_special_tokens(special_ids, special_tokens)
+        # The library's flag means: encode their text as ordinary text.
         self.hf_tokenizer.encode_special_tokens = special_tokens != "allow"
         if eos_token is not None and not isinstance(eos_token, str):
             raise UsageTypeError(
@@ -66,28 +67,29 @@ class FileTokenizer(Tokenizer):
                 ["the token as a str"],
                 "use eos_token='<|endoftext|>'",
             )
-        eos_names = (
-            [eos_token]
-            if eos_token
-            else [name for name in self.EOS_CANDIDATES if name in special_ids]
-        )
         if eos_token and eos_token not in special_ids:
             raise UsageError(
                 f"eos_token={eos_token!r} is not a special token",
                 special_ids,
                 f"use eos_token={next(iter(special_ids), None)!r}",
             )
-        self.eos_id = special_ids[eos_names[0]] if eos_names else None
-        non_special = [
-            token.content for token in added.values() if not token.special
-        ]  # always matched
-        self._set_unsplittable(
-            [*non_special, *(special_ids if special_tokens != "as_text" else ())]
-        )
+        candidates = (name for name in self.EOS_CANDIDATES if name in special_ids)
+        eos_name = eos_token or next(candidates, None)
+        self.eos_id = None if eos_name is None else special_ids[eos_name]
+        # Texts that a cut into chunks must not divide: added tokens are matched as a whole.
+        unsplittable = [token.content for token in added.values() if not token.special]
+        if special_tokens != "as_text":
+            unsplittable += special_ids
+        self._set_unsplittable(unsplittable)
         self._compute_token_bytes(parsed, added)
 
     def _compute_token_bytes(self, parsed: dict[str, Any], added: Mapping[int, Any]) -> None:
-        """Set the bytes per token, and whether a text may be cut into chunks."""
+        """Set the bytes per token, and whether a text may be cut into chunks.
+
+        Args:
+            parsed: the content of the tokenizer.json.
+            added: the added tokens by id, with the library's attributes.
+        """
         vocab = self.hf_tokenizer.get_vocab(with_added_tokens=True)
         size = 1 + max(vocab.values(), default=-1)
         if size > max(4096, 4 * len(vocab)):  # one large id would allocate too much memory
@@ -112,17 +114,20 @@ class FileTokenizer(Tokenizer):
         self.token_bytes[list(self.special_ids.values())] = 0
 
     def encode_array(self, text: str) -> np.ndarray:
-        """Return the ids from the library, without the tokens that it can add around a text."""
-        text = text.encode("utf-8", "replace").decode()
+        """Return the ids (n) of a text, without the tokens that the library can add around it.
+
+        Raises:
+            UsageError: the text holds a special token in the mode `error`, or bytes that are in no
+                token.
+        """
+        text = text.encode("utf-8", "replace").decode()  # a lone surrogate becomes "?"
         if self.special_tokens == "error":
-            list(self._split_at_special_tokens(text))
+            list(self._split_at_special_tokens(text))  # raises an error if the text holds one
         ids = self.hf_tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         numbers = np.array(ids, dtype=np.int64)
         if self.is_lossless:
-            num_text_bytes, num_token_bytes = (
-                len(text.encode()),
-                int(self.written_bytes[numbers].sum()),
-            )
+            num_text_bytes = len(text.encode())
+            num_token_bytes = int(self.written_bytes[numbers].sum())
             if num_text_bytes != num_token_bytes:
                 raise UsageError(
                     f"{num_text_bytes - num_token_bytes} of the {num_text_bytes} bytes of a text "
@@ -226,6 +231,7 @@ class FileTokenizer(Tokenizer):
                 ids.
             special_tokens: how special tokens in a text are read.
         """
+        # a special token is written as plain text, another in ByteLevel's alphabet
         word_by_bytes = {word.encode(): word for word in special_words}
         ids = {word_by_bytes.get(piece) or _bytes_to_chars(piece): n for n, piece in vocab.items()}
         for word in special_words:
@@ -257,7 +263,13 @@ def _bytes_to_chars(piece: bytes) -> str:
 def _make_bpe_json(
     vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], special_words: Iterable[str]
 ) -> str:
-    """Return the tokenizer.json of a byte pair encoding with GPT-2's word pattern."""
+    """Return the text of a tokenizer.json for a byte pair encoding with GPT-2's word pattern.
+
+    Args:
+        vocab: the ids by token; a token's bytes are written in ByteLevel's alphabet.
+        merges: the pairs of tokens to merge, in order.
+        special_words: the tokens of `vocab` that are special.
+    """
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     content = {
@@ -278,7 +290,7 @@ def _bpe_json_from_files(vocab_file: Path, merges_file: Path) -> str:
         vocab = json.loads(vocab_file.read_text(encoding="utf-8-sig"))
         lines = merges_file.read_text(encoding="utf-8-sig").split("\n")
         lines = [line.rstrip("\r") for line in lines if line and not line.startswith("#version")]
-        pairs = [(a, b) for a, b in (line.split(" ") for line in lines)]
+        pairs = [(a, b) for a, b in (line.split(" ") for line in lines)]  # two words per line
         special = [name for name in FileTokenizer.EOS_CANDIDATES if name in vocab]
         return _make_bpe_json({str(word): int(n) for word, n in vocab.items()}, pairs, special)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:

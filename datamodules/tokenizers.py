@@ -105,7 +105,16 @@ class Tokenizer(ABC):
         )
 
     def set_special_tokens(self, special_ids: Mapping[str, int], special_tokens: str) -> None:
-        """Set the special tokens and how they are read in a text."""
+        """Set the special tokens and how they are read in a text.
+
+        Args:
+            special_ids: the ids of the special tokens by their text.
+            special_tokens: `as_text` reads them as ordinary text, `allow` as one token each, and
+                `error` raises an error.
+
+        Raises:
+            UsageError: the mode is not known, or has no effect without special tokens.
+        """
         if special_tokens not in get_args(SpecialTokenMode):
             raise UsageError(
                 f"special_tokens={special_tokens!r} is not known",
@@ -127,6 +136,7 @@ class Tokenizer(ABC):
                 "remove special_tokens, or use tokenizer='gpt2'",
                 flag="--data.tokenizer=gpt2",
             )
+        # a cut of a text into chunks must not divide a special token
         self._set_unsplittable(special_words if special_tokens != "as_text" else [])
 
     def _set_unsplittable(self, units: Iterable[str]) -> None:
@@ -135,7 +145,13 @@ class Tokenizer(ABC):
         self.lookahead = max([1, *map(len, self._unsplittable)])
 
     def _split_at_special_tokens(self, text: str) -> Iterator[str]:
-        """Split a text at its special tokens: every second part is a special token."""
+        """Split a text at its special tokens: every second string is a special token.
+
+        In the mode `as_text` the text is not split.
+
+        Raises:
+            UsageError: the mode is `error`, and the text holds a special token.
+        """
         if self.special_tokens == "as_text" or self._pattern is None:
             yield text
             return
@@ -297,21 +313,28 @@ class BPETokenizer(Tokenizer):
     def __init__(
         self, ranked_tokens: Sequence[bytes], special_tokens: SpecialTokenMode = "as_text"
     ) -> None:
-        """Take the byte sequences in the order of their ranks; one more token ends a text."""
+        """Build the encoding; the token after the last one ends a text (`eos_id`).
+
+        Args:
+            ranked_tokens: the byte sequence of each token; its position is its id and its rank.
+            special_tokens: how the end-of-text token is read in a text: as_text, allow or error.
+
+        Raises:
+            UsageError: two tokens are equal, or a single byte is missing.
+        """
         import tiktoken
 
         self.ranked_tokens, self.eos_id = list(ranked_tokens), len(ranked_tokens)
-        if len(set(self.ranked_tokens)) < len(self.ranked_tokens) or SINGLE_BYTES - set(
-            self.ranked_tokens
-        ):
+        different_tokens = set(self.ranked_tokens)
+        if len(different_tokens) < len(self.ranked_tokens) or SINGLE_BYTES - different_tokens:
             raise UsageError(
                 f"BPETokenizer: {len(self.ranked_tokens)} tokens were given, "
-                f"{len(set(self.ranked_tokens))} of them different",
+                f"{len(different_tokens)} of them different",
                 ["different tokens, among them all 256 single bytes"],
                 "pass the tokens of a byte pair encoding in the order of their ranks",
             )
         self.set_special_tokens({ENDOFTEXT: self.eos_id}, special_tokens)
-        self.token_bytes = torch.tensor([*map(len, ranked_tokens), 0])
+        self.token_bytes = torch.tensor([*map(len, ranked_tokens), 0])  # bytes per id (vocab_size)
         self.mergeable_ranks = {piece: rank for rank, piece in enumerate(ranked_tokens)}
         self.encoding = tiktoken.Encoding(
             "pieces",
@@ -426,7 +449,11 @@ class NumberTokenizer(Tokenizer):
         self.token_bytes = torch.zeros(vocab_size, dtype=torch.int64)
 
     def encode_array(self, text: str) -> np.ndarray:
-        """Parse the ids of a text."""
+        """Return the ids (n) that a text lists, such as "17 4"; a text of spaces gives the id 0.
+
+        Raises:
+            UsageError: a word is not an id of the vocabulary.
+        """
         token_texts = text.split()
         for word in token_texts:
             if not (word.isascii() and word.isdigit() and len(word) < 11):
@@ -441,7 +468,10 @@ class NumberTokenizer(Tokenizer):
                     [f"0 to {self.vocab_size - 1}"],
                     f"use an id from 0 to {self.vocab_size - 1}",
                 )
-        return np.array([int(word) for word in token_texts] or [0] * bool(text), dtype=np.int64)
+        ids = [int(word) for word in token_texts]
+        if text and not ids:  # a text that is not empty must have a token
+            ids = [0]
+        return np.array(ids, dtype=np.int64)
 
     def decode_list(self, token_ids: Sequence[int]) -> str:
         """Return the ids as text, each after a space."""
