@@ -4,14 +4,18 @@ import csv
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ravine.cli.main import main
 from ravine.cli.run_folders import index, placement, record
+from ravine.errors import UsageError
 
 SPAM = """
 model: {class_path: SpamClassifier, init_args: {num_buckets: 64}}
@@ -75,6 +79,33 @@ def test_the_record_says_what_made_a_run_and_how_it_ended(run: Path) -> None:
     assert "torch==" in (run / "packages.txt").read_text()
 
 
+class EndsTheRun(L.Callback):
+    """At the third step: by Ctrl-C, or by an error."""
+
+    def __init__(self, by: str = "ctrl_c") -> None:
+        self.by = by
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == 2:
+            if self.by == "error":
+                raise UsageError("the third step fails")
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("by", "status", "exit_status"), [("ctrl_c", "interrupted", 130), ("error", "failed", 2)]
+)
+def test_the_record_says_how_a_run_was_ended(
+    by: str, status: str, exit_status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter(tmp_path, monkeypatch)
+    ends = [f"--trainer.callbacks+={__name__}.EndsTheRun", f"--trainer.callbacks.by={by}"]
+    assert main(["fit", "--config=spam", *ends]) == exit_status
+    result = known(Path("runs/spam/version_0"))
+    assert (result["status"], result["steps"] >= 2) == (status, True)
+    assert (by == "ctrl_c") or result["error"] == "UsageError: the third step fails"
+
+
 def test_evaluations_write_into_the_run_that_they_judge(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,6 +165,9 @@ def test_a_resume_from_the_newest_goes_on_in_the_same_folder(run: Path) -> None:
     assert (found["status"], len(found["history"])) == ("done", 1)
     assert found["history"][0]["steps"] < found["steps"]
     assert newest.exists()
+    events = EventAccumulator(str(run)).Reload()  # of both files: one curve
+    logged = [event.step for event in events.Scalars("train/loss")]
+    assert logged == sorted(set(logged)) == steps
 
 
 @pytest.mark.parametrize(
