@@ -21,7 +21,7 @@ QUESTIONS = {
     **dict.fromkeys(
         (
             *("--help", "--version", "fit --help", "fti", "fit --config nowhere/nothing"),
-            *("list", "list configs", "list configs lora", "list strategies"),
+            *("list", "list configs", "list configs lora"),
             *("completion bash", "completion words|lightning fit --config sha"),
         ),
         LIMIT,
@@ -29,7 +29,7 @@ QUESTIONS = {
     **dict.fromkeys(
         (
             *("list callbacks", "list optimizers", "list tasks", "list data", "list muon"),
-            *("list samplers", "list schedules", "list rewards", "list nothing"),
+            *("list strategies", "list samplers", "list schedules", "list rewards", "list nothing"),
             *("show EMA", "show Trainer", "show shakespeare/quick", "show Mouon"),
             "show gpt2/124m strategy/zero3",
             "completion words|lightning fit --trainer.callbacks+=E",

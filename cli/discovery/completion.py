@@ -21,6 +21,7 @@ CLASS_FLAG_KINDS = {  # kinds of the classes that a flag may name
     "--trainer.strategy": ("strategies",),
     CALLBACKS_FLAG: ("callbacks", "optimizers"),
 }
+RUNS_VERBS = ("show", "compare", "clean")
 RESOLVED_CHECKPOINTS = ("auto", "last")
 
 
@@ -47,6 +48,9 @@ def complete_line(line: str, commands: Iterable[str]) -> list[str]:
             return starting_with(current, names)
         case "completion":
             return starting_with(current, () if arguments else ("bash", "zsh"))
+        case "runs" if not current.startswith("-"):
+            verbs = () if arguments else RUNS_VERBS
+            return [*starting_with(current, verbs), *file_names(current or "runs/")]
     if arguments and arguments[-1] in CONFIG_FLAGS:
         return starting_with(current, config_names()) or file_names(current)
     flag, equals, value = current.partition("=")
@@ -144,7 +148,8 @@ def choices(parameter: Parameter) -> list[object]:
 def flag_names(command: str, current: str, arguments: list[str]) -> list[str]:
     """Return the flags of a command; those below `--model.` once that much is typed."""
     if command not in TRAINING_COMMANDS:
-        return [f"{flag}=" for flag in re.findall(r"--[a-z]\w*(?==)", page_text(command))]
+        flags = re.findall(r"--[a-z]\w*(?==)", page_text(command))
+        return [f"{flag}=" for flag in flags if flag != "--key"]
     head = current.rpartition(".")[0]
     parameters = section_parameters(head, arguments) if head else []
     if parameters:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ravine.cli import main
+from ravine.cli import help_text, main
 from ravine.cli.config import presets
-from ravine.cli.discovery.completion import complete_line
+from ravine.cli.discovery.completion import RUNS_VERBS, complete_line
 
 COMMANDS = (*main.COMMANDS, *main.LOOKUP_COMMANDS)
 
@@ -66,6 +66,9 @@ def complete(line: str) -> list[str]:
         ("lightning test --trainer.max_st", ["--trainer.max_steps="]),
         ("lightning generate --top", ["--top_k=", "--top_p="]),
         ("lightning export --form", ["--format="]),
+        ("lightning runs co", ["compare"]),
+        ("lightning runs compare ru", ["runs/"]),
+        ("lightning runs --sta", ["--status="]),
         ("lightning fit --nothing.x", []),
         ("lightning fit --config nowhere --model.", []),
         ("lightning nothing ", []),
@@ -75,6 +78,11 @@ def complete(line: str) -> list[str]:
 def test_a_line_is_completed(line: str, words: list[str]) -> None:
     found = complete(line)
     assert [word for word in found if word not in ("--debug", "--help")] == words
+
+
+def test_the_verbs_of_runs_are_those_of_its_page() -> None:
+    page = help_text.help_text("runs", "lightning")
+    assert all(f"  runs {verb} " in page for verb in RUNS_VERBS)
 
 
 def test_all_presets_complete_a_config() -> None:
