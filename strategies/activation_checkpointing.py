@@ -69,16 +69,18 @@ def apply_activation_checkpointing(module: nn.Module, mode: CheckpointingMode) -
             "remove activation_checkpointing",
         )
     for block in blocks:
-        if "recomputed" in block.__dict__ and block.__dict__["recomputed"] != mode:
+        # from __dict__, because a wrapper's __getattr__ may return attributes of the wrapped module
+        previous_mode = block.__dict__.get("checkpointing_mode")
+        if previous_mode not in (None, mode):
             raise UsageError(
                 f"activation_checkpointing={mode}: the blocks already use activation "
-                f"checkpointing with mode {block.__dict__['recomputed']}",
+                f"checkpointing with mode {previous_mode}",
                 ["an argument of the strategy, or the callback ActivationCheckpointing"],
                 "remove one of the two",
             )
-        if "recomputed" not in block.__dict__:
+        if previous_mode is None:
             block.forward = _checkpointed_forward(block, block.forward, mode)
-            block.__dict__["recomputed"] = mode
+            block.__dict__["checkpointing_mode"] = mode
 
 
 def find_blocks(module: nn.Module) -> list[nn.Module]:
@@ -104,6 +106,10 @@ def find_sequentials(module: nn.Module) -> list[nn.Module]:
 def _checkpointed_forward(
     block: nn.Module, forward: Callable[..., Any], mode: CheckpointingMode
 ) -> Callable[..., Any]:
+    """Return a replacement of a block's forward that recomputes activations in the backward pass.
+
+    In the recomputation, buffers that the forward changes have the values from before the forward.
+    """
     selective_contexts = partial(create_selective_checkpoint_contexts, _selective_policy)
     checkpoint_kwargs: dict[str, Any] = (
         {"context_fn": selective_contexts} if mode == "selective" else {}
@@ -122,21 +128,23 @@ def _checkpointed_forward(
         versions = [module._buffers[name]._version for module, name in buffer_refs]
 
         def make_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-            forward_context, recompute_context = (
-                selective_contexts() if checkpoint_kwargs else (nullcontext(), nullcontext())
-            )
+            """Return the contexts of the forward and of its recomputation."""
+            if mode == "selective":
+                forward_context, recompute_context = selective_contexts()
+            else:
+                forward_context, recompute_context = nullcontext(), nullcontext()
             return forward_context, _restore_buffers(saved_buffers, recompute_context)
 
         call_kwargs = {"context_fn": make_contexts} if buffer_refs else checkpoint_kwargs
         output = checkpoint(forward, *args, use_reentrant=False, **call_kwargs, **kwargs)
         if known_buffers is None:
-            pairs = zip(list(saved_buffers), versions, strict=True)
-            saved_buffers[:] = [
-                (m, n, before)
-                for (m, n, before), v in pairs
-                if _has_changed(m._buffers[n], before, v)
+            changed_buffers = [
+                (module, name, old_value)
+                for (module, name, old_value), version in zip(saved_buffers, versions, strict=True)
+                if _has_changed(module._buffers[name], old_value, version)
             ]
-            changing_buffers[block.training] = [(m, name) for m, name, _ in saved_buffers]
+            saved_buffers[:] = changed_buffers  # in place: the recomputation reads this list
+            changing_buffers[block.training] = [(m, name) for m, name, _ in changed_buffers]
         return output
 
     return checkpointed

@@ -45,21 +45,30 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def attention_with_lse(
     query: Tensor, key: Tensor, value: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """Compute out (b h t k), and lse (b h t) in `accumulation_dtype`.
+    """Compute attention over a block of keys, and the log-sum-exp of its scores.
 
-    `causal` masks the keys after a query.
+    Args:
+        query: (b h t k).
+        key: (b h s k); with `causal` s = t.
+        value: (b h s k).
+        causal: whether the keys after a query are masked.
+
+    Returns:
+        out (b h t k), and lse (b h t) in `accumulation_dtype`.
     """
     kernel = _select_kernel(query, key, value, causal)
+    options = {"dropout_p": 0.0, "is_causal": causal}
     if kernel == "flash":
-        return aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal)[:2]
+        return aten._scaled_dot_product_flash_attention(query, key, value, **options)[:2]
     if kernel == "efficient":
-        options = (None, True, 0.0, causal)
-        out, lse = aten._scaled_dot_product_efficient_attention(query, key, value, *options)[:2]
-        return out, lse[..., : query.shape[2]]
+        out, lse = aten._scaled_dot_product_efficient_attention(
+            query, key, value, attn_bias=None, compute_log_sumexp=True, **options
+        )[:2]
+        return out, lse[..., : query.shape[2]]  # without the kernel's padding
     if query.dtype != accumulation_dtype(query.dtype):
         query, key, value = query.float(), key.float(), value.float()
     if kernel == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal)
+        return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, **options)
     return _attention_in_chunks(query, key, value, causal)
 
 
@@ -68,34 +77,54 @@ def attention_with_lse_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of query, key and value for a block of keys.
 
-    `out` and `lse` are the results over all keys.
+    Args:
+        d_out: gradient of the attention over all keys (b h t k).
+        query: (b h t k).
+        key: (b h s k), the block; with `causal` s = t.
+        value: (b h s k), the block.
+        out: attention over all keys (b h t k).
+        lse: log-sum-exp over all keys (b h t).
+        causal: whether the keys after a query are masked.
     """
     kernel = _select_kernel(query, key, value, causal)
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()  # a sum gives strides of 0
     if kernel == "flash":
         seed = torch.zeros(2, dtype=torch.uint64, device=query.device)  # unused: dropout is 0
-        lengths = (None, None, query.shape[2], key.shape[2])
-        options = (*lengths, 0.0, causal, seed, seed.new_zeros(()))
-        tensors = (d_out, query, key, value, out, lse.contiguous())
-        return aten._scaled_dot_product_flash_attention_backward(*tensors, *options)
+        return aten._scaled_dot_product_flash_attention_backward(
+            *(d_out, query, key, value, out, lse.contiguous()),
+            cum_seq_q=None,
+            cum_seq_k=None,
+            max_q=query.shape[2],
+            max_k=key.shape[2],
+            dropout_p=0.0,
+            is_causal=causal,
+            philox_seed=seed,
+            philox_offset=seed.new_zeros(()),
+        )
     if kernel == "efficient":
-        seed = torch.zeros((), dtype=torch.long, device=query.device)
+        seed = torch.zeros((), dtype=torch.long, device=query.device)  # unused: dropout is 0
         lse = F.pad(lse, (0, -lse.shape[2] % LSE_ALIGNMENT), value=torch.inf).contiguous()
-        options = (seed, seed, 0.0, [True, True, True, False], causal)
-        tensors = (d_out, query, key, value, None, out, lse)
-        return aten._scaled_dot_product_efficient_attention_backward(*tensors, *options)[:3]
+        return aten._scaled_dot_product_efficient_attention_backward(
+            *(d_out, query, key, value, None, out, lse),  # None: no bias
+            philox_seed=seed,
+            philox_offset=seed,
+            dropout_p=0.0,
+            grad_input_mask=[True, True, True, False],  # of query, key, value and bias
+            is_causal=causal,
+        )[:3]
     if query.dtype != accumulation_dtype(query.dtype):
         query, key, value = query.float(), key.float(), value.float()
         d_out, out = d_out.float(), out.float()
     tensors = (d_out, query, key, value, out, lse)
     if kernel == "cpu":
-        op = aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return op(*tensors, 0.0, causal)
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *tensors, dropout_p=0.0, is_causal=causal
+        )
     return _attention_backward_in_chunks(*tensors, causal)
 
 
 def _select_kernel(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> str:
-    """Return the name of the kernel for these tensors: cpu, flash, efficient or pieces."""
+    """Return the name of the kernel for these tensors: cpu, flash, efficient or chunks."""
     if query.device.type == "cpu":
         return "cpu"
     if query.device.type == "cuda" and query.dtype != torch.float64:
@@ -105,7 +134,7 @@ def _select_kernel(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> s
             return "flash"
         if can_use_efficient_attention(tensors):
             return "efficient"
-    return "pieces"
+    return "chunks"
 
 
 def _attention_scores(query: Tensor, key: Tensor, start: int | None) -> Tensor:
@@ -118,7 +147,7 @@ def _attention_scores(query: Tensor, key: Tensor, start: int | None) -> Tensor:
 
 
 def _query_slices(query: Tensor, key: Tensor) -> list[slice]:
-    """Return slices of queries that have at most SCORES scores each."""
+    """Return slices of queries that have at most MAX_SCORES scores each."""
     rows = max(1, MAX_SCORES // (query.shape[0] * query.shape[1] * key.shape[2]))
     return [slice(start, start + rows) for start in range(0, query.shape[2], rows)]
 
@@ -142,6 +171,11 @@ def _attention_in_chunks(
 def _attention_backward_in_chunks(
     d_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradients of query, key and value from one chunk of queries at a time.
+
+    Arguments as in `attention_with_lse_backward`. The attention weights are p = exp(q kᵀ/√k - lse),
+    and the gradient of a score is p (d_p - Σ p d_p), where the sum equals Σ d_out out.
+    """
     d_query, d_key, d_value = (
         torch.empty_like(query),
         torch.zeros_like(key),
@@ -154,8 +188,8 @@ def _attention_backward_in_chunks(
             scores = _attention_scores(q, key[:, :, visible], rows.start if causal else None)
             weights = scores.sub_(lse[:, :, rows, None]).exp_()
             d_value[:, :, visible] += weights.mT @ d
-            inner = (d * out[:, :, rows]).sum(-1, keepdim=True)
-            d_scores = (d @ value[:, :, visible].mT).sub_(inner).mul_(weights)
+            weighted_sum = (d * out[:, :, rows]).sum(-1, keepdim=True)
+            d_scores = (d @ value[:, :, visible].mT).sub_(weighted_sum).mul_(weights)
             d_scores.mul_(q.shape[-1] ** -0.5)
             d_query[:, :, rows] = d_scores @ key[:, :, visible]
             d_key[:, :, visible] += d_scores.mT @ q

@@ -116,7 +116,7 @@ def find_changed_buffers(
     """Return the names of buffers that have changed on any rank; every rank of the group calls it.
 
     Args:
-        old_fingerprints: fingerprints by name; the names are the same on all ranks.
+        old_fingerprints: results of `buffer_fingerprint` by name; each rank has the same names.
         buffers: all buffers by name.
         device: the device on which the group communicates.
         group: the ranks; None: all.
@@ -125,6 +125,6 @@ def find_changed_buffers(
         name in buffers and buffer_fingerprint(buffers[name]) != old
         for name, old in old_fingerprints.items()
     ]
-    flags = torch.tensor(changed, dtype=torch.uint8, device=device)
+    flags = torch.tensor(changed, dtype=torch.uint8, device=device)  # one per buffer
     dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
     return [name for name, flag in zip(old_fingerprints, flags.tolist(), strict=True) if flag]

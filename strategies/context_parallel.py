@@ -59,17 +59,24 @@ class ContextParallel:
     """Sets attention and position ids of the modules of a net during a step."""
 
     def __init__(self, module: nn.Module, mesh: DeviceMesh) -> None:
-        """Find the attention modules; raise UsageError if there are none or dropout is used."""
+        """Find the attention modules; raise UsageError if there are none or dropout is used.
+
+        Args:
+            module: the LightningModule.
+            mesh: the ranks that each hold a part of every sequence (axis cp).
+        """
         self.group, self.rank, self.num_ranks = mesh.get_group(), mesh.get_local_rank(), mesh.size()
+        # `attention_fn(query, key, value)` computes the attention; a step replaces it
         self.attention_modules: list[Any] = [
             m for m in module.modules() if hasattr(m, "attention_fn")
         ]
+        # `position_ids_override` are the positions of the tokens; a step sets it
         self.position_modules: list[Any] = [
             m for m in module.modules() if hasattr(m, "position_ids_override")
         ]
-        self.module, self.module_name = module, type(module).__name__
-        name = self.module_name
-        self._rng_checked = False
+        self.module = module
+        self.module_name = name = type(module).__name__
+        self._rng_checked = False  # whether a step was found to draw no random numbers
         if not self.attention_modules or not self.position_modules:
             raise UsageError(
                 f"cp={self.num_ranks}: {name} has no modules with the attributes attention_fn and "
@@ -120,7 +127,9 @@ class ContextParallel:
         return tree_map_only(Tensor, shard_tensor, batch)
 
     def shard_and_bind(self, batch: Any) -> Any:
-        """Shard a batch along t, and set attention and position ids for its length.
+        """Return this rank's part of a batch along t, and set attention and position ids for it.
+
+        MeshStrategy calls it before a step. After the backward pass it calls `restore_attention`.
 
         Raises:
             UsageError: the tensors (b t ...) of the batch do not have exactly one length t.
@@ -137,9 +146,10 @@ class ContextParallel:
                 'use Trainer(strategy="zero3")',
                 flag="--trainer.strategy=zero3",
             )
-        times = zigzag_positions(lengths.pop(), self.rank, self.num_ranks).to(self._module_device)
+        (length,) = lengths
+        positions = zigzag_positions(length, self.rank, self.num_ranks).to(self._module_device)
         for module in self.position_modules:
-            module.position_ids_override = times
+            module.position_ids_override = positions
         for module in self.attention_modules:
             module.attention_fn = self.ring_attend
         return batch_shard
@@ -212,17 +222,22 @@ def ring_slices(key: Tensor, num_groups: int) -> list[tuple[slice, slice]]:
     """Return slices of batch and heads of a key (b h t k), which the ring exchanges in turn.
 
     The buffers of the ring hold one slice. There are `num_groups` equal slices if there are as many
-    heads, and fewer if messages would be shorter than MIN_MESSAGE_BYTES.
+    heads, and fewer if messages would be shorter than MIN_MESSAGE_BYTES. If there are fewer heads,
+    the batch is split, too.
     """
-    batch, heads = key.shape[:2]
-    size = 2 * key.numel() * key.element_size()  # of keys and values
-    num_groups = min(num_groups, max(1, size // MIN_MESSAGE_BYTES.get(key.device.type, 2**22)))
-    heads_per_slice = max(1, heads // num_groups)
-    rows = batch if num_groups <= heads else max(1, batch * heads // num_groups)
+    batch_size, num_heads = key.shape[:2]
+    num_bytes = 2 * key.numel() * key.element_size()  # of keys and values
+    max_groups = max(1, num_bytes // MIN_MESSAGE_BYTES.get(key.device.type, 2**22))
+    num_groups = min(num_groups, max_groups)
+    heads_per_slice = max(1, num_heads // num_groups)
+    if num_groups <= num_heads:
+        rows_per_slice = batch_size
+    else:
+        rows_per_slice = max(1, batch_size * num_heads // num_groups)
     return [
-        (slice(row, row + rows), slice(head, head + heads_per_slice))
-        for row in range(0, batch, rows)
-        for head in range(0, heads, heads_per_slice)
+        (slice(row, row + rows_per_slice), slice(head, head + heads_per_slice))
+        for row in range(0, batch_size, rows_per_slice)
+        for head in range(0, num_heads, heads_per_slice)
     ]
 
 
@@ -230,26 +245,23 @@ def ring_slices(key: Tensor, num_groups: int) -> list[tuple[slice, slice]]:
 def ring_attention(query: Tensor, key: Tensor, value: Tensor, group: str) -> tuple[Tensor, Tensor]:
     """Compute out (b h t k) and log-sum-exp (b h t) of causal attention over the full sequence.
 
-    Query, key and value (b h t k) are this rank's; `group` is the name of the process group. It is
-    a custom operator so that selective activation checkpointing saves its output, and torch.compile
-    does not trace it.
+    Query, key and value (b h t k) are this rank's; `group` is the name of the process group. At
+    step s the block of keys is that of the rank s places before this one. It is a custom operator
+    so that selective activation checkpointing saves its output, and torch.compile does not trace
+    it.
     """
     ring, length = _RingNeighbours(group), query.shape[2]
     out, lse = _empty_results(query)
-    for ring_slice in ring_slices(key, FORWARD_HEAD_GROUPS):
+    for ring_slice in ring_slices(key, FORWARD_HEAD_GROUPS):  # slices of batch and heads
         local_kv = _pack_kv(key[ring_slice], value[ring_slice], key.dtype)
-        remote_kv, q, slice_lse, result = (
-            local_kv,
-            query[ring_slice],
-            lse[ring_slice],
-            out[ring_slice],
-        )
-        total = _accumulator(result, lse.dtype)
+        block_kv = local_kv  # keys and values of the rank of this step
+        slice_query, slice_out, slice_lse = query[ring_slice], out[ring_slice], lse[ring_slice]
+        total = _accumulator(slice_out, lse.dtype)
         for step in range(ring.num_ranks):
-            transfer = ring.exchange_kv(local_kv, step + 1)
+            transfer = ring.exchange_kv(local_kv, step + 1)  # while this block is computed
             query_slice = visible_queries(ring.rank, ring.rank_at(step), length)
             block_out, block_lse = attention_with_lse(
-                q[:, :, query_slice], *_unpack_kv(remote_kv), causal=step == 0
+                slice_query[:, :, query_slice], *_unpack_kv(block_kv), causal=step == 0
             )
             if step == 0:
                 total.copy_(block_out)
@@ -258,11 +270,11 @@ def ring_attention(query: Tensor, key: Tensor, value: Tensor, group: str) -> tup
                 _merge_blocks(
                     total[:, :, query_slice], slice_lse[:, :, query_slice], block_out, block_lse
                 )
-            del block_out, block_lse  # before the next block is computed
-            remote_kv = transfer.wait() if transfer else local_kv
-        if total is not result:
-            result.copy_(total)
-        del local_kv, remote_kv, transfer, total
+            del block_out, block_lse  # frees memory before the next block is computed
+            block_kv = transfer.wait() if transfer else local_kv
+        if total is not slice_out:  # it has a wider dtype
+            slice_out.copy_(total)
+        del local_kv, block_kv, transfer, total  # frees memory before the next slice is packed
     return out, lse
 
 
@@ -273,45 +285,59 @@ def ring_attention_backward(
     """Compute the gradients of this rank's query, key and value (b h t k).
 
     Keys and values are exchanged again. The gradients of a block's keys and values are sent back
-    while the next block is computed.
+    to their rank while the next block is computed.
+
+    Args:
+        d_out: gradient of `out` (b h t k).
+        query: this rank's queries (b h t k).
+        key: this rank's keys (b h t k).
+        value: this rank's values (b h t k).
+        out: result of `ring_attention` (b h t k).
+        lse: log-sum-exp of `ring_attention` (b h t).
+        group: name of the process group.
     """
     ring, length = _RingNeighbours(group), query.shape[2]
+    # gradients of query, key and value
     results = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     add_pending: Callable[[], None] | None = None  # adds the gradients that another rank is sending
     for ring_slice in ring_slices(key, BACKWARD_HEAD_GROUPS.get(ring.num_ranks, 4)):
         local_kv = _pack_kv(key[ring_slice], value[ring_slice], key.dtype)
-        remote_kv, inputs = local_kv, [item[ring_slice] for item in (d_out, query, out, lse)]
-        slice_grads = [item[ring_slice] for item in results]
-        totals = [_accumulator(item, lse.dtype) for item in slice_grads]
+        block_kv = local_kv  # keys and values of the rank of this step
+        inputs = [tensor[ring_slice] for tensor in (d_out, query, out, lse)]
+        slice_grads = [grad[ring_slice] for grad in results]
+        totals = [_accumulator(grad, lse.dtype) for grad in slice_grads]
         for step in range(ring.num_ranks):
             transfer = ring.exchange_kv(local_kv, step + 1)
             query_slice = visible_queries(ring.rank, ring.rank_at(step), length)
-            d, q, o, lse_rows = (item[:, :, query_slice] for item in inputs)
-            block_grads = attention_with_lse_backward(
-                d, q, *_unpack_kv(remote_kv), o, lse_rows, causal=step == 0
+            block_d_out, block_query, block_out, block_lse = (
+                tensor[:, :, query_slice] for tensor in inputs
             )
-            if step == 0:
-                for total, item in zip(totals, block_grads, strict=True):
-                    total.copy_(item)
+            block_key, block_value = _unpack_kv(block_kv)
+            block_grads = attention_with_lse_backward(
+                *(block_d_out, block_query, block_key, block_value, block_out, block_lse),
+                causal=step == 0,
+            )
+            if step == 0:  # keys and values are this rank's own
+                for total, grad in zip(totals, block_grads, strict=True):
+                    total.copy_(grad)
             else:
                 totals[0][:, :, query_slice] += block_grads[0]
             if add_pending is not None:
                 add_pending()
             add_pending = None
             if step > 0:
+                _, d_key, d_value = block_grads
                 grad_transfer = ring.exchange_grads(
-                    _pack_kv(*block_grads[1:], lse.dtype), step, length
+                    _pack_kv(d_key, d_value, lse.dtype), step, length
                 )
+                is_last_step = step + 1 == ring.num_ranks  # then the totals become results
                 add_pending = partial(
-                    _add_received_grads,
-                    grad_transfer,
-                    totals,
-                    slice_grads if step + 1 == ring.num_ranks else [],
+                    _add_received_grads, grad_transfer, totals, slice_grads if is_last_step else []
                 )
-                del grad_transfer
-            del block_grads  # before the next block is computed
-            remote_kv = transfer.wait() if transfer else local_kv
-        del local_kv, remote_kv, transfer, totals
+                del grad_transfer, d_key, d_value
+            del block_grads, block_key, block_value  # frees memory before the next block
+            block_kv = transfer.wait() if transfer else local_kv
+        del local_kv, block_kv, transfer, totals
     if add_pending is not None:
         add_pending()
     return results

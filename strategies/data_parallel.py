@@ -63,10 +63,13 @@ def check_constant_accumulation(trainer: Any) -> None:
     A callback with `supports_accumulation_schedule = True` adapts the batch, so it is then allowed.
     """
     callbacks = getattr(trainer, "callbacks", None) or ()
-    changes = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks)
-    if changes and not any(
+    has_scheduler = any(
+        isinstance(callback, GradientAccumulationScheduler) for callback in callbacks
+    )
+    is_supported = any(
         getattr(callback, "supports_accumulation_schedule", False) for callback in callbacks
-    ):
+    )
+    if has_scheduler and not is_supported:
         raise UsageError(
             "GradientAccumulationScheduler would make an optimizer step larger than batch_size, "
             "which is the number of samples per optimizer step",
@@ -141,7 +144,7 @@ class DataParallelStrategy(DDPStrategy):
                 del self._unchanged_fingerprints[name]
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's step.
+        """Run the module's step, and turn DDP's error for unreached parameters into a UsageError.
 
         Raises:
             UsageError: the previous backward pass did not reach all trainable parameters.
@@ -187,12 +190,14 @@ class DataParallelStrategy(DDPStrategy):
 def check_gradients_in_buckets(optimizer: Any) -> None:
     """Raise UsageError if `p.grad.data = new` has replaced the memory of a bucket view.
 
-    DDP would reduce the bucket, and the gradient would not get the result.
+    With `gradient_as_bucket_view=True` a gradient is a view of a bucket, the flat tensor that DDP
+    all-reduces. DDP would reduce the bucket, and the gradient would not get the result.
     """
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
         gradient = parameter.grad
         if gradient is None or gradient.layout != torch.strided or gradient._base is None:
             continue
+        # `_base` is the bucket: a view has the storage of its base
         if gradient.untyped_storage().data_ptr() != gradient._base.untyped_storage().data_ptr():
             raise UsageError(
                 f"`p.grad.data = new` for a parameter of shape {tuple(parameter.shape)} replaces "
@@ -213,12 +218,16 @@ def check_no_gradient_in_state(optimizer: Any) -> None:
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     states: Any = getattr(optimizer, "state", None)
-    for parameter in parameters if isinstance(states, Mapping) else ():
+    if not isinstance(states, Mapping):  # an optimizer that is not torch's class
+        return
+    for parameter in parameters:
         if parameter.grad is None or parameter.grad.layout != torch.strided:
             continue
         gradient_address = parameter.grad.untyped_storage().data_ptr()
         state = states.get(parameter)
-        for name, value in state.items() if isinstance(state, Mapping) else ():
+        if not isinstance(state, Mapping):
+            continue
+        for name, value in state.items():
             if not isinstance(value, Tensor) or value.layout != torch.strided:
                 continue
             if value.numel() and value.untyped_storage().data_ptr() == gradient_address:

@@ -10,6 +10,7 @@ The product of the sizes is the number of processes. `ep` is not an additional a
 `dp_shard`, in groups of `ep`, hold different experts (expert_parallel.py).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,13 +27,18 @@ DP_AXIS, TP_AXIS = "data_parallel", "tensor_parallel"  # Lightning's names; user
 def resolve_degrees(degrees: dict[str, int], world_size: int) -> dict[str, int]:
     """Return the size of each axis, with -1 resolved.
 
-    resolve_degrees({"dp_shard": -1, "tp": 2}, world_size=8)  # dp_shard 4
+        resolve_degrees({"dp_shard": -1, "tp": 2}, world_size=8)  # dp_shard 4
+
+    Args:
+        degrees: sizes by axis, and `ep`, which divides dp_shard; -1: all remaining ranks.
+        world_size: number of processes.
 
     Raises:
         UsageError: the sizes do not fit the number of processes; the error gives sizes that do.
     """
     axes = {axis: degrees.get(axis, 1) for axis in MESH_AXES}
     ep = degrees.get("ep", 1)
+    # for the errors: the call as a user would write it
     non_default = {k: v for k, v in degrees.items() if v != 1 or k == "dp_shard"}
     call_text = f"MeshStrategy({', '.join(f'{axis}={size}' for axis, size in non_default.items())})"
     free_axes = [axis for axis, size in axes.items() if size == -1]
@@ -43,9 +49,7 @@ def resolve_degrees(degrees: dict[str, int], world_size: int) -> dict[str, int]:
             "use MeshStrategy(dp_shard=-1, tp=1)",
             flag="--trainer.strategy.dp_shard=-1 --trainer.strategy.tp=1",
         )
-    product = 1
-    for axis, size in axes.items():
-        product *= 1 if axis in free_axes else size
+    product = math.prod(size for axis, size in axes.items() if axis not in free_axes)
     if free_axes and world_size % product == 0:
         axes[free_axes[0]] = world_size // product
     elif product != world_size:
@@ -75,7 +79,11 @@ def validate_strategy_args(
     min_unit_bytes: int | None = None,
     gather_once: bool = False,
 ) -> None:
-    """Raise UsageError for invalid arguments of MeshStrategy, when it is created."""
+    """Raise UsageError for an invalid argument of MeshStrategy, when it is created.
+
+    The arguments are those of MeshStrategy; `allowed_schedules` are the valid values of
+    `pipeline_schedule`.
+    """
     if zero_stage not in (1, 2, 3):
         raise UsageError(
             f"zero_stage is {zero_stage}",
@@ -116,7 +124,13 @@ def validate_strategy_args(
 
 
 def validate_module(module: Any, degrees: dict[str, int], sequence_parallel: bool) -> None:
-    """Raise UsageError for axes in the `unsupported_parallelism` of a module."""
+    """Raise UsageError if a module does not support an argument of MeshStrategy.
+
+    Args:
+        module: the LightningModule; its attribute `unsupported_parallelism` names axes.
+        degrees: the size of each axis.
+        sequence_parallel: whether activations are split along the sequence.
+    """
     if sequence_parallel and not module.automatic_optimization:
         raise UsageError(
             f"{type(module).__name__} steps its own optimizers (manual optimization), which "
@@ -140,7 +154,8 @@ def validate_combination(
 ) -> None:
     """Raise UsageError for invalid combinations of arguments, before a process starts.
 
-    The rules for micro-batches are those of torch's pipeline schedules.
+    The arguments are those of MeshStrategy, with the size of each axis resolved. The rules for
+    micro-batches are those of torch's pipeline schedules.
     """
     num_stage_ranks = degrees["pp"]
     if sequence_parallel and degrees["tp"] == 1:
@@ -157,16 +172,17 @@ def validate_combination(
             "use sequence_parallel=False",
             flag="--trainer.strategy.sequence_parallel=false",
         )
-    rounds = max(1, num_microbatches // num_stage_ranks)
+    # the interleaved schedule runs micro-batches in equal rounds of at least one for each rank
+    num_rounds = max(1, num_microbatches // num_stage_ranks)
     too_few = pipeline_schedule == "1f1b" and num_microbatches < num_stage_ranks
-    if too_few or (pipeline_schedule == "interleaved" and num_microbatches % rounds):
+    if too_few or (pipeline_schedule == "interleaved" and num_microbatches % num_rounds):
         allowed = f"{num_stage_ranks} or more" if too_few else f"multiples of {num_stage_ranks}"
         raise UsageError(
             f"num_microbatches={num_microbatches} does not fit a pipeline of {num_stage_ranks} "
             f"ranks ({pipeline_schedule})",
             [allowed],
-            f"use num_microbatches={num_stage_ranks * rounds}",
-            flag=f"--trainer.strategy.num_microbatches={num_stage_ranks * rounds}",
+            f"use num_microbatches={num_stage_ranks * num_rounds}",
+            flag=f"--trainer.strategy.num_microbatches={num_stage_ranks * num_rounds}",
         )
 
 
@@ -194,49 +210,53 @@ class MeshLayout:
 
 
 def build_mesh(degrees: dict[str, int], zero_stage: int, device: torch.device) -> MeshLayout:
-    """Build the meshes; data and FSDP meshes differ from Lightning's with HSDP, cp or ZeRO-1."""
+    """Build the meshes of all axes; every process calls it.
+
+    The meshes for data and FSDP differ from Lightning's with HSDP, cp or ZeRO-1.
+
+    Args:
+        degrees: the size of each axis; their product is the number of processes.
+        zero_stage: 1, 2 or 3; with 1 parameters are not sharded.
+        device: its type determines the backend.
+    """
     pp, num_replicas, num_shards, cp, tp = (degrees[axis] for axis in MESH_AXES)
     world_mesh = init_device_mesh(
         device.type, (pp * num_replicas * num_shards * cp * tp,), mesh_dim_names=("all",)
     )
-    samples = {"pp": pp, DP_AXIS: num_replicas * num_shards, "cp": cp, TP_AXIS: tp}
+    # Lightning requires the axes DP_AXIS and TP_AXIS, even of size 1
+    lightning_sizes = {"pp": pp, DP_AXIS: num_replicas * num_shards, "cp": cp, TP_AXIS: tp}
     lightning_mesh = _submesh(
-        world_mesh, {k: n for k, n in samples.items() if n > 1 or k in (DP_AXIS, TP_AXIS)}
+        world_mesh, {k: n for k, n in lightning_sizes.items() if n > 1 or k in (DP_AXIS, TP_AXIS)}
     )
-    expert_meshes: list[DeviceMesh] = []
+    expert_mesh = expert_replica_mesh = None
     if (ep := degrees["ep"]) > 1:
+        # consecutive ranks have different experts; "same" are ranks with the same experts
         submesh = _submesh(
             world_mesh,
             {"pp": pp, "same": num_replicas * num_shards // ep, "ep": ep, "cp": cp, TP_AXIS: tp},
         )
-        expert_meshes = [submesh["ep"], submesh["same", "cp"]._flatten("replicas")]
-    if zero_stage > 1 and num_replicas * cp == 1:
-        return MeshLayout(
-            degrees,
-            lightning_mesh,
-            lightning_mesh[DP_AXIS],
-            lightning_mesh[DP_AXIS],
-            lightning_mesh[TP_AXIS],
-            *expert_meshes,
+        expert_mesh = submesh["ep"]
+        expert_replica_mesh = submesh["same", "cp"]._flatten("replicas")
+    if zero_stage > 1 and num_replicas * cp == 1:  # the data ranks are the shard ranks
+        data_mesh = fsdp_mesh = lightning_mesh[DP_AXIS]
+        tp_mesh = lightning_mesh[TP_AXIS]
+    else:
+        if zero_stage == 1:  # every rank has full parameters (zero1.py)
+            num_copies, num_shards = num_replicas * num_shards * cp, 1
+        else:  # ranks of cp have different tokens, and shard parameters together with dp_shard
+            num_copies, num_shards = num_replicas, num_shards * cp
+        submesh = _submesh(
+            world_mesh, {"pp": pp, "copies": num_copies, "shards": num_shards, TP_AXIS: tp}
         )
-    # with ZeRO-1 every rank has full parameters (zero1.py): the shard axis has one rank
-    num_replicas, num_shards = (
-        (num_replicas * num_shards * cp, 1) if zero_stage == 1 else (num_replicas, num_shards * cp)
-    )
-    submesh = _submesh(
-        world_mesh, {"pp": pp, "copies": num_replicas, "shards": num_shards, TP_AXIS: tp}
-    )
-    replicate_shard = submesh["copies", "shards"]
-    fsdp_mesh = replicate_shard if num_replicas > 1 else submesh["shards"]
+        replicate_shard_mesh = submesh["copies", "shards"]
+        fsdp_mesh = replicate_shard_mesh if num_copies > 1 else submesh["shards"]
+        data_mesh = replicate_shard_mesh._flatten("data")
+        tp_mesh = submesh[TP_AXIS]
     return MeshLayout(
-        degrees,
-        lightning_mesh,
-        replicate_shard._flatten("data"),
-        fsdp_mesh,
-        submesh[TP_AXIS],
-        *expert_meshes,
+        degrees, lightning_mesh, data_mesh, fsdp_mesh, tp_mesh, expert_mesh, expert_replica_mesh
     )
 
 
 def _submesh(world: DeviceMesh, sizes: dict[str, int]) -> DeviceMesh:
+    """Return all processes as a mesh with these axes; their sizes multiply to the number."""
     return world._unflatten(0, tuple(sizes.values()), tuple(sizes))

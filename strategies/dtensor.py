@@ -55,25 +55,31 @@ def shard_indices(tensor: Tensor, coordinate: tuple[int, ...] | None = None) -> 
     Args:
         tensor: a DTensor, or a plain tensor, of which a rank holds all indices.
         coordinate: coordinate of the rank in the tensor's mesh; None: this rank.
+
+    Returns:
+        for each dimension the ranges of consecutive indices; no range if the rank is not in the
+        mesh or its shard is empty.
     """
     if not isinstance(tensor, DTensor):
         return [[IndexRange(0, 0, size)] for size in tensor.shape]
     mesh = tensor.device_mesh
+    # None if this rank is not in the mesh
     mesh_coordinate = mesh.get_coordinate() if coordinate is None else coordinate
+    # torch splits the indices of a dimension as it splits the tensor
     indices = [torch.arange(size) for size in tensor.shape]
     for axis, placement in enumerate(tensor.placements):
         shard_placement: Any = placement
         if not hasattr(shard_placement, "dim"):  # replicated
             continue
+        dim = shard_placement.dim
         one_dim_placement = type(shard_placement)(0, **_split_factor_kwargs(shard_placement))
         shards, _ = one_dim_placement._split_tensor(
-            indices[shard_placement.dim], mesh.size(axis), with_padding=False, contiguous=False
+            indices[dim], mesh.size(axis), with_padding=False, contiguous=False
         )
-        indices[shard_placement.dim] = (
-            shards[mesh_coordinate[axis]]
-            if mesh_coordinate is not None
-            else indices[shard_placement.dim][:0]
-        )
+        if mesh_coordinate is None:
+            indices[dim] = indices[dim][:0]
+        else:
+            indices[dim] = shards[mesh_coordinate[axis]]
     return [_consecutive_ranges(index) for index in indices]
 
 
@@ -119,7 +125,7 @@ def local_shard(full: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return full
     indices = shard_indices(like)
-    if all(len(ranges) <= 1 for ranges in indices):
+    if all(len(ranges) <= 1 for ranges in indices):  # one block, or an empty shard
         for dim, ranges in enumerate(indices):
             index_range = ranges[0] if ranges else IndexRange(0, 0, 0)
             full = full.narrow(dim, index_range.global_start, index_range.length)
@@ -146,37 +152,48 @@ def first_mesh_rank(mesh: DeviceMesh) -> int:
 def gather_to_first_rank(tensor: Tensor) -> Tensor | None:
     """Gather a full tensor on the CPU of the mesh's first rank; return None on other ranks.
 
-    All ranks of the mesh call it. Shards are sent to the first rank only, in messages of at most
-    MAX_MESSAGE_BYTES.
+    All ranks of the mesh call it. Shards are sent to the first rank only, one after another, in
+    messages of at most MAX_MESSAGE_BYTES. A plain tensor is returned on every rank.
     """
     if not isinstance(tensor, DTensor):
         return tensor.detach().cpu()
     mesh, local = tensor.device_mesh, tensor.to_local().detach()
     first_rank, rank = first_mesh_rank(mesh), dist.get_rank()
-    sharded = [hasattr(placement, "dim") for placement in tensor.placements]
-    if not any(sharded):
+    is_sharded_axis = [hasattr(placement, "dim") for placement in tensor.placements]
+    if not any(is_sharded_axis):
         return local.cpu() if rank == first_rank else None
     full = torch.empty(tensor.shape, dtype=tensor.dtype) if rank == first_rank else None
     for coordinate in itertools.product(*(range(n) for n in mesh.mesh.shape)):
         if any(
-            index and not is_sharded for index, is_sharded in zip(coordinate, sharded, strict=True)
+            i > 0 and not sharded for i, sharded in zip(coordinate, is_sharded_axis, strict=True)
         ):
             continue  # a replica of a shard that another rank sends
         sender = int(mesh.mesh[coordinate])
         if rank == sender and sender != first_rank:
             for chunk in _chunks(local):
-                dist.send(_as_bytes(chunk), first_rank)
+                dist.send(_as_bytes(chunk), first_rank)  # in the default group: a global rank
         elif full is not None:
             indices = shard_indices(tensor, coordinate)
-            shape = [sum(index_range.length for index_range in ranges) for ranges in indices]
-            for rows, chunk in _receive_chunks(
-                shape, local, sender if sender != first_rank else None
-            ):
-                for target, source in shard_blocks(
-                    [_ranges_within(indices[0], rows), *indices[1:]] if indices else []
-                ):
-                    full[target] = chunk[source].to(full.device)
+            _copy_shard_from(sender if sender != first_rank else None, local, indices, full)
     return full
+
+
+def _copy_shard_from(
+    sender: int | None, local: Tensor, indices: ShardIndices, full: Tensor
+) -> None:
+    """Copy the shard of a rank into the full tensor, in chunks of rows.
+
+    Args:
+        sender: the rank that sends its shard; None: `local` is the shard.
+        local: the shard of this rank; chunks are received with its dtype, on its device.
+        indices: the indices of the shard in the full tensor.
+        full: the full tensor, on the CPU.
+    """
+    shape = [sum(index_range.length for index_range in ranges) for ranges in indices]
+    for rows, chunk in _receive_chunks(shape, local, sender):
+        chunk_indices = [_ranges_within(indices[0], rows), *indices[1:]] if indices else []
+        for target, source in shard_blocks(chunk_indices):
+            full[target] = chunk[source].to(full.device)
 
 
 def _row_chunks(shape: torch.Size | list[int], itemsize: int) -> Iterator[tuple[int, int]]:
@@ -215,22 +232,29 @@ def _receive_chunks(
 
 
 def _ranges_within(ranges: list[IndexRange], rows: tuple[int, int]) -> list[IndexRange]:
-    """Return the parts of index ranges within `rows` of the shard, relative to the first row."""
-    inside = []
+    """Return the parts of index ranges inside a chunk of rows of the shard.
+
+    Args:
+        ranges: ranges of the first dimension.
+        rows: first row of the chunk in the shard, and the row after its last one.
+
+    Returns:
+        ranges whose `local_start` counts from the first row of the chunk.
+    """
+    first_row, end_row = rows
+    ranges_in_chunk = []
     for index_range in ranges:
-        start, end = (
-            max(index_range.local_start, rows[0]),
-            min(index_range.local_start + index_range.length, rows[1]),
-        )
+        start = max(index_range.local_start, first_row)
+        end = min(index_range.local_start + index_range.length, end_row)
         if start < end:
-            inside.append(
+            ranges_in_chunk.append(
                 IndexRange(
-                    index_range.global_start + start - index_range.local_start,
-                    start - rows[0],
-                    end - start,
+                    global_start=index_range.global_start + start - index_range.local_start,
+                    local_start=start - first_row,
+                    length=end - start,
                 )
             )
-    return inside
+    return ranges_in_chunk
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:
@@ -260,21 +284,24 @@ def gather_trees_to_first_rank(tree: Any, group: ProcessGroup, device: torch.dev
     first_rank, rank = ranks[0], dist.get_rank()
     if rank == first_rank:
         return [tree, *(_receive_tree(sender, device) for sender in ranks[1:])]
-    leaves, spec = tree_flatten(tree)
+    leaves, tree_spec = tree_flatten(tree)
+    # first the tree with the shape and dtype of each tensor, then the tensors
     specs = [_TensorSpec(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    dist.send_object_list([tree_unflatten(specs, spec)], first_rank)
+    dist.send_object_list([tree_unflatten(specs, tree_spec)], first_rank)
     for leaf in leaves:
-        for chunk in _chunks(leaf.detach()) if isinstance(leaf, Tensor) else ():
-            dist.send(_as_bytes(chunk.to(device)), first_rank)
+        if isinstance(leaf, Tensor):
+            for chunk in _chunks(leaf.detach()):
+                # through the default group, so `first_rank` is a global rank
+                dist.send(_as_bytes(chunk.to(device)), first_rank)
     return []
 
 
 def _receive_tree(sender: int, device: torch.device) -> Any:
     message: list[Any] = [None]
     dist.recv_object_list(message, sender)
-    specs, spec = tree_flatten(message[0])
+    specs, tree_spec = tree_flatten(message[0])
     return tree_unflatten(
-        [_receive_leaf(tensor_spec, sender, device) for tensor_spec in specs], spec
+        [_receive_leaf(tensor_spec, sender, device) for tensor_spec in specs], tree_spec
     )
 
 

@@ -33,14 +33,21 @@ def find_experts(module: nn.Module) -> list[nn.Module]:
 def shard_experts(module: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
     """Shard all experts over the ranks of `mesh`, and return the changed modules.
 
+    Their forward then sends tokens to the ranks of the experts, and gets the outputs back.
+
+    Args:
+        module: the LightningModule; an experts module is a submodule called `experts`, whose
+            parameters have the experts as first axis.
+        mesh: the ranks that keep different experts (axis ep).
+
     Raises:
         UsageError: there are no experts, or the ranks do not divide their number.
     """
     expert_modules = find_experts(module)
     if not expert_modules:
-        has_experts_arg = "num_experts" in (getattr(module, "hparams", None) or {})
         flag = "--trainer.strategy=zero3"
-        flag = f"--model.num_experts=8, or {flag}" if has_experts_arg else flag
+        if "num_experts" in (getattr(module, "hparams", None) or {}):
+            flag = f"--model.num_experts=8, or {flag}"
         raise UsageError(
             f"ep={mesh.size()}: {type(module).__name__} has no mixture of experts",
             ["networks with a module `experts`, whose parameters have the experts as first axis"],
@@ -48,13 +55,13 @@ def shard_experts(module: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
             flag=flag,
         )
     for experts in expert_modules:
-        count = next(experts.parameters()).shape[0]
-        if count % mesh.size():
-            fitting = [n for n in range(1, count + 1) if count % n == 0]
-            nearest = max(n for n in fitting if n <= mesh.size())
+        num_experts = next(experts.parameters()).shape[0]
+        if num_experts % mesh.size():
+            divisors = [n for n in range(1, num_experts + 1) if num_experts % n == 0]
+            nearest = max(n for n in divisors if n <= mesh.size())
             raise UsageError(
-                f"ep={mesh.size()} does not divide the {count} experts",
-                fitting,
+                f"ep={mesh.size()} does not divide the {num_experts} experts",
+                divisors,
                 f"use MeshStrategy(ep={nearest})",
                 flag=f"--trainer.strategy.ep={nearest}",
             )
@@ -68,9 +75,17 @@ def shard_experts(module: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
 def _all_to_all_forward(
     experts: nn.Module, forward: Callable[[Tensor], Tensor], group: ProcessGroup
 ) -> Callable[[Tensor], Tensor]:
+    """Return a replacement of the forward of experts that are sharded over a group.
+
+    Args:
+        experts: the module of this rank's experts.
+        forward: its forward, which maps (E n d) to (E n d).
+        group: the ranks that keep different experts.
+    """
     num_ranks = dist.get_world_size(group)
 
     def dispatch_forward(x: Tensor) -> Tensor:
+        """Map the slots of this rank for all experts (E n d) to their outputs (E n d)."""
         e, n, d = x.shape
         num_slots = n
         if not torch.is_grad_enabled():  # in evaluation ranks may have batches of unequal size
@@ -78,9 +93,10 @@ def _all_to_all_forward(
             dist.all_reduce(max_slots, dist.ReduceOp.MAX, group=group)
             n = int(max_slots)
             x = pad(x, (0, 0, 0, n - num_slots))
+        num_local_experts = e // num_ranks
         # (r e n d): the slots of each rank r for the local experts e
-        received = _AllToAll.apply(x, group).view(num_ranks, e // num_ranks, n, d)
-        local_inputs = received.transpose(0, 1).reshape(e // num_ranks, num_ranks * n, d)
+        received = _AllToAll.apply(x, group).view(num_ranks, num_local_experts, n, d)
+        local_inputs = received.transpose(0, 1).reshape(num_local_experts, num_ranks * n, d)
         sharded_params = dict(experts._parameters)
         local_params: Any = {
             k: p.to_local() if isinstance(p, DTensor) else p for k, p in sharded_params.items()
@@ -90,7 +106,8 @@ def _all_to_all_forward(
             outputs = forward(local_inputs)
         finally:
             experts._parameters.update(sharded_params)
-        outputs = outputs.view(e // num_ranks, num_ranks, n, d).transpose(0, 1).reshape(e, n, d)
+        # (e (r n) d) -> (r e n d): the outputs for each rank r
+        outputs = outputs.view(num_local_experts, num_ranks, n, d).transpose(0, 1).reshape(e, n, d)
         return _AllToAll.apply(outputs, group)[:, :num_slots]
 
     return dispatch_forward
@@ -116,14 +133,19 @@ class _AllToAll(torch.autograd.Function):
 def reduce_expert_gradients(
     expert_modules: list[nn.Module], replicas: DeviceMesh, num_data_ranks: int
 ) -> None:
-    """Average the gradients of experts over `num_data_ranks` ranks.
+    """Average the gradients of experts over all data ranks, in place.
 
     The backward of the all-to-all has already summed the gradients over the ranks of `ep`.
-    `replicas` are the ranks that keep the same experts.
+
+    Args:
+        expert_modules: the result of `shard_experts`.
+        replicas: the ranks that keep the same experts as this rank.
+        num_data_ranks: number of ranks with different tokens: those of `ep` and of `replicas`.
     """
-    for parameter in (
-        p for experts in expert_modules for p in experts.parameters() if p.grad is not None
-    ):
+    parameters = [p for experts in expert_modules for p in experts.parameters()]
+    for parameter in parameters:
+        if parameter.grad is None:
+            continue
         gradient: Any = parameter.grad
         local_grad = gradient.to_local() if isinstance(gradient, DTensor) else gradient
         if replicas.size() > 1:

@@ -24,9 +24,9 @@ def clip_grad_norm(
     or DTensors together with plain tensors.
 
     Args:
-        parameters: the parameters of an optimizer
-        max_norm: the maximum norm
-        group: with ZeRO-1 the ranks that have the gradients of different parameters
+        parameters: the parameters of an optimizer.
+        max_norm: the maximum norm.
+        group: with ZeRO-1 the ranks that have the gradients of different parameters.
 
     Returns:
         the total norm before clipping, () on the device of the gradients, the same on every rank.
@@ -35,20 +35,22 @@ def clip_grad_norm(
     gradients = [p.grad for p in parameters if p.grad is not None]
     grads_by_mesh: dict[Any, list[Tensor]] = {}
     for gradient in gradients:
-        sharded = isinstance(gradient, DTensor)
-        key = (gradient.device_mesh, gradient.placements) if sharded else None
+        is_sharded = isinstance(gradient, DTensor)
+        key = (gradient.device_mesh, gradient.placements) if is_sharded else None
         grads_by_mesh.setdefault(key, []).append(gradient)
-    norms = [get_total_norm(group) for group in grads_by_mesh.values()]
+    norms = [get_total_norm(same_mesh_grads) for same_mesh_grads in grads_by_mesh.values()]
+    # full_tensor reduces the norms of the shards to the norm over all ranks
     norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     if not norms and (group is None or not parameters):
         return torch.zeros(())
     device = norms[0].device if norms else parameters[0].device
+    # with ZeRO-1 a rank may have no gradient: the zero makes a norm of it
     total = torch.linalg.vector_norm(torch.stack([*norms, torch.zeros((), device=device)]))
     if group is not None:  # in float64, so that all ranks use the same dtype
         square = total.double().square()
         dist.all_reduce(square, group=group)
         total = square.sqrt().to(total.dtype)
-    scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    scale = (max_norm / (total + 1e-6)).clamp(max=1.0)  # 1e-6 as in torch
     for gradient in gradients:
         local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
         local.mul_(scale)

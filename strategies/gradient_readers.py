@@ -43,6 +43,7 @@ VALUE_DEPENDENT_NAMES = {  # functions and methods that read or change the value
     *("isfinite", "isnan", "isinf", "histogram", "histc", "add_histogram", "quantile", "flatten"),
     *("mul_", "add_", "div_", "copy_", "clamp_", "zero_", "cat", "stack", "dot", "full_tensor"),
 }
+NON_PARAM_ARGUMENTS = {"trainer", "batch", "batch_idx", "outputs", "loss"}  # of hooks
 ATTRIBUTE_OPCODES = ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR")
 SKIPPED_OPCODES = ("CACHE", "RESUME", "PRECALL", "EXTENDED_ARG")
 PARAM_HOLDER_NAMES = {
@@ -79,10 +80,11 @@ def can_free_gradients_early(trainer: Any) -> bool:
 
 
 def find_gradient_readers(trainer: Any) -> list[str]:
-    """Return names of code besides the optimizers that reads the gradients of all parameters.
+    """Return names of code besides the optimizers that may read the gradients of all parameters.
 
-    Callbacks and hooks with the attribute `takes_partial_gradients = True` are left out. They work
-    if a rank has the gradients of some parameters only, and None for other parameters.
+    With ZeRO-1 each rank then keeps all gradients. Callbacks and hooks with the attribute
+    `takes_partial_gradients = True` are left out. They work if a rank has the gradients of some
+    parameters only, and None for other parameters.
     """
     module, reader_names = trainer.lightning_module, []
     if not module.automatic_optimization:
@@ -101,11 +103,16 @@ def find_gradient_readers(trainer: Any) -> list[str]:
             module_hook, "takes_partial_gradients", False
         ):
             reader_names.append(f"{type(module).__name__}.{hook}")
-    for owner, base in ((module, None), *((item, Callback) for item in trainer.callbacks)):
+    # the class that declares a hook, to find overrides; of the module by default
+    owners = [(module, None), *((callback, Callback) for callback in trainer.callbacks)]
+    for owner, base in owners:
         if getattr(owner, "takes_partial_gradients", False):
             continue
-        hooks = [item for item in GRADIENT_HOOKS if is_overridden(item, owner, base)]
-        hooks = [item for item in hooks if _may_read_gradients(getattr(owner, item), owner)]
+        hooks = [
+            hook
+            for hook in GRADIENT_HOOKS
+            if is_overridden(hook, owner, base) and _may_read_gradients(getattr(owner, hook), owner)
+        ]
         if base is not None and is_overridden(ZEROING_HOOKS[0], owner, base):
             hooks.append(ZEROING_HOOKS[0])
         if hooks or reads_gradients(owner):
@@ -144,31 +151,33 @@ def free_gradients(optimizer: Optimizer) -> None:
 def free_before_forward(trainer: Any) -> None:
     """Make a trainer free old gradients before the first forward pass of an optimizer step.
 
-    `can_free_gradients_early` is evaluated at the start of each epoch. MeshStrategy frees gradients
-    itself, so it is not changed.
+    It replaces two methods of the trainer's strategy. `can_free_gradients_early` is evaluated at
+    the start of each epoch. MeshStrategy frees gradients itself, so it is not changed.
     """
     strategy = trainer.strategy
     if not isinstance(strategy, SingleDeviceStrategy | ModelParallelStrategy):
         return
     if hasattr(strategy, "should_free_gradients"):
         return
-    start_run, start_batch, frees = strategy.on_train_start, strategy.on_train_batch_start, False
+    original_train_start = strategy.on_train_start
+    original_batch_start = strategy.on_train_batch_start
+    should_free = False
 
-    def decide_and_start() -> None:
-        nonlocal frees
-        start_run()
-        frees = can_free_gradients_early(trainer)
+    def on_train_start() -> None:
+        nonlocal should_free
+        original_train_start()
+        should_free = can_free_gradients_early(trainer)
 
-    def free_and_start(batch: Any, batch_idx: int) -> None:
-        nonlocal frees
-        start_batch(batch, batch_idx)
+    def on_train_batch_start(batch: Any, batch_idx: int) -> None:
+        nonlocal should_free
+        original_batch_start(batch, batch_idx)
         if batch_idx == 0:
-            frees = can_free_gradients_early(trainer)
-        if frees and batch_idx % trainer.accumulate_grad_batches == 0:
+            should_free = can_free_gradients_early(trainer)
+        if should_free and batch_idx % trainer.accumulate_grad_batches == 0:
             free_gradients(trainer.optimizers[0])
 
-    replace_method(strategy, "on_train_start", decide_and_start)
-    replace_method(strategy, "on_train_batch_start", free_and_start)
+    replace_method(strategy, "on_train_start", on_train_start)
+    replace_method(strategy, "on_train_batch_start", on_train_batch_start)
 
 
 @dataclass
@@ -231,11 +240,17 @@ def _find_uses(function: Any, owner: Any) -> _GradientUses:
 def _scan_function(
     function: FunctionType, owner: type, uses: _GradientUses, visited: set[CodeType]
 ) -> None:
+    """Search the bytecode of a function, and of functions that it calls, for uses of gradients.
+
+    Args:
+        function: the function or method; code of torch and Lightning is not searched.
+        owner: the class whose methods are called as `self.name(...)`.
+        uses: the uses found so far, updated in place.
+        visited: code of the functions searched so far, updated in place.
+    """
     if function.__code__ in visited or _is_library_code(function):
         return
     visited.add(function.__code__)
-    argument_names = function.__code__.co_varnames[: function.__code__.co_argcount]
-    own_args = set(argument_names[1:]) - {"trainer", "batch", "batch_idx", "outputs", "loss"}
     for code in _nested_code(function.__code__):
         instructions = [
             instruction
@@ -243,31 +258,49 @@ def _scan_function(
             if instruction.opname not in SKIPPED_OPCODES
         ]
         for previous, instruction, following in zip(
-            [None, *instructions], instructions, [*instructions[1:], None], strict=False
+            [None, *instructions[:-1]], instructions, [*instructions[1:], None], strict=True
         ):
-            name = instruction.argval if isinstance(instruction.argval, str) else ""
-            attribute = instruction.opname in ATTRIBUTE_OPCODES
-            if name in GRADIENT_FUNCTIONS:
-                uses.has_gradient = uses.reads_values = True
-            elif name == "grad" and (attribute or instruction.opname == "LOAD_CONST"):
-                if previous is None or previous.argval != "autograd":
-                    uses.has_gradient = True
-                    uses.reads_values |= _next_reads_values(instruction, following)
-            elif attribute or instruction.opname == "LOAD_GLOBAL":
-                uses.reads_values |= (
-                    name in VALUE_DEPENDENT_NAMES and instruction.opname != "LOAD_GLOBAL"
-                )
-                uses.passes_params |= name in PARAM_HOLDER_NAMES
-            elif instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
-                loaded = instruction.argval if isinstance(instruction.argval, tuple) else (name,)
-                uses.passes_params |= not own_args.isdisjoint(loaded)
-                is_passed = following is None or following.opname not in ATTRIBUTE_OPCODES
-                uses.passes_params |= loaded[-1] in argument_names[:1] and is_passed
-            called: Any = getattr(owner, name, None) if attribute else None
-            if instruction.opname == "LOAD_GLOBAL":
-                called = function.__globals__.get(name)
+            _record_uses(uses, function, previous, instruction, following)
+            called: Any = None
+            if instruction.opname in ATTRIBUTE_OPCODES and isinstance(instruction.argval, str):
+                called = getattr(owner, instruction.argval, None)
+            elif instruction.opname == "LOAD_GLOBAL":
+                called = function.__globals__.get(instruction.argval)
             if isinstance(called, FunctionType):
                 _scan_function(called, owner, uses, visited)
+
+
+def _record_uses(
+    uses: _GradientUses,
+    function: FunctionType,
+    previous: dis.Instruction | None,
+    instruction: dis.Instruction,
+    following: dis.Instruction | None,
+) -> None:
+    """Record in `uses` how one instruction of a function, between two others, uses gradients."""
+    name = instruction.argval if isinstance(instruction.argval, str) else ""
+    is_attribute = instruction.opname in ATTRIBUTE_OPCODES
+    if name in GRADIENT_FUNCTIONS:
+        uses.has_gradient = uses.reads_values = True
+    elif name == "grad" and (is_attribute or instruction.opname == "LOAD_CONST"):
+        if previous is None or previous.argval != "autograd":  # not torch.autograd.grad
+            uses.has_gradient = True
+            uses.reads_values |= _next_reads_values(instruction, following)
+    elif is_attribute:
+        uses.reads_values |= name in VALUE_DEPENDENT_NAMES
+        uses.passes_params |= name in PARAM_HOLDER_NAMES
+    elif instruction.opname == "LOAD_GLOBAL":
+        uses.passes_params |= name in PARAM_HOLDER_NAMES
+    elif instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
+        argument_names = function.__code__.co_varnames[: function.__code__.co_argcount]
+        # arguments besides `self` that may be an optimizer, a module or parameters
+        param_arguments = set(argument_names[1:]) - NON_PARAM_ARGUMENTS
+        # LOAD_FAST_LOAD_FAST of Python 3.13 loads two variables
+        loaded = instruction.argval if isinstance(instruction.argval, tuple) else (name,)
+        uses.passes_params |= not param_arguments.isdisjoint(loaded)
+        # `self` is passed unless an attribute of it is read
+        is_passed = following is None or following.opname not in ATTRIBUTE_OPCODES
+        uses.passes_params |= is_passed and argument_names[:1] == (loaded[-1],)
 
 
 def _next_reads_values(instruction: dis.Instruction, following: dis.Instruction | None) -> bool:
@@ -282,6 +315,7 @@ def _next_reads_values(instruction: dis.Instruction, following: dis.Instruction 
 
 
 def _nested_code(code: CodeType) -> Iterator[CodeType]:
+    """Yield a code object, and those of the functions and lambdas that it defines."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):

@@ -63,6 +63,7 @@ def materialize_params(
         if not parameter.is_meta or name not in values:
             continue
         if isinstance(parameter, DTensor):
+            # shape of this rank's shard, and the index of its first element in the full tensor
             shape, start = compute_local_shape_and_global_offset(
                 parameter.shape, parameter.device_mesh, parameter.placements
             )
@@ -72,9 +73,9 @@ def materialize_params(
             shard = torch.empty_like(parameter, device=device, requires_grad=False)  # its strides
         for rows, block in _iter_shard_blocks(values[name], parameter, shape, start):
             shard[rows] = block.to(device)
-        full: Tensor = shard
+        new_value: Tensor = shard
         if isinstance(parameter, DTensor):
-            full = DTensor.from_local(
+            new_value = DTensor.from_local(
                 shard,
                 parameter.device_mesh,
                 parameter.placements,
@@ -82,7 +83,7 @@ def materialize_params(
                 shape=parameter.shape,
                 stride=parameter.stride(),
             )
-        new_params[id(parameter)] = nn.Parameter(full, parameter.requires_grad)
+        new_params[id(parameter)] = nn.Parameter(new_value, parameter.requires_grad)
     for submodule in module.modules():
         for name, parameter in submodule._parameters.items():
             if parameter is not None and id(parameter) in new_params:

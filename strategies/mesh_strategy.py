@@ -62,7 +62,7 @@ from .fsdp.sharded_optimizer import (
     owns_parameter,
     shard_optimizer_steps,
 )
-from .fsdp.sharded_parameter import has_sharded_parameters
+from .fsdp.sharded_parameter import has_sharded_parameter_class
 from .fsdp.torch_attributes import check_fsdp_attributes
 from .gradient_norm import clip_grad_norm
 from .gradient_readers import can_free_gradients_early, find_gradient_readers, free_gradients
@@ -139,29 +139,37 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         gather_once: bool = False,
         save_distributed_checkpoint: bool = False,
     ) -> None:
-        """Store the degrees; -1 is resolved once the trainer has set the number of processes."""
+        """Store the arguments, which the class documents, and raise UsageError for invalid ones.
+
+        A degree of -1 is resolved once the trainer has set the number of processes.
+        """
         super().__init__(save_distributed_checkpoint=save_distributed_checkpoint)
         axes = {"dp_shard": dp_shard, "dp_replicate": dp_replicate, "cp": cp, "tp": tp, "pp": pp}
         self.degrees = axes | {"ep": ep}
-        validated_args = (zero_stage, pipeline_schedule, list(SCHEDULE_CLASSES), num_microbatches)
-        validate_strategy_args(*validated_args, min_unit_bytes, gather_once)
+        validate_strategy_args(
+            zero_stage=zero_stage,
+            pipeline_schedule=pipeline_schedule,
+            allowed_schedules=list(SCHEDULE_CLASSES),
+            num_microbatches=num_microbatches,
+            min_unit_bytes=min_unit_bytes,
+            gather_once=gather_once,
+        )
         self.pipeline_schedule: PipelineSchedule = pipeline_schedule
         self.num_microbatches = num_microbatches
-        self.pipeline: Pipeline | None = None
+        self.pipeline: Pipeline | None = None  # with pp > 1
         self.zero_stage, self.sequence_parallel = zero_stage, sequence_parallel
         self.activation_checkpointing: CheckpointingMode = activation_checkpointing
         self.min_unit_bytes, self.gather_once = min_unit_bytes, gather_once
-        self.mesh_layout: MeshLayout | None = None
-        self.parallel_module: ParallelModule | None = None
-        self.context_parallel: ContextParallel | None = None
+        self.mesh_layout: MeshLayout | None = None  # until the process group is ready
+        self.parallel_module: ParallelModule | None = None  # until `setup`
+        self.context_parallel: ContextParallel | None = None  # with cp > 1
         self.original_parameters: OriginalParameters | None = None  # with ZeRO-2 and 3
         self.gather_on_use: GatherOnUse | None = None  # with ZeRO-2 and 3
-        self.buffer_sync: BufferSync | None = None
+        self.buffer_sync: BufferSync | None = None  # with several data ranks
         self.zero1_reducer: Zero1Reducer | None = None  # with ZeRO-1
-        self._adapted_optimizers: list[Optimizer] = []
-        self.on_process_group_ready: Callable[[], None] | None = (
-            None  # called before the mesh is built
-        )
+        self._adapted_optimizers: list[Optimizer] = []  # see `_adapt_optimizers`
+        # called before the mesh is built
+        self.on_process_group_ready: Callable[[], None] | None = None
         self.should_free_gradients = False  # whether gradients are freed before the forward pass
 
     def resolved_degrees(self) -> dict[str, int]:
@@ -216,7 +224,10 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         )
 
     def setup(self, trainer: L.Trainer) -> None:
-        """Parallelize after `configure_model`, before loading weights and building optimizers."""
+        """Parallelize the module; Lightning calls it after `configure_model`.
+
+        Weights are loaded and optimizers are built later.
+        """
         module = self.lightning_module
         assert module is not None
         assert self.mesh_layout is not None
@@ -224,29 +235,22 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         validate_module(module, self.mesh_layout.degrees, self.sequence_parallel)
         if self.mesh_layout.degrees["cp"] > 1:
             self.context_parallel = ContextParallel(module, self.mesh_layout.lightning_mesh["cp"])
-        # the module's own code has sharded it
-        is_parallelized_by_module = has_sharded_params(module) and not has_sharded_parameters(
+        # DTensors that are not of the class that an earlier `fit` with this strategy has made
+        is_parallelized_by_module = has_sharded_params(module) and not has_sharded_parameter_class(
             module
         )
         if self.world_size > 1:
             check_no_shared_memory(module)
         if self.synchronizes_batchnorm and trainer.training:
             self._synchronize_batchnorm(module)
+        # recorded before sharding, which replaces parameters
         if self.zero_stage > 1:
             self.original_parameters = OriginalParameters(module)
-        # by name, because sharding replaces the parameters
-        deferred_params = collect_deferred_values(module)
+        deferred_values = collect_deferred_values(module)  # by name of the parameter
         self.parallel_module = self.parallelize_module(module)
         if self.zero_stage > 1 and not is_parallelized_by_module:
             check_fsdp_attributes(module)
-        value_source = module.__dict__.pop("initial_values", None)
-        if value_source is not None:
-            value_source.seed = self.broadcast(value_source.seed)
-        self.parallel_module.update_replaced_ids(
-            materialize_params(module, deferred_params, self.root_device)
-        )
-        if self.original_parameters is not None:
-            self.original_parameters.update_references()
+        self._materialize(module, self.parallel_module, deferred_values)
         has_configure_model = is_overridden("configure_model", module)
         # Lightning's ModelParallelStrategy requires the module to override configure_model
         if not has_configure_model:
@@ -254,22 +258,9 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         super().setup(trainer)
         if not has_configure_model:
             del module.configure_model
-        if (
-            self.zero_stage > 1
-            and self.mesh_layout.tp_mesh.size() * self.mesh_layout.degrees["pp"] == 1
-            and not is_parallelized_by_module
-        ):
-            self.gather_on_use = GatherOnUse(module)
-            self.gather_on_use.install()
-            if self.original_parameters is not None:
-                self.gather_on_use.attach_original_attributes(
-                    self.original_parameters.hooks_by_name,
-                    self.original_parameters.attributes_by_name,
-                )
-        if self.original_parameters is not None and self.gather_on_use is not None:
-            for optimizer in self.original_parameters.find_module_optimizers():
-                self.original_parameters.update_optimizer(optimizer)
-                shard_optimizer_steps(optimizer)
+        has_no_model_axes = self.mesh_layout.tp_mesh.size() * self.mesh_layout.degrees["pp"] == 1
+        if self.zero_stage > 1 and has_no_model_axes and not is_parallelized_by_module:
+            self._install_gather_on_use(module)
         if self.mesh_layout.data_mesh.size() > 1:
             self.buffer_sync = BufferSync(module, self.mesh_layout.data_mesh.get_group())
         if trainer.gradient_clip_val and trainer.gradient_clip_algorithm != "value":
@@ -278,6 +269,40 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         scaler = getattr(self.precision_plugin, "scaler", None)
         if scaler is not None:
             unscale_on_all_ranks(scaler)
+
+    def _materialize(
+        self,
+        module: L.LightningModule,
+        parallel_module: ParallelModule,
+        deferred_values: dict[str, Any],
+    ) -> None:
+        """Fill shards on the meta device, and replace references to the parameters before sharding.
+
+        `deferred_values` are the results of `collect_deferred_values` before sharding.
+        """
+        value_source = module.__dict__.pop("initial_values", None)
+        if value_source is not None:  # all ranks draw the same values
+            value_source.seed = self.broadcast(value_source.seed)
+        new_params = materialize_params(module, deferred_values, self.root_device)
+        parallel_module.update_replaced_ids(new_params)
+        if self.original_parameters is not None:
+            self.original_parameters.update_references()
+
+    def _install_gather_on_use(self, module: L.LightningModule) -> None:
+        """Gather parameters that are used outside of their unit, and adapt the module's optimizers.
+
+        The latter are optimizers that the module itself keeps in its attributes.
+        """
+        self.gather_on_use = GatherOnUse(module)
+        self.gather_on_use.install()
+        if self.original_parameters is None:
+            return
+        self.gather_on_use.attach_original_attributes(
+            self.original_parameters.hooks_by_name, self.original_parameters.attributes_by_name
+        )
+        for optimizer in self.original_parameters.find_module_optimizers():
+            self.original_parameters.update_optimizer(optimizer)
+            shard_optimizer_steps(optimizer)
 
     def _check_norm_clipping(self, bound: float) -> None:
         """Raise UsageError if `gradient_clip_val` would use the norm of this rank's gradients."""
@@ -348,13 +373,16 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
             self._adapt_optimizers()
 
     def _adapt_optimizers(self) -> None:
-        """Make optimizers step shards; with ZeRO-1 each rank steps the parameters it owns."""
+        """Make new optimizers step shards; with ZeRO-1 each rank steps the parameters it owns.
+
+        The setter of `optimizers` calls it.
+        """
         assert self.mesh_layout is not None
         if self.original_parameters is not None and self.mesh_layout.degrees["pp"] == 1:
             for optimizer in self.optimizers:
                 self.original_parameters.update_optimizer(optimizer)
         self._prepare_optimizers()
-        known_owners: dict[Tensor, int] = {}
+        known_owners: dict[Tensor, int] = {}  # a parameter with state keeps its owner
         if self.zero1_reducer is not None:
             known_owners = self.zero1_reducer.owner_of
             self.zero1_reducer.restore()
@@ -362,13 +390,16 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         if self.zero_stage == 1 and self.mesh_layout.data_mesh.size() > 1:
             module, parallel_module = self.lightning_module, self._required_parallel_module
             assert module is not None
+            expert_params = {
+                p for experts in parallel_module.expert_modules for p in experts.parameters()
+            }
             self.zero1_reducer = Zero1Reducer(
                 module,
                 self.optimizers,
                 self.mesh_layout.data_mesh.get_group(),
-                lambda: find_gradient_readers(module.trainer),
-                {p for experts in parallel_module.expert_modules for p in experts.parameters()},
-                known_owners,
+                find_gradient_readers=lambda: find_gradient_readers(module.trainer),
+                ignored_params=expert_params,
+                known_owners=known_owners,
             )
             parallel_module.zero1_reducer = self.zero1_reducer
 
@@ -589,7 +620,13 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Write a single file, or a folder to which each rank writes its shards."""
+        """Write a single file, or a folder to which each rank writes its shards.
+
+        Every rank calls it.
+
+        Raises:
+            CheckpointError: a file cannot be written, or a value is not serializable.
+        """
         if not self.saves_sharded:
             return super().save_checkpoint(checkpoint, filepath, storage_options)
         checkpoint = with_plain_hyperparameters(checkpoint)
@@ -598,6 +635,7 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         )
         path = Path(self.broadcast(filepath))
         if isinstance(self.checkpoint_io, AtomicCheckpointIO):
+            # it removes only paths that it knows to be written by this run
             self.checkpoint_io.written_paths.add(resolve_parent(path))
         try:
             sharded.save_sharded(checkpoint, path)
@@ -607,7 +645,13 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Load a checkpoint of any strategy and layout into the module and the optimizers."""
+        """Load a checkpoint of any strategy and layout into the module and the optimizers.
+
+        Every rank calls it, and copies its shards.
+
+        Returns:
+            the checkpoint; of a folder, the parts that are not loaded here.
+        """
         path = Path(self.broadcast(checkpoint_path))
         module, optimizers = self.lightning_module, self.optimizers
         assert module is not None
@@ -621,16 +665,21 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
                     module,
                     optimizers,
                     path,
-                    self._has_state,
-                    self.stage_names,
-                    self._has_full_state,
+                    is_owned=self._has_state,
+                    stages=self.stage_names,
+                    is_unsharded=self._has_full_state,
                 )
             checkpoint = self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
         state_dict.check_shapes(
             module, self.weight_shapes(), state_dict.tensor_shapes(checkpoint["state_dict"])
         )
         state_dict.load_full_state(
-            module, optimizers, checkpoint, self._has_state, self.stage_names, self._has_full_state
+            module,
+            optimizers,
+            checkpoint,
+            is_owned=self._has_state,
+            stages=self.stage_names,
+            is_unsharded=self._has_full_state,
         )
         return checkpoint
 

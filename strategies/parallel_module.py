@@ -124,13 +124,16 @@ class ParallelModule:
         over tp, and gradients of experts are averaged over their replicas.
         """
         data_mesh = self.mesh_layout.data_mesh
-        if data_mesh.size() > 1 and self.zero1_reducer is None:
+        if data_mesh.size() > 1 and self.zero1_reducer is None:  # ZeRO-1 averages all gradients
             _all_reduce_flat(
-                self._replicated_params_unnamed(), data_mesh.get_group(), 1 / data_mesh.size()
+                self._replicated_params_unnamed(),
+                data_mesh.get_group(),
+                factor=1 / data_mesh.size(),
             )
         if self.partial_sum_modules:
             partial_params = [p for module in self.partial_sum_modules for p in module.parameters()]
-            if self.zero1_reducer is not None:  # tp ranks own the same parameters
+            if self.zero1_reducer is not None:
+                # only the owner has the gradient; the tp ranks of a group own the same parameters
                 partial_params = [p for p in partial_params if p.grad is not None]
             _all_reduce_flat(
                 [p for p in partial_params if p.requires_grad], self.mesh_layout.tp_mesh.get_group()
@@ -142,12 +145,12 @@ class ParallelModule:
 
 
 def _all_reduce_flat(parameters: list[Any], group: ProcessGroup, factor: float = 1.0) -> None:
-    """All-reduce gradients over a group in one flat message per dtype, and scale by `factor`.
+    """Sum gradients over a group in one flat message per dtype, and scale them by `factor`.
 
     A parameter without a gradient on some rank counts as zero there, and gets the sum. A parameter
     without a gradient on any rank keeps None.
     """
-    for dtype in {p.dtype: None for p in parameters}:
+    for dtype in {p.dtype: None for p in parameters}:  # a dict: the same order on all ranks
         same_dtype = [p for p in parameters if p.dtype == dtype]
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in same_dtype]
         local_grads = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
@@ -163,11 +166,12 @@ def _all_reduce_flat(parameters: list[Any], group: ProcessGroup, factor: float =
             [*(local_grad.numel() for local_grad in local_grads), len(same_dtype)]
         )
         for local_grad, new in zip(local_grads, sums, strict=True):
-            local_grad.copy_(new.view(local_grad.shape))
+            local_grad.copy_(new.view(local_grad.shape))  # shares memory with `grads`
         absent = [i for i, p in enumerate(same_dtype) if p.grad is None]
         if absent:  # the host waits for the result in this case only
-            for i, total in zip(absent, grad_counts[absent].real.tolist(), strict=True):
-                same_dtype[i].grad = grads[i] if total > 0 else None
+            counts = grad_counts[absent].real.tolist()  # real: parameters may be complex
+            for i, count in zip(absent, counts, strict=True):
+                same_dtype[i].grad = grads[i] if count > 0 else None
 
 
 def fsdp_units(module: nn.Module) -> list[FSDPModule]:
@@ -234,14 +238,23 @@ def parallelize_module(
     sequence_parallel: bool = False,
     checkpointing_mode: CheckpointingMode = "none",
 ) -> ParallelModule:
-    """Parallelize the children of `module` in place, in the order given at the top of this file.
+    """Apply tensor and expert parallelism, activation checkpointing and FSDP2 to a module.
 
-    The caller has done steps 1 and 2.
+    The children of the module are changed in place. The caller has already broadcast the weights
+    and dropped the pipeline stages of other ranks.
+
+    Args:
+        module: the LightningModule.
+        mesh_layout: the meshes of each axis.
+        options: the options of FSDP units.
+        sequence_parallel: whether activations are split along the sequence over tp ranks.
+        checkpointing_mode: the mode of activation checkpointing.
 
     Raises:
         UsageError: the plan would untie a shared parameter, or no child holds a parameter.
     """
-    tied_names, parallel_module = _tied_param_names(module), ParallelModule(module, mesh_layout)
+    tied_names = _tied_param_names(module)
+    parallel_module = ParallelModule(module, mesh_layout)
     tp_mesh = mesh_layout.tp_mesh
     if tp_mesh.size() > 1:
         parallel_module.partial_sum_modules = apply_tensor_parallel(
@@ -250,9 +263,8 @@ def parallelize_module(
     apply_activation_checkpointing(module, checkpointing_mode)
     if mesh_layout.expert_mesh is not None:
         parallel_module.expert_modules = shard_experts(module, mesh_layout.expert_mesh)
-    if options.is_sharded and (
-        mesh_layout.data_mesh.size() > 1 or tp_mesh.size() * mesh_layout.degrees["pp"] == 1
-    ):
+    has_no_model_axes = tp_mesh.size() * mesh_layout.degrees["pp"] == 1
+    if options.is_sharded and (mesh_layout.data_mesh.size() > 1 or has_no_model_axes):
         ignored_ids = {
             id(p) for experts in parallel_module.expert_modules for p in experts.parameters()
         }
@@ -261,7 +273,7 @@ def parallelize_module(
         )
         parallel_module.step_unit = module.__dict__.get("_step_unit")
         parallel_module.gather_once = options.gather_once
-    untied = sorted(tied_names - _tied_param_names(module))
+    untied = sorted(tied_names - _tied_param_names(module))  # shared before, but not any more
     if untied:
         raise UsageError(
             f"{type(module).__name__}: {' and '.join(untied[0])} share one parameter and cannot be"
@@ -287,7 +299,11 @@ def shard_module(
 ) -> set[int]:
     """Apply fully_shard to the blocks of `module`, then to the rest of each of its children.
 
-    Parameters with ids in `ignored_ids` are not changed.
+    Args:
+        module: the LightningModule.
+        mesh: the ranks over which parameters are sharded.
+        options: the options of the units.
+        ignored_ids: ids of parameters that are not changed.
 
     Returns:
         ids of the parameters that stay replicated; `reduce_gradients` averages their gradients.
@@ -297,7 +313,7 @@ def shard_module(
     )
     fsdp_blocks = _fsdp_blocks(module, min_unit_bytes)
     fsdp_roots = [root for root in _fsdp_roots(module) if root not in fsdp_blocks]
-    joint_modules: list[nn.Module] = []
+    joint_modules: list[nn.Module] = []  # small children that become one unit together
     if options.gather_around_steps:
         small = [
             r
@@ -306,17 +322,10 @@ def shard_module(
         ]
         if len(small) > 1 and sum(map(_param_bytes, small)) <= MAX_JOINT_UNIT_BYTES:
             joint_modules = small
-    # ids, because they hold no references
-    num_holders = Counter(id(p) for root in fsdp_roots for p in root.parameters())
-    replicated_ids = {id(p) for p in module.parameters() if p.ndim == 0 or num_holders[id(p)] > 1}
-    replicated_ids |= {id(p) for p in module.parameters() if _is_param_subclass(p) or not p.numel()}
+    replicated_ids = _find_replicated_ids(module, fsdp_roots)
     for parameter in module.parameters():
         if not isinstance(parameter, DTensor) and not parameter.is_contiguous():
             parameter.data = parameter.data.contiguous()  # FSDP2 rejects e.g. channels_last
-    if not CAN_SHARD_INTEGERS:
-        replicated_ids |= {
-            id(p) for p in module.parameters() if not (p.is_floating_point() or p.is_complex())
-        }
     if options.half_dtype is not None:
         replicated_ids |= {id(p) for p in full_precision_params(module)}
         keep_embeddings_in_fp32(module)
@@ -338,12 +347,33 @@ def shard_module(
         )
         fsdp_kwargs: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": not keep_gathered}
         fully_shard(unit, mp_policy=policy, ignored_params=ignored_params, **fsdp_kwargs)
-        cast(Any, type(unit)).__deepcopy__ = _raise_on_deepcopy
+        cast(Any, type(unit)).__deepcopy__ = _raise_on_deepcopy  # FSDP2's error has no hint
         if keep_gathered:
             unit.register_forward_hook(_reshard_after_eval)
         if keep_gathered and not options.gather_once:
             unit.register_forward_pre_hook(cast(Any, _reshard_stale), prepend=True)
     return replicated_ids - ignored_ids
+
+
+def _find_replicated_ids(module: nn.Module, fsdp_roots: list[nn.Module]) -> set[int]:
+    """Return ids of the parameters that FSDP2 cannot shard: they stay replicated.
+
+    These are parameters of several units, scalars, empty ones, and those of a class of their own.
+    """
+    # ids, because they hold no references
+    num_holders = Counter(id(p) for root in fsdp_roots for p in root.parameters())
+    replicated_ids = set()
+    for p in module.parameters():
+        is_integer = not (p.is_floating_point() or p.is_complex())
+        if (
+            p.ndim == 0
+            or not p.numel()
+            or num_holders[id(p)] > 1
+            or _is_param_subclass(p)
+            or (is_integer and not CAN_SHARD_INTEGERS)
+        ):
+            replicated_ids.add(id(p))
+    return replicated_ids
 
 
 def _param_bytes(module: nn.Module) -> int:
@@ -413,17 +443,18 @@ def _fsdp_blocks(module: nn.Module, min_unit_bytes: int = 0) -> list[nn.Module]:
     """Return the members of lists, dicts and Sequentials that become FSDP units, innermost first.
 
     A member that shares a parameter with a module outside belongs to the unit of its parent. So
-    does a member of less than `min_unit_bytes` bytes, unless such members of its parent have more
-    than `MAX_JOINT_UNIT_BYTES` bytes.
+    does a member of less than `min_unit_bytes` bytes, unless such members of its parent together
+    have more than `MAX_JOINT_UNIT_BYTES` bytes. The bytes of inner units do not count.
     """
     use_counts = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
     blocks: list[nn.Module] = []
-    for parent in reversed(list(module.modules())):
+    for parent in reversed(list(module.modules())):  # reversed: inner modules first
+        if not isinstance(parent, (*MODULE_CONTAINERS, nn.Sequential)):
+            continue
         small, bytes_of_small = [], 0
-        for child in (
-            parent.children() if isinstance(parent, (*MODULE_CONTAINERS, nn.Sequential)) else ()
-        ):
+        for child in parent.children():
             child_counts = Counter(id(p) for _, p in child.named_parameters(remove_duplicate=False))
+            # unshared: all uses of its parameters are inside of it
             is_unshared = all(count == use_counts[i] for i, count in child_counts.items())
             if not child_counts or not is_unshared or isinstance(child, MODULE_CONTAINERS):
                 continue
@@ -463,6 +494,10 @@ def _tied_param_names(module: nn.Module) -> set[tuple[str, ...]]:
 
 def broadcast_from_rank_zero(module: nn.Module, device: torch.device) -> None:
     """Broadcast rank 0's values of all unsharded parameters and buffers, as DDP does.
+
+    Args:
+        module: the module whose tensors are overwritten on other ranks.
+        device: the device on which the ranks communicate; tensors may be on another one.
 
     Raises:
         UsageError: a lazy layer has not been called yet.

@@ -18,7 +18,6 @@ the output of the stages in place of the net's forward. The values that it logs 
 ranks. Outside of training (validation, sampling) a call of the net runs the stages sequentially.
 """
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
@@ -63,9 +62,21 @@ class Pipeline:
         pipeline_schedule: PipelineSchedule,
         num_microbatches: int,
     ) -> None:
-        """Keep the stages of this rank, and replace the other modules by placeholders."""
-        self.module, self.net = module, find_pipeline_net(module, mesh.size())
-        self.group, self.rank, self.num_ranks = mesh.get_group(), mesh.get_local_rank(), mesh.size()
+        """Keep the stages of this rank, and replace the other modules by placeholders.
+
+        Args:
+            module: the LightningModule that contains the net.
+            mesh: the ranks of the pipeline (axis pp).
+            pipeline_schedule: a key of SCHEDULE_CLASSES.
+            num_microbatches: number of micro-batches of a batch.
+
+        Raises:
+            UsageError: the net cannot be split into these stages.
+        """
+        self.module = module
+        self.net = find_pipeline_net(module, mesh.size())
+        self.group = mesh.get_group()
+        self.rank, self.num_ranks = mesh.get_local_rank(), mesh.size()
         if find_experts(module):
             raise UsageError(
                 f"pp={mesh.size()}: the load balancing loss of experts needs all layers, and only "
@@ -74,17 +85,15 @@ class Pipeline:
                 'use Trainer(strategy="ep")',
                 flag="--trainer.strategy=ep",
             )
-        schedule_class, stages_per_rank = SCHEDULE_CLASSES[pipeline_schedule]
-        self.schedule_class, self.num_microbatches, self.num_stages = (
-            schedule_class,
-            num_microbatches,
-            stages_per_rank * self.num_ranks,
-        )
+        self.schedule_class, stages_per_rank = SCHEDULE_CLASSES[pipeline_schedule]
+        self.num_stages = stages_per_rank * self.num_ranks
+        self.num_microbatches = num_microbatches
         self.param_names = [name for name, _ in module.named_parameters()]  # of the full net
         self.block_names = list(self.net.blocks)
         self.blocks_by_stage = partition_blocks(
             self.block_names, self.num_stages, type(module).__name__, self.num_ranks
         )
+        # rank r of P ranks has the stages r, r + P, ...
         self.local_stages = range(self.rank, self.num_stages, self.num_ranks)
         self.is_first, self.is_last = self.rank == 0, self.rank == self.num_ranks - 1
         # placeholders for blocks, embedding and head of other ranks
@@ -92,11 +101,12 @@ class Pipeline:
         self.end_placeholders: dict[str, nn.Module] = {}
         self.tied_params = drop_other_stages(self)
         self.meta_net = meta_copy(self.net)  # to infer shapes; copied before sharding
-        self.net.forward = lambda *args, **kwargs: self.forward_fn(*args, **kwargs)
+        # a call of the net runs forward_fn, which a training step replaces for a while
         self.forward_fn: Callable[..., Any] = self.forward_sequential
+        self.net.forward = lambda *args, **kwargs: self.forward_fn(*args, **kwargs)
         # weight of this batch's loss: the schedule reduces its gradients with other ranks
         self.loss_weight: Tensor | float = 1.0
-        self.losses: list[Tensor] = []
+        self.losses: list[Tensor] = []  # of the micro-batches of this step, on the last rank
         self.schedules_by_shape: dict[Any, Any] = {}  # by shape and dtype of the input
         self.stage_dtypes: dict[int, torch.dtype] = {}  # of the output of each stage
         self.logged_by_microbatch: dict[int, dict[str, Any]] = {}
@@ -143,40 +153,57 @@ class Pipeline:
         finally:
             self.forward_fn = previous
 
-    def step(self, batch: Any, args: tuple[Any, ...], context: Callable[[], Any]) -> Tensor:
-        """Run forward and backward of all micro-batches, and return the loss.
+    def step(
+        self, batch: Any, args: tuple[Any, ...], make_step_context: Callable[[], Any]
+    ) -> Tensor:
+        """Run forward and backward of all micro-batches, and return the loss of the batch.
 
-        The backward of the returned loss accumulates the computed gradients into the parameters.
-        `context` makes the context in which a step runs (autocast).
+        MeshStrategy calls it in place of `training_step`. The gradients are computed here. The
+        backward of the returned loss adds them to the gradients of the parameters.
+
+        Args:
+            batch: the batch of this rank.
+            args: the other arguments of `training_step`, e.g. the index of the batch.
+            make_step_context: makes the context in which a step runs (autocast).
         """
         microbatches = self._split_batch(batch)
-        inputs = [self._capture_net_input(micro, args) for micro in microbatches]
-        schedule = self._get_schedule(inputs[0], context)
-        self.current_microbatches, self.step_args, self.microbatch_weights = (
-            microbatches,
-            args,
-            self._compute_microbatch_weights(microbatches),
-        )
+        net_inputs = [self._stop_step_at_net_input(micro, args) for micro in microbatches]
+        self.step_context = make_step_context
+        schedule = self._get_schedule(net_inputs[0])
+        self.current_microbatches, self.step_args = microbatches, args
+        self.microbatch_weights = self._compute_microbatch_weights(microbatches)
         parameters = [p for p in self.module.parameters() if p.requires_grad]
+        grads = self._compute_gradients(schedule, net_inputs, parameters)
+        local_loss = torch.stack(self.losses).sum() if self.is_last else None
+        loss = self._broadcast_loss_and_logs(local_loss)
+        return PrecomputedGradLoss.apply(loss.requires_grad_(), parameters, grads)
+
+    def _compute_gradients(
+        self, schedule: Any, net_inputs: list[Tensor], parameters: list[Tensor]
+    ) -> list[Tensor | None]:
+        """Return the gradients that the schedule computes, and leave each `p.grad` unchanged.
+
+        On the last rank the losses of the micro-batches are put into `self.losses`.
+        """
         old_grads = [p.grad for p in parameters]
         for p in parameters:
             p.grad = None
-        kwargs: dict[str, Any] = {}
-        if "return_outputs" in inspect.signature(schedule.step).parameters:
-            kwargs["return_outputs"] = False
         self.losses = []
+        kwargs: dict[str, Any] = {"return_outputs": False}
         if self.is_last:
-            kwargs["target"] = torch.arange(len(microbatches))
-        schedule.step(*([torch.cat(inputs)] if self.is_first else []), **kwargs)
+            # torch passes element i to the loss function of micro-batch i (`_microbatch_loss`)
+            kwargs["target"] = torch.arange(len(net_inputs))
+        if self.is_first:
+            schedule.step(torch.cat(net_inputs), **kwargs)
+        else:
+            schedule.step(**kwargs)
         new_grads = [p.grad for p in parameters]
-        for p, gradient in zip(parameters, old_grads, strict=True):
-            p.grad = gradient
-        total = torch.stack(self.losses).sum() if self.is_last else None
-        return PrecomputedGradLoss.apply(
-            self._broadcast_results(total).requires_grad_(), parameters, new_grads
-        )
+        for p, old_grad in zip(parameters, old_grads, strict=True):
+            p.grad = old_grad
+        return new_grads
 
     def _split_batch(self, batch: Any) -> list[Any]:
+        """Split the tensors of a batch along their first axis into micro-batches of equal size."""
         sizes = {len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)}
         size, n = min(sizes), self.num_microbatches
         if size % n:
@@ -188,21 +215,18 @@ class Pipeline:
                 flag=f"--trainer.strategy.num_microbatches={largest_divisor}, or "
                 f"--data.batch_size={n}",
             )
-        microbatches = [
-            tree_map_only(Tensor, lambda leaf, i=i: leaf.chunk(n)[i], batch) for i in range(n)
-        ]
-        return microbatches
+        return [tree_map_only(Tensor, lambda leaf, i=i: leaf.chunk(n)[i], batch) for i in range(n)]
 
-    def _capture_net_input(self, microbatch: Any, args: tuple[Any, ...]) -> Tensor:
-        """Return the input of the net in training_step, which is run up to that call."""
+    def _stop_step_at_net_input(self, microbatch: Any, args: tuple[Any, ...]) -> Tensor:
+        """Run training_step up to its call of the net, and return the input of that call."""
 
         def raise_with_input(net: nn.Module, inputs: tuple[Any, ...]) -> None:
             raise CapturedInput(inputs[0])
 
-        # prepended, so that FSDP2 gathers no parameters
+        # prepended: it raises before the hook of FSDP2 gathers parameters
         hook = self.net.register_forward_pre_hook(raise_with_input, prepend=True)
         try:
-            with self._record_logs(-1):
+            with self._record_logs(-1):  # -1: these logged values are not used
                 self.module.training_step(microbatch, *args)
         except CapturedInput as captured:
             return captured.inputs
@@ -260,26 +284,29 @@ class Pipeline:
                 attributes["log"] = previous_log
         self.logged_by_microbatch[number] = records
 
-    def _broadcast_results(self, total: Tensor | None) -> Tensor:
-        """Broadcast the loss and the logged values, averaged over the micro-batches."""
+    def _broadcast_loss_and_logs(self, loss: Tensor | None) -> Tensor:
+        """Broadcast the loss and the logged values from the last rank, and log on all ranks.
+
+        Args:
+            loss: the loss of the batch on the last rank, None on other ranks.
+
+        Raises:
+            UsageError: the names of the logged values differ from those of the first step.
+        """
         source_rank = dist.get_global_rank(self.group, self.num_ranks - 1)
-        logged = (
-            [self.logged_by_microbatch[i] for i in range(self.num_microbatches)]
-            if self.is_last
-            else []
-        )
-        local_spec = (
-            [(name, args, kwargs) for name, (_, args, kwargs) in logged[0].items()]
-            if logged
-            else []
-        )
-        if self.log_spec is None:
+        logged = []  # on the last rank: of each micro-batch {name: (value, args, kwargs)}
+        if self.is_last:
+            logged = [self.logged_by_microbatch[i] for i in range(self.num_microbatches)]
+        local_spec = []
+        if logged:
+            local_spec = [(name, args, kwargs) for name, (_, args, kwargs) in logged[0].items()]
+        if self.log_spec is None:  # in the first step
             message = [local_spec]
             dist.broadcast_object_list(message, source_rank, self.group)
             self.log_spec = message[0]
         device = next(self.module.parameters()).device
-        values = torch.zeros(1 + len(self.log_spec), device=device)
-        if total is not None:
+        values = torch.zeros(1 + len(self.log_spec), device=device)  # the loss, then logged values
+        if loss is not None:
             if local_spec != self.log_spec:
                 raise UsageError(
                     f"pp: {type(self.module).__name__}.training_step logs other names than in its "
@@ -287,7 +314,7 @@ class Pipeline:
                     ["the same names in each step"],
                     "log the same names in each step",
                 )
-            values[0] = total
+            values[0] = loss
             for i, (name, _, _) in enumerate(self.log_spec, 1):
                 microbatch_values = [
                     torch.as_tensor(records[name][0]).detach().float() for records in logged
@@ -298,27 +325,11 @@ class Pipeline:
             self.module.log(name, value.clone(), *args, **kwargs)
         return values[0].clone()
 
-    def _get_schedule(self, inputs: Tensor, context: Callable[[], Any]) -> Any:
-        self.step_context = context
-        key = (inputs.shape, inputs.dtype)
+    def _get_schedule(self, net_input: Tensor) -> Any:
+        """Return torch's schedule for a micro-batch with this input; built once per shape."""
+        key = (net_input.shape, net_input.dtype)
         if key not in self.schedules_by_shape:
-            device = next(self.net.parameters()).device
-            stages = []
-            activation: Tensor = inputs
-            for stage in range(self.num_stages):  # run once sequentially to infer the shapes
-                stage_input = activation
-                stage_output = (
-                    self._probe_output(stage, activation) if stage in self.local_stages else None
-                )
-                activation = self._broadcast(stage_output, stage % self.num_ranks)
-                if stage in self.local_stages:
-                    shapes = (_empty_like(stage_input), _empty_like(activation))
-                    stage_module = PipelineStageModule(self, stage)
-                    stages.append(
-                        PipelineStage(
-                            stage_module, stage, self.num_stages, device, *shapes, group=self.group
-                        )
-                    )
+            stages = self._build_stages(net_input)
             is_multi_stage = issubclass(self.schedule_class, schedules.PipelineScheduleMulti)
             self.schedules_by_shape[key] = self.schedule_class(
                 stages if is_multi_stage else stages[0],
@@ -327,6 +338,33 @@ class Pipeline:
                 scale_grads=False,
             )
         return self.schedules_by_shape[key]
+
+    def _build_stages(self, net_input: Tensor) -> list[PipelineStage]:
+        """Return torch's PipelineStage of each stage of this rank, with its input and output shape.
+
+        The stages run sequentially on all ranks to infer these shapes.
+        """
+        device = next(self.net.parameters()).device
+        stages = []
+        activation: Tensor = net_input
+        for stage in range(self.num_stages):
+            is_local = stage in self.local_stages
+            stage_input = activation
+            stage_output = self._probe_output(stage, stage_input) if is_local else None
+            activation = self._broadcast(stage_output, stage % self.num_ranks)
+            if is_local:
+                stages.append(
+                    PipelineStage(
+                        PipelineStageModule(self, stage),
+                        stage,
+                        self.num_stages,
+                        device,
+                        input_args=_empty_like(stage_input),
+                        output_args=_empty_like(activation),
+                        group=self.group,
+                    )
+                )
+        return stages
 
     @torch.no_grad()
     def _probe_output(self, stage: int, x: Tensor) -> Tensor:

@@ -39,7 +39,17 @@ def find_pipeline_net(module: nn.Module, num_ranks: int) -> Any:
 def partition_blocks(
     block_names: list[str], num_stages: int, owner_name: str, num_ranks: int
 ) -> list[list[str]]:
-    """Return the block names of each stage, in order; stage sizes differ by at most one."""
+    """Return the block names of each stage, in order; stage sizes differ by at most one.
+
+    Args:
+        block_names: names of all blocks, in order.
+        num_stages: number of stages, a multiple of `num_ranks`.
+        owner_name: the class of the module, for the error.
+        num_ranks: number of ranks of the pipeline.
+
+    Raises:
+        UsageError: there are fewer blocks than stages.
+    """
     if len(block_names) < num_stages:
         has_too_many_ranks = len(block_names) < num_ranks
         name = "pp" if has_too_many_ranks else "pipeline_schedule"
@@ -51,21 +61,25 @@ def partition_blocks(
             f"use MeshStrategy({name}={value!r})",
             flag=f"--trainer.strategy.{name}={value}",
         )
-    sizes = [
-        len(block_names) // num_stages + (i < len(block_names) % num_stages)
-        for i in range(num_stages)
-    ]
+    min_size, num_larger = divmod(len(block_names), num_stages)
+    sizes = [min_size + (i < num_larger) for i in range(num_stages)]
     starts = [sum(sizes[:i]) for i in range(num_stages)]
     return [block_names[a : a + n] for a, n in zip(starts, sizes, strict=True)]
 
 
 def drop_other_stages(pipeline: Any) -> list[tuple[str, torch.Size, torch.dtype]]:
-    """Replace the modules of other ranks by placeholders.
+    """Remove the modules of other ranks from the net, and keep placeholders of them.
+
+    The placeholders are stored in `pipeline.block_placeholders` and `pipeline.end_placeholders`.
+
+    Args:
+        pipeline: a Pipeline whose stages are assigned.
 
     Returns:
         name, shape and dtype of each parameter that the first and the last stage share.
     """
     net, module = pipeline.net, pipeline.module
+    # names of the modules before the blocks (embedding) and after them (norm, head)
     first_names, last_names = net.stage_modules()
 
     def params_of(module_names: list[str]) -> set[nn.Parameter]:
@@ -74,15 +88,16 @@ def drop_other_stages(pipeline: Any) -> list[tuple[str, torch.Size, torch.dtype]
             p for submodule in submodules if submodule is not None for p in submodule.parameters()
         }
 
-    placeholders_by_param: dict[nn.Parameter, nn.Parameter] = {}
+    placeholders_by_param: dict[nn.Parameter, nn.Parameter] = {}  # one for a tied parameter
     shared_params = params_of(first_names) & params_of(last_names)
     tied_specs = [(n, p.shape, p.dtype) for n, p in module.named_parameters() if p in shared_params]
     local_block_names = {
         name for stage in pipeline.local_stages for name in pipeline.blocks_by_stage[stage]
     }
+    # submodules of kept blocks, which dropped blocks may share (rotary tables)
     local_modules = {
-        end_module for name in local_block_names for end_module in net.blocks[name].modules()
-    }  # may be shared with dropped blocks, e.g. rotary tables
+        submodule for name in local_block_names for submodule in net.blocks[name].modules()
+    }
     for name in list(net.blocks):
         if name not in local_block_names:
             pipeline.block_placeholders[name] = meta_placeholder(
@@ -97,6 +112,7 @@ def drop_other_stages(pipeline: Any) -> list[tuple[str, torch.Size, torch.dtype]
         is_tied = end_module is not None and any(
             p in shared_params for p in end_module.parameters()
         )
+        # the first and the last rank both keep a module with a tied parameter
         if end_module is not None and not (is_tied and (pipeline.is_first or pipeline.is_last)):
             pipeline.end_placeholders[name] = meta_placeholder(end_module, placeholders_by_param)
             setattr(net, name, None)
@@ -119,12 +135,18 @@ def meta_placeholder(
 ) -> nn.Module:
     """Replace the parameters of a module by expanded scalars of the same shape, in place.
 
-    `placeholders_by_param` maps a tied parameter to one placeholder. Modules that blocks of this
-    rank also use (`unchanged_modules`) are not changed.
+    Such a parameter has the shape, dtype and device of the replaced one, and needs the memory of
+    one number. Buffers are moved to the meta device.
+
+    Args:
+        module: the module that is changed and returned.
+        placeholders_by_param: placeholders made by earlier calls; new ones are added. So a tied
+            parameter gets one placeholder.
+        unchanged_modules: submodules that blocks of this rank also use.
     """
-    for submodule in (
-        candidate for candidate in module.modules() if candidate not in unchanged_modules
-    ):
+    for submodule in module.modules():
+        if submodule in unchanged_modules:
+            continue
         for name, p in submodule._parameters.items():
             if p is not None and p not in placeholders_by_param:
                 empty = torch.empty((), dtype=p.dtype, device=p.device).expand(p.shape)
@@ -140,18 +162,20 @@ def meta_placeholder(
 def full_net(pipeline: Any) -> Iterator[None]:
     """Show the full net in the context, with placeholders for modules of other ranks.
 
-    The placeholder parameters have the attribute `elsewhere`.
+    The placeholder parameters have the attribute `is_remote`.
     """
-    net, blocks = pipeline.net, dict(pipeline.net.blocks)
+    net, local_blocks = pipeline.net, dict(pipeline.net.blocks)
+    # assigned as a whole, to have the blocks in the order of the full net
     net.blocks._modules = {
-        n: blocks.get(n) or pipeline.block_placeholders[n] for n in pipeline.block_names
+        name: local_blocks.get(name) or pipeline.block_placeholders[name]
+        for name in pipeline.block_names
     }
     for name, end_module in pipeline.end_placeholders.items():
         setattr(net, name, end_module)
     try:
         yield
     finally:
-        net.blocks._modules = blocks
+        net.blocks._modules = local_blocks
         for name in pipeline.end_placeholders:
             setattr(net, name, None)
 

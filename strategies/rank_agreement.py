@@ -60,14 +60,21 @@ def check_same_config(config: dict[str, Any], group: ProcessGroup | None = None)
 
     Every rank of `group` calls it. It gathers one hash per rank. Only if the hashes differ, it
     gathers the values, to name the first key that differs.
+
+    Args:
+        config: values by dotted key, as of `flatten_config`.
+        group: the ranks; None: all.
     """
-    text = {key: json.dumps(config[key], default=repr, sort_keys=True) for key in sorted(config)}
-    digest = hashlib.sha256(json.dumps(text).encode()).hexdigest()
+    config_text = {
+        key: json.dumps(config[key], default=repr, sort_keys=True) for key in sorted(config)
+    }
+    digest = hashlib.sha256(json.dumps(config_text).encode()).hexdigest()
     if len(set(_all_gather(digest, group))) == 1:
         return
-    configs: list[dict[str, str]] = _all_gather(text, group)
-    key = next(k for k in sorted(set().union(*configs)) if len({c.get(k) for c in configs}) > 1)
-    values = [_truncate(config_text.get(key, ABSENT_VALUE)) for config_text in configs]
+    configs: list[dict[str, str]] = _all_gather(config_text, group)
+    all_keys = sorted(set().union(*configs))
+    key = next(key for key in all_keys if len({config.get(key) for config in configs}) > 1)
+    values = [_truncate(config.get(key, ABSENT_VALUE)) for config in configs]
     differing_rank = next(rank for rank, value in enumerate(values) if value != values[0])
     raise RankMismatchError(
         f"the ranks of this job have different configurations: {key} is {values[0]} on rank 0 and "
@@ -77,9 +84,14 @@ def check_same_config(config: dict[str, Any], group: ProcessGroup | None = None)
 
 
 def collect_script_config(trainer: L.Trainer) -> dict[str, Any]:
-    """Return the configuration of a script, as far as trainer, module and data hold it."""
+    """Return the configuration of a script, as far as trainer, module and data hold it.
+
+    Returns:
+        the seed, the classes, arguments of the trainer, and plain hyperparameters of module and
+        datamodule, by dotted key.
+    """
     module, data = trainer.lightning_module, getattr(trainer, "datamodule", None)
-    choices: dict[str, Any] = {
+    config: dict[str, Any] = {
         "seed": os.environ.get("PL_GLOBAL_SEED"),
         "module": _class_path(module),
         "data": _class_path(data) if data is not None else None,
@@ -90,8 +102,8 @@ def collect_script_config(trainer: L.Trainer) -> dict[str, Any]:
             if key not in RANK_SPECIFIC_HPARAMS and isinstance(
                 value, bool | int | float | str | None
             ):
-                choices[f"{name}.{key}"] = value
-    return flatten_config(choices)
+                config[f"{name}.{key}"] = value
+    return flatten_config(config)
 
 
 def _all_gather(value: Any, group: ProcessGroup | None) -> list[Any]:

@@ -60,6 +60,9 @@ def sharding_error(name: str, error: Exception, location: str) -> ShardingError:
         name: the class of the module.
         error: the error of torch.
         location: where it was raised, e.g. "in its step".
+
+    Returns:
+        an error that names the user's line of code, and a strategy with full parameters.
     """
     error_text = " ".join(str(error).split())[:160]
     return ShardingError(

@@ -14,7 +14,6 @@ The traffic is the same: an all-reduce is a reduce-scatter and an all-gather. Se
 is used in training only, so generation and evaluation work with any length.
 """
 
-from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -41,7 +40,12 @@ ALONG_TIME = Shard(1)
 def apply_tensor_parallel(
     module: nn.Module, mesh: DeviceMesh, sequence_parallel: bool = False
 ) -> list[nn.Module]:
-    """Apply the plan of every net inside `module` over the one-dimensional `mesh`.
+    """Split the matrices of every net inside `module` over ranks, by the plan of the net.
+
+    Args:
+        module: the LightningModule; a net is a submodule with `tensor_parallel_plan()`.
+        mesh: the tp ranks (one axis).
+        sequence_parallel: whether activations between split matrices are sharded along t.
 
     Returns:
         the modules whose gradients are partial sums, to be reduced over the mesh.
@@ -58,8 +62,8 @@ def apply_tensor_parallel(
             flag="--trainer.strategy=zero3",
         )
     plans = [(net, net.tensor_parallel_plan()) for net in nets]  # pyright: ignore[reportCallIssue]
-    resolved = [_resolve_plan(net, plan) for net, plan in plans]
-    if not any(style in SPLIT_AXIS for styles in resolved for style in styles.values()):
+    styles_by_name = [_resolve_plan(net, plan) for net, plan in plans]  # of each net
+    if not any(style in SPLIT_AXIS for styles in styles_by_name for style in styles.values()):
         raise UsageError(
             f"tp={mesh.size()}: {type(nets[0]).__name__}.tensor_parallel_plan splits no matrix of "
             "this net",
@@ -68,7 +72,7 @@ def apply_tensor_parallel(
             flag="--trainer.strategy=zero3",
         )
     partial_sum_modules = []
-    for (net, plan), styles in zip(plans, resolved, strict=True):
+    for (net, plan), styles in zip(plans, styles_by_name, strict=True):
         if sequence_parallel and not {"scatter", "gather"} <= set(plan.values()):
             raise UsageError(
                 f"sequence_parallel: {type(net).__name__}.tensor_parallel_plan does not mark "
@@ -88,13 +92,24 @@ def apply_tensor_parallel(
 def _parallelize_submodule(
     net: nn.Module, name: str, style: str, mesh: DeviceMesh, sequence_parallel: bool
 ) -> None:
+    """Split a module of a net over ranks, or hook its input or output, as its style requires.
+
+    Args:
+        net: the net.
+        name: name of the module in the net.
+        style: a key of PLAN_STYLES.
+        mesh: the tp ranks.
+        sequence_parallel: whether activations between split matrices are sharded along t.
+    """
     module = net.get_submodule(name)
     if style in SPLIT_AXIS:
         _check_divisible(net, name, style, mesh.size())
+        # the output of "rowwise" is left a partial sum, which sum_output sums
         rowwise_style = RowwiseParallel(output_layouts=Partial(), use_local_output=False)
         parallelize_module(module, mesh, ColwiseParallel() if style == "colwise" else rowwise_style)
 
     def is_sequence_sharded(x: Tensor) -> bool:
+        """Whether activations (b t d) are sharded along t in this call of the module."""
         is_sharded = sequence_parallel and torch.is_grad_enabled() and module.training
         if is_sharded and style == "scatter" and x.shape[1] % mesh.size():
             length = x.shape[1] // mesh.size() * mesh.size() or mesh.size()
@@ -107,44 +122,45 @@ def _parallelize_submodule(
             )
         return is_sharded
 
-    def redistribute(x: Tensor, *placements: Placement) -> DTensor:
-        tensor = DTensor.from_local(x, mesh, [placements[0]], run_check=False)
-        return tensor.redistribute(placements=[placements[-1]])
+    def redistribute(x: Tensor, current: Placement, new: Placement) -> DTensor:
+        """Return x as a DTensor of placement `new`; `x` is the local part by `current`."""
+        return DTensor.from_local(x, mesh, [current], run_check=False).redistribute(
+            placements=[new]
+        )
 
-    def add_input_hook(function: Callable[[Tensor], Tensor]) -> None:
-        def hook(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            return function(inputs[0]), *inputs[1:]
+    def replicate_input(x: Tensor) -> Tensor:
+        current = ALONG_TIME if is_sequence_sharded(x) else Replicate()
+        return redistribute(x, current, Replicate())
 
-        module.register_forward_pre_hook(hook)
+    def gather_input(x: Tensor) -> Tensor:
+        return redistribute(x, ALONG_TIME, Replicate()).to_local() if is_sequence_sharded(x) else x
 
-    if style == "shared":
-        add_input_hook(
-            lambda x: redistribute(
-                x, *([ALONG_TIME] if is_sequence_sharded(x) else []), Replicate()
-            )
-        )
-    elif style == "gather":
-        add_input_hook(
-            lambda x: (
-                redistribute(x, ALONG_TIME, Replicate()).to_local() if is_sequence_sharded(x) else x
-            )
-        )
-    elif style == "scatter":
-        module.register_forward_hook(
-            lambda _, inputs, x: (
-                redistribute(x, Replicate(), ALONG_TIME).to_local() if is_sequence_sharded(x) else x
-            )
-        )
-    elif style == "rowwise":
-        module.register_forward_hook(
-            lambda _, inputs, x: x.redistribute(
-                placements=[ALONG_TIME if is_sequence_sharded(x) else Replicate()]
-            ).to_local()
-        )
+    def scatter_output(x: Tensor) -> Tensor:
+        return redistribute(x, Replicate(), ALONG_TIME).to_local() if is_sequence_sharded(x) else x
+
+    def sum_output(x: Any) -> Tensor:  # by a reduce-scatter along t, or an all-reduce
+        new = ALONG_TIME if is_sequence_sharded(x) else Replicate()
+        return x.redistribute(placements=[new]).to_local()
+
+    # "colwise" and "sequence" need no hook
+    change_input = {"shared": replicate_input, "gather": gather_input}.get(style)
+    change_output = {"scatter": scatter_output, "rowwise": sum_output}.get(style)
+    if change_input is not None:
+        module.register_forward_pre_hook(lambda _, inputs: (change_input(inputs[0]), *inputs[1:]))
+    if change_output is not None:
+        module.register_forward_hook(lambda _, inputs, output: change_output(output))
 
 
 def _resolve_plan(net: nn.Module, plan: dict[str, str]) -> dict[str, str]:
-    """Resolve the globs of a plan to module names; `*` matches within one part of a name."""
+    """Return the style of each module that a plan names; a later glob wins.
+
+    Args:
+        net: the net.
+        plan: styles by glob; `*` matches within one part of a dotted name.
+
+    Raises:
+        UsageError: a style does not exist, or a glob matches no module.
+    """
     # module order: all ranks must communicate in the same order
     names = [name for name, _ in net.named_modules() if name]
     styles: dict[str, str] = {}
@@ -182,9 +198,15 @@ def _is_absent(net: nn.Module, names: list[str], glob: str) -> bool:
 
 
 def _check_divisible(net: nn.Module, name: str, style: str, num_ranks: int) -> None:
-    """Raise UsageError if a weight is not divisible by the ranks.
+    """Raise UsageError if the weight of a module cannot be split over ranks.
 
-    If the parent module has `head_dim`, the number of heads must be divisible.
+    If the parent module has `head_dim`, each rank must get whole heads.
+
+    Args:
+        net: the net.
+        name: name of the module in the net.
+        style: "colwise" or "rowwise".
+        num_ranks: number of tp ranks.
     """
     module = net.get_submodule(name)
     weight = getattr(module, "weight", None)

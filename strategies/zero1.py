@@ -62,8 +62,8 @@ def assign_owners(parameters: Iterable[Tensor], load: list[int]) -> dict[Tensor,
     """Assign each parameter to an owner rank: the largest first, each to the least loaded rank.
 
     Args:
-        parameters: in the same order on every rank
-        load: number of elements that each rank owns already; updated in place
+        parameters: in the same order on every rank.
+        load: number of elements that each rank owns already; updated in place.
     """
     parameters = list(parameters)
     ranks = assign_balanced([p.numel() for p in parameters], load)
@@ -73,7 +73,13 @@ def assign_owners(parameters: Iterable[Tensor], load: list[int]) -> dict[Tensor,
 def check_not_sharded_over(
     module: nn.Module, group: ProcessGroup, ignored_params: Set[Tensor]
 ) -> None:
-    """Raise UsageError if a parameter is sharded over ranks of the group."""
+    """Raise UsageError if a parameter is sharded over ranks of the group.
+
+    Args:
+        module: the module of the parameters.
+        group: the data ranks, of which one is to own each parameter.
+        ignored_params: parameters that have no owner; they may be sharded.
+    """
     ranks = set(dist.get_process_group_ranks(group))
     for name, parameter in module.named_parameters():
         if not isinstance(parameter, DTensor) or parameter in ignored_params:
@@ -81,6 +87,7 @@ def check_not_sharded_over(
         mesh: Any = parameter.device_mesh
         for axis, placement in enumerate(parameter.placements):
             axis_ranks = set(dist.get_process_group_ranks(mesh.get_group(axis)))
+            # every group of ranks contains this rank, so 1 common rank is no overlap
             if not placement.is_replicate() and len(axis_ranks & ranks) > 1:
                 raise UsageError(
                     f"zero1: {name} is sharded over the data-parallel ranks, of which one is to "
@@ -117,15 +124,27 @@ class Zero1Reducer:
         ignored_params: Set[Tensor] = frozenset(),
         known_owners: Mapping[Tensor, int] = MappingProxyType({}),
     ) -> None:
-        """Assign an owner to each parameter, and replace the optimizers' methods."""
-        self.module, self.group, self.ignored_params = module, group, ignored_params
+        """Assign an owner to each parameter, and replace the optimizers' methods.
+
+        Args:
+            module: the LightningModule.
+            optimizers: its optimizers.
+            group: the data ranks, over which gradients are averaged.
+            find_gradient_readers: returns names of code, besides the optimizers, that reads
+                gradients; every rank then keeps all gradients.
+            ignored_params: parameters whose gradients are not reduced here.
+            known_owners: owner ranks of parameters that have optimizer state already.
+        """
         check_not_sharded_over(module, group, ignored_params)
+        self.module, self.group, self.ignored_params = module, group, ignored_params
         self.find_gradient_readers = find_gradient_readers
         self.rank, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
         self.is_point_to_point = dist.get_backend(group) in POINT_TO_POINT_BACKENDS
         # Newton needs all gradients on every rank, and has no state to shard
         self.optimizers = [
-            item for item in optimizers if not getattr(item, "needs_full_gradient", False)
+            optimizer
+            for optimizer in optimizers
+            if not getattr(optimizer, "needs_full_gradient", False)
         ]
         module_params = set(module.parameters())
         self.owner_of: dict[Tensor, int] = {
@@ -133,28 +152,31 @@ class Zero1Reducer:
         }
         self.keeps_all_gradients = True  # on every rank; decided at the first backward pass
         self.arrival_counts: dict[Tensor, int] = {}  # gradients of a parameter in this backward
-        self._owned_numel = [0] * self.num_ranks
+        self._owned_numel = [0] * self.num_ranks  # elements of the parameters of each owner
         for parameter, rank in self.owner_of.items():
             self._owned_numel[rank] += parameter.numel()
-        self._has_searched_readers = self._is_reducing = False
+        self._has_searched_readers = False  # whether `find_gradient_readers` was called
+        self._is_reducing = False  # from `begin_backward` to `finish_reduction`
         self._expected_arrivals: dict[Tensor, int] = {}  # maximum over earlier backward passes
-        self._bucket_key: Any = None  # parameters for which the buckets were built
+        self._bucket_key: Any = None  # result of `_make_bucket_key` when the buckets were built
         self._all_params: list[Tensor] = []
         self._buckets: list[list[Tensor]] = []
-        # messages of each bucket by the rank that keeps the gradient
+        self._bucket_of: dict[Tensor, int] = {}  # index of a parameter's bucket
+        # messages of each bucket by the rank that keeps the gradient; None: all ranks keep it
         self._gradient_plans: list[dict[int | None, list[ParamMessage]]] = []
+        # messages of each bucket by owner, for the ids of the parameters to be sent
         self._param_plans: dict[tuple[int, ...], list[dict[int, list[ParamMessage]]]] = {}
-        self._is_manual = False
-        self._bucket_of: dict[Tensor, int] = {}
+        self._is_manual = False  # whether the module steps its optimizers itself
         self._num_missing: list[int] = []  # gradients that each bucket waits for
-        self._num_launched = 0
+        self._num_launched = 0  # buckets whose messages were started in this backward
+        # messages in flight, with the work object of torch and the memory that it uses
         self._sends: deque[tuple[Any, Tensor]] = deque()
-        self._queued_receives: deque[tuple[int, ParamMessage]] = deque()  # not yet posted
+        self._queued_receives: deque[tuple[int, ParamMessage]] = deque()  # source; not yet posted
         self._posted_receives: deque[tuple[Any, Tensor, ParamMessage]] = deque()
         self._backend_reductions: deque[tuple[Any, Tensor, ParamMessage]] = deque()
-        self._receive_memory: Tensor | None = None  # receive buffer
-        self._num_used_bytes = 0
-        self._hooks: dict[Tensor, Any] = {}
+        self._receive_memory: Tensor | None = None  # bytes into which receives are posted
+        self._num_used_bytes = 0  # of the receive memory
+        self._hooks: dict[Tensor, Any] = {}  # handles of the hooks of the parameters
         self._replaced_methods: list[tuple[Optimizer, str, Any]] = []  # methods of the optimizers
         for optimizer in self.optimizers:
             self._shard_optimizer_step(optimizer)
@@ -182,7 +204,10 @@ class Zero1Reducer:
 
     @torch.no_grad()
     def finish_reduction(self) -> None:
-        """Send the remaining buckets, wait for all messages, and average the owned gradients."""
+        """Send the remaining buckets, wait for all messages, and average the owned gradients.
+
+        Called at the end of the backward pass, and by MeshStrategy after it.
+        """
         if not self._is_reducing:
             return
         while self._num_launched < len(self._buckets):
@@ -198,7 +223,7 @@ class Zero1Reducer:
             for p in self._bucket_of
             if self._gradient_holder(p) == self.rank and p.grad is not None
         ]
-        if self.is_point_to_point and owned_params:
+        if self.is_point_to_point and owned_params:  # reductions by the backend are scaled already
             _foreach_mul_([local_view(p.grad) for p in owned_params], 1 / self.num_ranks)
 
     def restore(self) -> None:
@@ -231,20 +256,12 @@ class Zero1Reducer:
 
     def _rebuild_buckets(self) -> None:
         """Rebuild the buckets if parameters were added, frozen or unfrozen."""
-        groups = [group for item in self.optimizers for group in item.param_groups]
-        bucket_key = (
-            [len(group["params"]) for group in groups],
-            [p.requires_grad for p in self._all_params],
-        )
-        if (*bucket_key, self.keeps_all_gradients) == self._bucket_key:
+        if self._make_bucket_key() == self._bucket_key:
             return
         self._assign_new_owners()
         self._all_params = list(dict.fromkeys([*self.module.parameters(), *self.owner_of]))
-        self._bucket_key = (
-            bucket_key[0],
-            [p.requires_grad for p in self._all_params],
-            self.keeps_all_gradients,
-        )
+        self._bucket_key = self._make_bucket_key()
+        # reversed: about the order in which the backward pass computes gradients
         trainable = [
             p
             for p in reversed(self._all_params)
@@ -257,14 +274,11 @@ class Zero1Reducer:
             params_by_holder: dict[int | None, list[Tensor]] = {}
             for parameter in bucket:
                 params_by_holder.setdefault(self._gradient_holder(parameter), []).append(parameter)
-            self._gradient_plans.append(
-                {
-                    holder: list(
-                        iter_messages(item, True, holder is None or not self.is_point_to_point)
-                    )
-                    for holder, item in params_by_holder.items()
-                }
-            )
+            plan = {}
+            for holder, params in params_by_holder.items():
+                is_joined = holder is None or not self.is_point_to_point
+                plan[holder] = list(iter_messages(params, with_flags=True, join_all=is_joined))
+            self._gradient_plans.append(plan)
         for parameter in trainable:
             if parameter not in self._hooks:
                 hook = parameter.register_post_accumulate_grad_hook(self._on_gradient_ready)
@@ -272,26 +286,41 @@ class Zero1Reducer:
 
     # Backward
 
+    def _make_bucket_key(self) -> tuple[Any, ...]:
+        """Return the values of which a change requires new buckets."""
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        group_sizes = [len(group["params"]) for group in groups]
+        is_trainable = [p.requires_grad for p in self._all_params]
+        return group_sizes, is_trainable, self.keeps_all_gradients
+
     def _on_gradient_ready(self, parameter: Tensor) -> None:
-        """Count a gradient that is ready, and launch buckets whose gradients are complete."""
+        """Count a gradient that is ready, and launch buckets whose gradients are complete.
+
+        It is the post-accumulate hook of each trainable parameter. How often a gradient arrives in
+        a backward pass is known from earlier passes; without them no bucket is launched here.
+        """
         if not self._is_reducing:
             self._is_manual = not getattr(self.module, "automatic_optimization", True)
             if not self._is_manual:  # a micro-batch before the last one
                 return
             self.begin_backward()  # `loss.backward()` in place of `self.manual_backward(loss)`
             self._finish_after(parameter)
-        count = self.arrival_counts[parameter] = self.arrival_counts.get(parameter, 0) + 1
+        count = self.arrival_counts.get(parameter, 0) + 1
+        self.arrival_counts[parameter] = count
         bucket = self._bucket_of.get(parameter)
-        if self._is_manual or bucket is None or parameter not in self._expected_arrivals:
+        expected_count = self._expected_arrivals.get(parameter)
+        if self._is_manual or bucket is None or expected_count is None:
             return
-        if count > self._expected_arrivals[parameter] and bucket < self._num_launched:
+        if count > expected_count and bucket < self._num_launched:
             raise RunError(
                 f"zero1: the gradient of {self._param_name(parameter)} arrives more often than in "
                 "earlier steps, after it was sent (e.g. with re-entrant checkpointing)",
                 ["the same number of gradients in each step"],
                 "use checkpoint(..., use_reentrant=False)",
             )
-        self._num_missing[bucket] -= count == self._expected_arrivals[parameter]
+        if count == expected_count:
+            self._num_missing[bucket] -= 1
+        # in order of the buckets, so that all ranks send in the same order
         while self._num_launched < len(self._buckets) and not self._num_missing[self._num_launched]:
             self._launch_bucket()
 
@@ -301,12 +330,33 @@ class Zero1Reducer:
 
     @torch.no_grad()
     def _launch_bucket(self) -> None:
-        """Wait for the previous bucket, then send the gradients of the next one."""
+        """Wait for the previous bucket, then start the messages of the next one."""
         self._wait_for_all()
         bucket = self._buckets[self._num_launched]
+        plan = self._gradient_plans[self._num_launched]
         self._num_launched += 1
-        plan = self._gradient_plans[self._num_launched - 1]
-        for parameter in bucket:
+        self._make_gradients_contiguous(bucket)
+        for message in plan.get(None, []):  # gradients that every rank keeps
+            data = join_gradients(message)
+            work = dist.all_reduce(data, group=self.group, async_op=True)
+            self._backend_reductions.append((work, data, message))
+        if self.is_point_to_point:
+            for target in _partner_order(self.rank, self.num_ranks):
+                for message in plan.get(target, []):
+                    self._send_to(target, message)
+        else:
+            for holder in range(self.num_ranks):
+                for message in plan.get(holder, []):
+                    self._reduce_to(holder, message)
+        for parameter in bucket:  # the messages keep the memory of the gradients
+            if self._gradient_holder(parameter) not in (None, self.rank):
+                parameter.grad = None
+        if self.is_point_to_point:
+            self._queue_receives(plan.get(self.rank, []), local_view(bucket[0]).device)
+
+    def _make_gradients_contiguous(self, parameters: list[Tensor]) -> None:
+        """Copy gradients that are not contiguous; raise UsageError for a sparse one."""
+        for parameter in parameters:
             gradient = parameter.grad
             if gradient is None or (gradient.layout == torch.strided and gradient.is_contiguous()):
                 continue
@@ -317,31 +367,18 @@ class Zero1Reducer:
                     "use sparse=False in the layer",
                 )
             set_gradient(parameter, local_view(gradient).contiguous())
-        for message in plan.get(None, []):
-            data = join_gradients(message)
-            work = dist.all_reduce(data, group=self.group, async_op=True)
-            self._backend_reductions.append((work, data, message))
-        send = self._send_to if self.is_point_to_point else self._reduce_to
-        for target in (
-            _partner_order(self.rank, self.num_ranks)
-            if self.is_point_to_point
-            else range(self.num_ranks)
-        ):
-            for message in plan.get(target, []):
-                send(target, message)
-        for parameter in bucket:
-            if self._gradient_holder(parameter) not in (None, self.rank):
-                parameter.grad = None
-        owned_messages = plan.get(self.rank, []) if self.is_point_to_point else []
+
+    def _queue_receives(self, messages: list[ParamMessage], device: torch.device) -> None:
+        """Queue a receive of these messages from each other rank, and post the first receives."""
         for source in _partner_order(self.rank, self.num_ranks):
-            self._queued_receives += ((source, message) for message in owned_messages)
-        if self._queued_receives:
-            sizes = [aligned_bytes(message) for _, message in self._queued_receives]
-            size = min(sum(sizes), max(zero1_messages.MAX_BUCKET_BYTES, *sizes))
-            if self._receive_memory is None or len(self._receive_memory) < size:
-                device = local_view(bucket[0]).device
-                self._receive_memory = torch.empty(size, dtype=torch.uint8, device=device)
-            self._post_receives()
+            self._queued_receives += ((source, message) for message in messages)
+        if not self._queued_receives:
+            return
+        sizes = [aligned_bytes(message) for _, message in self._queued_receives]
+        needed_bytes = min(sum(sizes), max(zero1_messages.MAX_BUCKET_BYTES, *sizes))
+        if self._receive_memory is None or len(self._receive_memory) < needed_bytes:
+            self._receive_memory = torch.empty(needed_bytes, dtype=torch.uint8, device=device)
+        self._post_receives()
 
     def _reduce_to(self, holder: int, message: ParamMessage) -> None:
         data = join_gradients(message)
@@ -357,18 +394,20 @@ class Zero1Reducer:
         self._sends.append((work, data))
 
     def _post_receives(self) -> None:
-        """Post receives for as many messages as fit into the receive buffer."""
+        """Post receives for as many queued messages as fit into the receive memory.
+
+        Other messages stay queued until all posted ones have arrived.
+        """
         assert self._receive_memory is not None
         if not self._posted_receives:
             self._num_used_bytes = 0
         while self._queued_receives:
             source, message = self._queued_receives[0]
-            size = message.numel * message.dtype.itemsize
-            if self._num_used_bytes + size > len(self._receive_memory):
+            start = self._num_used_bytes
+            end = start + message.numel * message.dtype.itemsize
+            if end > len(self._receive_memory):
                 return
-            buffer = self._receive_memory[self._num_used_bytes : self._num_used_bytes + size].view(
-                message.dtype
-            )
+            buffer = self._receive_memory[start:end].view(message.dtype)
             self._num_used_bytes += aligned_bytes(message)
             work = dist.irecv(buffer, group=self.group, group_src=source, tag=MESSAGE_TAG)
             self._posted_receives.append((work, buffer, message))
@@ -392,7 +431,13 @@ class Zero1Reducer:
     # Step
 
     def _shard_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Replace `step`: each rank steps the parameters it owns and sends them to other ranks."""
+        """Replace `step`: each rank steps the parameters it owns and sends them to other ranks.
+
+        Methods `train` and `eval` (of a schedule-free optimizer) are replaced as well.
+
+        Raises:
+            UsageError: its step needs a closure.
+        """
         if needs_closure(optimizer):
             raise UsageError(
                 f"{type(optimizer).__name__} computes the gradient of all parameters several "
@@ -408,11 +453,11 @@ class Zero1Reducer:
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
-            self._rebuild_buckets()
+            self._rebuild_buckets()  # assigns owners to new parameters
             parameters = [p for group in stepped.param_groups for p in group["params"]]
             unowned_params = [p for p in parameters if self.owner_of.get(p, self.rank) != self.rank]
             gradients = [p.grad for p in unowned_params]
-            for p in unowned_params:  # optimizers skip parameters without a gradient
+            for p in unowned_params:  # so that the original step skips them
                 p.grad = None
             original_step()
             for p, gradient in zip(unowned_params, gradients, strict=True):
@@ -432,14 +477,20 @@ class Zero1Reducer:
                 self._shard_mode_switch(optimizer, mode)
 
     def _shard_mode_switch(self, optimizer: Any, mode: str) -> None:
-        """Replace `train` or `eval` of a schedule-free optimizer: owners send the new weights."""
+        """Replace `train` or `eval` of a schedule-free optimizer: owners send the new weights.
+
+        Such an optimizer has two sets of weights, and these methods switch between them.
+
+        Args:
+            optimizer: the optimizer.
+            mode: name of the method, "train" or "eval".
+        """
         original_method = getattr(optimizer, mode)
 
         def switch_and_send(*args: Any, **kwargs: Any) -> Any:
             result = original_method(*args, **kwargs)
-            if getattr(
-                optimizer, "schedule_free", True
-            ):  # false if no member has two sets of weights
+            # false if no member of a composite optimizer has two sets of weights
+            if getattr(optimizer, "schedule_free", True):
                 parameters = [p for group in optimizer.param_groups for p in group["params"]]
                 self.all_gather_params(
                     [p for p in parameters if p.requires_grad and p in self.owner_of]
@@ -462,7 +513,10 @@ class Zero1Reducer:
             unpack_params(in_flight.popleft())
 
     def _build_param_plan(self, parameters: list[Tensor]) -> list[dict[int, list[ParamMessage]]]:
-        """Return the messages of each owner, for each bucket of parameters."""
+        """Return the messages of each owner, for each bucket of parameters.
+
+        The result is kept, because building it takes longer than a step of a small net.
+        """
         key = tuple(map(id, parameters))
         if key not in self._param_plans:
             if len(self._param_plans) > len(self.optimizers):  # parameters were frozen or added
@@ -472,10 +526,9 @@ class Zero1Reducer:
                 params_by_owner: dict[int, list[Tensor]] = {}
                 for parameter in bucket:
                     params_by_owner.setdefault(self.owner_of[parameter], []).append(parameter)
-                is_joined = not self.is_point_to_point
                 plan = {
-                    rank: list(iter_messages(owned, join_all=is_joined))
-                    for rank, owned in params_by_owner.items()
+                    owner: list(iter_messages(owned, join_all=not self.is_point_to_point))
+                    for owner, owned in params_by_owner.items()
                 }
                 self._param_plans[key].append(plan)
         return self._param_plans[key]

@@ -59,29 +59,33 @@ def iter_messages(
     """Yield the messages for some parameters; sender and receiver get the same messages.
 
     Args:
-        parameters: the parameters of one bucket and one owner
-        with_flags: whether the message has a flag for each parameter: does it have a gradient
-        join_all: whether large parameters are joined with the small ones
+        parameters: the parameters of one bucket and one owner.
+        with_flags: whether messages have a flag for each parameter: has it a gradient.
+        join_all: whether large parameters are joined with the small ones.
     """
+    # a dict instead of a set: the same order on all ranks
     for dtype in {local_view(p).dtype: None for p in parameters}:
         same_dtype = [p for p in parameters if local_view(p).dtype == dtype]
-        large = [
-            p
-            for p in same_dtype
-            if _num_bytes(p) >= MAX_JOINED_BYTES and local_view(p).is_contiguous()
-        ]
-        large = [] if join_all else large
+        large: list[Tensor] = []
+        if not join_all:
+            large = [
+                p
+                for p in same_dtype
+                if _num_bytes(p) >= MAX_JOINED_BYTES and local_view(p).is_contiguous()
+            ]
         large_ids = set(map(id, large))
         small = [p for p in same_dtype if id(p) not in large_ids]
-        flags = same_dtype if with_flags else []
-        if numel := sum(local_view(p).numel() for p in small) + len(flags):
-            sizes = [local_view(p).numel() for p in small]
-            yield ParamMessage(small, numel, dtype, sizes, None, flags)
-        step = MAX_MESSAGE_BYTES // dtype.itemsize
+        flagged = same_dtype if with_flags else []
+        numels = [local_view(p).numel() for p in small]
+        total = sum(numels) + len(flagged)
+        if total:
+            yield ParamMessage(small, total, dtype, numels, start=None, flagged_params=flagged)
+        max_numel = MAX_MESSAGE_BYTES // dtype.itemsize
         for parameter in large:
             numel = local_view(parameter).numel()
-            for start in range(0, numel, step):
-                yield ParamMessage([parameter], min(step, numel - start), dtype, [numel], start)
+            for start in range(0, numel, max_numel):
+                slice_numel = min(max_numel, numel - start)
+                yield ParamMessage([parameter], slice_numel, dtype, [numel], start)
 
 
 def aligned_bytes(message: ParamMessage) -> int:
@@ -173,8 +177,13 @@ def _unpack_flags(data: Tensor, message: ParamMessage) -> list[bool]:
 
 
 def add_gradients(data: Tensor, message: ParamMessage) -> None:
-    """Add the received gradients of another rank."""
-    if message.start is not None:
+    """Add the received gradients of another rank to the gradients of this rank.
+
+    Args:
+        data: the received values: gradients, then a flag for each parameter.
+        message: the parameters of these values.
+    """
+    if message.start is not None:  # a slice of one large parameter
         gradient = message.parameters[0].grad
         if gradient is not None:
             flat = local_view(gradient).view(-1)
@@ -188,15 +197,14 @@ def add_gradients(data: Tensor, message: ParamMessage) -> None:
                 parameter,
                 torch.zeros_like(local_view(parameter), memory_format=torch.contiguous_format),
             )
-    chunks = data.split([*message.numels, len(message.flagged_params)])
-    pairs = zip(message.parameters, chunks, strict=False)
-    grad_pairs = [
-        (local_view(p.grad).view(-1), values) for p, values in pairs if p.grad is not None
-    ]
-    if grad_pairs:
-        _foreach_add_(
-            [local_grad for local_grad, _ in grad_pairs], [values for _, values in grad_pairs]
-        )
+    *received_grads, _ = data.split([*message.numels, len(message.flagged_params)])
+    local_grads, grads_to_add = [], []
+    for parameter, received in zip(message.parameters, received_grads, strict=True):
+        if parameter.grad is not None:
+            local_grads.append(local_view(parameter.grad).view(-1))
+            grads_to_add.append(received)
+    if local_grads:
+        _foreach_add_(local_grads, grads_to_add)
 
 
 def set_reduced_gradients(data: Tensor, message: ParamMessage) -> None:

@@ -38,6 +38,7 @@ from .mapped_file import SAFE_TORCH_TYPES, SAFE_TYPES
 from .plain_values import with_plain_hyperparameters
 from .reading_ranks import ReadingRanks
 from .safe_pickle import UnsafePickle
+from .staging_folder import STAGING_PATTERN
 
 CHECKPOINT_SUFFIX = ".ckpt"
 SAFE_CONTAINERS = (list, tuple, set)
@@ -52,7 +53,7 @@ _collective_context: ContextVar[tuple[ReadingRanks, frozenset[str]]] = ContextVa
 def collective_loading(
     mapped_sections: Collection[str] = (), should_share_checksums: bool = True
 ) -> Iterator[None]:
-    """Make `load_checkpoint` a collective in this context; every rank calls it.
+    """Return a context in which `load_checkpoint` is a collective; every rank calls it.
 
     The ranks divide the verification of checksums. All ranks read the same file, and raise the same
     error if it is damaged. With one process only `mapped_sections` has an effect.
@@ -63,12 +64,9 @@ def collective_loading(
         should_share_checksums: whether the ranks divide the checksums; if false, one rank may call
             it alone.
     """
-    token = _collective_context.set(
-        (
-            ReadingRanks.from_job() if should_share_checksums else ReadingRanks(),
-            frozenset(mapped_sections),
-        )
-    )
+    # ReadingRanks() is this process alone
+    readers = ReadingRanks.from_job() if should_share_checksums else ReadingRanks()
+    token = _collective_context.set((readers, frozenset(mapped_sections)))
     try:
         yield
     finally:
@@ -95,6 +93,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> None:
         """Write a checkpoint atomically; if it fails, the target is not changed.
 
+        Remote paths, and any `storage_options`, are left to Lightning's TorchCheckpointIO.
+
         Raises:
             CheckpointError: the file cannot be written, or a value is not serializable.
         """
@@ -118,7 +118,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """Validate and read a checkpoint; `weights_only=False` allows any pickled object.
 
-        The path may also be an open file, which only one process reads.
+        The path may also be an open file, which only one process reads. In the context of
+        `collective_loading` all ranks read the checkpoint together.
 
         Raises:
             CheckpointError: the checkpoint is missing or damaged.
@@ -127,7 +128,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if not isinstance(path, str | Path):
             return _load_open(path, map_location, is_safe)
         source = _local_path(path)
-        if source is None:  # is_safe: by default Lightning would unpickle data of an http address
+        if source is None:
+            # by default Lightning unpickles any object from an http address: is_safe is passed
             return super().load_checkpoint(path, map_location, is_safe)
         readers, mapped_sections = _collective_context.get()
         if source.is_dir():
@@ -170,21 +172,20 @@ def find_damage(path: str | Path, verify_checksums: bool = True) -> str | None:
         verify_checksums: whether all checksums are compared, once per process; if false, only the
             tables of contents and pickles are checked.
     """
-    path, key = Path(path), ()
+    path = Path(path)
+    key: tuple[int, ...] = ()  # identity of the content, to verify its checksums only once
     try:
         if path.is_dir():
-            if (reason := sharded_index.find_structural_damage(path)) is None:
+            reason = sharded_index.find_structural_damage(path)
+            if reason is None:
                 key = sharded_index.folder_identity(path)
                 if verify_checksums and key not in _verified_files:
                     reason = sharded_index.find_checksum_mismatch(path)
         else:
             with _open_regular_file(path) as file:
                 key = _file_identity(file)
-                if (
-                    (reason := _find_file_damage(file)) is None
-                    and verify_checksums
-                    and key not in _verified_files
-                ):
+                reason = _find_file_damage(file)
+                if reason is None and verify_checksums and key not in _verified_files:
                     reason = _find_checksum_mismatch(file)
     except OSError as error:
         return _describe_os_error(error)
@@ -200,26 +201,30 @@ def damage_error(path: Path, verify_checksums: bool = True) -> CheckpointError |
 
 
 def require_valid_folder(path: Path) -> None:
-    """Raise CheckpointError if a folder is not a valid checkpoint; see `collective_loading`."""
+    """Raise CheckpointError if a folder is not a valid checkpoint.
+
+    In the context of `collective_loading` every rank calls it. The ranks then divide the checksums,
+    and raise the same error.
+    """
     readers, _ = _collective_context.get()
-    key: tuple[int, ...] = ()
-    sizes: dict[str, int] = {}
+    key: tuple[int, ...] = ()  # identity of the content: device, then inode, size and times
+    sizes: dict[str, int] = {}  # bytes of each file with tensor data
 
     def make_error(reason: str) -> CheckpointError:
         return _damage_error(path, reason)
 
-    if (reason := sharded_index.find_structural_damage(path)) is None:
+    reason = sharded_index.find_structural_damage(path)
+    if reason is None:
         try:
-            key, sizes = sharded_index.folder_identity(path), sharded_index.tensor_file_sizes(path)
+            key = sharded_index.folder_identity(path)
+            sizes = sharded_index.tensor_file_sizes(path)
         except (OSError, CheckpointError) as error:  # it is being removed
             reason = error.problem if isinstance(error, CheckpointError) else str(error)
     readers.raise_first_problem(reason, make_error)
-    readers.raise_first_problem(
-        sharded_index.find_checksum_mismatch(
-            path, readers.assign_parts(sizes, key[1:], key in _verified_files)
-        ),
-        make_error,
-    )
+    # without the device number: nodes may number a shared file system differently
+    assigned_files = readers.assign_parts(sizes, key[1:], key in _verified_files)
+    mismatch = sharded_index.find_checksum_mismatch(path, assigned_files)
+    readers.raise_first_problem(mismatch, make_error)
     _verified_files.add(key)
 
 
@@ -245,16 +250,14 @@ def list_checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
     """
     checkpoints = []
     for top, folders, files in os.walk(folder):
-        checkpoint_folders = [name for name in folders if name.endswith(CHECKPOINT_SUFFIX)]
-        folders[:] = [
+        candidates = [name for name in [*folders, *files] if name.endswith(CHECKPOINT_SUFFIX)]
+        folders[:] = [  # changed in place: os.walk enters these folders
             name
             for name in folders
-            if name not in checkpoint_folders and not name.startswith(".tmp")
+            # a folder that is being written or removed has a temporary name
+            if name not in candidates and not STAGING_PATTERN.fullmatch(name)
         ]
-        for name in [
-            *checkpoint_folders,
-            *(name for name in files if name.endswith(CHECKPOINT_SUFFIX)),
-        ]:
+        for name in candidates:
             path = Path(top, name)
             with suppress(OSError):
                 status = path.stat()
@@ -266,7 +269,11 @@ def list_checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
 def check_serializable(value: Any, name: str = "") -> None:
     """Raise CheckpointError for a value that `torch.load(weights_only=True)` cannot read back.
 
-    The check before writing names the key of the value.
+    The check runs before writing, because torch's error while reading does not name the key.
+
+    Args:
+        value: the checkpoint, or a part of it.
+        name: path of the part in the checkpoint, for the error, e.g. "callbacks['EMA']".
     """
     value_type = type(value)
     if isinstance(value, Tensor) or value_type in SAFE_TYPES or value_type in SAFE_TORCH_TYPES:
@@ -332,7 +339,20 @@ def _load_file(
     readers: ReadingRanks,
     mapped_sections: frozenset[str],
 ) -> dict[str, Any]:
-    """Validate a file on all ranks, and load it from the same handle: it may be replaced."""
+    """Validate a file on all ranks, and load it; the ranks divide the checksums.
+
+    Each rank opens the file once, because another program may replace it between two openings.
+
+    Args:
+        path: the file.
+        map_location: as in torch.load.
+        is_safe: whether only tensors and plain values are allowed.
+        readers: the ranks that load together.
+        mapped_sections: top-level keys whose tensors are views of the mapped file.
+
+    Raises:
+        CheckpointError: the file is missing or damaged; the same error on all ranks.
+    """
 
     def make_error(reason: str) -> CheckpointError:
         return _damage_error(path, reason)
@@ -344,18 +364,18 @@ def _load_file(
             file = _open_regular_file(path)
             reason = _find_file_damage(file, is_safe)
         except OSError as error:
-            reason = (
-                _missing_file_error(path)
-                if not os.path.lexists(path)
-                else _describe_os_error(error)
-            )
+            if os.path.lexists(path):
+                reason = _describe_os_error(error)
+            else:
+                reason = _missing_file_error(path)
         try:
             readers.raise_first_problem(reason, make_error)
             assert file is not None
-            key, (sizes, table) = _file_identity(file), zip_archive.tensor_record_sizes(file)
-            # the file was replaced before the last rank opened it
-            if len(set(readers.gather_values(table))) > 1:
-                continue
+            key = _file_identity(file)
+            sizes, table_checksum = zip_archive.tensor_record_sizes(file)
+            if len(set(readers.gather_values(table_checksum))) > 1:
+                continue  # the file was replaced before the last rank opened it: open it again
+            # without the device number: nodes may number a shared file system differently
             assigned_records = readers.assign_parts(sizes, key[1:], key in _verified_files)
             checkpoint = None
             try:
@@ -364,7 +384,7 @@ def _load_file(
             except OSError as error:
                 reason = _describe_os_error(error)
             except (LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
-                if not is_safe:
+                if not is_safe:  # code of the pickled objects may have raised it
                     raise
                 reason = _describe_damage(error)
             readers.raise_first_problem(reason, make_error)
@@ -373,6 +393,7 @@ def _load_file(
         finally:
             if file is not None:
                 file.close()
+    # all attempts ended by `continue`
     raise make_error("another program replaced it while the ranks opened it")
 
 
@@ -405,9 +426,14 @@ def _find_checksum_mismatch(file: IO[bytes], names: Collection[str] | None = Non
 
 
 def _find_file_damage(file: IO[bytes], is_safe: bool = True) -> str | None:
-    """Return the damage of an open checkpoint, without comparing checksums of tensor data.
+    """Describe the damage of an open checkpoint, or return None if there is none.
 
-    The file must be an uncompressed zip archive, as torch.save writes it.
+    The file must be an uncompressed zip archive, as torch.save writes it. The checksums of tensor
+    data are not compared; see `_find_checksum_mismatch`.
+
+    Args:
+        file: the open file.
+        is_safe: whether only tensors and plain values are allowed.
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
@@ -483,6 +509,7 @@ def _damage_error(path: Path, reason: str) -> CheckpointError:
 
 
 def _missing_file_error(path: Path) -> CheckpointError:
+    """Return the error for a missing file, with the checkpoints of most similar names."""
     folder = path.parent
     names = sorted(p.name for p in folder.glob(f"*{CHECKPOINT_SUFFIX}"))
     nearest = sort_by_similarity(path.name, names)[:3]
@@ -502,7 +529,10 @@ def _missing_file_error(path: Path) -> CheckpointError:
 
 
 def write_error(path: Path, error: OSError) -> CheckpointError:
-    """Return the error for a checkpoint that cannot be written, with a hint."""
+    """Return the error for a checkpoint that cannot be written.
+
+    The hint names the newest checkpoint if space is missing, else a folder option.
+    """
     problem = (
         f"the checkpoint {path} cannot be written ({error.strerror or error}); earlier "
         "checkpoints are unchanged"

@@ -64,7 +64,10 @@ def looks_like_checkpoint(path: Path) -> bool:
 
 
 def find_structural_damage(path: Path) -> str | None:
-    """Return the damage of a folder, without comparing the checksums of tensor data."""
+    """Describe the damage of a checkpoint folder, or return None if there is none.
+
+    The checksums of tensor data are not compared; see `find_checksum_mismatch`.
+    """
     if not (path / MANIFEST_FILE).is_file():
         if not looks_like_checkpoint(path):
             return "it is a folder, not a checkpoint file"
@@ -137,7 +140,8 @@ def _load_manifest(path: Path) -> dict[str, tuple[int, int]]:
     Raises:
         CheckpointError: the manifest is damaged, or does not list META_FILE and INDEX_FILE.
     """
-    limit = MAX_ENTRY_BYTES * (2 + sum(1 for _ in path.iterdir()))
+    num_files = sum(1 for _ in path.iterdir())
+    limit = MAX_ENTRY_BYTES * (2 + num_files)
     with (path / MANIFEST_FILE).open("rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:  # a megabyte of nested lists takes seconds to parse
@@ -157,8 +161,8 @@ def _load_manifest(path: Path) -> dict[str, tuple[int, int]]:
 def _load_index(path: Path) -> Metadata:
     """Load torch's index of the chunks safely: it is rebuilt from validated plain values.
 
-    The index is a pickle. No class or function that it names is called, and it may name only those
-    of ALLOWED_INDEX_NAMES.
+    The index is a pickle. It may name only the classes and functions of ALLOWED_INDEX_NAMES. None
+    of them is called: a CallRecord of the name, arguments and state stands for the call's result.
 
     Raises:
         CheckpointError: the index names another class, or does not match the files.
@@ -181,23 +185,57 @@ def _load_index(path: Path) -> Metadata:
 
 
 def _parse_metadata(root: Any, file_sizes: dict[str, int]) -> Metadata:
+    """Build torch's index from the records of its pickle, and compare it with the files.
+
+    Args:
+        root: the record of the whole index: of a call of `Metadata`.
+        file_sizes: bytes of each file of the folder, by name.
+
+    Raises:
+        UsageError: a record is not valid, or a tensor does not fit its file.
+    """
     fields = _record_fields(root, "Metadata")
-    entries, storage_infos = {}, {}
-    total = 0
-    bytes_by_location: dict[tuple[Any, ...], int] = {}
+    entries: dict[str, Any] = {}  # TensorStorageMetadata by encoded path
+    total_bytes = 0
     for key, record in fields["state_dict_metadata"].items():
-        if record.name.name != "BytesStorageMetadata":
-            _decode_path(key)
+        if record.name.name != "BytesStorageMetadata":  # not an object other than a tensor
+            _decode_path(key)  # raises if the key is not valid
             entries[key] = entry = _parse_tensor_entry(record)
-            total += math.prod(entry.size) * entry.properties.dtype.itemsize
-    # names may share a tensor
-    if total > 4 * sum(file_sizes.values()) + zip_archive.MAX_EXTRA_BYTES:
+            total_bytes += math.prod(entry.size) * entry.properties.dtype.itemsize
+    # several names may refer to one stored tensor, so the total may exceed the size of the files
+    if total_bytes > 4 * sum(file_sizes.values()) + zip_archive.MAX_EXTRA_BYTES:
         raise UsageError("its tensors are larger than its files")
-    for record, info_record in fields["storage_data"].items():
-        index, info = (
-            _record_fields(record, "MetadataIndex"),
-            _record_fields(info_record, "_StorageInfo"),
-        )
+    storage_infos = _parse_storage_infos(fields["storage_data"], file_sizes)
+    bytes_by_location: dict[tuple[Any, ...], int] = {}
+    for key, entry in entries.items():
+        for chunk in entry.chunks:
+            if (info := storage_infos.get(MetadataIndex(key, chunk.offsets))) is None:
+                raise UsageError(f"{key[:40]} is in no file")
+            chunk_bytes = math.prod(chunk.sizes) * entry.properties.dtype.itemsize
+            bytes_by_location[info.relative_path, info.offset] = chunk_bytes
+            if chunk_bytes > info.length:
+                raise UsageError(f"{key[:40]} is larger than its file")
+    if sum(bytes_by_location.values()) > sum(file_sizes.values()):
+        raise UsageError("its tensors are larger than its files")
+    return Metadata(entries, storage_data=storage_infos, storage_meta=StorageMeta())
+
+
+def _parse_storage_infos(
+    records: dict[Any, Any], file_sizes: dict[str, int]
+) -> dict[MetadataIndex, _StorageInfo]:
+    """Return the file, offset and length in bytes of each stored chunk.
+
+    Args:
+        records: records of `_StorageInfo`, by records of `MetadataIndex`.
+        file_sizes: bytes of each file of the folder, by name.
+
+    Raises:
+        UsageError: a chunk is compressed, or outside its file.
+    """
+    storage_infos = {}
+    for index_record, info_record in records.items():
+        index = _record_fields(index_record, "MetadataIndex")
+        info = _record_fields(info_record, "_StorageInfo")
         name, start, length = info["relative_path"], info["offset"], info["length"]
         if info.get("transform_descriptors"):
             raise UsageError("a file is compressed")
@@ -205,20 +243,11 @@ def _parse_metadata(root: Any, file_sizes: dict[str, int]) -> Metadata:
             raise UsageError("a tensor is outside its file")
         offset = None if index.get("offset") is None else _parse_shape(index["offset"])
         storage_infos[MetadataIndex(index["fqn"], offset)] = _StorageInfo(name, start, length)
-    for key, entry in entries.items():
-        for chunk in entry.chunks:
-            if (info := storage_infos.get(MetadataIndex(key, chunk.offsets))) is None:
-                raise UsageError(f"{key[:40]} is in no file")
-            size = math.prod(chunk.sizes) * entry.properties.dtype.itemsize
-            bytes_by_location[info.relative_path, info.offset] = size
-            if size > info.length:
-                raise UsageError(f"{key[:40]} is larger than its file")
-    if sum(bytes_by_location.values()) > sum(file_sizes.values()):
-        raise UsageError("its tensors are larger than its files")
-    return Metadata(entries, storage_data=storage_infos, storage_meta=StorageMeta())
+    return storage_infos
 
 
 def _record_fields(record: Any, name: str) -> dict[str, Any]:
+    """Return the fields of a record, which must be of a call of the class `name`."""
     if not isinstance(record, CallRecord) or record.name.name != name:
         raise UsageError(f"a record is not a {name}")
     if not isinstance(record.state, dict):
@@ -227,8 +256,17 @@ def _record_fields(record: Any, name: str) -> dict[str, Any]:
 
 
 def _parse_tensor_entry(record: Any) -> TensorStorageMetadata:
+    """Build the index entry of one tensor (dtype, shape, chunks) from its record in the pickle.
+
+    Args:
+        record: a CallRecord, which holds the arguments and the state of a pickled object as plain
+            values; a class or function is a GlobalName, and is not imported.
+
+    Raises:
+        UsageError: a value is not valid, or the chunks do not make up the tensor.
+    """
     fields = _record_fields(record, "TensorStorageMetadata")
-    dtype = fields["properties"].state[0]
+    dtype = fields["properties"].state[0]  # its state is (dtype, layout, requires_grad, ...)
     if not isinstance(dtype, GlobalName) or dtype.name not in DTYPES_BY_NAME:
         raise UsageError("a tensor has no valid dtype")
     size = _parse_shape(fields["size"])
@@ -242,6 +280,7 @@ def _parse_tensor_entry(record: Any) -> TensorStorageMetadata:
         if any(start + length > full_size for start, length, full_size in ends):
             raise UsageError("a chunk of a tensor is outside the tensor")
         chunks.append(chunk)
+    # the number of elements is compared; whether chunks overlap is not checked
     if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(size):
         raise UsageError("the chunks of a tensor do not make up the tensor")
     return TensorStorageMetadata(TensorProperties(DTYPES_BY_NAME[dtype.name]), size, chunks)

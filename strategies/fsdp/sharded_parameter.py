@@ -452,6 +452,6 @@ def attach_hooks(parameter: Any, hooks: OrderedDict[int, Any]) -> _OriginalAttri
     return original_attributes
 
 
-def has_sharded_parameters(module: nn.Module) -> bool:
+def has_sharded_parameter_class(module: nn.Module) -> bool:
     """Whether a module has parameters of the class ShardedParameter."""
     return any(isinstance(p, ShardedParameter) for p in module.parameters())

@@ -76,7 +76,7 @@ def kernel(name, scores=2**20):
 
 
 @pytest.mark.parametrize("dtype", FAR)
-@pytest.mark.parametrize("name", ["cpu", "pieces"])
+@pytest.mark.parametrize("name", ["cpu", "chunks"])
 def test_blocks_of_keys_joined_by_their_log_sum_exp_are_attention_over_all(name, dtype):
     query, key, value, d_out = draw(dtype, 48, heads=2, k=8)
     with kernel(name, scores=2 * 7 * 24):  # pieces of 7 queries, the last of fewer
@@ -106,7 +106,7 @@ def test_blocks_of_keys_joined_by_their_log_sum_exp_are_attention_over_all(name,
 
 def test_chunks_of_queries_bound_the_memory_of_the_scores():
     query, key, value, d_out = draw(torch.float64, 1024, heads=2, k=8)
-    with kernel("pieces", scores=2**16), tensor_bytes() as some:  # 32 queries at a time
+    with kernel("chunks", scores=2**16), tensor_bytes() as some:  # 32 queries at a time
         out, lse = attention_with_lse(query, key, value, True)
         attention_with_lse_backward(d_out, query, key, value, out, lse, True)
     num_bytes = 4 * out.nbytes + lse.nbytes

@@ -30,6 +30,7 @@ from ravine.strategies.checkpoint.atomic_io import (
     collective_loading,
     find_damage,
     latest_valid_checkpoint,
+    list_checkpoints,
 )
 from ravine.strategies.checkpoint.saving import MAX_WEIGHT, first_non_finite, save_on_all_ranks
 
@@ -289,6 +290,14 @@ def test_the_newest_complete_file_is_found_and_damaged_ones_are_named(path: Path
         f'ckpt_path="{path}", the newest valid checkpoint there'
     )
     assert message.value.exit_status == 2
+
+
+def test_only_temporary_folders_of_writers_are_not_searched(tmp_path: Path) -> None:
+    own, staging = tmp_path / ".tmp-mine", tmp_path / f".tmp-{'0d' * 16}"
+    for folder in (own, staging):
+        folder.mkdir()
+        torch.save({"state_dict": {}}, folder / "last.ckpt")
+    assert [path for _, path in list_checkpoints(tmp_path)] == [own / "last.ckpt"]
 
 
 def test_a_missing_file_names_the_nearest(path: Path) -> None:
