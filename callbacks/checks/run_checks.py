@@ -25,7 +25,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 
 from ravine.errors import RunError, UsageError
-from ravine.lightning_compat import combined_loader, load_batch, validation_loaders
+from ravine.lightning_compat import (
+    attached_trainer,
+    combined_loader,
+    load_batch,
+    validation_loaders,
+)
 from ravine.strategies.checkpoint.atomic_io import (
     AtomicCheckpointIO,
     CheckpointError,
@@ -79,6 +84,23 @@ class RunChecks(Callback):
         """Create the callback."""
         self._checks_pending = self._metrics_pending = False
         self._trainable_names: list[str] = []  # read from a checkpoint
+        self._log: Any = None
+
+    @property
+    def log(self) -> Any:
+        """The module's `log`, which Lightning sets on every callback."""
+        return self._log
+
+    @log.setter
+    def log(self, log: Any) -> None:
+        """Store `log`, and refuse a module that nothing gives an optimizer.
+
+        Lightning requires `configure_optimizers` right after it sets `log`, and its error does not
+        name OptimizerPlan.
+        """
+        self._log = log
+        if isinstance(module := getattr(log, "__self__", None), L.LightningModule):
+            _check_has_optimizer(attached_trainer(module), module)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check other callbacks, hyperparameters and `predict_step`, which needs no data."""
@@ -173,6 +195,27 @@ class RunChecks(Callback):
             except Exception as error:
                 problem = error
         raise_on_all_ranks(trainer, problem)
+
+
+def _check_has_optimizer(trainer: L.Trainer | None, module: L.LightningModule) -> None:
+    """Raise UsageError for a fit without `configure_optimizers` and without OptimizerPlan."""
+    from ..optimizers.plan import OptimizerPlan  # plan.py imports this file
+
+    if trainer is None or trainer.state.fn != "fit" or find_callbacks(trainer, OptimizerPlan):
+        return
+    if is_overridden("training_step", module) and not is_overridden("configure_optimizers", module):
+        name = type(module).__name__
+        if not module.automatic_optimization:
+            raise UsageError(
+                f"{name} steps its own optimizers (manual optimization), and has no "
+                "configure_optimizers",
+                hint=f"return the optimizers from {name}.configure_optimizers",
+            )
+        raise UsageError(
+            f"{name} has no configure_optimizers, and the trainer has no OptimizerPlan",
+            hint="pass callbacks=[OptimizerPlan(torch.optim.AdamW)] to Trainer",
+            flag="--trainer.callbacks+=OptimizerPlan --trainer.callbacks.optimizer=AdamW",
+        )
 
 
 def _find_validation_error(trainer: L.Trainer, module: L.LightningModule) -> Exception | None:

@@ -183,6 +183,13 @@ class OptimizerPlan(Callback):
             if any(stops_after_search(finder) for finder in find_lr_finders(trainer)):
                 self._suggested_lr = get_suggested_lr(trainer)  # a Tuner searches in a separate fit
 
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Restore `configure_optimizers`: Lightning skips `teardown` after an exception."""
+        restore_hook(pl_module, HOOK_NAME, self)
+        restore_hook(pl_module, "lr_schedulers", self)
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Compute the total number of steps from the loaders, which now exist."""
         if trainer.max_epochs != -1 and self is attached_plans(trainer)[-1]:
