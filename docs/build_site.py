@@ -1,0 +1,168 @@
+"""Build the documentation site in `site/`: `pip install -e '.[docs]' && python docs/build_site.py`.
+
+1. Copy docs/ to build/docs. A link to a file outside of docs/ becomes a link to the repository
+   that `[project.urls]` of pyproject.toml names, or, if it names none, to a page with the file.
+2. Write the pages that are made of other files: the API reference, one page for each package, and
+   results, contributing and changelog.
+3. Run Zensical on build/docs in strict mode: a broken link ends the build with an error. Nothing is
+   read from the network.
+"""
+
+import importlib
+import inspect
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGED = ROOT / "build" / "docs"
+SITE = ROOT / "site"
+API_PACKAGES = ("callbacks", "strategies", "datamodules", "lightning_modules")
+# Markdown files outside of docs/, and their pages. Of README, results.md has two sections.
+PROJECT_PAGES = {
+    "README.md": "results.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+}
+README_SECTIONS = ("Results", "Supported combinations")
+LANGUAGES = {".py": "python", ".sh": "bash", ".yaml": "yaml", ".jsonl": "json"}
+PREVIEW = 200  # lines of a file of rows, such as .jsonl
+CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.DOTALL)
+REMOTE = re.compile(r"""<(?:script|img|iframe)[^>]*src=["']?https?:|<link[^>]*href=["']?https?:""")
+LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?\)")
+
+
+def repository_url() -> str | None:
+    """Return the URL of the repository in pyproject.toml, or None."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return project.get("urls", {}).get("Repository")
+
+
+def rewrite_links(text: str, source: Path, page: str, repository: str | None) -> str:
+    """Rewrite the relative links of the file `source`, whose text becomes the page `page`."""
+
+    def rewrite(link: re.Match[str]) -> str:
+        target = (source.parent / link[1]).resolve().relative_to(ROOT).as_posix()
+        anchor = link[2] or ""
+        if target.startswith("docs/") and not target.endswith(".py"):
+            new = target.removeprefix("docs/")
+        elif target in PROJECT_PAGES:
+            new = PROJECT_PAGES[target]
+        elif repository:
+            return f"]({repository}/blob/main/{target}{anchor})"
+        else:
+            new = f"source/{target}.md"
+        return f"]({os.path.relpath(new, Path(page).parent)}{anchor})"
+
+    parts = CODE.split(text)  # code stands at the odd places
+    return "".join(p if i % 2 else LINK.sub(rewrite, p) for i, p in enumerate(parts))
+
+
+def project_page(name: str) -> str:
+    """Return the text of the page that is made of a Markdown file outside of docs/."""
+    text = (ROOT / name).read_text()
+    if name != "README.md":
+        return text
+    sections = dict(re.findall(r"^## ([^\n]*)\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE))
+    parts = [f"## {title}\n{sections[title]}" for title in README_SECTIONS]
+    return "# Results and supported combinations\n\n" + "".join(parts)
+
+
+def source_page(path: str) -> str:
+    """Return a page with the text of a source file, or with the names in a folder."""
+    file = ROOT / path
+    if file.is_dir():
+        names = sorted(p.relative_to(file).as_posix() for p in file.rglob("*") if p.is_file())
+        lines = [name for name in names if "__pycache__" not in name]
+    else:
+        lines = file.read_text().splitlines()
+    if file.suffix == ".jsonl" and len(lines) > PREVIEW:
+        lines = [*lines[:PREVIEW], f"... {len(lines) - PREVIEW} more lines"]
+    head = "---\nsearch:\n  exclude: true\n---\n"
+    text = "\n".join(lines)
+    return f"{head}# {path}\n\n````{LANGUAGES.get(file.suffix, 'text')}\n{text}\n````\n"
+
+
+def api_page(package: str) -> str:
+    """Return the API page of a package: each public name, documented by mkdocstrings."""
+    module = importlib.import_module(f"ravine.{package}")
+    first = inspect.cleandoc(module.__doc__ or "").split("\n\n")[0]
+    names = sorted(module.__all__)
+    lines = [f"# ravine.{package}", first, f"`from ravine.{package} import NAME`"]
+    for name in names:
+        lines.append(api_entry(name, getattr(module, name), module.__name__))
+    return "\n\n".join(lines) + "\n"
+
+
+def api_entry(name: str, named: object, package: str) -> str:
+    """Return the mkdocstrings block of a public name, which may be defined in another file."""
+    home = named.__module__ if inspect.isclass(named) or inspect.isroutine(named) else package
+    hooks_only = package.endswith((".callbacks", ".strategies"))  # for Lightning, not for users
+    members = "\n      members: false" if hooks_only else ""
+    return (
+        f"::: {home}.{name}\n    options:\n      heading: {name}\n      toc_label: {name}\n"
+        f"      heading_level: 2{members}"
+    )
+
+
+def script_api_page() -> str:
+    """Return the API page of the names that `import ravine` gives."""
+    module = importlib.import_module("ravine")
+    names = [name for name in module.__all__ if not name.startswith("_")]
+    lines = [
+        "# ravine",
+        "The names for Python scripts: `from ravine import NAME`. `ravine.__version__` is the "
+        "installed version.",
+    ]
+    for name in names:
+        lines.append(api_entry(name, getattr(module, name), module.__name__))
+    return "\n\n".join(lines) + "\n"
+
+
+API_PAGES: dict[str, Callable[[], str]] = {
+    "api/ravine.md": script_api_page,
+    **{f"api/{package}.md": lambda p=package: api_page(p) for package in API_PACKAGES},
+}
+
+
+def stage(folder: Path, repository: str | None = None) -> None:
+    """Write all pages of the site to an empty or missing folder, as Markdown."""
+    docs = ROOT / "docs"
+    shutil.copytree(docs, folder, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    sources = {page.relative_to(docs).as_posix(): page for page in docs.rglob("*.md")}
+    texts = {name: page.read_text() for name, page in sources.items()}
+    for source, name in PROJECT_PAGES.items():
+        sources[name], texts[name] = ROOT / source, project_page(source)
+    for name, text in texts.items():
+        texts[name] = rewrite_links(text, sources[name], name, repository)
+    texts |= {name: write() for name, write in API_PAGES.items()}
+    for name, text in texts.copy().items():
+        for target, _ in LINK.findall(CODE.sub("", text)):
+            page = os.path.normpath(Path(name).parent / target)
+            if page.startswith("source/"):
+                texts[page] = source_page(page.removeprefix("source/").removesuffix(".md"))
+    for name, text in texts.items():
+        page = folder / name
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(text)
+
+
+def main() -> int:
+    """Write the pages and run Zensical; return its exit status."""
+    shutil.rmtree(STAGED, ignore_errors=True)
+    stage(STAGED, repository_url())
+    build = [sys.executable, "-m", "zensical", "build", "--clean", "--strict"]
+    status = subprocess.run(build, cwd=ROOT, check=False).returncode
+    remote = [page for page in SITE.rglob("*.html") if REMOTE.search(page.read_text())]
+    for page in remote:
+        print(f"{page.relative_to(ROOT)} reads a script, style or image from the network")
+    return status or bool(remote)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
