@@ -45,10 +45,19 @@ def override_hook(
     function: Callable[..., Any],
     owner: L.Callback,
 ) -> Callable[..., Any]:
-    """Replace the method by `function(module, ...)` and return the original method.
+    """Replace a module's method by `function(module, ...)` and return the original method.
 
-    Call it in `Callback.setup`, and `restore_hook` in `teardown`. UsageError if another callback of
-    the trainer overrides the method.
+    Call it in `Callback.setup`, and `restore_hook` in `teardown`.
+
+    Args:
+        trainer: its callbacks are the possible owners.
+        module: the instance that gets the method; its class does not change.
+        name: name of the method.
+        function: the replacement.
+        owner: the callback that makes the override.
+
+    Raises:
+        UsageError: another callback of the trainer overrides the method.
     """
     current_owner = hook_owner(trainer, module, name)
     if current_owner is not None and current_owner is not owner:
@@ -57,11 +66,12 @@ def override_hook(
             ["one callback that overrides it"],
             hint=f"remove {type(owner).__name__}() from Trainer(callbacks=...)",
         )
-    if name in _get_overrides(module):
+    if name in _get_overrides(module):  # of the same owner, or of an earlier trainer's callback
         _reset_hook(module, name)
     original = getattr(module, name)
-    _get_overrides(module)[name] = _HookOverride(owner, module.__dict__.get(name))
-    module.__dict__[name] = MethodType(function, module)
+    previous = module.__dict__.get(name)  # None if the method comes from the class
+    _get_overrides(module)[name] = _HookOverride(owner, previous)
+    module.__dict__[name] = MethodType(function, module)  # Lightning reads the instance first
     return original
 
 

@@ -10,6 +10,7 @@ data are read.
 """
 
 import copy
+import itertools
 import random
 import struct
 import zlib
@@ -120,19 +121,23 @@ class BatchSeeder:
             self.loader.__dict__.pop(name, None)
 
     def _make_iterator(self) -> Any:
+        """Return an iterator with seeds; torch's `DataLoader.__iter__` calls it in our loader.
+
+        The iterator belongs to a copy of the loader, whose sampler and generator are replaced.
+        """
         loader = copy.copy(self.loader)
-        attributes = loader.__dict__  # DataLoader forbids some assignments
-        for name in ("_get_iterator", "_batch_seeds"):
+        attributes = loader.__dict__  # assigned here, because DataLoader.__setattr__ forbids some
+        for name in ("_get_iterator", "_batch_seeds"):  # set by `__init__` for the original
             attributes.pop(name)
         sampler_attribute = "sampler" if loader.batch_sampler is None else "batch_sampler"
         attributes[sampler_attribute] = _SeededSampler(self, attributes[sampler_attribute])
         seed = hash_seed(self.stream_id, self.seed, self.rank, self.epoch, self.first_batch)
-        attributes["generator"] = torch.Generator().manual_seed(seed)
+        attributes["generator"] = torch.Generator().manual_seed(seed)  # torch seeds workers by it
         if loader.num_workers:
             attributes["worker_init_fn"] = _SeededWorkerInit(loader.worker_init_fn)
         seed_generators(seed, find_generators(loader.dataset))
         iterator: Any = type(loader)._get_iterator(loader)
-        if hasattr(iterator, "_dataset_fetcher"):
+        if hasattr(iterator, "_dataset_fetcher"):  # without workers: the main process reads
             iterator._dataset_fetcher = _SeededFetcher(iterator._dataset_fetcher)
         return iterator
 
@@ -162,22 +167,30 @@ class _SeededSampler:
     def _iter_batches(
         self, key: tuple[int, ...], rank: int, first_batch: int
     ) -> Iterator[SeededIndices]:
+        """Draw the indices of all batches and yield those after the batches to skip.
+
+        Args:
+            key: what all ranks have in common: number of the loader, seed, epoch.
+            rank: data-parallel rank; a part of the seeds of data, not of those of the order.
+            first_batch: index of the first batch within the epoch.
+        """
         # Read at the first draw: an iterator with workers creates two of these generators and
         # draws from the second only.
-        num_skip, self.seeder.num_skip = self.seeder.num_skip, 0
+        num_skip = self.seeder.num_skip
+        self.seeder.num_skip = 0  # a further iteration skips nothing
         epoch_seed = hash_seed(*key, first_batch, rank)
         generators = find_generators(self.sampler)
         # the key has no rank: the sampler draws the same order on all ranks
         seed_generators(hash_seed(*key, first_batch), generators)
-        indices = iter(self.sampler)
-        for batch in range(first_batch, 2**62):
-            seed_generators(hash_seed(*key, batch, 1), generators)
+        sampler_iterator = iter(self.sampler)
+        for batch in itertools.count(first_batch):
+            seed_generators(hash_seed(*key, batch, 1), generators)  # 1: seeds of sampler draws
             try:
-                batch_indices = next(indices)
+                batch_indices = next(sampler_iterator)
             except StopIteration:
                 return
-            self.seeder.first_batch = batch + 1
-            seed = hash_seed(*key, batch, 2, rank)
+            self.seeder.first_batch = batch + 1  # where an iteration without `set_epoch` starts
+            seed = hash_seed(*key, batch, 2, rank)  # 2: seeds of data
             seed_default_generators(seed)
             if batch - first_batch >= num_skip:
                 yield SeededIndices(batch_indices, seed, epoch_seed)
@@ -209,23 +222,25 @@ class _SeededWorkerInit:
 
 
 def _patch_fetcher(fetcher_class: Any, worker_id: int) -> None:
-    """Patch a fetcher class in a worker process, which ends with its loader."""
-    original_fetch, is_iterable = (
-        fetcher_class.fetch,
-        fetcher_class is fetch._IterableDatasetFetcher,
-    )
+    """Make torch's fetcher class take SeededIndices and seed the generators for each batch.
+
+    Called in a worker process, which ends with its loader, so nothing is restored.
+    """
+    original_fetch = fetcher_class.fetch
+    is_iterable = fetcher_class is fetch._IterableDatasetFetcher
 
     def fetch_seeded(self: Any, batch: SeededIndices) -> Any:
         generators = self.__dict__.get("generators")
-        if generators is None:
+        if generators is None:  # the first batch of this fetcher
             generators = self.generators = find_generators(self.dataset, self.collate_fn)
-            if is_iterable:  # the epoch is known only at the first batch
+            if is_iterable:  # its seed is that of the epoch, which comes with the first batch
                 seed_generators(hash_seed(batch.epoch_seed, worker_id), generators)
                 self.dataset_iter = iter(self.dataset)
         seed_generators(batch.seed, generators)
         return original_fetch(self, batch.indices)
 
-    def init_fetcher(
+    # torch's own `__init__` would create the iterator, before the generators are seeded
+    def init_without_iterator(
         self: Any, dataset: Any, auto_collation: bool, collate: Any, drop: bool
     ) -> None:
         fetch._BaseDatasetFetcher.__init__(self, dataset, auto_collation, collate, drop)
@@ -233,7 +248,7 @@ def _patch_fetcher(fetcher_class: Any, worker_id: int) -> None:
 
     fetcher_class.fetch = fetch_seeded
     if is_iterable:
-        fetcher_class.__init__ = init_fetcher
+        fetcher_class.__init__ = init_without_iterator
 
 
 def seed_generators(seed: int, generators: list[Any]) -> None:

@@ -49,10 +49,18 @@ class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
         every_n_train_steps: int | None = None,
         save_top_k: int = 1,
     ) -> None:
-        """Set all arguments of ModelCheckpoint from these."""
+        """Set all arguments of Lightning's ModelCheckpoint from these.
+
+        Args:
+            dirpath: folder of the files; None for `checkpoints` in the run's folder.
+            monitor: metric that selects the best file.
+            mode: whether the smallest or the largest value is the best.
+            every_n_train_steps: also save at every n-th optimizer step.
+            save_top_k: number of best files to keep, besides the newest; -1 keeps every file.
+        """
         super().__init__(
             dirpath=dirpath,
-            filename="step={step:06d}",
+            filename="step={step:06d}",  # Lightning fills in the optimizer step
             monitor=monitor,
             mode=mode,
             every_n_train_steps=every_n_train_steps,
@@ -60,8 +68,9 @@ class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
             auto_insert_metric_name=False,
             enable_version_counter=False,  # a step saved again replaces its file
         )
-        self._save_deferred = False  # a validation ended within an optimizer step: save at its end
-        self._written_paths: set[str] = set()  # by this run: no other file is removed
+        # whether a validation ended within an optimizer step, at whose end the file is saved
+        self._save_deferred = False
+        self._written_paths: set[str] = set()  # files of this run; no other file is removed
 
     @property
     def monitor_is_optional(self) -> bool:
@@ -111,7 +120,7 @@ class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
                 flag=f"--trainer.callbacks.monitor={logged[0]}" if logged else "",
                 label="logged",
             )
-        if should_accumulate(trainer):
+        if should_accumulate(trainer):  # the next micro-batch belongs to the same step
             self._save_deferred = True
         else:
             self._save_and_prune(trainer, has_metric=True)
@@ -142,25 +151,36 @@ class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
     def _save_and_prune(self, trainer: L.Trainer, has_metric: bool) -> bool:
         """Write the file, then remove the previous one unless it is among the best.
 
-        Returns False, and writes nothing, if a weight is not finite.
+        Args:
+            trainer: its optimizer step names the file.
+            has_metric: whether the monitored metric is of these weights and may rank the file.
+
+        Returns:
+            False if a weight is not finite; then no file is written.
         """
         self._save_deferred = False
         if getattr(trainer, "fast_dev_run", False):
             return True
         if not weights_are_finite(trainer):
             return False
-        candidates = self.candidates(trainer)
-        current = candidates.get(str(self.monitor)) if has_metric else None
-        path = self.format_checkpoint_name(candidates)
-        previous, self.last_model_path = self.last_model_path, path
-        if self.save_top_k and self.check_monitor_top_k(trainer, current) and current is not None:
-            self.save_among_best(current, trainer, candidates)
+        metrics = self.candidates(trainer)  # logged values, epoch and step
+        score = metrics.get(str(self.monitor)) if has_metric else None
+        path = self.format_checkpoint_name(metrics)
+        previous_path, self.last_model_path = self.last_model_path, path
+        if self.save_top_k and self.check_monitor_top_k(trainer, score) and score is not None:
+            self.save_among_best(score, trainer, metrics)
         else:
-            self.best_model_path = self.best_model_path if self.best_k_models else path
+            if not self.best_k_models:  # no metric so far: the newest file is the best
+                self.best_model_path = path
             self.write_checkpoint(trainer, path)
-        stale = previous and previous not in self.best_k_models and self.save_top_k != -1
-        if stale and self.should_remove(trainer, previous, path):
-            self.remove_checkpoint(trainer, previous)
+        keeps_every_file = self.save_top_k == -1
+        if (
+            previous_path
+            and previous_path not in self.best_k_models
+            and not keeps_every_file
+            and self.should_remove(trainer, previous_path, path)
+        ):
+            self.remove_checkpoint(trainer, previous_path)
         return True
 
     def write_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:

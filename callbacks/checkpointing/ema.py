@@ -54,7 +54,12 @@ class EMA(OptimizerStepCallback):
     takes_partial_gradients = True  # with ZeRO-1 a rank has only the gradients that it owns
 
     def __init__(self, decay: float = 0.999, warmup: bool = True) -> None:
-        """Set the decay; the average spans about 1 / (1 - decay) optimizer steps."""
+        """Set the decay; the average spans about 1 / (1 - decay) optimizer steps.
+
+        Args:
+            decay: fraction of the average that remains at each optimizer step.
+            warmup: start at a lower decay, min(decay, (1 + n) / (10 + n)) after n steps.
+        """
         if not 0 <= decay < 1:
             raise UsageError(
                 f"EMA: decay={decay} is outside [0, 1)",
@@ -65,13 +70,14 @@ class EMA(OptimizerStepCallback):
         self.decay = decay
         self.warmup = warmup
         self.num_updates = 0
-        self.averaged: dict[
-            str, Tensor
-        ] = {}  # the raw or averaged weights that are not in the model
         self.using_average = False  # whether the model holds the average
-        self._tracked_weights: dict[str, Tensor] = {}  # cached: iterating over a net takes longer
+        # the average, or the raw weights while the model holds the average
+        self.weights_outside_model: dict[str, Tensor] = {}
+        # the model's weights by name; cached, because iterating over the module takes longer
+        self._tracked_weights: dict[str, Tensor] = {}
         self._frozen_params: list[Tensor] = []  # parameters that may be unfrozen later
-        self._saved_raw: dict[str, Tensor] = {}
+        # raw weights of a checkpoint, from `on_load_checkpoint` until `_load_average`
+        self._raw_from_checkpoint: dict[str, Tensor] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a second average for the evaluation: another EMA, or that of an optimizer."""
@@ -101,9 +107,11 @@ class EMA(OptimizerStepCallback):
         super().on_train_start(trainer, pl_module)
         self._load_average(pl_module)
         self._swap(pl_module, use_average=False)
-        if not self.averaged or self.num_updates != trainer.global_step:
+        if not self.weights_outside_model or self.num_updates != trainer.global_step:
             self.num_updates = trainer.global_step
-            self.averaged = {name: p.detach().clone() for name, p in named_trainable(pl_module)}
+            self.weights_outside_model = {
+                name: p.detach().clone() for name, p in named_trainable(pl_module)
+            }
         self._track_weights(pl_module)
 
     def on_before_optimizer_step(
@@ -116,24 +124,23 @@ class EMA(OptimizerStepCallback):
     def on_optimizer_step_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any
     ) -> None:
-        """Update the average."""
-        self.num_updates = self.step
-        decay = (
-            min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-            if self.warmup
-            else self.decay
-        )
-        with torch.no_grad():
+        """Move the average toward the model's weights; called after each optimizer step."""
+        self.num_updates = self.step  # the base class counts the optimizer steps
+        decay = self.decay
+        if self.warmup:
+            decay = min(decay, (1 + self.num_updates) / (10 + self.num_updates))
+        averages = self.weights_outside_model  # the model holds the raw weights in training
+        with torch.no_grad():  # average <- average + (1 - decay) (weight - average)
             torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
-                [to_local(average) for average in self.averaged.values()],
-                [to_local(self._tracked_weights[name]) for name in self.averaged],
+                [to_local(average) for average in averages.values()],
+                [to_local(self._tracked_weights[name]) for name in averages],
                 1 - decay,
             )
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Put the average into the model, and keep the raw weights in `averaged`."""
+        """Put the average into the model, and the raw weights into `weights_outside_model`."""
         self._load_average(pl_module)
-        if self.averaged:
+        if self.weights_outside_model:
             self._swap(pl_module, use_average=True)
         elif not trainer.sanity_checking:
             rank_zero_warn("EMA has no average yet: the raw weights are evaluated")
@@ -149,17 +156,19 @@ class EMA(OptimizerStepCallback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave the average in the model, also if a run resumed at its end trained no batch."""
         self._load_average(pl_module)
-        self._swap(pl_module, use_average=bool(self.averaged))
+        self._swap(pl_module, use_average=bool(self.weights_outside_model))
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Save the average as the model's weights, and the raw weights; called on every rank."""
         self._load_average(pl_module)
-        if self.averaged:
+        if self.weights_outside_model:
             self._track_weights(pl_module)
-            live = dict(named_tracked(pl_module, self.averaged))
-            raw, average = (self.averaged, live) if self.using_average else (live, self.averaged)
+            average = self.weights_outside_model
+            raw = dict(named_tracked(pl_module, average))  # the model's weights
+            if self.using_average:
+                raw, average = average, raw
             state = checkpoint["state_dict"]
             stages = stages_to_join(trainer)
             update_state_dict(state, average, pl_module, live=True, stages=stages)
@@ -169,7 +178,10 @@ class EMA(OptimizerStepCallback):
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep the raw weights until the average has been loaded as the model's weights."""
+        """Keep the raw weights of the checkpoint for `_load_average`.
+
+        The checkpoint's `state_dict`, which becomes the model's weights, has the average.
+        """
         if (saved := checkpoint.get("ema")) is not None:
             if problem := _find_average_problem(saved):
                 raise CheckpointError(
@@ -178,24 +190,31 @@ class EMA(OptimizerStepCallback):
                     flag="--ckpt_path=FILE, or --trainer.callbacks+=Pretrained "
                     "--trainer.callbacks.path=FILE",
                 )
-            self.num_updates, self._saved_raw, self.using_average = (
-                saved["num_updates"],
-                saved["raw"],
-                True,
-            )
+            self.num_updates = saved["num_updates"]
+            self._raw_from_checkpoint = saved["raw"]
+            self.using_average = True
 
     def _load_average(self, module: nn.Module) -> None:
-        if not self._saved_raw:
+        """Copy the raw weights of a loaded checkpoint to `weights_outside_model`, sharded.
+
+        The model holds the average then, because a checkpoint stores it as the model's weights.
+        Do nothing if no checkpoint was loaded since the last call.
+
+        Raises:
+            UsageError: a trainable weight of the module has no raw weight in the checkpoint.
+            CheckpointError: shape or kind of dtype of a raw weight differs.
+        """
+        if not self._raw_from_checkpoint:
             return
-        self.averaged = {}
-        for name, weight in named_tracked(module, self._saved_raw):
-            if name not in self._saved_raw:
+        self.weights_outside_model = {}
+        for name, weight in named_tracked(module, self._raw_from_checkpoint):
+            if name not in self._raw_from_checkpoint:
                 raise UsageError(
                     f"EMA: the checkpoint has no average of {name}, because it was written with "
                     "other trainable parameters",
                     hint="use the callbacks of the run that wrote the checkpoint",
                 )
-            raw = self._saved_raw[name]
+            raw = self._raw_from_checkpoint[name]
             if raw.shape != weight.shape or dtype_kind_mismatches({name: weight}, {name: raw}):
                 raise CheckpointError(
                     f"EMA: the raw weight {name} is {raw.dtype} of shape {list(raw.shape)} in the "
@@ -203,25 +222,26 @@ class EMA(OptimizerStepCallback):
                     hint="pass another ckpt_path",
                     flag="--ckpt_path=FILE",
                 )
-            self.averaged[name] = weight.detach().clone()
-            to_local(self.averaged[name]).copy_(shard_like(self._saved_raw[name], weight))
-        self._saved_raw = {}
+            self.weights_outside_model[name] = weight.detach().clone()  # dtype, device and shards
+            to_local(self.weights_outside_model[name]).copy_(shard_like(raw, weight))
+        self._raw_from_checkpoint = {}
 
     def _track_weights(self, module: nn.Module) -> None:
         """Average every trainable weight; the average of a new one starts at its current value."""
-        self._tracked_weights = dict(named_tracked(module, self.averaged))
+        self._tracked_weights = dict(named_tracked(module, self.weights_outside_model))
         for name, weight in self._tracked_weights.items():
-            if name not in self.averaged:
-                self.averaged[name] = weight.detach().clone()
+            if name not in self.weights_outside_model:
+                self.weights_outside_model[name] = weight.detach().clone()
         self._frozen_params = [p for p in module.parameters() if not p.requires_grad]
 
     @torch.no_grad()
     def _swap(self, module: nn.Module, use_average: bool) -> None:
+        """Exchange the model's weights and `weights_outside_model`, unless already as asked."""
         if self.using_average == use_average:
             return
         self._track_weights(module)
         for name, weight in self._tracked_weights.items():
-            stored, current = to_local(self.averaged[name]), to_local(weight)
+            stored, current = to_local(self.weights_outside_model[name]), to_local(weight)
             previous = current.clone()
             current.copy_(stored)
             stored.copy_(previous)

@@ -113,7 +113,11 @@ class ExactResume(Callback):
     takes_partial_gradients = True  # with ZeRO-1 a rank has only the gradients that it owns
 
     def __init__(self, accept: list[str] | str | None = None) -> None:
-        """Set the permitted differences; the seed is that of `seed_everything`."""
+        """Set the permitted differences; the seed is that of `seed_everything`.
+
+        Args:
+            accept: any of "EMA", "data", "optimizer": differences from the checkpoint's run.
+        """
         self.accept = [accept] if isinstance(accept, str) else list(accept or ())
         if unknown := [key for key in self.accept if key not in ACCEPTABLE_DIFFERENCES]:
             name = sort_by_similarity(str(unknown[0]), ACCEPTABLE_DIFFERENCES)[0]
@@ -123,15 +127,17 @@ class ExactResume(Callback):
                 hint=f"use accept=[{name!r}]",
                 flag=f"--trainer.callbacks.accept=[{name}]",
             )
+        self._seed, self._rank = 0, 0  # data-parallel rank
+        self._seeders: list[BatchSeeder] = []  # of the data loaders so far
+        # what `on_load_checkpoint` finds in the file, used by `on_train_start`
         self._saved_run: dict[str, Any] = {}  # the run's properties in the checkpoint
         # of a checkpoint with EMA that is resumed without EMA
         self._raw_weights: dict[str, Tensor] = {}
-        self._seed, self._rank = 0, 0
         self._resume_point: ResumePoint = "start"
         self._saved_metrics: dict[str, Tensor] = {}
+        # the trainer's `max_steps`, while it is raised by 1 for a validation after the last step
         self._max_steps: int | None = None
         self._plateau_due = False  # the file lacks the plateau scheduler step of its epoch
-        self._seeders: list[BatchSeeder] = []
 
     @property
     def state_key(self) -> str:
@@ -152,16 +158,20 @@ class ExactResume(Callback):
             defer_saving_hooks(trainer, pl_module, callback)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Set the loop and the loaders to the position of the checkpoint."""
+        """Set the loop and the loaders to the position of the checkpoint.
+
+        Lightning has restored the loop's counters; `self._resume_point` says where the file was
+        written. Without a checkpoint it is "start", and only the loaders are seeded.
+        """
         fit = trainer.fit_loop
         self._compare_loaders(trainer)
         use_raw_weights(pl_module, self._raw_weights)
         collected_metrics(trainer).update(self._saved_metrics)  # plateau schedulers read them
         restore_loader_states(trainer)
-        mid_epoch = self._resume_point in ("step end", "before validation", "after validation")
-        if mid_epoch:
-            finish = self._finish_iteration(trainer, self._resume_point)
-            replace_method(fit.epoch_loop, "advance", finish)
+        is_mid_epoch = self._resume_point in ("step end", "before validation", "after validation")
+        if is_mid_epoch:
+            first_advance = self._make_first_advance(trainer, self._resume_point)
+            replace_method(fit.epoch_loop, "advance", first_advance)
         elif self._resume_point == "epoch end":
             after_resuming_at_epoch_end(trainer)
             if self._plateau_due:
@@ -171,7 +181,7 @@ class ExactResume(Callback):
                 epochs.completed += 1
         self._seed_other_loaders(trainer)
         self._seed_validation(trainer)
-        self._fast_forward_loaders(trainer, mid_epoch)
+        self._fast_forward_loaders(trainer, is_mid_epoch=is_mid_epoch)
         self._resume_point = "start"
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -219,7 +229,10 @@ class ExactResume(Callback):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Number the optimizers' parameters as `named_parameters()`; save seed and metrics."""
+        """Save the run's properties, seed and metrics under `exact_resume`.
+
+        The optimizers' parameters are renumbered in the order of the module's parameters.
+        """
         if should_accumulate(trainer):
             rank_zero_warn(
                 f"the checkpoint at step {trainer.global_step} is written between two micro-batches"
@@ -227,11 +240,9 @@ class ExactResume(Callback):
                 "val_check_interval that is a multiple of accumulate_grad_batches"
             )
         states = checkpoint.get("optimizer_states", [])
-        numbered = getattr(
-            trainer.strategy, "renumbers_params", False
-        )  # MeshStrategy numbers them itself
-        for optimizer, state in () if numbered else zip(trainer.optimizers, states, strict=True):
-            renumber_params(list(pl_module.parameters()), optimizer, state)
+        if not getattr(trainer.strategy, "renumbers_params", False):  # MeshStrategy does it itself
+            for optimizer, state in zip(trainer.optimizers, states, strict=True):
+                renumber_params(list(pl_module.parameters()), optimizer, state)
         metrics = collected_metrics(trainer)
         is_sharded = saves_sharded(trainer.strategy)
         record_format(checkpoint)
@@ -246,7 +257,10 @@ class ExactResume(Callback):
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Normalize the loop counters of the file, and compare its run with this one."""
+        """Normalize the loop counters of the file, and compare its run with this one.
+
+        Lightning restores its loops from the changed counters. `on_train_start` uses the rest.
+        """
         if trainer.state.fn != "fit":
             return
         check_format(checkpoint)
@@ -254,29 +268,28 @@ class ExactResume(Callback):
         epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
         self._plateau_due = epochs["processed"] != epochs["completed"]
         self._resume_point = normalize_progress(checkpoint["loops"]["fit_loop"])
-        saved_run = checkpoint.get("exact_resume", {})
-        self._seed, self._saved_metrics = (
-            saved_run.get("seed", self._seed),
-            saved_run.get("metrics", {}),
-        )
-        self._saved_run = saved_run
+        self._saved_run = checkpoint.get("exact_resume", {})
+        self._seed = self._saved_run.get("seed", self._seed)
+        self._saved_metrics = self._saved_run.get("metrics", {})
         compare_callbacks(trainer, checkpoint, self.accept)
         self._compare_optimizers(trainer, checkpoint)
         if "ema" in checkpoint and "EMA" in self.accept and not has_callback(trainer, "EMA"):
             self._raw_weights = checkpoint["ema"]["raw"]
         loop = trainer.fit_loop.epoch_loop
-        if (
-            self._resume_point == "before validation"
-            and loop.max_steps == checkpoint["global_step"]
-        ):
-            self._max_steps = loop.max_steps  # otherwise Lightning returns before that validation
+        is_after_last_step = loop.max_steps == checkpoint["global_step"]
+        if self._resume_point == "before validation" and is_after_last_step:
+            # raised until the first `advance`: otherwise Lightning returns before that validation
+            self._max_steps = loop.max_steps
             loop.max_steps += 1
 
     def _check_not_damaged(
         self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Refuse a checkpoint from which training cannot resume, before any step."""
-        states, names = checkpoint.get("optimizer_states"), list(dict(module.named_parameters()))
+        """Raise CheckpointError for a file from which training cannot resume, before any step.
+
+        It checks its record of the run, dtypes, optimizer states, NaN in weights or states, and
+        the loop counters. Called on all ranks, after the weights are loaded into the module.
+        """
         saved_run = checkpoint.get("exact_resume", {})
         if problem := find_malformed_resume_record(saved_run):
             raise CheckpointError(
@@ -284,16 +297,21 @@ class ExactResume(Callback):
                 hint=OTHER_FILE_HINT,
                 flag=OTHER_FILE_FLAG,
             )
+        names = list(dict(module.named_parameters()))
+        states = checkpoint.get("optimizer_states")  # None in a sharded file, checked on reading
         problem = dtype_kind_mismatches(module.state_dict(), checkpoint.get("state_dict", {}))
-        if states is not None and not problem:  # sharded files are checked on reading
+        if states is not None and not problem:
             steps = checkpoint.get("global_step", 0)
             problem = find_damaged_states(states, saved_run.get("optimizer_shapes"), steps, names)
             problem = problem or find_changed_kinds(states, saved_run.get("optimizer_kinds"), names)
-        non_finite_name = first_non_finite(module.named_parameters()) or find_nan_entry(
-            states or [], names
+        non_finite_name = (
+            first_non_finite(module.named_parameters())
+            or find_nan_entry(states or [], names)
+            or _find_non_finite_raw(checkpoint.get("ema"))
         )
-        non_finite_name = non_finite_name or _find_non_finite_raw(checkpoint.get("ema"))
-        if not trainer.strategy.reduce_boolean_decision(non_finite_name is None) and not problem:
+        # combines all ranks, so that each rank must call it
+        is_finite = trainer.strategy.reduce_boolean_decision(non_finite_name is None)
+        if not is_finite and not problem:
             problem = f"{non_finite_name or 'a tensor of another rank'} is not finite"
         if problem:
             raise CheckpointError(
@@ -301,7 +319,7 @@ class ExactResume(Callback):
                 hint="pass an earlier file as ckpt_path, or start a new run without ckpt_path",
                 flag="--ckpt_path=FILE of an earlier step, or no --ckpt_path",
             )
-        try:
+        try:  # on a copy, because it changes the counters
             counts = deepcopy(checkpoint["loops"]["fit_loop"])
             normalize_progress(counts)
             if not isinstance(counts.get("state_dict", {}).get("combined_loader", []), list):
@@ -337,14 +355,11 @@ class ExactResume(Callback):
         loader = combined_loader(trainer)
         train_loaders = loader.flattened if loader is not None else []
         if world := self._saved_run.get("world"):
-            compare_ranks_and_accumulation(
-                trainer,
-                world,
-                all(isinstance(train_loader, Stateful) for train_loader in train_loaders),
-            )
+            is_resumable = all(isinstance(train_loader, Stateful) for train_loader in train_loaders)
+            compare_ranks_and_accumulation(trainer, world, has_resumable_order=is_resumable)
         self._saved_run = {}
 
-    def _finish_iteration(self, trainer: L.Trainer, resume_point: ResumePoint) -> Any:
+    def _make_first_advance(self, trainer: L.Trainer, resume_point: ResumePoint) -> Any:
         """Return the loop's first `advance`, which continues after the file's last micro-batch."""
         loop = trainer.fit_loop.epoch_loop
 
@@ -359,47 +374,53 @@ class ExactResume(Callback):
 
         return advance
 
-    def _fast_forward_loaders(self, trainer: L.Trainer, mid_epoch: bool) -> None:
-        """Seed the loaders by (seed, epoch) and skip to the position of the checkpoint."""
-        fit, fetcher = trainer.fit_loop, data_fetcher(trainer)
-        loader = combined_loader(trainer)  # bool(loader) would need a length, which may not exist
-        if fetcher is None or loader is None:
+    def _fast_forward_loaders(self, trainer: L.Trainer, is_mid_epoch: bool) -> None:
+        """Seed the training loaders by (seed, epoch) and skip to the position of the checkpoint.
+
+        Loaders with `state_dict` have restored their own position. An iterator is not read,
+        because it can be read only once: reading from it here would lose its first batch.
+        """
+        fetcher = data_fetcher(trainer)
+        loader = combined_loader(trainer)
+        if fetcher is None or loader is None:  # bool(loader) would need a length
             return
-        train_loaders = loader.flattened
-        progress = fit.epoch_loop.batch_progress
-        num_done = progress.current.ready if mid_epoch and not progress.is_last_batch else 0
-        # an iterator can be read only once: reading from it here would lose its first batch
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        # micro-batches of the epoch before the checkpoint; none after the last one
+        num_done = progress.current.ready if is_mid_epoch and not progress.is_last_batch else 0
         keeps_position = [
-            isinstance(train_loader, Stateful | Iterator) for train_loader in train_loaders
+            isinstance(train_loader, Stateful | Iterator) for train_loader in loader.flattened
         ]
-        for train_loader in train_loaders:
-            if isinstance(train_loader, Iterator) and not isinstance(train_loader, Stateful):
-                print_rank_zero(
-                    f"the training data are an iterator ({type(train_loader).__name__}), which "
-                    "cannot be rewound, so a resume is not exact; use an iterable such as a list"
-                )
+        _print_iterators(loader.flattened)
         if not any(keeps_position):
-            can_skip_all = is_prefetching(fetcher) and fetcher.length is not None
-            can_skip_all = can_skip_all and all(
-                can_skip(train_loader, num_done) for train_loader in train_loaders
-            )
-            self._seed_epoch(trainer, num_done if can_skip_all else 0)
-            self._seed_fetch(trainer, 0)
-            iter(fetcher)
-            if num_done and not can_skip_all:
-                self._replay_batches(trainer, num_done)
+            self._start_all_loaders(trainer, num_done)
         elif not all(keeps_position) and combined_iterator(loader) is not None:
             self._seed_epoch(trainer, num_done)
-            for number, train_loader in enumerate(train_loaders):
-                if not keeps_position[number]:
+            for index, train_loader in enumerate(loader.flattened):
+                if not keeps_position[index]:
                     iterator = iter(train_loader)
+                    # `_seed_epoch` has told the others to skip
                     for _ in range(0 if can_skip(train_loader, num_done) else num_done):
                         next(iterator, None)
-                    combined_iterator(loader).iterators[number] = iterator
+                    combined_iterator(loader).iterators[index] = iterator
         else:
             return
-        if mid_epoch:  # the loader is at its position; Lightning assumes that it cannot be
+        if is_mid_epoch:  # the loader is at its position; Lightning assumes that it cannot be
             warnings.filterwarnings("ignore", ".*your dataloader is not resumable")
+
+    def _start_all_loaders(self, trainer: L.Trainer, num_done: int) -> None:
+        """Start the epoch's iterators after `num_done` batches; none keeps its own position."""
+        fetcher, loader = data_fetcher(trainer), combined_loader(trainer)
+        assert fetcher is not None
+        assert loader is not None
+        can_skip_all = is_prefetching(fetcher) and fetcher.length is not None
+        can_skip_all = can_skip_all and all(
+            can_skip(train_loader, num_done) for train_loader in loader.flattened
+        )
+        self._seed_epoch(trainer, num_done if can_skip_all else 0)
+        self._seed_fetch(trainer, 0)
+        iter(fetcher)  # Lightning's fetcher stores its iterators
+        if num_done and not can_skip_all:
+            self._replay_batches(trainer, num_done)
 
     def _replay_batches(self, trainer: L.Trainer, num_done: int) -> None:
         fetcher = data_fetcher(trainer)
@@ -447,28 +468,38 @@ class ExactResume(Callback):
         replace_method(loop, "run", run_seeded)
 
     def _seed_other_loaders(self, trainer: L.Trainer) -> None:
-        """Seed before each batch if a loader is not torch's and draws random numbers."""
-        loader = combined_loader(trainer)
-        train_loaders = loader.flattened if loader is not None else []
-        is_torch = [
-            isinstance(train_loader, DataLoader) and not isinstance(train_loader, Stateful)
-            for train_loader in train_loaders
-        ]
-        draws_nothing = [
-            getattr(train_loader, "is_rng_free", False) for train_loader in train_loaders
-        ]
-        if all(a or b for a, b in zip(is_torch, draws_nothing, strict=True)):
-            return
+        """Seed the generators before each batch, if a loader is not torch's and may draw numbers.
 
-        def before_fetch() -> None:
+        A BatchSeeder seeds the loaders of torch, and a loader with `is_rng_free` draws nothing.
+        """
+
+        def needs_seeds(train_loader: Any) -> bool:
+            has_seeder = isinstance(train_loader, DataLoader) and not isinstance(
+                train_loader, Stateful
+            )
+            return not has_seeder and not getattr(train_loader, "is_rng_free", False)
+
+        def seed_next_fetch() -> None:
             self._seed_fetch(trainer, data_fetcher(trainer).fetched)
 
-        set_before_fetch(trainer, before_fetch)
+        loader = combined_loader(trainer)
+        if loader is not None and any(map(needs_seeds, loader.flattened)):
+            set_before_fetch(trainer, seed_next_fetch)
 
     def _seed_fetch(self, trainer: L.Trainer, batch: int) -> None:
         epoch = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
         seed = hash_seed(FETCH_STREAM, self._seed, self._rank, epoch, batch)
         seed_default_generators(seed, trainer.lightning_module.device)
+
+
+def _print_iterators(train_loaders: list[Any]) -> None:
+    """Print a line for each training loader that is an iterator, whose resume is not exact."""
+    for train_loader in train_loaders:
+        if isinstance(train_loader, Iterator) and not isinstance(train_loader, Stateful):
+            print_rank_zero(
+                f"the training data are an iterator ({type(train_loader).__name__}), which "
+                "cannot be rewound, so a resume is not exact; use an iterable such as a list"
+            )
 
 
 def _find_non_finite_raw(saved: Any) -> str | None:
@@ -516,21 +547,27 @@ def renumber_params(parameters: list[Tensor], optimizer: Optimizer, state: dict[
 
     Any param groups of any optimizer then have the ids that a sharded strategy expects. Ids that
     are names (in a sharded checkpoint) or that this rank does not have are kept.
+
+    Args:
+        parameters: all parameters of the module, in the order of `named_parameters()`.
+        optimizer: its groups have the parameters in the order of the saved ids.
+        state: the optimizer's `state_dict()`, which is changed.
     """
-    position = {parameter: i for i, parameter in enumerate(parameters)}
-    ids: dict[int, int] = {}
-    for live_group, saved in zip(
-        optimizer.param_groups, state.get("param_groups", []), strict=False
-    ):
-        for parameter, old in zip(live_group["params"], saved["params"], strict=True):
-            if not isinstance(old, int):
+    indices = {parameter: index for index, parameter in enumerate(parameters)}
+    new_ids: dict[int, int] = {}  # by the saved id
+    saved_groups = state.get("param_groups", [])
+    for group, saved_group in zip(optimizer.param_groups, saved_groups, strict=False):
+        for parameter, old_id in zip(group["params"], saved_group["params"], strict=True):
+            if not isinstance(old_id, int):
                 return
             # a parameter outside the module is numbered after all others
-            ids[old] = position.setdefault(parameter, len(position))
-    for saved in state.get("param_groups", []):
-        saved["params"] = [ids[old] for old in saved["params"]]
-    if ids:
-        state["state"] = {ids.get(old, old): values for old, values in state["state"].items()}
+            new_ids[old_id] = indices.setdefault(parameter, len(indices))
+    for saved_group in saved_groups:
+        saved_group["params"] = [new_ids[old_id] for old_id in saved_group["params"]]
+    if new_ids:
+        state["state"] = {
+            new_ids.get(old_id, old_id): values for old_id, values in state["state"].items()
+        }
 
 
 def normalize_progress(loops: dict[str, Any]) -> ResumePoint:
@@ -545,32 +582,35 @@ def normalize_progress(loops: dict[str, Any]) -> ResumePoint:
         on_train_epoch_end, and later       1 1 1 0/1        6 6 6 6   epoch end
         the same, stopped by max_steps      1 1 1 0/1        4 4 4 4   step end: epoch not complete
     """
+    # each has two sets of counters: `current` and `total`
     epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
-    epoch, batch = epochs["current"], batches["current"]
-    if batch["processed"] == 0 or batch["processed"] != batch["ready"]:
+    epoch_counts, batch_counts = epochs["current"], batches["current"]
+    if batch_counts["processed"] == 0 or batch_counts["processed"] != batch_counts["ready"]:
         return "start"  # nothing trained yet, or written within a step: Lightning's own resume
-    if epoch["ready"] != epoch["started"]:  # written in on_train_epoch_start, which runs again
-        _copy_counts(epochs, "ready", "started")
-    if epoch["processed"] == epoch["ready"]:
+    if epoch_counts["ready"] != epoch_counts["started"]:
+        # written in on_train_epoch_start, which runs again
+        _copy_counts(epochs, source="started", target="ready")
+    if epoch_counts["processed"] == epoch_counts["ready"]:
         if batches["is_last_batch"]:
-            _copy_counts(epochs, "completed", "processed")
+            _copy_counts(epochs, source="processed", target="completed")
             return "epoch end"
-        for counts in epochs.values():
+        for counts in epochs.values():  # max_steps stopped the epoch, which is not complete
             counts["processed"] = counts["completed"] = counts["ready"] - 1
         resume_point = "step end"
     else:
         validation = loops["epoch_loop.val_loop.batch_progress"]
-        is_complete = validation["is_last_batch"] and (
+        is_validation_complete = validation["is_last_batch"] and (
             validation["current"]["completed"] == validation["current"]["ready"]
         )
         # otherwise the counters are of an earlier validation
-        is_current = batch["completed"] == batch["processed"]
-        resume_point = "after validation" if is_current and is_complete else "before validation"
+        is_validation_of_batch = batch_counts["completed"] == batch_counts["processed"]
+        has_validated = is_validation_of_batch and is_validation_complete
+        resume_point = "after validation" if has_validated else "before validation"
     for key in ("started", "processed", "completed"):
-        _copy_counts(batches, key, "ready")
+        _copy_counts(batches, source="ready", target=key)
     return resume_point
 
 
-def _copy_counts(progress: dict[str, Any], key: str, other: str) -> None:
+def _copy_counts(progress: dict[str, Any], source: str, target: str) -> None:
     for counts in (progress["current"], progress["total"]):
-        counts[key] = counts[other]
+        counts[target] = counts[source]

@@ -65,36 +65,42 @@ class GracefulStop(Callback):
 
     def __init__(self) -> None:
         """Create the callback."""
-        self._signum = 0
+        self._signum = 0  # number of the received signal; 0 if none
         self._training = False
         self._no_checkpoint_note = ""  # of the message at a signal outside of training
         self._previous_handlers: dict[int, Any] = {}
+        # process group in which several ranks combine their signals; None in a single process
         self._group: Any = None
         self._next_sync_step, self._last_sync_step, self._last_sync_time = 0, 0, 0.0
+        # of the first weight after the last step; another value shows replaced weights
         self._weight_version: tuple[int, int] | None = None
-        self._pid = 0
-        self._is_main = False
+        self._pid = 0  # of the main process; data-loader workers inherit the handlers
+        self._is_rank_zero = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Install the signal handlers; run after the other callbacks, to save their changes."""
+        """Install the signal handlers, and move this callback to the end of the trainer's list.
+
+        There it acts after the other callbacks, so that its checkpoint has their changes.
+        """
         trainer.callbacks = [c for c in trainer.callbacks if c is not self] + [self]  # type: ignore
         self._signum, self._group, self._pid = 0, None, os.getpid()
         self._next_sync_step, self._last_sync_time = 0, 0.0
         self._no_checkpoint_note = (
             " before the first step: nothing was saved" if stage == "fit" else ""
         )
-        self._is_main = trainer.is_global_zero
+        self._is_rank_zero = trainer.is_global_zero
         defer_saving_hooks(trainer, pl_module, self)
         if stage == "fit" and trainer.world_size > 1 and dist.is_initialized():
             self._group = dist.new_group(backend="gloo")
         if threading.current_thread() is not threading.main_thread():
             return  # Python runs signal handlers only in the main thread
 
-        def retake() -> None:
+        # at the start of a run Lightning sets its own handlers, and then calls this function
+        def reinstall_handlers() -> None:
             self._install_handlers(trainer)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # cli/main.py blocks it
 
-        after_registering_signals(trainer, retake)
+        after_registering_signals(trainer, reinstall_handlers)
         self._install_handlers(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -151,7 +157,7 @@ class GracefulStop(Callback):
             return  # in a worker of a data loader: the main process decides
         if self._signum or not self._training:
             signal.signal(signum, signal.SIG_DFL)  # a third signal needs no Python handler
-            if self._is_main:
+            if self._is_rank_zero:
                 note = " at once" if self._signum else self._no_checkpoint_note
                 os.write(2, f"\nstopped by {signal.Signals(signum).name}{note}\n".encode())
             raise SignalInterrupt(signum)
@@ -188,10 +194,11 @@ class GracefulStop(Callback):
         self._next_sync_step = -1 if self._signum else step + wait
 
     def _save_and_stop(self, trainer: L.Trainer) -> None:
+        """Save a checkpoint unless the step has one, then raise SignalInterrupt; on all ranks."""
         step, saved_path = trainer.global_step, None
         for callback in trainer.checkpoint_callbacks:
             saved_step, path = last_saved(callback)
-            if saved_step == step:
+            if saved_step == step:  # it has saved this step already
                 saved_path = path
         is_dry_run = getattr(trainer, "fast_dev_run", False)
         if saved_path is None and not is_dry_run and weights_are_finite(trainer):
@@ -200,15 +207,15 @@ class GracefulStop(Callback):
             folder = next(filter(None, folders), root)
             saved_path = os.path.join(trainer.strategy.broadcast(folder), f"step={step:06d}.ckpt")
             save_on_all_ranks(trainer, saved_path)
-        stopped = SignalInterrupt(self._signum, saved_path)
+        interrupt = SignalInterrupt(self._signum, saved_path)
         name = signal.Signals(self._signum).name
         hint = f"resume with ckpt_path={saved_path}" if saved_path else "nothing was saved"
         rank_zero_info(f"stopped by {name} at step {step}; {hint}")
-        self._signum = 0
+        self._signum = 0  # the signal is handled: `teardown` raises nothing
         environment = getattr(trainer.strategy, "cluster_environment", None)
         if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0:
-            stopped.code = 0  # the launcher of rank 0 kills all processes if one fails
-        raise stopped
+            interrupt.code = 0  # the launcher of rank 0 kills all processes if one fails
+        raise interrupt
 
 
 def _first_weight_version(module: L.LightningModule) -> tuple[int, int] | None:

@@ -107,7 +107,16 @@ def to_plain(value: Any) -> Any:
 def compare_callbacks(
     trainer: L.Trainer, checkpoint: RunProperties, accept: Collection[str] = ()
 ) -> None:
-    """Refuse a run that lacks the checkpoint's EMA or OptimizerPlan; print other differences."""
+    """Refuse a run that lacks the checkpoint's EMA or OptimizerPlan; print other differences.
+
+    Args:
+        trainer: of the run that resumes.
+        checkpoint: contents of the whole file.
+        accept: permitted differences; with "EMA" the callback EMA may be missing.
+
+    Raises:
+        UsageError: EMA or the OptimizerPlan is missing.
+    """
     current = list_training_callbacks(trainer)
     if "ema" in checkpoint and "EMA" not in accept and not has_callback(trainer, "EMA"):
         raise_mismatch(
@@ -157,7 +166,13 @@ def compare_data(trainer: L.Trainer, saved: RunProperties, accept: Collection[st
 def compare_ranks_and_accumulation(
     trainer: L.Trainer, saved: RunProperties, has_resumable_order: bool
 ) -> None:
-    """Print a line if the number of ranks or micro-batches differs: the resume is not bitwise."""
+    """Print a line if the number of ranks or micro-batches differs: the resume is not bitwise.
+
+    Args:
+        trainer: of the run that resumes.
+        saved: `ranks` and `accumulate` (micro-batches in an optimizer step) of the checkpoint.
+        has_resumable_order: whether the training loaders restore their own position.
+    """
     ranks, accumulate = saved["ranks"], saved["accumulate"]
     if (ranks, accumulate) == (trainer.world_size, trainer.accumulate_grad_batches):
         return

@@ -49,20 +49,24 @@ class MonitoredMetric(NamedTuple):
 
 
 def find_monitored_metrics(trainer: Any) -> list[MonitoredMetric]:
-    """Return the metrics that the trainer's callbacks and schedulers require."""
+    """Return the metrics that the trainer's callbacks and schedulers require.
+
+    Callbacks of Ravine state theirs by `needed_metrics()`: the name of their argument, and sets
+    of metrics, in each of which one must be logged.
+    """
     requirements = []
     for callback in trainer.callbacks:
         owner_name = type(callback).__name__
         if isinstance(callback, ModelCheckpoint):
-            optional = getattr(callback, "monitor_is_optional", callback.save_top_k == 0)
-            if callback.monitor is not None and not optional:
+            is_optional = getattr(callback, "monitor_is_optional", callback.save_top_k == 0)
+            if callback.monitor is not None and not is_optional:
                 requirements.append(MonitoredMetric(owner_name, (callback.monitor,), "monitor"))
         elif isinstance(callback, EarlyStopping) and callback.strict:
             requirements.append(MonitoredMetric(owner_name, (callback.monitor,), "monitor"))
         elif (needed := _get_method(callback, "needed_metrics")) is not None:
-            argument, groups = needed()
+            argument, name_sets = needed()
             requirements += [
-                MonitoredMetric(owner_name, tuple(sorted(names)), argument) for names in groups
+                MonitoredMetric(owner_name, tuple(sorted(names)), argument) for names in name_sets
             ]
     for scheduler_config in trainer.lr_scheduler_configs:
         if (
@@ -89,35 +93,37 @@ def find_missing_metric(
 ) -> UsageError | None:
     """Return the error for a metric that nothing logs; None if each is or may be logged.
 
+    The validation step is tried first, and the training step only if a metric is still missing.
+
     Args:
-        trainer: the trainer of the callbacks and schedulers
-        module: the module whose steps are tried
-        validation_batches: returns a batch of each loader, on the device; None if unreadable
-        training_batch: returns a batch, on the device; None if it cannot be read
+        trainer: the trainer of the callbacks and schedulers.
+        module: the module whose steps are tried.
+        validation_batches: returns a batch of each loader, on the device; None if unreadable.
+        training_batch: returns a batch, on the device; None if it cannot be read.
 
     Raises:
         Exception: the error of the validation step, if no sanity check has run the step before.
     """
-    unmet = find_monitored_metrics(trainer)
-    names = collect_callback_metric_names(trainer)
-    unmet = select_unmet(unmet, names)
+    logged_names = collect_callback_metric_names(trainer)
+    unmet = select_unmet(find_monitored_metrics(trainer), logged_names)
     if not unmet and not needs_validation_trial(trainer):
         return None
-    unknown = any(may_log(type(callback)) for callback in trainer.callbacks)
+    # whether there may be more metrics than the recorded ones
+    may_log_more = any(may_log(type(callback)) for callback in trainer.callbacks)
     if trainer.enable_validation:
         batches = validation_batches()
-        tried = None if batches is None else try_validation(trainer, module, batches)
-        unknown |= tried is None
-        names |= tried or set()
-        unmet = select_unmet(unmet, names)
-    if not unmet or unknown or any(find_untried_logging_hooks(module)):
+        names = None if batches is None else try_validation(trainer, module, batches)
+        may_log_more |= names is None  # the trial was not possible
+        logged_names |= names or set()
+        unmet = select_unmet(unmet, logged_names)
+    if not unmet or may_log_more or any(find_untried_logging_hooks(module)):
         return None
-    tried = try_training(trainer, module, training_batch())
-    if tried is None:
+    names = try_training(trainer, module, training_batch())
+    if names is None:
         return None
-    names |= tried
-    unmet = select_unmet(unmet, names)
-    return missing_metric_error(unmet[0], names, trainer, module) if unmet else None
+    logged_names |= names
+    unmet = select_unmet(unmet, logged_names)
+    return missing_metric_error(unmet[0], logged_names, trainer, module) if unmet else None
 
 
 def needs_validation_trial(trainer: Any) -> bool:
@@ -139,10 +145,17 @@ def select_unmet(requirements: list[MonitoredMetric], names: set[str]) -> list[M
 def missing_metric_error(
     requirement: MonitoredMetric, names: set[str], trainer: Any, module: L.LightningModule
 ) -> UsageError:
-    """Return the error for a required metric that is not logged."""
+    """Return the error for a required metric that is not logged.
+
+    Args:
+        requirement: the metric and its owner: a callback, or a scheduler of the module.
+        names: the logged metrics, the nearest of which are listed.
+        trainer: whether it validates is a part of the message.
+        module: the module that does not log the metric.
+    """
     owner, module_name = requirement.owner_name, type(module).__name__
     wanted = " and ".join(repr(name) for name in requirement.names)
-    logged = sort_by_similarity(requirement.names[0], names)[:6]
+    logged = sort_by_similarity(requirement.names[0], names)[:6]  # the most similar first
     where = "" if trainer.enable_validation else "; this fit has no validation"
     hint, flag = f"log {wanted} in {module_name}", ""
     if logged and requirement.is_scheduler:
@@ -169,7 +182,14 @@ def example_value(argument: str, metric: str) -> Any:
 
 
 def try_validation(trainer: Any, module: L.LightningModule, batches: list[Any]) -> set[str] | None:
-    """Return the names that a validation of one batch logs; None if it cannot be tried.
+    """Return the names that a validation of one batch per loader logs; None if it fails.
+
+    A step that reads the loader itself (`dataloader_iter`) is not tried.
+
+    Args:
+        trainer: its strategy calls the step.
+        module: its validation hooks and step are called.
+        batches: one batch of each loader.
 
     Raises:
         Exception: the error of the step, if no sanity check has run the step before.
@@ -177,24 +197,27 @@ def try_validation(trainer: Any, module: L.LightningModule, batches: list[Any]) 
     step = module.validation_step
     if "dataloader_iter" in inspect.signature(step).parameters:
         return None
-    in_step = False
+    takes_batch_idx = is_param_in_hook_signature(step, "batch_idx", min_args=2)
+    takes_loader_idx = len(batches) > 1 and is_param_in_hook_signature(
+        step, "dataloader_idx", min_args=3
+    )
+    in_step = False  # whether an error is one of the step, not of a hook
     with record_logged_names(module, len(batches)) as names:
         try:
             module.on_validation_start()
             module.on_validation_epoch_start()
-            for number, batch in enumerate(batches):
+            batch_idx = 0
+            for loader_idx, batch in enumerate(batches):
                 step_args = [batch]
-                if is_param_in_hook_signature(step, "batch_idx", min_args=2):
-                    step_args.append(0)
-                if len(batches) > 1 and is_param_in_hook_signature(
-                    step, "dataloader_idx", min_args=3
-                ):
-                    step_args.append(number)
-                module.on_validation_batch_start(batch, 0, number)
+                if takes_batch_idx:
+                    step_args.append(batch_idx)
+                if takes_loader_idx:
+                    step_args.append(loader_idx)
+                module.on_validation_batch_start(batch, batch_idx, loader_idx)
                 in_step = True
                 output = trainer.strategy.validation_step(*step_args)
                 in_step = False
-                module.on_validation_batch_end(output, batch, 0, number)
+                module.on_validation_batch_end(output, batch, batch_idx, loader_idx)
             module.on_validation_epoch_end()
         except Exception:
             if (
@@ -208,8 +231,13 @@ def try_validation(trainer: Any, module: L.LightningModule, batches: list[Any]) 
 
 
 def try_training(trainer: Any, module: L.LightningModule, batch: Any) -> set[str] | None:
-    """Return the names that a training step logs; None if a trial is not possible."""
+    """Return the names that a training step on the batch logs; None if a trial is not possible.
+
+    No gradient is computed. The module is in training mode for the step, and in evaluation mode
+    afterwards, as `preserve_state` requires.
+    """
     step, strategy = module.training_step, trainer.strategy
+    # one rank cannot compute a step of a model that is split over pipeline or sequence ranks
     is_split = getattr(strategy, "pipeline", None) or getattr(strategy, "context_parallel", None)
     if batch is None or is_split or not module.automatic_optimization:
         return None
@@ -229,27 +257,29 @@ def try_training(trainer: Any, module: L.LightningModule, batch: Any) -> set[str
 
 
 @contextmanager
-def record_logged_names(module: L.LightningModule, loaders: int) -> Iterator[set[str]]:
+def record_logged_names(module: L.LightningModule, num_loaders: int) -> Iterator[set[str]]:
     """Record the names that are passed to Lightning's `log` of the module within the context.
 
-    A module's own `log`, which may change the names, is called as in a training step.
+    A module's own `log`, which may change the names, is called as in a training step. Nothing is
+    logged. With several loaders Lightning adds a suffix to the names, so both forms are recorded.
     """
     names: set[str] = set()
     original = L.LightningModule.log
 
-    def log(self: L.LightningModule, name: str, *args: Any, **kwargs: Any) -> None:
+    def record_name(self: L.LightningModule, name: str, *args: Any, **kwargs: Any) -> None:
         if self is not module:
             original(self, name, *args, **kwargs)
             return
-        variants = {name, *(f"{name}/dataloader_idx_{i}" for i in range(loaders) if loaders > 1)}
+        variants = {name}
+        if num_loaders > 1:
+            variants.update(f"{name}/dataloader_idx_{i}" for i in range(num_loaders))
         for variant in variants:
-            names.update(
-                (variant, f"{variant}_step", f"{variant}_epoch")
-                if logs_step_and_epoch(kwargs)
-                else (variant,)
-            )
+            names.add(variant)
+            if logs_step_and_epoch(kwargs):
+                names.update((f"{variant}_step", f"{variant}_epoch"))
 
-    L.LightningModule.log = log
+    # the class is patched, because a module's own `log` calls it by `super().log`
+    L.LightningModule.log = record_name
     try:
         yield names
     finally:

@@ -38,7 +38,7 @@ def preserve_state(trainer: L.Trainer, module: L.LightningModule) -> Iterator[No
     In the body `trainer.sanity_checking` is true, loggers write nothing and `module.eval()` holds.
     """
     _ = trainer.log_dir  # the first access creates the folder and the loggers
-    stage, loggers = trainer.state.stage, list(trainer.loggers)
+    stage, loggers = trainer.state.stage, list(trainer.loggers)  # `sanity_checking` sets the stage
     restore = snapshot_module(module)
     try:
         with isolate_rng(), torch.no_grad():
@@ -67,17 +67,26 @@ def snapshot_module(module: nn.Module) -> RestoreFn:
 
 
 def _snapshot_layer(layer: nn.Module, seen: dict[int, Any]) -> RestoreFn:
+    """Copy buffers and attributes of one layer; return a function that restores them.
+
+    Values of parameters are not copied, because the body does not train.
+
+    Args:
+        layer: its submodules are not entered.
+        seen: values copied so far by id, which are not copied again.
+    """
     attributes = layer.__dict__
     skipped = ("_parameters", "_modules", *MODULE_REFERENCES)
     value_restores = [snapshot_value(v, seen, 0) for k, v in attributes.items() if k not in skipped]
-    saved, modules, parameters = dict(attributes), dict(layer._modules), dict(layer._parameters)
+    saved_attributes = dict(attributes)
+    saved_modules, saved_parameters = dict(layer._modules), dict(layer._parameters)
 
     def restore() -> None:
-        for key in attributes.keys() - saved.keys():
+        for key in attributes.keys() - saved_attributes.keys():
             del attributes[key]
-        attributes.update(saved)
-        _restore_dict(layer._modules, modules)
-        _restore_dict(layer._parameters, parameters)
+        attributes.update(saved_attributes)
+        _restore_dict(layer._modules, saved_modules)
+        _restore_dict(layer._parameters, saved_parameters)
         for restore_value in value_restores:
             restore_value()
 
@@ -91,7 +100,16 @@ def _restore_dict(current: Any, saved: Any) -> None:
 
 
 def snapshot_value(value: Any, seen: dict[int, Any], depth: int = 0) -> RestoreFn:
-    """Copy a value; return a function that restores it."""
+    """Copy a value; return a function that restores it in place.
+
+    Containers and plain objects are copied with their members. Immutable values, parameters,
+    modules and objects of other packages are not copied.
+
+    Args:
+        value: any attribute.
+        seen: values visited so far by id; it also keeps them alive, so that ids stay unique.
+        depth: level of nesting; members deeper than MAX_DEPTH are not copied.
+    """
     if id(value) in seen or depth > MAX_DEPTH or value is None:
         return _restore_nothing
     seen[id(value)] = value
@@ -140,9 +158,19 @@ def _snapshot_members(
     saved: Any,
     members: Any,
     restore_container: Callable[[Any, Any], None],
-    seen: Any,
+    seen: dict[int, Any],
     depth: int,
 ) -> RestoreFn:
+    """Copy the members of a container; return a function that restores it and the members.
+
+    Args:
+        value: the container.
+        saved: a shallow copy of it.
+        members: the values in it.
+        restore_container: called with `value` and `saved`.
+        seen: values visited so far by id.
+        depth: level of nesting of the container.
+    """
     member_restores = [snapshot_value(member, seen, depth + 1) for member in list(members)]
 
     def restore() -> None:

@@ -179,6 +179,10 @@ class RunChecks(Callback):
         self._metrics_pending = False
 
     def _check_once(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Call every `check(trainer, module, batch)` at the first call of a fit, on all ranks.
+
+        An error on one rank is raised on all of them.
+        """
         if not self._checks_pending:
             return
         self._checks_pending = False
@@ -186,15 +190,15 @@ class RunChecks(Callback):
         checks = [check for owner in owners if (check := _find_check(owner)) is not None]
         if not checks:
             return
-        problem: Exception | None = None
+        check_error: Exception | None = None
         with preserve_state(trainer, module):
             try:
-                batches = get_first_validation_batches(trainer, module) or [None]
+                first_batch, *_ = get_first_validation_batches(trainer, module) or [None]
                 for check in checks:
-                    check(trainer, module, batches[0])
+                    check(trainer, module, first_batch)
             except Exception as error:
-                problem = error
-        raise_on_all_ranks(trainer, problem)
+                check_error = error
+        raise_on_all_ranks(trainer, check_error)
 
 
 def _check_has_optimizer(trainer: L.Trainer | None, module: L.LightningModule) -> None:
@@ -235,7 +239,9 @@ def _find_validation_error(trainer: L.Trainer, module: L.LightningModule) -> Exc
 def _find_save_error(trainer: L.Trainer, module: L.LightningModule) -> Exception | None:
     """Return an error for state of user-defined objects that no checkpoint file can hold.
 
-    An error of a hook is ignored here: the hook may need values that only training sets.
+    The objects are callbacks, module, datamodule and schedulers. Each is asked for its state as at
+    a save, and is unchanged afterwards. An error of its own hook is ignored here: the hook may need
+    values that only training sets.
     """
     if not _saves_checkpoints(trainer):
         return None
@@ -245,6 +251,7 @@ def _find_save_error(trainer: L.Trainer, module: L.LightningModule) -> Exception
         for owner in (*find_callbacks(trainer, Callback), module, data)
         if _is_user_object(owner)
     ]
+    # `preserve_state` restores the module only
     restores = [snapshot_value(vars(owner), {}) for owner in owners if isinstance(owner, Callback)]
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     try:
@@ -271,8 +278,12 @@ def _find_save_error(trainer: L.Trainer, module: L.LightningModule) -> Exception
 def _collect_saved_state(
     trainer: L.Trainer, module: L.LightningModule, owner: Any
 ) -> dict[str, Any]:
-    """Return the entries that an owner adds to a checkpoint, by `state_dict` and by its hook."""
-    state = {} if owner is module else dict(owner.state_dict())  # a module's has tensors
+    """Return the entries that an owner adds to a checkpoint, by `state_dict` and by its hook.
+
+    The owner is a callback, module, datamodule or scheduler. Its `on_save_checkpoint` gets a
+    checkpoint with the usual entries, and may add to them or replace them.
+    """
+    state = {} if owner is module else dict(owner.state_dict())  # a module's has only tensors
     if (hook := getattr(owner, "on_save_checkpoint", None)) is None:
         return state
     checkpoint: dict[str, Any] = {
@@ -281,16 +292,20 @@ def _collect_saved_state(
         "pytorch-lightning_version": L.__version__,
         "state_dict": dict(module.state_dict()),
         "hyper_parameters": dict(module.hparams),
-        **{key: {} for key in ("loops", "callbacks")},
-        **{key: [] for key in ("optimizer_states", "lr_schedulers")},
+        "loops": {},
+        "callbacks": {},
+        "optimizer_states": [],
+        "lr_schedulers": [],
     }
-    base_entries = dict(checkpoint)
+    usual_entries = dict(checkpoint)
     if isinstance(owner, Callback):
         hook(trainer, module, checkpoint)
     else:
         hook(checkpoint)
     return state | {
-        k: v for k, v in checkpoint.items() if k not in base_entries or v is not base_entries[k]
+        key: value
+        for key, value in checkpoint.items()
+        if key not in usual_entries or value is not usual_entries[key]
     }
 
 
@@ -363,14 +378,20 @@ def get_first_training_batch(trainer: L.Trainer, module: L.LightningModule) -> A
 
 
 def get_first_batch(loader: Any) -> Any:
-    """Return the first batch of a loader without changing the loader's position, or None."""
+    """Return the first batch of a loader without changing the loader's position.
+
+    The generators of data set and sampler are restored too. Returns None for a loader that cannot
+    be read without a change: an iterator, or a loader with its own state and no `peek`.
+    """
     if callable(peek := getattr(loader, "peek", None)):
         return peek()
     if isinstance(loader, Iterator):
         return None  # it can be read only once
-    if not isinstance(loader, DataLoader):
-        return None if isinstance(loader, Stateful) else next(iter(copy.copy(loader)), None)
-    if isinstance(loader, Stateful) or isinstance(loader.dataset, Iterator):
+    if isinstance(loader, Stateful):
+        return None
+    if not isinstance(loader, DataLoader):  # any iterable, such as a list of batches
+        return next(iter(copy.copy(loader)), None)
+    if isinstance(loader.dataset, Iterator):
         return None
     # a copy with its own iterator, because the iterator owns persistent workers
     loader_copy: Any = copy.copy(loader)

@@ -89,9 +89,19 @@ class FrechetDistance(L.Callback):
         batch_size: int = 128,
         cache_dir: str | None = None,
     ) -> None:
-        """Check the sizes and store the arguments."""
+        """Check the sizes and store the arguments.
+
+        Args:
+            extractor: module that maps uint8 images to features (b d); None for InceptionV3.
+            num_samples: number of samples, and of real test images in each draw for the baseline.
+            layer: feature layer of InceptionV3.
+            weights: file of InceptionV3's weights; None for the published ones.
+            num_real_images: number of training images to compare with; None for all.
+            batch_size: images sampled at once.
+            cache_dir: folder for the statistics of the real images; None for Ravine's cache.
+        """
         for name, value, least in (
-            ("num_samples", num_samples, 2),
+            ("num_samples", num_samples, 2),  # a covariance needs two
             ("num_real_images", num_real_images or 2, 2),
             ("batch_size", batch_size, 1),
         ):
@@ -105,18 +115,19 @@ class FrechetDistance(L.Callback):
                 )
         self.extractor, self.weights = extractor, weights
         self.layer: FeatureLayer = layer
-        self.num_samples, self.num_real_images, self.batch_size = (
-            num_samples,
-            num_real_images,
-            batch_size,
-        )
+        self.num_samples = num_samples
+        self.num_real_images = num_real_images
+        self.batch_size = batch_size
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else None
         self.last_metrics: dict[str, float] = {}  # the last measurement, unrounded
-        self._weights_file, self._weights_sha256 = Path(), ""
+        self._weights_file, self._weights_sha256 = Path(), ""  # of the extractor; set in `setup`
         self._real_statistics: RealStatistics | None = None  # of this run
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Raise before training if the distance cannot be measured."""
+        """Raise UsageError if the distance cannot be measured; find the extractor's weights.
+
+        Module and datamodule need methods, the fit needs a validation, and each split two images.
+        """
         add_run_checks(trainer, pl_module, stage)
         self._real_statistics = None
         if not callable(getattr(pl_module, "generate_images", None)):
@@ -159,7 +170,13 @@ class FrechetDistance(L.Callback):
             self._weights_sha256 = fingerprint_tensors(*self.extractor.state_dict().values())
 
     def check(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
-        """Compute the statistics of the real images, needed once a run, and sample two images."""
+        """Compute the statistics of the real images, and try the extractor on two samples.
+
+        RunChecks calls it on all ranks before the first training step.
+
+        Raises:
+            UsageError: samples and real images have features of different shapes.
+        """
         module: Any = pl_module
         with self._extractor_on_device(pl_module.device) as extractor:
             pool = FeatureExtractorPool(trainer, extractor, self.batch_size, pl_module.device)
@@ -209,37 +226,43 @@ class FrechetDistance(L.Callback):
 
     @torch.no_grad()
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Sample images on all ranks, and log their distances from the real images.
+
+        Args:
+            trainer: its datamodule gives the real images.
+            pl_module: samples the images, and logs the metrics.
+            stage: prefix of the metrics: val or test.
+        """
         module: Any = pl_module
         with self._extractor_on_device(pl_module.device) as extractor:
             pool = FeatureExtractorPool(trainer, extractor, self.batch_size, pl_module.device)
             real = self._load_real(trainer, pool)
             labels = proportional_labels(trainer.datamodule.get_split("train")[1], self.num_samples)  # pyright: ignore
 
-            def sample(index: Tensor) -> Tensor:
+            def sample(index: Tensor) -> Tensor:  # (n) -> images (n c y x)
                 with trainer.precision_plugin.val_step_context():
                     images = module.generate_images(index.to(module.device), labels[index])
                 return validate_images(images, len(index), type(module).__name__)
 
             start_time = time.perf_counter()
             moments, features = pool.compute_moments(
-                sample, self.num_samples, real.mean, self.num_samples
+                sample, count=self.num_samples, pivot=real.mean, keep=self.num_samples
             )
             seconds = time.perf_counter() - start_time
         gaussian = Gaussian(real.mean, real.cov_trace, real.cov_root)
         distance, kernel = self._distances(moments, features, gaussian, real.features)
-        baseline, kernel_baseline = real.baselines.mean(0)
-        kernel_name = (
-            "kid" if self.metric_name == "fid" else self.metric_name.replace("fd_", "kd_", 1)
-        )
+        baseline, kernel_baseline = real.baselines.mean(0)  # mean over draws of test images
+        name = self.metric_name
+        kernel_name = "kid" if name == "fid" else name.replace("fd_", "kd_", 1)
         metrics = {
-            self.metric_name: distance,
-            f"{self.metric_name}_real_baseline": baseline,
-            **({f"{self.metric_name}_over_baseline": distance / baseline} if baseline > 0 else {}),
+            name: distance,
+            f"{name}_real_baseline": baseline,
+            **({f"{name}_over_baseline": distance / baseline} if baseline > 0 else {}),
             kernel_name: kernel,
             f"{kernel_name}_real_baseline": kernel_baseline,
-            f"{self.metric_name}_num_samples": self.num_samples,
-            f"{self.metric_name}_duration_s": seconds,
-            f"{self.metric_name}_images_per_second": self.num_samples / seconds,
+            f"{name}_num_samples": self.num_samples,
+            f"{name}_duration_s": seconds,
+            f"{name}_images_per_second": self.num_samples / seconds,
         }
         self.last_metrics = {f"{stage}/{key}": float(value) for key, value in metrics.items()}
         pl_module.log_dict(self.last_metrics, sync_dist=True)
@@ -256,99 +279,136 @@ class FrechetDistance(L.Callback):
                 torch.cuda.empty_cache()
 
     def _load_real(self, trainer: L.Trainer, pool: FeatureExtractorPool) -> RealStatistics:
-        """Return the statistics of the real images: of this run, from the cache, or computed."""
+        """Return the statistics of the real images: of this run, from the cache, or computed.
+
+        All ranks must call it. They are computed if any rank cannot read the cached file; rank 0
+        then writes it. Its name is a hash of all that the statistics depend on.
+        """
         if self._real_statistics is not None:
             return self._real_statistics
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        (train, _), test = data.get_split("train"), data.get_split("test")
-        sizes = f"{self.num_samples} {self.num_real_images}"
+        train_images, _ = data.get_split("train")
+        test_images, test_labels = data.get_split("test")
         key_parts = (
             CACHE_VERSION,
             self.metric_name,
             self._weights_sha256,
-            sizes,
-            fingerprint_tensors(train),
-            fingerprint_tensors(*test),
+            f"{self.num_samples} {self.num_real_images}",
+            fingerprint_tensors(train_images),
+            fingerprint_tensors(test_images, test_labels),
         )
         key = hashlib.sha256("\n".join(key_parts).encode()).hexdigest()
         path = (self.cache_dir or cache_folder() / "features") / f"{key}.safetensors"
         statistics = load_statistics(path)
-        if statistics and not is_close(statistics.probe, feature_probe(pool, train)):
+        if statistics and not is_close(statistics.probe, feature_probe(pool, train_images)):
             statistics = None  # a different extractor of the same name and weights
         is_cached_everywhere = trainer.strategy.reduce_boolean_decision(statistics is not None)
         if statistics is None or not is_cached_everywhere:
-            statistics = self._compute_real(pool, train, *test)
+            statistics = self._compute_real(pool, train_images, test_images, test_labels)
             if trainer.is_global_zero:
                 save_statistics(path, statistics)
         self._real_statistics = RealStatistics(
             *(value.to(pool.float64_device) for value in statistics)
         )
-        self._log_baseline(
-            self._real_statistics, min(len(train), self.num_real_images or len(train)), len(test[0])
-        )
+        num_train = min(len(train_images), self.num_real_images or len(train_images))
+        self._log_baseline(self._real_statistics, num_train, num_test=len(test_images))
         return self._real_statistics
 
     def _compute_real(
-        self, pool: FeatureExtractorPool, train: Tensor, test: Tensor, labels: Tensor
+        self,
+        pool: FeatureExtractorPool,
+        train_images: Tensor,
+        test_images: Tensor,
+        test_labels: Tensor,
     ) -> RealStatistics:
-        indices = random_subset(len(train), self.num_real_images)
-        moments, kept = pool.compute_moments(
-            select_images(train, indices), len(indices), None, MAX_KEPT
+        """Return the statistics of the training images, and the distances of test images from them.
+
+        Args:
+            pool: runs the extractor on all ranks.
+            train_images: uint8 (n c y x).
+            test_images: uint8 (m c y x), of which disjoint random draws are compared.
+            test_labels: classes (m), for the accuracy of an extractor that classifies.
+        """
+        indices = random_subset(len(train_images), self.num_real_images)
+        moments, train_features = pool.compute_moments(
+            select_images(train_images, indices), count=len(indices), keep=MAX_KEPT
         )
         gaussian = Gaussian.from_moments(moments)
         classify = getattr(pool.extractor, "compute_logits", None)
-        baselines, correct = [], []
-        num_draws = max(1, min(BASELINE_DRAWS, len(test) // self.num_samples))
-        for draw in random_subset(len(test), num_draws * self.num_samples).split(self.num_samples):
+        baselines, is_correct = [], []
+        num_draws = max(1, min(BASELINE_DRAWS, len(test_images) // self.num_samples))
+        drawn = random_subset(len(test_images), num_draws * self.num_samples)
+        for draw in drawn.split(self.num_samples):  # indices of test images
             moments, features = pool.compute_moments(
-                select_images(test, draw), len(draw), gaussian.mean, self.num_samples
+                select_images(test_images, draw),
+                count=len(draw),
+                pivot=gaussian.mean,
+                keep=self.num_samples,
             )
-            baselines.append(torch.stack(self._distances(moments, features, gaussian, kept)))
+            distances = self._distances(moments, features, gaussian, train_features)
+            baselines.append(torch.stack(distances))
             if classify:
                 predicted = classify(features.to(pool.device)).argmax(1)
-                correct.append(predicted.cpu() == labels[draw].cpu())
-        accuracy = torch.cat(correct).double().mean() if correct else torch.tensor(torch.nan)
+                is_correct.append(predicted.cpu() == test_labels[draw].cpu())
+        accuracy = torch.cat(is_correct).double().mean() if is_correct else torch.tensor(torch.nan)
         return RealStatistics(
-            *gaussian, kept, torch.stack(baselines), accuracy, feature_probe(pool, train)
+            mean=gaussian.mean,
+            cov_trace=gaussian.cov_trace,
+            cov_root=gaussian.cov_root,
+            features=train_features,
+            baselines=torch.stack(baselines),
+            accuracy=accuracy,
+            probe=feature_probe(pool, train_images),
         )
 
     def _distances(
-        self, moments: Moments, features: Tensor, gaussian: Gaussian, kept: Tensor
+        self, moments: Moments, features: Tensor, gaussian: Gaussian, train_features: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return the Fréchet and kernel distance of a set of images from the training images."""
-        return frechet_distance(moments, gaussian), kernel_distance(
-            features, kept[: self.num_samples]
-        )
+        kernel = kernel_distance(features, train_features[: self.num_samples])
+        return frechet_distance(moments, gaussian), kernel
 
-    def _log_baseline(self, real: RealStatistics, train: int, test: int) -> None:
-        d = len(real.mean)
-        if min(self.num_samples, train) <= d:
+    def _log_baseline(self, real: RealStatistics, num_train: int, num_test: int) -> None:
+        """Print the baseline: the mean distance of real test images from the training images.
+
+        It warns if there are too few images for the covariance or for the baseline, or if the
+        baseline is 0. Rank 0 prints.
+
+        Args:
+            real: statistics of the real images.
+            num_train: number of training images that are compared with.
+            num_test: number of all test images.
+        """
+        num_features = len(real.mean)
+        least_images = min(self.num_samples, num_train)
+        if least_images <= num_features:
             rank_zero_warn(
-                f"FrechetDistance: the covariance of {min(self.num_samples, train)} images in {d} "
+                f"FrechetDistance: the covariance of {least_images} images in {num_features} "
                 "features cannot have full rank, so the distance is less accurate; use "
-                f"num_samples={4 * d}"
+                f"num_samples={4 * num_features}"
             )
-        if test < self.num_samples:
+        if num_test < self.num_samples:
             rank_zero_warn(
-                f"FrechetDistance: the baseline uses {test} real test images and the distance "
-                f"uses {self.num_samples} samples, so they do not compare; use num_samples={test}"
+                f"FrechetDistance: the baseline uses {num_test} real test images and the distance "
+                f"uses {self.num_samples} samples, so they do not compare; "
+                f"use num_samples={num_test}"
             )
-        baselines = real.baselines[:, 0]
+        baselines = real.baselines[:, 0]  # Fréchet distance of each draw
         if not baselines.mean() > 0:
             rank_zero_warn(
                 "FrechetDistance: the distance between real images is 0 (they may all be equal), "
                 f"so {self.metric_name}_over_baseline is not logged"
             )
-        draws = f" ({len(baselines)} draws, {baselines.min():.4g} to {baselines.max():.4g})"
-        accuracy_note = (
-            ""
-            if real.accuracy.isnan()
-            else f"; the extractor classifies {real.accuracy:.2%} of them correctly"
-        )
+        draws_note = accuracy_note = ""
+        if len(baselines) > 1:
+            least, most = baselines.min(), baselines.max()
+            draws_note = f" ({len(baselines)} draws, {least:.4g} to {most:.4g})"
+        if not real.accuracy.isnan():  # NaN: the extractor does not classify
+            accuracy_note = f"; the extractor classifies {real.accuracy:.2%} of them correctly"
         rank_zero_info(
-            f"{self.metric_name}: {d} features, weights {self._weights_sha256[:8]}; the distance "
-            f"of {min(self.num_samples, test):,} real test images from {train:,} training images "
-            f"is {baselines.mean():.4g}{draws if len(baselines) > 1 else ''}{accuracy_note}"
+            f"{self.metric_name}: {num_features} features, weights {self._weights_sha256[:8]}; "
+            f"the distance of {min(self.num_samples, num_test):,} real test images from "
+            f"{num_train:,} training images is {baselines.mean():.4g}{draws_note}{accuracy_note}"
         )
 
 

@@ -51,14 +51,25 @@ class FeatureExtractorPool:
     ) -> tuple[Moments, Tensor]:
         """Return sums over the features of images 0..count-1, and the first `keep` features (n d).
 
-        `images(index)` returns the uint8 images (n c y x) of the indices (n).
+        All ranks must call it, and all get the same result.
+
+        Args:
+            images: returns the uint8 images (n c y x) of the indices (n).
+            count: number of images.
+            pivot: (d), subtracted from the features in the sums, against cancellation. By default
+                the mean of the first block.
+            keep: number of features to return.
         """
         blocks = (block.to(self.float64_device) for block in self._iter_blocks(images, count))
-        first = next(blocks)
-        sums, kept = Moments(first.double().mean(0) if pivot is None else pivot), []
-        for block in chain((first,), blocks):
-            if (missing := keep - sums.count) > 0:
-                kept.append(block if missing >= len(block) else block[:missing].clone())
+        first_block = next(blocks)
+        sums = Moments(first_block.double().mean(0) if pivot is None else pivot)
+        kept_blocks = []
+        for block in chain((first_block,), blocks):
+            num_missing = keep - sums.count  # `sums.count`: features so far
+            if num_missing > 0:
+                is_whole = num_missing >= len(block)
+                # a slice would keep the memory of the whole block
+                kept_blocks.append(block if is_whole else block[:num_missing].clone())
             sums.add(block)
         if not sums.outer_sum.isfinite().all():
             raise UsageError(
@@ -67,19 +78,25 @@ class FeatureExtractorPool:
                 ["finite features"],
                 hint="use another extractor, or weights that are finite",
             )
-        return sums, torch.cat(kept) if kept else first[:0].clone()
+        return sums, torch.cat(kept_blocks) if kept_blocks else first_block[:0].clone()
 
     def _iter_blocks(self, images: Callable[[Tensor], Tensor], count: int) -> Iterator[Tensor]:
-        """Yield the features of all blocks, in the order of their indices."""
-        blocks = -(-count // self.batch_size)
-        ranks = (
-            self._all_gather(torch.tensor([self.dp_rank], device=self.device)).flatten().tolist()
-        )
-        for turn in range(0, blocks, self.dp_size):
-            # surplus blocks of the last turn are discarded
-            block_index = min(turn + self.dp_rank, blocks - 1)
-            first = block_index * self.batch_size
-            index = torch.arange(first, min(count, first + self.batch_size))
+        """Yield the features (b d) of all blocks of images, in the order of their indices.
+
+        In each turn every data-parallel rank computes one block, and all ranks gather them. The
+        last turn may have fewer blocks than ranks: its surplus blocks are computed and discarded.
+
+        Args:
+            images: returns the uint8 images (n c y x) of the indices (n).
+            count: number of images.
+        """
+        num_blocks = -(-count // self.batch_size)  # rounded up
+        own_dp_rank = torch.tensor([self.dp_rank], device=self.device)
+        dp_ranks = self._all_gather(own_dp_rank).flatten().tolist()  # of each rank
+        for first_block in range(0, num_blocks, self.dp_size):
+            own_block = min(first_block + self.dp_rank, num_blocks - 1)
+            first_image = own_block * self.batch_size
+            index = torch.arange(first_image, min(count, first_image + self.batch_size))
             features = self.extractor(images(index).to(self.device))  # (b d)
             if features.dim() != 2 or len(features) != len(index):
                 raise UsageError(
@@ -88,12 +105,15 @@ class FeatureExtractorPool:
                     [f"the shape ({len(index)}, number of features)"],
                     hint="use an extractor that returns one vector for each image",
                 )
-            short = self.batch_size - len(index)
-            padded = nn.functional.pad(features, (0, 0, 0, short)).contiguous()
+            # an all-gather needs equal shapes
+            num_missing = self.batch_size - len(index)
+            padded = nn.functional.pad(features, (0, 0, 0, num_missing)).contiguous()
             gathered = self._all_gather(padded)  # (world b d)
-            for block in range(turn, min(turn + self.dp_size, blocks)):
+            for block in range(first_block, min(first_block + self.dp_size, num_blocks)):
                 size = min(count - block * self.batch_size, self.batch_size)
-                yield gathered[ranks.index(block - turn)][:size]
+                # ranks that split one model have equal blocks: take that of the first
+                rank = dp_ranks.index(block - first_block)
+                yield gathered[rank][:size]
 
     def _all_gather(self, value: Tensor) -> Tensor:
         """Stack a tensor of all ranks along a new first axis, in the order of the ranks."""
@@ -124,7 +144,10 @@ def proportional_labels(labels: Tensor, n: int) -> Tensor:
 
 
 def validate_images(images: Any, n: int, module_name: str) -> Tensor:
-    """Return the images; raise UsageError if they are not n uint8 images (n c y x)."""
+    """Return the images; raise UsageError if they are not n uint8 images (n c y x).
+
+    `module_name` is the class whose `generate_images` returned them, for the message.
+    """
     shape = tuple(getattr(images, "shape", ()))
     if not isinstance(images, Tensor) or images.dtype != torch.uint8 or len(shape) != 4:
         description = f"{images.dtype} of shape {shape}" if shape else type(images).__name__

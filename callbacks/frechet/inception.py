@@ -33,6 +33,13 @@ def locate_inception_weights(
 
     A file with another checksum is accepted only as `weights_path`. One rank of each machine
     downloads the file, and the other ranks wait.
+
+    Args:
+        weights_path: a file of the user; None for the published file.
+        trainer: None if there is a single process.
+
+    Raises:
+        MissingFileError: the file does not exist, and cannot be downloaded.
     """
     if weights_path is not None:
         path = Path(weights_path).expanduser()
@@ -43,16 +50,18 @@ def locate_inception_weights(
                 hint=f"download {WEIGHTS_URL}",
             )
         return path, compute_sha256(path)
-    hub = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_FILE
-    data = os.environ.get("DATA_ROOT")
-    candidates = [*([Path(data).expanduser() / "inception" / WEIGHTS_FILE] if data else []), hub]
-    download_error, verified_path = "", _find_verified(candidates)
+    hub_path = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_FILE
+    candidates = [hub_path]
+    if data_root := os.environ.get("DATA_ROOT"):
+        candidates.insert(0, Path(data_root).expanduser() / "inception" / WEIGHTS_FILE)
+    download_error = ""
+    verified_path = _find_verified(candidates)
     if verified_path is None:
-        is_first_rank = trainer is None or trainer.local_rank == 0
-        download_error = (
-            _download(hub) if is_first_rank else "tried by the first rank of this machine"
-        )
-    if trainer is not None:
+        if trainer is None or trainer.local_rank == 0:
+            download_error = _download(hub_path)
+        else:
+            download_error = "tried by the first rank of this machine"
+    if trainer is not None:  # every rank waits here, also one that has the file
         trainer.strategy.barrier("weights of InceptionV3")
     verified_path = verified_path or _find_verified(candidates)
     if verified_path is None:
@@ -60,7 +69,7 @@ def locate_inception_weights(
             f"FrechetDistance: the weights of InceptionV3 do not exist locally, and the download "
             f"of {WEIGHTS_URL} failed ({download_error})",
             candidates,
-            hint=f"copy {WEIGHTS_FILE} to {hub}, pass weights=FILE, or pass "
+            hint=f"copy {WEIGHTS_FILE} to {hub_path}, pass weights=FILE, or pass "
             "extractor=ClassifierFeatures(CHECKPOINT)",
             flag="--trainer.callbacks.weights=FILE, or "
             "--trainer.callbacks.extractor=ClassifierFeatures",
@@ -95,19 +104,28 @@ class Inception(nn.Module):
     """
 
     def __init__(self, path: Path, layer: FeatureLayer = 2048) -> None:
-        """Load the weights."""
+        """Load the weights of a file in torch-fidelity's layout.
+
+        Args:
+            path: the file.
+            layer: number of features of the layer whose output is returned.
+
+        Raises:
+            UsageError: the file is not an InceptionV3 in this layout.
+        """
         super().__init__()
+        # imported here, because it is slow and only this class needs it
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         self.name = "inception" if layer == 2048 else f"inception_{layer}"
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-            # torch-fidelity unpickles its file: it gets a buffer that contains only tensors
-            memory = io.BytesIO()
-            torch.save(state, memory)
-            memory.seek(0)
+            # torch-fidelity unpickles what it reads, so it gets a buffer that has only tensors
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            buffer.seek(0)
             self.net = FeatureExtractorInceptionV3(
-                "inception-v3-compat", [str(layer)], feature_extractor_weights_path=memory
+                "inception-v3-compat", [str(layer)], feature_extractor_weights_path=buffer
             )
         except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, AttributeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__

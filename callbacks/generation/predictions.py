@@ -45,7 +45,10 @@ class PredictionTable(L.Callback):
     def on_predict_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any
     ) -> None:
-        """Collect rows; ignore other return values of `predict_step`."""
+        """Collect the rows that `predict_step` returned; ignore other return values.
+
+        A row is a dict, or a tuple whose column names are the module's `prediction_columns`.
+        """
         names = getattr(pl_module, "prediction_columns", None)
         for row in outputs if isinstance(outputs, list) else ():
             if isinstance(row, dict):

@@ -57,7 +57,8 @@ class GenerateSamples(L.Callback):
             return
         output: Any = pl_module.generate(**self.arguments)  # pyright: ignore
         step, folder = trainer.global_step, get_run_dir(trainer)
-        if callable(getattr(output, "grid", None)):
+        is_images = callable(getattr(output, "grid", None))
+        if is_images:
             if trainer.is_global_zero and folder:
                 output.save(folder / "samples" / f"{step:06}.png")
             log_image(trainer, "samples", output.grid())
@@ -76,15 +77,19 @@ class GenerateSamples(L.Callback):
 
 
 def check_generate_arguments(module: Any, arguments: dict[str, Any]) -> None:
-    """Raise UsageError for an argument that `generate` does not take, or for a missing one."""
+    """Raise UsageError for an argument that `module.generate` does not take, or a missing one.
+
+    `arguments` are keyword arguments. The message names the argument with the nearest name.
+    """
     signature = inspect.signature(module.generate)
     try:
         signature.bind(**arguments)
     except TypeError as error:
+        # `on_text` is a function, which a config cannot give
         names = [name for name in signature.parameters if name != "on_text"]
         unknown = [name for name in arguments if name not in signature.parameters]
         near = suggest_names(unknown[0], names, 1) if unknown else []
-        value = arguments[unknown[0]] if near else None
+        value = arguments[unknown[0]] if near else None  # it is kept under the corrected name
         raise UsageError(
             f"GenerateSamples: {type(module).__name__}.generate does not accept the arguments: "
             f"{error}",

@@ -94,7 +94,21 @@ class LoRA(Transform):
         dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None,
         save: Literal["auto", "adapter", "all"] = "auto",
     ) -> None:
-        """Check the arguments that do not depend on the net."""
+        """Check the arguments that do not depend on the net.
+
+        Args:
+            targets: globs of layer names; None for the default layers.
+            rank: None for 8, or the smaller side of a layer if that is less.
+            alpha: the adapter's output is scaled by alpha / rank.
+            exclude: layers of `targets` that get no adapter.
+            ranks: ranks of some layers by pattern.
+            num_blocks: number of maps stacked in one weight by pattern, such as {"qkv": 3}.
+            dropout: dropout probability of the adapters' inputs.
+            rank_stabilized: scale by alpha / √rank instead.
+            train_also: layers or parameters that are trained without an adapter.
+            dtype: dtype of the adapters' matmuls; None for that of the layer.
+            save: what a checkpoint contains: the adapters, or all weights.
+        """
         check_alpha_and_dropout(alpha, dropout)
         if dtype is not None and dtype not in DTYPE_NAMES:
             raise UsageError(
@@ -116,13 +130,15 @@ class LoRA(Transform):
             "dtype": dtype,
         }
         self.save = save
-        self.base: dict[str, Any] = {"file": None, "sha256": None}
-        self._num_batches = 0  # number of batches with a backward pass
-        self._had_backward = False  # whether this batch had a backward pass
-        self._epoch_from_start = False  # whether this epoch ran from its first batch
-        self._with_gradient: set[str] = set()  # names of adapters that had a gradient
+        self.base: dict[str, Any] = {"file": None, "sha256": None}  # identifies the base weights
         self._messages: list[str] = []  # lines printed at the start of a fit
-        self._frozen_names: set[str] = set()  # names from all pipeline stages
+        # state_dict names of the frozen weights of all pipeline stages
+        self._frozen_names: set[str] = set()
+        # state of the check in the first batches that each adapter is called and gets a gradient
+        self._num_checked_batches = 0  # number of batches with a backward pass
+        self._had_backward = False  # whether this batch had a backward pass
+        self._is_whole_epoch = False  # whether this epoch ran from its first batch
+        self._adapters_with_gradient: set[str] = set()  # names of adapters that had a gradient
 
     def config_key(self) -> dict[str, Any]:
         """Return the arguments that determine the adapters, without `save`."""
@@ -145,9 +161,12 @@ class LoRA(Transform):
         return self.save == "adapter" or (self.save == "auto" and self.base["file"] is not None)
 
     def transform(self, module: nn.Module) -> None:
-        """Freeze the module and add the adapters."""
+        """Freeze the module and add the adapters; the base class calls it before training.
+
+        It also sets `base["sha256"]`, the hash of the base weights that a checkpoint records.
+        """
         self.base["sha256"] = fingerprint_weights(module)
-        targets, dtype = self.arguments["targets"], self.arguments["dtype"]
+        targets = self.arguments["targets"]
         if targets is None:
             targets = default_lora_targets(module)
         if not targets:
@@ -161,9 +180,13 @@ class LoRA(Transform):
                 flag=f"--trainer.callbacks.targets={names[0]}" if names else "",
                 label="layers that can be adapted",
             )
-        kwargs = dict(self.arguments)
-        kwargs["targets"], kwargs["seed"] = targets, int(os.environ.get("PL_GLOBAL_SEED", 0))
-        kwargs["dtype"] = getattr(torch, dtype) if dtype else None
+        dtype_name = self.arguments["dtype"]
+        kwargs = {
+            **self.arguments,
+            "targets": targets,
+            "seed": int(os.environ.get("PL_GLOBAL_SEED", 0)),  # Lightning's seed_everything sets it
+            "dtype": getattr(torch, dtype_name) if dtype_name else None,
+        }
         names = inject_lora(module, **kwargs)
         self._frozen_names = frozen_names(module)
         self._messages = _rank_messages(module, names) if self.arguments["rank"] is None else []
@@ -194,7 +217,11 @@ class LoRA(Transform):
                 state.pop(name, None)
 
     def check_checkpoint(self, module: nn.Module, checkpoint: dict[str, Any]) -> None:
-        """Raise UsageError for a checkpoint without adapters, or with another base."""
+        """Raise UsageError for a checkpoint without adapters, or with another base.
+
+        The base class calls it when a checkpoint is loaded. `checkpoint["lora"]` has `base`, which
+        identifies the base weights, and `frozen`: whether they are left out of the file.
+        """
         if (saved := checkpoint.get("lora")) is None:
             raise UsageError(
                 "LoRA: the checkpoint has no adapters, because it was not trained with LoRA",
@@ -203,9 +230,8 @@ class LoRA(Transform):
                 flag="--trainer.callbacks+=Pretrained --trainer.callbacks.path=FILE, without "
                 "--ckpt_path",
             )
-        state, optional_names = checkpoint.get("state_dict", {}), set()
-        if not saved["frozen"]:
-            optional_names = frozen_names(module)
+        state = checkpoint.get("state_dict", {})
+        optional_names = set() if saved["frozen"] else frozen_names(module)
         missing = module.state_dict().keys() - state.keys() - optional_names
         if state and missing:
             raise UsageError(
@@ -240,14 +266,13 @@ class LoRA(Transform):
             return  # a rank may hold only some parameters
         groups = (group for optimizer in trainer.optimizers for group in optimizer.param_groups)
         optimized_ids = {id(p) for group in groups for p in group["params"]}
-        layers = lora_layers(pl_module)
-        idle = [
-            name
-            for name, layer in layers.items()
-            if not layer.lora_is_copy
-            and not any(id(getattr(layer, key)) in optimized_ids for key in layer.lora_param_names)
+        adapter_params = [
+            getattr(layer, key)
+            for layer in lora_layers(pl_module).values()
+            if not layer.lora_is_copy  # adapters of a frozen copy (a teacher) are not trained
+            for key in layer.lora_param_names
         ]
-        if optimized_ids and len(idle) == sum(not layer.lora_is_copy for layer in layers.values()):
+        if optimized_ids and not any(id(p) in optimized_ids for p in adapter_params):
             name = type(pl_module).__name__
             raise UsageError(
                 f"LoRA: no optimizer of {name} has the parameters of an adapter; it was created "
@@ -261,23 +286,28 @@ class LoRA(Transform):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Reset the record of called adapters before the first batch."""
-        self._epoch_from_start |= batch_idx == 0
+        self._is_whole_epoch |= batch_idx == 0
         self._had_backward = False
-        if self._num_batches == 0:
+        if self._num_checked_batches == 0:
             self._reset_called(pl_module)
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record which adapters get a gradient; raise RunError if all run under no_grad."""
         self._had_backward = True
-        if self._num_batches > CHECK_AFTER_BATCHES:
+        if self._num_checked_batches > CHECK_AFTER_BATCHES:
             return
         layers = lora_layers(pl_module)
         for name, layer in layers.items():
             if any(has_gradient(trainer, getattr(layer, key)) for key in layer.lora_param_names):
-                self._with_gradient.add(name)
+                self._adapters_with_gradient.add(name)
         called = [layer for layer in layers.values() if layer.lora_was_called]
         recorded = any(layer.lora_called_with_grad for layer in called)
-        if called and not recorded and not self._with_gradient and pl_module.automatic_optimization:
+        if (
+            called
+            and not recorded
+            and not self._adapters_with_gradient
+            and pl_module.automatic_optimization
+        ):
             self._check_gradients(pl_module, "in the first training batch")
 
     def on_train_batch_end(
@@ -285,17 +315,17 @@ class LoRA(Transform):
     ) -> None:
         """Raise RunError after some batches if an adapter is not called or gets no gradient."""
         # a batch without backward gives no information
-        if not self._had_backward or self._num_batches > CHECK_AFTER_BATCHES:
+        if not self._had_backward or self._num_checked_batches > CHECK_AFTER_BATCHES:
             return
-        self._num_batches += 1
-        if self._num_batches == CHECK_AFTER_BATCHES:
+        self._num_checked_batches += 1
+        if self._num_checked_batches == CHECK_AFTER_BATCHES:
             self._check_adapters(pl_module, f"in {CHECK_AFTER_BATCHES} training batches")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check the adapters after a shorter epoch, unless a resume started inside it."""
-        if 0 < self._num_batches <= CHECK_AFTER_BATCHES and self._epoch_from_start:
+        if 0 < self._num_checked_batches <= CHECK_AFTER_BATCHES and self._is_whole_epoch:
             self._check_adapters(pl_module, "in a training epoch")
-        self._epoch_from_start = False
+        self._is_whole_epoch = False
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record calls in validation separately, because fast paths of torch skip layers there."""
@@ -308,16 +338,18 @@ class LoRA(Transform):
         """Raise RunError if validation did not call an adapter.
 
         For a child net without any call, such as a critic used only in training, it warns instead.
+        Afterwards the record of calls is again that of training.
         """
         layers = lora_layers(pl_module)
-        called = {
-            name.partition(".")[0] for name, adapter in layers.items() if adapter.lora_was_called
-        }
-        idle = {name.partition(".")[0] for name in layers} - called
-        if called and idle:
-            rank_zero_warn(f"LoRA: no adapter of {', '.join(sorted(idle))} is used in validation")
-        for name, layer in layers.items():
-            layer.lora_was_called |= bool(called) and name.partition(".")[0] in idle
+        child_of = {name: name.partition(".")[0] for name in layers}  # the module's direct child
+        called_children = {child_of[n] for n, layer in layers.items() if layer.lora_was_called}
+        idle_children = set(child_of.values()) - called_children
+        if called_children and idle_children:
+            names = ", ".join(sorted(idle_children))
+            rank_zero_warn(f"LoRA: no adapter of {names} is used in validation")
+            for name, layer in layers.items():
+                # counts as called, so that the check below ignores it
+                layer.lora_was_called |= child_of[name] in idle_children
         self._check_all_called(pl_module, "in the validation")
         for name, layer in layers.items():
             layer.lora_was_called = name in self._called_in_training
@@ -327,15 +359,16 @@ class LoRA(Transform):
             layer.lora_was_called = layer.lora_called_with_grad = False
 
     def _check_adapters(self, module: nn.Module, when: str) -> None:
-        self._num_batches = CHECK_AFTER_BATCHES + 1
+        self._num_checked_batches = CHECK_AFTER_BATCHES + 1  # the check is done
         self._check_all_called(module, when)
         self._check_gradients(module, when)
 
     def _check_gradients(self, module: nn.Module, when: str) -> None:
+        """Raise RunError if an adapter had no gradient, except those of frozen copies."""
         idle = [
             name
             for name, layer in lora_layers(module).items()
-            if name not in self._with_gradient and not layer.lora_is_copy
+            if name not in self._adapters_with_gradient and not layer.lora_is_copy
         ]
         if idle:
             more = f" and {len(idle) - 3} more" if len(idle) > 3 else ""
@@ -366,21 +399,24 @@ def default_lora_targets(module: nn.Module) -> list[str]:
 
     In a net and its frozen copy, such as a momentum teacher, the same layers are selected.
     """
-    layers, copies = find_adaptable_layers(module), find_frozen_copies(module)
+    layers = find_adaptable_layers(module)
+    copies = find_frozen_copies(module)  # name of each frozen copy: name of the net it copies
     hidden = [name for name in find_hidden_layers(module) if name in layers]
-    base = [
+    frozen = [
         name
         for name in hidden
         if not is_trainable(layers[name])
         and not any(is_submodule_of(name, copy) for copy in copies)
     ]
-    names = set(base or hidden)
+    selected = set(frozen or hidden)
     for copy, original in copies.items():
         for source, target in ((copy, original), (original, copy)):
-            names |= {
-                target + name[len(source) :] for name in names if is_submodule_of(name, source)
+            selected |= {
+                target + name.removeprefix(source)
+                for name in selected
+                if is_submodule_of(name, source)
             }
-    return [name for name in layers if name in names]
+    return [name for name in layers if name in selected]
 
 
 def _rank_messages(module: nn.Module, names: list[str]) -> list[str]:

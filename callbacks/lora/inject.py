@@ -66,67 +66,107 @@ def inject_lora(
     dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> list[str]:
-    """Freeze the module, add adapters to the selected layers and return their names; see `LoRA`.
+    """Freeze the module, add adapters to the selected layers and return their names.
 
     If some selected layers are already frozen, the module is a frozen base with new layers. Its
-    trainable parameters outside the adapted layers then stay trainable.
+    trainable parameters outside the adapted layers then stay trainable. All arguments are checked
+    before the module is changed.
+
+    Args:
+        module: any module; it is changed.
+        targets: globs of layer names, each of which must match.
+        rank: None for DEFAULT_RANK, or the smaller side of a layer if that is less.
+        alpha: the adapter's output is scaled by alpha / rank.
+        exclude: layers of `targets` that get no adapter.
+        ranks: ranks of some layers by pattern; the first match applies.
+        num_blocks: number of maps stacked in one weight by pattern, such as {"qkv": 3}.
+        dropout: dropout probability of the adapters' inputs.
+        rank_stabilized: scale by alpha / √rank instead.
+        train_also: layers or parameters that are trained without an adapter.
+        dtype: dtype of the adapters' matmuls; None for that of the layer.
+        seed: seed of A; each layer draws its own values from it.
     """
     check_not_sharded(module, "LoRA")
     check_alpha_and_dropout(alpha, dropout)
-    layers, ranks, num_blocks = find_adaptable_layers(module), ranks or {}, num_blocks or {}
+    layers = find_adaptable_layers(module)
     names = _select_layers(module, targets, exclude, layers)
-    copies = find_frozen_copies(module)
+    copies = find_frozen_copies(module)  # name of each frozen copy: name of the net it copies
     _check_copy_pairs(names, copies)
-    trained_names = (
-        set(_select_params(train_also, dict(module.named_parameters()))) if train_also else set()
+    trained_names = set(find_trained_params(module, names, copies))
+    if train_also:
+        trained_names |= set(_select_params(train_also, dict(module.named_parameters())))
+    adapter_sizes = _choose_sizes(
+        {name: layers[name] for name in names}, rank, ranks or {}, num_blocks or {}, dropout
     )
-    trained_names |= set(find_trained_params(module, names, copies))
-    for patterns, argument in ((list(ranks), "LoRA.ranks"), (list(num_blocks), "LoRA.num_blocks")):
-        select_names(patterns, names, argument)
-    plan, bad_ranks = {}, {}
-    for name in names:  # check all layers before any change
-        layer_rank = next(
-            (r for pattern, r in ranks.items() if matches_pattern(pattern, name)), rank
-        )
-        layer_blocks = next(
-            (p for pattern, p in num_blocks.items() if matches_pattern(pattern, name)), 1
-        )
-        sizes = _check_layer(
-            name,
-            layers[name],
-            DEFAULT_RANK if layer_rank is None else layer_rank,
-            layer_blocks,
-            dropout,
-        )
-        if layer_rank is not None and not 1 <= layer_rank <= min(sizes):
-            bad_ranks[name] = layer_rank, sizes
-        plan[name] = min(DEFAULT_RANK, *sizes) if layer_rank is None else layer_rank, layer_blocks
-    _check_ranks(bad_ranks)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in trained_names)
-    for name, (layer_rank, layer_blocks) in plan.items():
-        scale = alpha / (math.sqrt(layer_rank) if rank_stabilized else layer_rank)
-        mixin = next(
-            ADAPTER_TYPES[layer_type]
-            for layer_type in ADAPTER_TYPES
-            if isinstance(layers[name], layer_type)
-        )
+    for name, (layer_rank, layer_blocks) in adapter_sizes.items():
+        layer = layers[name]
+        mixin = next(ADAPTER_TYPES[base] for base in ADAPTER_TYPES if isinstance(layer, base))
         add_adapter(
-            layers[name], mixin, name, layer_rank, scale, layer_blocks, dropout, dtype, seed
+            layer,
+            mixin,
+            name,
+            rank=layer_rank,
+            scale=alpha / (math.sqrt(layer_rank) if rank_stabilized else layer_rank),
+            num_blocks=layer_blocks,
+            dropout=dropout,
+            dtype=dtype,
+            seed=seed,
         )
-        cast(Adapter, layers[name]).lora_is_copy = any(
-            is_submodule_of(name, copy) for copy in copies
-        )
-    disable_fastpath(module)
+        cast(Adapter, layer).lora_is_copy = any(is_submodule_of(name, copy) for copy in copies)
+    disable_fastpath(module)  # torch's fused attention would not call the adapted layers
     return names
+
+
+def _choose_sizes(
+    layers: Mapping[str, nn.Module],
+    rank: int | None,
+    ranks: Mapping[str, int],
+    num_blocks: Mapping[str, int],
+    dropout: float,
+) -> dict[str, tuple[int, int]]:
+    """Return rank and number of blocks of the adapter for each layer, by layer name.
+
+    Args:
+        layers: the selected layers by name.
+        rank: rank of layers without an entry in `ranks`; None for the default.
+        ranks: ranks by pattern of layer names; the first match applies.
+        num_blocks: number of blocks by pattern; 1 without a match.
+        dropout: checked, because some layers do not support it.
+
+    Raises:
+        UsageError: a pattern matches nothing, a layer cannot be adapted, or a rank is too large.
+    """
+    select_names(list(ranks), list(layers), "LoRA.ranks")
+    select_names(list(num_blocks), list(layers), "LoRA.num_blocks")
+    adapter_sizes, bad_ranks = {}, {}
+    for name, layer in layers.items():
+        layer_rank = next((r for glob, r in ranks.items() if matches_pattern(glob, name)), rank)
+        layer_blocks = next((n for glob, n in num_blocks.items() if matches_pattern(glob, name)), 1)
+        checked_rank = DEFAULT_RANK if layer_rank is None else layer_rank
+        in_and_out = _check_layer(name, layer, checked_rank, layer_blocks, dropout)
+        if layer_rank is None:
+            layer_rank = min(DEFAULT_RANK, *in_and_out)
+        elif not 1 <= layer_rank <= min(in_and_out):
+            bad_ranks[name] = layer_rank, in_and_out
+        adapter_sizes[name] = layer_rank, layer_blocks
+    _check_ranks(bad_ranks)
+    return adapter_sizes
 
 
 def find_trained_params(
     module: nn.Module, names: Sequence[str], copies: Mapping[str, str]
 ) -> list[str]:
-    """Return trainable parameters outside the layers `names`, if one of these is frozen.
+    """Return the trainable parameters outside the layers `names`, if one of these is frozen.
 
-    Frozen copies do not count as a frozen base.
+    They stay trainable, because the module is then a frozen base with new layers. If all layers
+    are trainable, the result is empty. Frozen copies do not count as a frozen base.
+
+    Args:
+        module: the module before its injection.
+        names: names of the layers that get an adapter.
+        copies: name of each frozen copy (a teacher) and of the submodule that it copies.
     """
     has_frozen_base = any(
         not is_trainable(module.get_submodule(name))
@@ -163,28 +203,19 @@ def check_alpha_and_dropout(alpha: float, dropout: float) -> None:
 def _select_layers(
     module: nn.Module, targets: Patterns, exclude: Patterns, layers: dict[str, nn.Module]
 ) -> list[str]:
+    """Return the names of layers that match `targets` and not `exclude`.
+
+    Args:
+        module: the module of the layers.
+        targets: globs of layer names, each of which must match.
+        exclude: globs of layer names, each of which must match a selected layer.
+        layers: the layers of the module that can have an adapter, by name.
+
+    Raises:
+        UsageError: a pattern matches no adaptable layer, or no layer remains.
+    """
     for pattern in as_list(targets):
-        for name, layer in module.named_modules():
-            if (
-                not name
-                or not matches_pattern(pattern, name)
-                or any(matches_pattern(pattern, layer_name) for layer_name in layers)
-            ):
-                continue
-            near = closest_names(name, list(layers))
-            if isinstance(layer, NonDynamicallyQuantizableLinear):
-                near = [name.rpartition(".")[0]]  # the attention layer that reads the weight
-            types = ", ".join(layer_type.__name__ for layer_type in ADAPTER_TYPES)
-            raise UsageError(
-                f"LoRA: targets={pattern!r} matches {name}, a {type(layer).__name__}, which cannot "
-                f"have an adapter (only {types})",
-                near or ["none: the module has no such layer"],
-                hint=f"use targets=[{near[0]!r}]"
-                if near
-                else "remove LoRA() from Trainer(callbacks=...)",
-                flag=f"--trainer.callbacks.targets={near[0]}" if near else "",
-                label="nearest",
-            )
+        _check_target_is_adaptable(module, pattern, layers)
     names = select_names(targets, list(layers), "LoRA.targets")
     excluded = set(select_names(exclude, names, "LoRA.exclude"))
     if excluded.issuperset(names):
@@ -200,9 +231,41 @@ def _select_layers(
     return [name for name in names if name not in excluded]
 
 
+def _check_target_is_adaptable(
+    module: nn.Module, pattern: str, layers: dict[str, nn.Module]
+) -> None:
+    """Raise UsageError if a pattern matches only layers that cannot have an adapter.
+
+    `layers` has those that can. A pattern that matches no layer at all is not refused here.
+    """
+    if any(matches_pattern(pattern, name) for name in layers):
+        return
+    for name, layer in module.named_modules():
+        if not name or not matches_pattern(pattern, name):
+            continue
+        near = closest_names(name, list(layers))
+        if isinstance(layer, NonDynamicallyQuantizableLinear):
+            near = [name.rpartition(".")[0]]  # the attention layer that reads the weight
+        types = ", ".join(layer_type.__name__ for layer_type in ADAPTER_TYPES)
+        raise UsageError(
+            f"LoRA: targets={pattern!r} matches {name}, a {type(layer).__name__}, which cannot "
+            f"have an adapter (only {types})",
+            near or ["none: the module has no such layer"],
+            hint=f"use targets=[{near[0]!r}]"
+            if near
+            else "remove LoRA() from Trainer(callbacks=...)",
+            flag=f"--trainer.callbacks.targets={near[0]}" if near else "",
+            label="nearest",
+        )
+
+
 def _select_params(patterns: Patterns, parameters: Mapping[str, Tensor]) -> list[str]:
-    """Return the parameters that match by their name or by the name of their layer."""
-    owners = {name: name.rpartition(".")[0] for name in parameters}
+    """Return the parameters for `LoRA.train_also`, matched by their name or that of their layer.
+
+    Raises:
+        UsageError: a pattern matches nothing, or a parameter is quantized.
+    """
+    owners = {name: name.rpartition(".")[0] for name in parameters}  # name of the layer
     select_names(patterns, [*parameters, *owners.values()], "LoRA.train_also")
     names = []
     for name, owner in owners.items():
@@ -232,29 +295,40 @@ def _check_copy_pairs(names: Sequence[str], copies: Mapping[str, str]) -> None:
 
 
 def _check_ranks(bad_ranks: Mapping[str, tuple[int, tuple[int, int]]]) -> None:
-    """Raise UsageError for explicit ranks that do not fit, with the names of these layers."""
+    """Raise UsageError for explicit ranks that do not fit, with the names of these layers.
+
+    Args:
+        bad_ranks: by layer name, the rank, and input and output size of the layer's linear map.
+    """
     if not bad_ranks:
         return
     listed = list(bad_ranks.items())[:MAX_LISTED]
     problems = [
         f"rank={rank} for {name} ({d_in} to {d_out})" for name, (rank, (d_in, d_out)) in listed
     ]
-    fits = {name: min(max(rank, 1), *sizes) for name, (rank, sizes) in listed}
-    example = ", ".join(f"{name}: {rank}" for name, rank in fits.items())
+    valid_ranks = {name: min(max(rank, 1), *sizes) for name, (rank, sizes) in listed}
+    flag_value = ", ".join(f"{name}: {rank}" for name, rank in valid_ranks.items())
     more = f" and {len(bad_ranks) - MAX_LISTED} more" if len(bad_ranks) > MAX_LISTED else ""
     raise UsageError(
         f"LoRA: a rank is not between 1 and the smaller side of its layer: {', '.join(problems)}"
         f"{more}",
         [f"1 to {min(sizes)} for {name}" for name, (_, sizes) in listed],
-        hint=f"use ranks={fits}, or rank=None for {DEFAULT_RANK} or the smaller side",
-        flag=f"--trainer.callbacks.ranks='{{{example}}}'",
+        hint=f"use ranks={valid_ranks}, or rank=None for {DEFAULT_RANK} or the smaller side",
+        flag=f"--trainer.callbacks.ranks='{{{flag_value}}}'",
     )
 
 
 def _check_layer(
     name: str, layer: nn.Module, rank: int, num_blocks: int, dropout: float
 ) -> tuple[int, int]:
-    """Return input and output size of the layer's linear map; raise if it cannot be adapted."""
+    """Check that a layer can have this adapter; return input and output size of its linear map.
+
+    The sizes bound the rank. The map of a convolution acts on patches of one group; that of an
+    embedding on one-hot rows; a Linear with several blocks counts the outputs of one.
+
+    Raises:
+        UsageError: layer, rank, number of blocks or dropout is not supported.
+    """
     type_name = type(layer).__name__
     if isinstance(layer, Adapter):
         raise UsageError(
@@ -287,8 +361,8 @@ def _check_layer(
             )
         sizes = (layer.embed_dim, layer.embed_dim)
     elif isinstance(layer, nn.Conv2d):
-        inner = layer.in_channels * math.prod(layer.kernel_size)
-        sizes = (inner // layer.groups, layer.out_channels // layer.groups)
+        patch_size = layer.in_channels * math.prod(layer.kernel_size)
+        sizes = (patch_size // layer.groups, layer.out_channels // layer.groups)
     elif isinstance(layer, nn.Embedding):
         if layer.max_norm is not None:
             raise UsageError(
@@ -345,33 +419,32 @@ def merge_lora(module: nn.Module) -> list[str]:
     dequantized.
     """
     check_not_sharded(module, "merge")
-    owners: dict[int, int] = {}
+    num_owners: dict[int, int] = {}  # number of layers that have a parameter, by its id
     for submodule in module.modules():
         for parameter in submodule.parameters(recurse=False):
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+            num_owners[id(parameter)] = num_owners.get(id(parameter), 0) + 1
     layers = lora_layers(module)
     for layer in layers.values():
-        changes = layer.lora_delta_weights()
-        for name in layer.lora_param_names:
-            delattr(layer, name)
-        for name in [name for name in layer.__dict__ if name.startswith("lora_")]:
+        delta_weights = layer.lora_delta_weights()  # before its A and B are removed
+        attributes = [name for name in layer.__dict__ if name.startswith("lora_")]
+        for name in (*layer.lora_param_names, *attributes):
             delattr(layer, name)
         remove_mixin(layer)
         dequantize = getattr(layer, "dequantize", None)
         if dequantize is not None:  # a layer of callbacks/quantization
             dequantize()
-        for name, delta in changes.items():
-            path, _, leaf = name.rpartition(".")
-            _add_delta(layer.get_submodule(path), leaf, delta, owners)
+        for weight_name, delta in delta_weights.items():  # such as weight or out_proj.weight
+            path, _, attribute = weight_name.rpartition(".")
+            _add_delta(layer.get_submodule(path), attribute, delta, num_owners)
     enable_fastpath(module)
     return list(layers)
 
 
-def _add_delta(owner: Any, name: str, delta: Tensor, owners: dict[int, int]) -> None:
+def _add_delta(owner: Any, name: str, delta: Tensor, num_owners: dict[int, int]) -> None:
     weight: nn.Parameter = getattr(owner, name)
     value = (weight.double() + delta).to(weight.dtype)
-    if owners.get(id(weight), 1) > 1:
-        owners[id(weight)] -= 1
+    if num_owners.get(id(weight), 1) > 1:  # tied to another layer, which keeps the old weight
+        num_owners[id(weight)] -= 1
         setattr(owner, name, nn.Parameter(value, requires_grad=weight.requires_grad))
     else:
         weight.copy_(value)

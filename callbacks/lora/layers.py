@@ -205,19 +205,35 @@ def add_adapter(
     dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> None:
-    """Add an adapter mixin to a layer and register A and B, seeded by the layer's name."""
-    reference = next(p for p in layer.parameters() if p.is_floating_point() or p.numel())
-    param_dtype = torch.float64 if reference.dtype == torch.float64 else torch.float32
-    device = "cpu" if deferred_values(reference) is not None else reference.device
+    """Make a layer an adapted layer in place: add the mixin class, and register A and B.
+
+    A is uniform and B is 0, so the layer computes the same as before.
+
+    Args:
+        layer: a layer of torch; its class becomes a subclass with the mixin.
+        mixin: the adapter class for this type of layer.
+        name: name of the layer in the module, which with `seed` determines the values of A.
+        rank: r.
+        scale: factor of the adapter's output.
+        num_blocks: number of maps stacked in the layer's outputs.
+        dropout: dropout probability of the adapter's input.
+        dtype: dtype of the adapter's matmuls; None for that of the layer.
+        seed: seed of the run.
+    """
+    weight = next(p for p in layer.parameters() if p.is_floating_point() or p.numel())
+    param_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    # a weight whose values are computed later is on the meta device; A and B have values now
+    device = "cpu" if deferred_values(weight) is not None else weight.device
     add_mixin(layer, mixin)
     adapter = cast(Adapter, layer)
     shapes = dict(zip(adapter.lora_param_names, adapter.lora_shapes(rank, num_blocks), strict=True))
     for key, shape in shapes.items():
         value = torch.zeros(shape, dtype=param_dtype)
-        if key.endswith("a"):
+        if key.endswith("a"):  # lora_a; every other factor is a B
             limit = 1 / math.sqrt(value[0].numel())  # torch's default for this fan-in
             value.uniform_(-limit, limit, generator=make_param_generator(seed, f"{name}.{key}"))
             if isinstance(layer, nn.Embedding) and layer.padding_idx is not None:
+                # the padding row does not change
                 value[:, layer.padding_idx] = 0
         adapter.register_parameter(key, nn.Parameter(value.to(device)))
     adapter.lora_rank, adapter.lora_num_blocks, adapter.lora_scale = rank, num_blocks, scale

@@ -99,9 +99,12 @@ class MemoryMonitor(Callback):
             Console().print(self.make_table(pl_module))
 
     def make_table(self, module: nn.Module) -> Table:
-        """Return a table of the measured memory, compared to that of full fine-tuning."""
-        sharded = any(isinstance(p, DTensor) for p in module.parameters())
-        source = "this rank's shards" if sharded else "this process"
+        """Return a table of the measured memory, compared to that of full fine-tuning.
+
+        `self.usage` has the measurement of this rank by use: weights, gradients, optimizer state.
+        """
+        is_sharded = any(isinstance(p, DTensor) for p in module.parameters())
+        source = "this rank's shards" if is_sharded else "this process"
         table = Table("", f"numbers, {source}", "bytes", "full fine-tuning, float32, AdamW: bytes")
         full_cost = full_finetuning_cost(module)
         for name, row in self.usage.items():
@@ -111,9 +114,8 @@ class MemoryMonitor(Callback):
                 f"{row.num_bytes:,}",
                 f"{full_cost[name].num_bytes:,}",
             )
-        total, full_total = (
-            sum(row.num_bytes for row in rows.values()) for rows in (self.usage, full_cost)
-        )
+        total = sum(row.num_bytes for row in self.usage.values())
+        full_total = sum(row.num_bytes for row in full_cost.values())
         table.add_row("together", "", f"{total:,}", f"{full_total:,}")
         return table
 

@@ -177,7 +177,9 @@ class MetricPlot(RecordedCurves):
     def __init__(self, metrics: Sequence[str] | None = None) -> None:
         """Start with empty curves."""
         super().__init__()
-        self.metrics, self.is_new_run, self.is_checked = metrics, True, False
+        self.metrics = metrics
+        self.is_new_run = True  # False if the fit resumes a run
+        self.has_checked_names = False  # whether the names were compared with the logged metrics
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Add RunChecks, which looks for the metrics before the first step."""
@@ -194,25 +196,32 @@ class MetricPlot(RecordedCurves):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the run's folder; metrics are also read at the first step."""
         super().on_train_start(trainer, pl_module)
-        self.is_new_run, self.is_checked = not self.curves, False
+        self.is_new_run = not self.curves  # a resumed run has the curves of its checkpoint
+        self.has_checked_names = False
 
     def on_optimizer_step_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any
     ) -> None:
-        """Keep the values on their device, which needs no synchronization."""
-        first = not self.is_checked
-        if not first and self.step % get_log_interval(trainer):
+        """Add a point of each training metric every log interval, and at step 1 of a new run.
+
+        The base class calls this after each optimizer step; `self.step` is the number of steps.
+        `on_validation_end` adds the points of `val/` metrics.
+        """
+        is_log_step = self.step % get_log_interval(trainer) == 0
+        is_first_step = not self.has_checked_names  # of this fit, which may resume a run
+        if is_first_step:
+            self._check_metrics_logged(trainer.callback_metrics, pl_module)
+            self.has_checked_names = True
+        if not is_log_step and not (is_first_step and self.is_new_run):
             return
         metrics = trainer.callback_metrics
-        if first and self.metrics is not None:
-            self._check_metrics_logged(metrics, pl_module)
-        self.is_checked, is_new_run, self.is_new_run = True, self.is_new_run, False
-        if not is_new_run and self.step % get_log_interval(trainer):
-            return  # the first step after a resume only checks the names
-        wanted = [n for n in metrics if n[:6] == "train/"] if self.metrics is None else self.metrics
-        for name in wanted:
-            if name in metrics and name[:4] != "val/":
-                self.add_point(name, metrics[name])
+        if self.metrics is None:
+            names = [name for name in metrics if name.startswith("train/")]
+        else:
+            names = [name for name in self.metrics if not name.startswith("val/")]
+        for name in names:
+            if name in metrics:
+                self.add_point(name, metrics[name])  # on its device: no synchronization
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the requested metrics of a validation."""
@@ -222,9 +231,13 @@ class MetricPlot(RecordedCurves):
                 self.add_point(name, metrics[name])
 
     def _check_metrics_logged(self, metrics: dict[str, Any], module: L.LightningModule) -> None:
-        wanted = [n for n in self.metrics or () if n[:4] != "val/"]
-        missing = [n for n in wanted if n not in metrics]
-        if missing and missing == wanted:
+        """Raise UsageError if none of the requested training metrics is in `metrics`.
+
+        If only some are missing, print their names. `metrics` has the logged values by name.
+        """
+        requested = [name for name in self.metrics or () if not name.startswith("val/")]
+        missing = [name for name in requested if name not in metrics]
+        if missing and missing == requested:
             logged = sorted(metrics)
             near = sort_by_similarity(missing[0], logged)[0] if logged else ""
             raise UsageError(
@@ -240,7 +253,14 @@ class MetricPlot(RecordedCurves):
 
 
 def save_loss_plot(curves: dict[str, Any], path: Path, label: str, interval: int) -> None:
-    """Draw the PNG file; a point of the training curve is the mean of `interval` steps."""
+    """Draw the training and validation loss over the optimizer steps to a PNG file.
+
+    Args:
+        curves: lists of (step, loss) under the keys `train` and `val`.
+        path: the PNG file.
+        label: label of the loss axis.
+        interval: number of optimizer steps that are averaged in a point of the training curve.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # needs no window or global state
     from matplotlib.figure import Figure
 
@@ -249,31 +269,40 @@ def save_loss_plot(curves: dict[str, Any], path: Path, label: str, interval: int
     values = [value for curve in curves.values() for _, value in curve if value > 0]
     if values and max(values) > 3 * min(values):
         axes.set_yscale("log")
-    steps = f"mean of {interval} steps" if interval > 1 else "each step"
     if curves["train"]:
-        axes.plot(*zip(*curves["train"], strict=True), lw=1, alpha=0.8, label=f"training ({steps})")
+        steps, losses = zip(*curves["train"], strict=True)
+        averaging = f"mean of {interval} steps" if interval > 1 else "each step"
+        axes.plot(steps, losses, lw=1, alpha=0.8, label=f"training ({averaging})")
     if curves["val"]:
-        step, best = min(curves["val"], key=lambda point: point[1])
-        marker = f"validation (best {best:.4g} at step {step})"
-        axes.plot(*zip(*curves["val"], strict=True), "o-", ms=4, label=marker)
+        steps, losses = zip(*curves["val"], strict=True)
+        best_step, best_loss = min(curves["val"], key=lambda point: point[1])
+        best_label = f"validation (best {best_loss:.4g} at step {best_step})"
+        axes.plot(steps, losses, "o-", ms=4, label=best_label)
     axes.legend()
     axes.grid(alpha=0.3, which="both")
     FigureCanvasAgg(figure).print_png(path)
 
 
 def save_metric_plot(curves: dict[str, Any], path: Path) -> None:
-    """Draw the PNG file."""
+    """Draw one panel per metric, over the optimizer steps, to a PNG file.
+
+    Args:
+        curves: a list of (step, value) for each metric.
+        path: the PNG file.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # needs no window or global state
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    num_rows = -(-len(curves) // NUM_COLUMNS)
+    num_rows = -(-len(curves) // NUM_COLUMNS)  # rounded up
     figure = Figure(figsize=(4 * NUM_COLUMNS, 2.4 * num_rows), layout="constrained")
     figure.suptitle(path.parent.as_posix(), fontsize=10)
     figure.supxlabel("optimizer step", fontsize=9)
     for index, (name, curve) in enumerate(curves.items(), 1):
         axes = figure.add_subplot(num_rows, NUM_COLUMNS, index, title=name)
-        axes.plot(*zip(*curve, strict=True), "o-" if name[:4] == "val/" else "-", ms=3, lw=1.2)
+        steps, values = zip(*curve, strict=True)
+        # validations are few, so that their points get a marker
+        axes.plot(steps, values, "o-" if name.startswith("val/") else "-", ms=3, lw=1.2)
         axes.grid(alpha=0.3)
         axes.title.set_fontsize(9)
         axes.tick_params(labelsize=7)

@@ -6,7 +6,7 @@ the host wait.
 """
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
@@ -60,6 +60,13 @@ def count_total_steps(trainer: L.Trainer) -> int | None:
     return min(ends, default=None)
 
 
+class Reading(NamedTuple):
+    """Optimizer step and time at which values were read, from which the throughput follows."""
+
+    step: int
+    time_s: float  # of time.perf_counter()
+
+
 class ProgressBar(OptimizerStepCallback, LightningProgressBar):
     """Shows the progress of a run; values are read every `refresh_rate` optimizer steps.
 
@@ -67,7 +74,7 @@ class ProgressBar(OptimizerStepCallback, LightningProgressBar):
     """
 
     def __init__(self, refresh_rate: int = 10) -> None:
-        """Set the interval of readings."""
+        """Set the number of optimizer steps between two updates of the bar."""
         super().__init__()
         if refresh_rate < 1:
             raise UsageError(
@@ -81,7 +88,7 @@ class ProgressBar(OptimizerStepCallback, LightningProgressBar):
         self.bar: Progress | None = None
         self.task_id = TaskID(0)
         self.total_steps: int | None = None
-        self.last_reading = (0, 0.0)  # step and time of the last reading
+        self.last_reading = Reading(step=0, time_s=0.0)
 
     def disable(self) -> None:
         """Disable output (called on non-zero ranks)."""
@@ -106,23 +113,27 @@ class ProgressBar(OptimizerStepCallback, LightningProgressBar):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the timer and the bar."""
         super().on_train_start(trainer, pl_module)
-        self.start_reading = self.last_reading = (self.step, time.perf_counter())
+        self.start_reading = self.last_reading = Reading(self.step, time.perf_counter())
         self._start_bar("training", count_total_steps(trainer))
 
     def on_optimizer_step_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any
     ) -> None:
-        """Read the loss and show it, at the interval of the bar or of the log lines."""
+        """Show the metrics after an optimizer step, if an update is due.
+
+        The bar is updated every `refresh_rate` steps. Without a bar, a line is printed every log
+        interval. The last step is always shown.
+        """
         if not self.enabled:
             return
+        is_last_step = self.step == self.total_steps
         if self.bar is None:
-            if self.step == self.total_steps or self.step % get_log_interval(trainer) == 0:
-                self.print(
-                    self._step_label(), self._format_metrics(trainer, pl_module, outputs, batch)
-                )
-        elif self.step == self.total_steps or (
+            if is_last_step or self.step % get_log_interval(trainer) == 0:
+                text = self._format_metrics(trainer, pl_module, outputs, batch)
+                self.print(self._step_label(), text)
+        elif is_last_step or (
             self.step % self.refresh_rate == 0
-            and time.perf_counter() - self.last_reading[1] > MIN_REDRAW_S
+            and time.perf_counter() - self.last_reading.time_s > MIN_REDRAW_S
         ):
             text = self._format_metrics(trainer, pl_module, outputs, batch)
             self.bar.update(self.task_id, completed=self.step, words=text, refresh=True)
@@ -135,10 +146,8 @@ class ProgressBar(OptimizerStepCallback, LightningProgressBar):
             values = {k: float(v) for k, v in trainer.callback_metrics.items() if k[:3] == "val"}
             if values:
                 self.print(self._step_label(), *(f" {name} {x:.4g}" for name, x in values.items()))
-            self.last_reading = (
-                self.step,
-                time.perf_counter(),
-            )  # the throughput excludes validation
+            # the throughput excludes validation
+            self.last_reading = Reading(self.step, time.perf_counter())
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the bar, and leave its last state on the screen."""
@@ -155,15 +164,16 @@ class ProgressBar(OptimizerStepCallback, LightningProgressBar):
         if trainer.state.fn != "fit":
             stage = trainer.state.fn.value  # type: ignore
             batches = sum(getattr(trainer, f"num_{stage.replace('validate', 'val')}_batches"))
-            self.last_reading = (0, time.perf_counter())
+            self.last_reading = Reading(step=0, time_s=time.perf_counter())
             self._start_bar(stage, int(batches) if batches < float("inf") else None)
 
     def on_test_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
-        """Advance the bar, and redraw it at most every PAUSE seconds."""
+        """Advance the bar, and redraw it at most every MIN_REDRAW_S seconds."""
         if self.bar is not None and trainer.state.fn != "fit":
             now = time.perf_counter()
-            should_redraw = now - self.last_reading[1] > MIN_REDRAW_S
-            self.last_reading = (0, now) if should_redraw else self.last_reading
+            should_redraw = now - self.last_reading.time_s > MIN_REDRAW_S
+            if should_redraw:
+                self.last_reading = Reading(step=0, time_s=now)
             self.bar.update(self.task_id, advance=1, refresh=should_redraw)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -199,26 +209,32 @@ class ProgressBar(OptimizerStepCallback, LightningProgressBar):
     def _format_metrics(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any
     ) -> str:
-        """Format loss or `progress_metrics`, learning rate, recent throughput, remaining time."""
-        fields, now = [], time.perf_counter()
-        accumulate = trainer.accumulate_grad_batches
+        """Format loss or `progress_metrics`, learning rate, recent throughput, remaining time.
+
+        Args:
+            outputs: result of the training step on the last micro-batch of the optimizer step.
+            batch: that micro-batch.
+        """
+        now = time.perf_counter()
+        num_micro_batches = trainer.accumulate_grad_batches  # of an optimizer step
+        metrics = trainer.callback_metrics
+        shown_names = [n for n in getattr(module, "progress_metrics", ()) if n in metrics]
+        fields = [f"{name.split('/')[-1]} {float(metrics[name]):.4g}" for name in shown_names]
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        metrics, shown_metrics = trainer.callback_metrics, getattr(module, "progress_metrics", ())
-        fields += [
-            f"{n.split('/')[-1]} {float(metrics[n]):.4g}" for n in shown_metrics if n in metrics
-        ]
-        if isinstance(loss, Tensor) and not fields:  # loss: divided by the accumulated batches
-            fields.append(f"loss {loss.item() * accumulate:.4g}")
+        if isinstance(loss, Tensor) and not fields:
+            # Lightning has divided the loss by the number of micro-batches
+            fields.append(f"loss {loss.item() * num_micro_batches:.4g}")
         groups = trainer.optimizers[0].param_groups if trainer.optimizers else []
         if groups and "lr" in groups[0]:  # a module may train without an optimizer
             fields.append(f"lr {float(groups[0]['lr']):.2g}")
-        units_per_step = (
-            count_units(module, batch) * accumulate * DataParallelInfo.from_trainer(trainer).dp_size
-        )
-        steps_per_s = (self.step - self.last_reading[0]) / max(now - self.last_reading[1], 1e-9)
-        fields.append(f"{units_per_step * steps_per_s:,.0f} {getattr(module, 'unit', 'samples')}/s")
+        dp_size = DataParallelInfo.from_trainer(trainer).dp_size
+        units_per_step = count_units(module, batch) * num_micro_batches * dp_size
+        recent_steps, recent_s = self.step - self.last_reading.step, now - self.last_reading.time_s
+        units_per_s = units_per_step * recent_steps / max(recent_s, 1e-9)
+        fields.append(f"{units_per_s:,.0f} {getattr(module, 'unit', 'samples')}/s")
         if self.total_steps is not None:
-            s_per_step = (now - self.start_reading[1]) / max(self.step - self.start_reading[0], 1)
-            fields.append(f"{format_duration((self.total_steps - self.step) * s_per_step)} left")
-        self.last_reading = (self.step, now)
+            all_steps, all_s = self.step - self.start_reading.step, now - self.start_reading.time_s
+            s_left = (self.total_steps - self.step) * all_s / max(all_steps, 1)
+            fields.append(f"{format_duration(s_left)} left")
+        self.last_reading = Reading(self.step, now)
         return "  ".join(fields)

@@ -37,7 +37,10 @@ class Summary(L.Callback):
             self.losses.append(loss.detach())
 
     def summary_lines(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, str]:
-        """Return the lines to print, by name; also log the mean training loss."""
+        """Return the lines to print, by name; also log the mean training loss.
+
+        `self.losses` has the losses of the last steps of this rank.
+        """
         lines = {}
         if self.losses:
             mean = trainer.strategy.reduce(torch.stack(list(self.losses)).mean(), reduce_op="mean")
@@ -48,9 +51,9 @@ class Summary(L.Callback):
             if name.startswith("val/"):
                 lines[name] = f"{float(value):.4f}"
         formula = getattr(pl_module, "param_formula", lambda: "")()
-        with full_module(trainer):
+        with full_module(trainer):  # includes the layers of other pipeline ranks
             count = sum(parameter.numel() for parameter in pl_module.parameters())
-        lines["parameters"] = f"{count:,}" + f" = {formula}" * bool(formula)
+        lines["parameters"] = f"{count:,} = {formula}" if formula else f"{count:,}"
         return lines
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -160,15 +160,21 @@ class Throughput(OptimizerStepCallback):
         pl_module.print(", ".join(fields))
 
     def _log_window(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log units per second, MFU, peak memory and wait for data; start the next window.
+
+        A window has all steps since the last call, without validations (`paused_s`).
+        """
         device = trainer.strategy.root_device
-        synchronize(device)
+        synchronize(device)  # the units of the window are computed now
         now = time.perf_counter()
         seconds = now - self.window_start - self.paused_s
-        rate = self.num_units * DataParallelInfo.from_trainer(trainer).dp_size / seconds
-        row = {f"{getattr(pl_module, 'unit', 'samples')}_per_second": rate}
+        dp_size = DataParallelInfo.from_trainer(trainer).dp_size
+        units_per_s = self.num_units * dp_size / seconds  # of all ranks
+        row = {f"{getattr(pl_module, 'unit', 'samples')}_per_second": units_per_s}
         if self.peak_flops is not None:
+            peak_flops_per_device, _ = self.peak_flops
             flops: Any = getattr(pl_module, "flops_per_unit")  # noqa: B009 - not in LightningModule
-            row["mfu"] = flops() * rate / (self.peak_flops[0] * trainer.world_size)
+            row["mfu"] = flops() * units_per_s / (peak_flops_per_device * trainer.world_size)
         row["peak_memory_gb"] = peak_memory_bytes(device) / 1e9
         row["frac_waiting_for_data"] = self.data_wait_s / seconds
         self.windows.append(row)

@@ -46,20 +46,26 @@ class LossOnlyClosure:
         self.gradients = [(p, p.grad) for group in groups for p in group["params"]]
 
     def for_optimizer(self, member: Optimizer) -> Callable[[], Any]:
-        """Return the closure for one member."""
+        """Return the closure for one of the optimizers.
+
+        It returns the stored loss at its first call. UsageError at a second call, and if a weight
+        or gradient of this optimizer has changed.
+        """
         param_ids = {id(p) for group in member.param_groups for p in group["params"]}
-        seen = [(p, p._version, gradient) for p, gradient in self.gradients if id(p) in param_ids]
-        calls = [0]
+        # torch raises `_version` of a tensor at each in-place change
+        before = [(p, p._version, gradient) for p, gradient in self.gradients if id(p) in param_ids]
+        was_called = False
 
         def closure() -> Any:
-            calls[0] += 1
-            moved = any(p._version != v or p.grad is not g for p, v, g in seen)
-            if calls[0] > 1 or moved:
+            nonlocal was_called
+            is_changed = any(p._version != version or p.grad is not g for p, version, g in before)
+            if was_called or is_changed:
                 raise UsageError(
                     f"{type(member).__name__} computes the loss several times in a step, or at "
                     "other weights, which is not possible together with other optimizers",
                     hint="use it as the only optimizer, or use AdamW",
                 )
+            was_called = True
             return self.loss
 
         return closure

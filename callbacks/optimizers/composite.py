@@ -101,14 +101,18 @@ class CompositeOptimizer(Optimizer):
     is_composite = True  # strategies ask for it: they treat each member by itself
 
     def __init__(self, optimizers: Sequence[Optimizer], labels: Sequence[str] = ()) -> None:
-        """Join optimizers without common parameters; `labels` has one log label for each group."""
+        """Join optimizers without common parameters; `labels` has one log label for each group.
+
+        The lists of this object are changed in place only: Lightning's wrapper of an optimizer
+        shares them, and calls these methods with itself as `self`.
+        """
         # Optimizer.__init__ would create groups and states, but the members have them
         super().__setstate__({"defaults": _common_defaults(optimizers)})
         self._warned_capturable_if_run_uncaptured = True
         self.optimizers = list(optimizers)
-        # Lightning's wrapper calls these methods with itself as `self`, so lists change in place
+        # index in `optimizers` for each group
         self._group_owners = [
-            m for m, optimizer in enumerate(self.optimizers) for _ in optimizer.param_groups
+            index for index, member in enumerate(self.optimizers) for _ in member.param_groups
         ]
         self._returned_groups: list[ParamGroup] = []  # the list that `param_groups` returns
         # a copy of that list; a difference shows that a caller changed it
@@ -118,10 +122,11 @@ class CompositeOptimizer(Optimizer):
         # groups from one `add_param_group`; a new lr of the last group applies to all
         self._joint_groups: list[list[ParamGroup]] = []
         self._last_lrs: dict[int, Any] = {}  # lr of those groups by id, after the last step
-        self._stateless: list[Tensor] = []  # parameters without a gradient so far
+        # parameters without a gradient so far, for which members have created no state
+        self._params_without_state: list[Tensor] = []
         self.schedule_free: list[Optimizer] = []  # schedule-free members (two sets of weights)
         self._state_checked = False  # whether the states were checked to be serializable
-        self._track_stateless(self.param_groups)
+        self._add_params_without_state(self.param_groups)
 
     @property
     def param_groups(self) -> list[ParamGroup]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -188,21 +193,7 @@ class CompositeOptimizer(Optimizer):
                 ["a dict"],
                 hint="pass {'params': [...]}",
             )
-        raw_params = param_group["params"]
-        if isinstance(raw_params, set):
-            raise UsageTypeError(
-                "add_param_group: param_group['params'] is a set, which has no order",
-                ["a list of tensors"],
-                hint="pass a list",
-            )
-        raw_params = [raw_params] if isinstance(raw_params, Tensor) else list(raw_params)
-        parameters = [p[1] if isinstance(p, tuple) else p for p in raw_params]
-        if non_tensors := [type(p).__name__ for p in parameters if not isinstance(p, Tensor)]:
-            raise UsageTypeError(
-                f"add_param_group: param_group['params'] contains a {non_tensors[0]}",
-                ["tensors"],
-                hint="pass a list of tensors",
-            )
+        parameters = _list_params(param_group)
         grouped_ids = {id(p) for group in self.param_groups for p in group["params"]}
         if any(id(p) in grouped_ids for p in parameters):
             raise UsageError(
@@ -210,18 +201,19 @@ class CompositeOptimizer(Optimizer):
                 hint="remove the parameters that are trained already",
             )
         settings = {k: v for k, v in param_group.items() if k not in ("params", "param_names")}
-        first = len(self._group_owners)
+        num_groups_before = len(self._group_owners)
         for routed in self._route_params(parameters, settings):
             if not any(routed.optimizer is member for member in self.optimizers):
                 self.optimizers.append(routed.optimizer)
             for group in routed.groups:
                 routed.optimizer.add_param_group(group)
             self._register_groups(routed.label)
-        added = self.param_groups[first:]
-        self._track_stateless(added)
+        added = self.param_groups[num_groups_before:]
+        self._add_params_without_state(added)
         if len(added) > 1:
             self._joint_groups.append(added)
             self._last_lrs |= {id(group): group.get("lr") for group in added}
+        # as in torch, the caller's dict gets the settings that apply
         param_group.clear()
         param_group |= added[-1] if added else {"params": []}
 
@@ -245,36 +237,49 @@ class CompositeOptimizer(Optimizer):
                 del self._group_owners[last], self.labels[last]
 
     def _assign_groups(self, groups: list[ParamGroup]) -> None:
-        """Assign each group to the member that has its parameters."""
+        """Replace the param groups of all members by these, after a caller changed the list.
+
+        A group goes to the member that has one of its parameters so far. A group with new
+        parameters only is added by `add_param_group`.
+        """
+        # undo the caller's change, so that `param_groups` does not call this method again
         self._returned_groups[:] = self._last_groups
-        owner_of = {
-            id(p): (number, label)
-            for number, label, group in zip(
-                self._group_owners, self.labels, self._last_groups or self.param_groups, strict=True
+        previous_groups = self._last_groups or self.param_groups
+        owner_and_label = {
+            id(p): (owner, label)
+            for owner, label, group in zip(
+                self._group_owners, self.labels, previous_groups, strict=True
             )
             for p in group["params"]
         }
-        kept = [g for g in groups if any(id(p) in owner_of for p in g["params"])]
-        destinations = [
-            next(owner_of[id(p)] for p in g["params"] if id(p) in owner_of) for g in kept
-        ]
-        for number, member in enumerate(self.optimizers):
+        known_groups: list[ParamGroup] = []
+        owners: list[int] = []  # index of the member for each known group
+        labels: list[str] = []
+        for group in groups:
+            known_ids = [id(p) for p in group["params"] if id(p) in owner_and_label]
+            if known_ids:
+                owner, label = owner_and_label[known_ids[0]]
+                known_groups.append(group)
+                owners.append(owner)
+                labels.append(label)
+        for index, member in enumerate(self.optimizers):
             member.param_groups[:] = [
-                g for g, (owner, _) in zip(kept, destinations, strict=True) if owner == number
+                group for group, owner in zip(known_groups, owners, strict=True) if owner == index
             ]
-        self._group_owners[:] = [owner for owner, _ in destinations]
-        self.labels[:] = [label for _, label in destinations]
+        self._group_owners[:] = owners
+        self.labels[:] = labels
         self._joint_groups.clear()
+        # `param_groups` fills these two again
         self._returned_groups.clear()
         self._last_groups.clear()
         for group in groups:
-            if group["params"] and not any(group is other for other in kept):
+            if group["params"] and not any(group is known for known in known_groups):
                 self.add_param_group({**group})
-        self._stateless.clear()
-        self._track_stateless(self.param_groups)
+        self._params_without_state.clear()
+        self._add_params_without_state(self.param_groups)
 
-    def _track_stateless(self, groups: list[ParamGroup]) -> None:
-        self._stateless += [p for group in groups for p in group["params"]]
+    def _add_params_without_state(self, groups: list[ParamGroup]) -> None:
+        self._params_without_state += [p for group in groups for p in group["params"]]
 
     def drop_remote_params(self) -> None:
         """Drop parameters of other pipeline ranks and keep the group structure."""
@@ -283,7 +288,9 @@ class CompositeOptimizer(Optimizer):
             group["params"] = [p for p in group["params"] if not getattr(p, "is_remote", False)]
             for p in remote:
                 self.state.pop(p, None)
-        self._stateless[:] = [p for p in self._stateless if not getattr(p, "is_remote", False)]
+        self._params_without_state[:] = [
+            p for p in self._params_without_state if not getattr(p, "is_remote", False)
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes for a copy, without `step` and `router`."""
@@ -310,45 +317,54 @@ class CompositeOptimizer(Optimizer):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         groups = self.param_groups
-        packed = []
+        packed_states = []
         for member in self.optimizers:
             with wrap_optimizer_errors(member, "when its state was saved"):
-                packed.append(pack_state(member))
-        queues = [iter(packed_state.groups) for packed_state in packed]
-        numbers: list[list[int]] = [[] for _ in self.optimizers]  # flat numbers of its parameters
-        flat: list[ParamGroup] = []
-        count = 0
-        for owner in self._group_owners:
-            group = next(queues[owner])
-            size = len(group["params"])
-            group["params"] = list(range(count, count + size))
-            numbers[owner] += group["params"]
-            count += size
-            flat.append(group)
-        state: dict[int, Any] = {}
-        for number, packed_state in zip(numbers, packed, strict=True):
-            # a member numbers its parameters in the order of its own groups
-            state |= {number[i]: values for i, values in packed_state.state.items()}
-        stateless = {id(p) for p in self._stateless}
-        standard_owners = {
-            m for m, packed_state in enumerate(packed) if "whole" not in packed_state.extra
-        }
-        for owner, saved, group in zip(self._group_owners, flat, groups, strict=True):
-            if owner in standard_owners:
-                shards = vars(self.optimizers[owner]).get(
-                    "_shards"
-                )  # another rank may have the state
-                for i, p in zip(saved["params"], group["params"], strict=True):
-                    is_local = shards is None or shards.keeps_state_of(p)
-                    if i not in state and id(p) not in stateless and is_local:
-                        state[i] = _empty_state()
-        result: dict[str, Any] = {"state": state, "param_groups": flat}
-        if any(packed_state.extra for packed_state in packed):
-            result["members"] = [packed_state.extra for packed_state in packed]
+                packed_states.append(pack_state(member))
+        state, saved_groups = self._number_params(packed_states)
+        ids_without_state = {id(p) for p in self._params_without_state}
+        for owner, saved_group, group in zip(self._group_owners, saved_groups, groups, strict=True):
+            if "whole" in packed_states[owner].extra:
+                continue  # the member's state is not by parameter
+            shards = vars(self.optimizers[owner]).get("_shards")  # under ZeRO-1
+            for number, p in zip(saved_group["params"], group["params"], strict=True):
+                is_on_this_rank = shards is None or shards.keeps_state_of(p)
+                if number not in state and id(p) not in ids_without_state and is_on_this_rank:
+                    # the optimizer, such as plain SGD, keeps no state
+                    state[number] = _empty_state()
+        result: dict[str, Any] = {"state": state, "param_groups": saved_groups}
+        if any(packed_state.extra for packed_state in packed_states):
+            result["members"] = [packed_state.extra for packed_state in packed_states]
         for hook in self._optimizer_state_dict_post_hooks.values():
             changed = hook(self, result)
             result = result if changed is None else changed
         return result
+
+    def _number_params(
+        self, packed_states: list[PackedState]
+    ) -> tuple[dict[int, Any], list[ParamGroup]]:
+        """Join the members' states and groups, with parameters numbered over all groups.
+
+        Args:
+            packed_states: of each member, which numbers its parameters in the order of its groups.
+
+        Returns:
+            The states by the new numbers, and the groups, whose `params` are these numbers.
+        """
+        remaining_groups = [iter(packed_state.groups) for packed_state in packed_states]
+        new_numbers: list[list[int]] = [[] for _ in packed_states]  # by the member's own number
+        groups: list[ParamGroup] = []
+        num_params = 0
+        for owner in self._group_owners:
+            group = next(remaining_groups[owner])
+            first, num_params = num_params, num_params + len(group["params"])
+            group["params"] = list(range(first, num_params))
+            new_numbers[owner] += group["params"]
+            groups.append(group)
+        state: dict[int, Any] = {}
+        for numbers, packed_state in zip(new_numbers, packed_states, strict=True):
+            state |= {numbers[i]: values for i, values in packed_state.state.items()}
+        return state, groups
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load each member's part with its own `load_state_dict`.
@@ -362,23 +378,11 @@ class CompositeOptimizer(Optimizer):
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         self._check_groups(state_dict["param_groups"])
-        extras = state_dict.get("members") or [{} for _ in self.optimizers]
-        groups: list[list[ParamGroup]] = [[] for _ in self.optimizers]
-        state: list[dict[int, Any]] = [{} for _ in self.optimizers]
-        counts = [0 for _ in self.optimizers]
-        for owner, saved in zip(self._group_owners, state_dict["param_groups"], strict=True):
-            first = counts[owner]
-            counts[owner] += len(saved["params"])
-            for number, key in enumerate(saved["params"], first):
-                values = state_dict["state"].get(key)
-                if values and not _is_empty_state(values):
-                    state[owner][number] = values
-            groups[owner].append({**saved, "params": list(range(first, counts[owner]))})
-        per_optimizer = zip(self.optimizers, groups, state, extras, strict=True)
-        for member, own_groups, own_state, extra in per_optimizer:
+        packed_states = self._split_by_member(state_dict)
+        for member, packed_state in zip(self.optimizers, packed_states, strict=True):
             try:
                 with wrap_optimizer_errors(member, "when its state was loaded"):
-                    unpack_state(member, PackedState(own_groups, own_state, extra))
+                    unpack_state(member, packed_state)
             except LookupError as error:
                 name = type(member).__name__
                 raise CheckpointError(
@@ -387,22 +391,40 @@ class CompositeOptimizer(Optimizer):
                     hint="resume with the optimizer of that run, or start a new run from the "
                     "weights with Pretrained(path)",
                 ) from error
+        # the members have new dicts for their groups; `param_groups` fills these two again
         self._last_groups.clear()
         self._returned_groups.clear()
         self._last_lrs |= {id(g): g.get("lr") for groups in self._joint_groups for g in groups}
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
+    def _split_by_member(self, state_dict: dict[str, Any]) -> list[PackedState]:
+        """Return each member's groups and states, with its parameters numbered from 0."""
+        extras = state_dict.get("members") or [{} for _ in self.optimizers]
+        packed_states = [
+            PackedState(groups=[], state={}, extra=extra)
+            for _, extra in zip(self.optimizers, extras, strict=True)
+        ]
+        num_params = [0 for _ in self.optimizers]  # of each member so far
+        for owner, saved_group in zip(self._group_owners, state_dict["param_groups"], strict=True):
+            first = num_params[owner]
+            num_params[owner] += len(saved_group["params"])
+            own_numbers = list(range(first, num_params[owner]))
+            packed_states[owner].groups.append({**saved_group, "params": own_numbers})
+            for own_number, number in zip(own_numbers, saved_group["params"], strict=True):
+                values = state_dict["state"].get(number)
+                if values and not _is_empty_state(values):
+                    packed_states[owner].state[own_number] = values
+        return packed_states
+
     def _check_groups(self, saved: list[ParamGroup]) -> None:
+        """Raise UsageError if the groups have other numbers of parameters than the saved ones."""
         current_sizes = [len(group["params"]) for group in self.param_groups]
         saved_sizes = [len(group["params"]) for group in saved]
         if current_sizes != saved_sizes:
-            more = len(saved_sizes) > len(current_sizes)
-            reason = (
-                "; parameters that were added during that run are missing in this run"
-                if more
-                else ""
-            )
+            reason = ""
+            if len(saved_sizes) > len(current_sizes):
+                reason = "; parameters that were added during that run are missing in this run"
             raise UsageError(
                 f"the saved optimizer has groups of {saved_sizes} parameters, and this optimizer "
                 f"has groups of {current_sizes}{reason}",
@@ -418,49 +440,66 @@ class CompositeOptimizer(Optimizer):
         the loss is computed once; members that take a closure get one that returns this loss.
         """
         groups = self.param_groups
-        self._sync_lrs()
+        self._copy_lrs_to_joint_groups()
         if closure is not None and len(self.optimizers) == 1 and takes_closure(self.optimizers[0]):
-            loss = self._step_single(closure, groups)
+            loss = self._step_single_member(closure, groups)
         else:
-            loss = None
-            if closure is not None:
-                with torch.enable_grad():
-                    loss = closure()
-            if _has_gradient(groups):
-                again = None if closure is None else LossOnlyClosure(loss, groups)
-                for member in self.optimizers:
-                    with wrap_optimizer_errors(member):
-                        if again is not None and takes_closure(member):
-                            member.step(closure=again.for_optimizer(member))
-                        else:
-                            member.step()
-        if self._stateless:
-            self._stateless[:] = [p for p in self._stateless if p.grad is None]
-        if not self._state_checked:
+            loss = self._step_members(closure, groups)
+        if self._params_without_state:
+            # a member has created state for those that have a gradient now
+            self._params_without_state[:] = [
+                p for p in self._params_without_state if p.grad is None
+            ]
+        if not self._state_checked:  # once, at the first step with a gradient
             self._check_serializable_state()
         return loss
 
-    def _step_single(self, closure: Callable[[], Any], groups: list[ParamGroup]) -> Any:
-        (member,) = self.optimizers
-        needed, raised, loss = needs_closure(member), [], [None]
+    def _step_members(self, closure: Callable[[], Any] | None, groups: list[ParamGroup]) -> Any:
+        """Compute the loss once, step every member if there is a gradient, return the loss."""
+        loss = None
+        loss_only_closure = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+            loss_only_closure = LossOnlyClosure(loss, groups)
+        if _has_gradient(groups):
+            for member in self.optimizers:
+                with wrap_optimizer_errors(member):
+                    if loss_only_closure is not None and takes_closure(member):
+                        member.step(closure=loss_only_closure.for_optimizer(member))
+                    else:
+                        member.step()
+        return loss
 
-        def counting_closure() -> Any:
+    def _step_single_member(self, closure: Callable[[], Any], groups: list[ParamGroup]) -> Any:
+        """Step the only member, which calls the closure itself, and return the loss.
+
+        If its first call gives no gradient, the step ends before it changes a weight. A member that
+        cannot step without a closure steps in any case.
+        """
+        (member,) = self.optimizers
+        must_step = needs_closure(member)
+        closure_errors: list[BaseException] = []
+        loss: Any = None
+
+        def closure_for_member() -> Any:
+            nonlocal loss
             try:
                 with torch.enable_grad():
-                    loss[0] = closure()
+                    loss = closure()
             except BaseException as error:
-                raised.append(error)
+                closure_errors.append(error)
                 raise
-            if not needed and not _has_gradient(groups):
+            if not must_step and not _has_gradient(groups):
                 raise _NoGradient
-            return loss[0]
+            return loss
 
         try:
-            return member.step(closure=counting_closure)
+            return member.step(closure=closure_for_member)
         except _NoGradient:
-            return loss[0]
+            return loss
         except Exception as error:
-            if any(error is raised_error for raised_error in raised):
+            if any(error is closure_error for closure_error in closure_errors):
                 raise  # raised by the module or a callback, not by the optimizer
             with wrap_optimizer_errors(member):
                 raise
@@ -481,11 +520,15 @@ class CompositeOptimizer(Optimizer):
                     exit_status=1,
                 )
 
-    def _sync_lrs(self) -> None:
-        """Apply a new lr of the last group from one `add_param_group` to the other groups of it."""
+    def _copy_lrs_to_joint_groups(self) -> None:
+        """Apply a new lr of the last group from one `add_param_group` to the other groups of it.
+
+        A group with another lr keeps its ratio to the last one. A group whose own lr was set since
+        the last step keeps it.
+        """
         for groups in self._joint_groups:
-            lead = groups[-1]
-            old, new = self._last_lrs[id(lead)], lead.get("lr")
+            last_group = groups[-1]
+            old, new = self._last_lrs[id(last_group)], last_group.get("lr")
             for group in groups[:-1]:
                 group_lr = group.get("lr")
                 if type(new) is float and new != old and group_lr == self._last_lrs[id(group)]:
@@ -509,6 +552,30 @@ def _is_same_list(left: list[ParamGroup], right: list[ParamGroup]) -> bool:
     return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))
 
 
+def _list_params(param_group: ParamGroup) -> list[Tensor]:
+    """Return the tensors of `param_group["params"]`: a tensor, tensors or (name, tensor) pairs.
+
+    Raises:
+        UsageTypeError: they are a set, or not tensors.
+    """
+    raw_params = param_group["params"]
+    if isinstance(raw_params, set):
+        raise UsageTypeError(
+            "add_param_group: param_group['params'] is a set, which has no order",
+            ["a list of tensors"],
+            hint="pass a list",
+        )
+    raw_params = [raw_params] if isinstance(raw_params, Tensor) else list(raw_params)
+    parameters = [p[1] if isinstance(p, tuple) else p for p in raw_params]
+    if non_tensors := [type(p).__name__ for p in parameters if not isinstance(p, Tensor)]:
+        raise UsageTypeError(
+            f"add_param_group: param_group['params'] contains a {non_tensors[0]}",
+            ["tensors"],
+            hint="pass a list of tensors",
+        )
+    return parameters
+
+
 def _common_defaults(members: Sequence[Optimizer]) -> dict[str, Any]:
     """Return the defaults that all members have, which schedulers such as OneCycleLR read.
 
@@ -527,9 +594,9 @@ def _has_gradient(groups: Iterable[ParamGroup]) -> bool:
 
 
 def _empty_state() -> dict[str, Any]:
-    """Return a placeholder, as torch.distributed.checkpoint refuses parameters without state.
+    """Return a placeholder for a parameter whose optimizer keeps no state, such as plain SGD.
 
-    Plain SGD has no state.
+    torch.distributed.checkpoint refuses parameters without state.
     """
     return {"step": torch.zeros(())}
 

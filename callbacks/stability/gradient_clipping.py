@@ -45,47 +45,56 @@ def global_norm(
 ) -> Tensor:
     """Return the global norm of all gradients, shape (), on their device, equal on every rank.
 
-    It is float64 if a gradient is, else float32; 0 if there are no gradients. In a pipeline each
-    stage has its own gradients; another stage counts those in `excluded`. With ZeRO-1 each rank has
-    only the gradients that it owns: `owned` is the process group and a parameter of the widest
-    dtype. Gradients that are sharded over ranks of that group (experts) have no single owner.
+    It is float64 if a gradient is, else float32; 0 if there are no gradients. Gradients that are
+    sharded alike (DTensor) are summed together, with one all-reduce for each sharded mesh axis.
+
+    Args:
+        gradients: those of this rank; called on all ranks.
+        pipeline: the strategy's pipeline, if its stages have different gradients.
+        excluded: gradients that another pipeline stage counts.
+        owned: with ZeRO-1, where a rank has only the gradients that it owns: the process group of
+            the owners, and a parameter of the widest dtype. Gradients that are sharded over ranks
+            of that group (experts) have no single owner.
     """
     if not gradients and pipeline is None and owned is None:
         return torch.zeros(())
-    reference = (
-        gradients[0] if gradients else next(pipeline.module.parameters()) if pipeline else None
-    )
-    reference = reference if owned is None else owned[1]
-    assert reference is not None
-    exact = any(g.dtype in (torch.float64, torch.complex128) for g in [*gradients, reference])
-    dtype = torch.float64 if exact else torch.float32
-    gradients = [g for g in gradients if not any(g is other for other in excluded)]
-    squares: dict[Any, list[Tensor]] = {}
+    owner_group = None
+    # a rank may have no gradient; this tensor tells it device and dtype
+    if owned is not None:
+        owner_group, reference = owned
+    else:
+        reference = gradients[0] if gradients else next(pipeline.module.parameters())
+    is_double = any(t.dtype in (torch.float64, torch.complex128) for t in [*gradients, reference])
+    dtype = torch.float64 if is_double else torch.float32
+    shards_by_layout: dict[Any, list[Tensor]] = {}  # None: not sharded
     for gradient in gradients:
-        key = None
+        if any(gradient is other for other in excluded):
+            continue
+        layout = None
         if isinstance(gradient, DTensor):
             axes = tuple(i for i, p in enumerate(gradient.placements) if not p.is_replicate())
-            key = (gradient.device_mesh, axes)
-        squares.setdefault(key, []).append(_as_real(gradient))
+            layout = (gradient.device_mesh, axes)
+        shards_by_layout.setdefault(layout, []).append(_as_real(gradient))
     total = torch.zeros((), dtype=dtype, device=to_local(reference).device)
-    without_owner = torch.zeros_like(total)  # equal on all ranks of the group of owners
-    for key, shards in squares.items():
+    total_without_owner = torch.zeros_like(total)  # equal on all ranks of the group of owners
+    for layout, shards in shards_by_layout.items():
         # float32 also for bfloat16 gradients, because a sum of squares needs the precision
         norms = torch.stack(_foreach_norm(shards, 2, dtype=dtype))
         square = norms.square().sum()
-        if key is not None:
-            mesh, axes = key
-            for axis in axes:
-                all_reduce(square, group=mesh.get_group(axis))
-            if owned is not None and _shares_ranks([mesh.get_group(a) for a in axes], owned[0]):
-                without_owner = without_owner + square
+        if layout is not None:
+            mesh, axes = layout
+            mesh_groups = [mesh.get_group(axis) for axis in axes]
+            for mesh_group in mesh_groups:
+                all_reduce(square, group=mesh_group)
+            if owner_group is not None and _shares_ranks(mesh_groups, owner_group):
+                total_without_owner = total_without_owner + square
                 continue
         total = total + square
     if pipeline is not None:
         all_reduce(total, group=pipeline.group)
-    if owned is not None:
-        all_reduce(total, group=owned[0])
-    return (total + without_owner).sqrt()
+    if owner_group is not None:
+        all_reduce(total, group=owner_group)
+    return (total + total_without_owner).sqrt()
 
 
 def _shares_ranks(groups: Sequence[ProcessGroup], other: ProcessGroup) -> bool:
@@ -111,15 +120,11 @@ def clip_by_norm(gradients: Sequence[Tensor], max_norm: float, *norm_args: Any) 
     """
     norm = global_norm(gradients, *norm_args)
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    if gradients:
-        local_gradients = [to_local(gradient) for gradient in gradients]
-        _foreach_mul_(
-            [
-                local_gradient._values() if local_gradient.is_sparse else local_gradient
-                for local_gradient in local_gradients
-            ],
-            scale,
-        )
+    local_gradients = [to_local(gradient) for gradient in gradients]
+    # of a sparse gradient, the memory of its stored rows
+    memories = [grad._values() if grad.is_sparse else grad for grad in local_gradients]
+    if memories:
+        _foreach_mul_(memories, scale)
     return norm
 
 
@@ -155,7 +160,14 @@ class GradientClipping(Callback):
         max_value: float | None = None,
         patience: int | None = None,
     ) -> None:
-        """Check and set the bound and the patience."""
+        """Check and set the bound and the patience.
+
+        Args:
+            max_norm: largest global norm; 1.0 if neither bound is given.
+            max_value: largest absolute value of each element, instead of max_norm.
+            patience: number of steps in a row with a norm that is not finite, after which the run
+                stops; 0 for no check. None for 10 on a CPU, and 0 on an accelerator.
+        """
         if max_norm is not None and max_value is not None:
             raise UsageError(
                 f"GradientClipping: max_norm={max_norm} and max_value={max_value} exclude each "
@@ -185,7 +197,8 @@ class GradientClipping(Callback):
         self.skipped_steps = SkippedSteps()
         self._saved_counts: dict[str, int] = {}  # of a checkpoint
         self._norm: Tensor | None = None  # of this step, until it is logged
-        self._num_clipped, self._num_steps = torch.zeros(()), 0  # since the last log line
+        # counts since the last log line; a tensor needs no read by the host
+        self._num_clipped, self._num_steps = torch.zeros(()), 0
 
     def __str__(self) -> str:
         """Return the callback with its bound, for messages."""
@@ -222,6 +235,7 @@ class GradientClipping(Callback):
                 "GradientClipping() from Trainer(callbacks=...)",
             )
 
+        # Lightning calls this function instead of the module's method
         def configure_gradient_clipping(
             module: L.LightningModule,
             optimizer: Optimizer,
@@ -230,6 +244,7 @@ class GradientClipping(Callback):
         ) -> None:
             self._clip(trainer, optimizer)
 
+        # ZeRO-1 asks for this: a rank may have only the gradients that it owns
         configure_gradient_clipping.takes_partial_gradients = True  # type: ignore[attr-defined]
         override_hook(
             trainer, pl_module, "configure_gradient_clipping", configure_gradient_clipping, self
@@ -285,40 +300,52 @@ class GradientClipping(Callback):
         self._norm = None
 
     def _clip(self, trainer: L.Trainer, optimizer: Optimizer) -> None:
+        """Clip the gradients of the optimizer's parameters in place, and count the step.
+
+        The norm is stored for the log. A step whose norm is not finite is skipped, if `patience`
+        says so.
+        """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for p in parameters:  # sum the rows of an index that occurs twice in a sparse gradient
             if p.grad is not None and p.grad.is_sparse and not p.grad.is_coalesced():
                 p.grad = p.grad.coalesce()
         gradients = [p.grad for p in parameters if p.grad is not None]
         pipeline = getattr(trainer.strategy, "pipeline", None)
-        group = getattr(trainer.strategy, "zero1_group", None)
-        if not gradients and pipeline is None and group is None:
+        owner_group = getattr(trainer.strategy, "zero1_group", None)
+        if not gradients and pipeline is None and owner_group is None:
             return
-        duplicated: list[Tensor] = []
-        if pipeline is not None:
-            duplicated = [p.grad for p in pipeline.duplicated_params() if p.grad is not None]
-        wide_params = [p for p in parameters if p.dtype in (torch.float64, torch.complex128)]
-        norm_args = (
-            pipeline,
-            duplicated,
-            None if group is None else (group, (wide_params or parameters)[0]),
-        )
+        excluded: list[Tensor] = []
+        if pipeline is not None:  # parameters that several stages have are counted once
+            excluded = [p.grad for p in pipeline.duplicated_params() if p.grad is not None]
+        owned = None
+        if owner_group is not None:
+            wide_params = [p for p in parameters if p.dtype in (torch.float64, torch.complex128)]
+            owned = (owner_group, (wide_params or parameters)[0])
+        norm_args = (pipeline, excluded, owned)  # arguments of `global_norm` after the gradients
         if self.max_norm is not None:
-            self._norm = norm = clip_by_norm(gradients, self.max_norm, *norm_args)
-            clipped = norm > self.max_norm
+            norm = clip_by_norm(gradients, self.max_norm, *norm_args)
+            is_clipped = norm > self.max_norm
         else:
-            self._norm = norm = clip_by_value(gradients, self.max_value or 0.0, *norm_args)
-            clipped = global_norm(gradients, *norm_args) < norm
-        self._num_clipped, self._num_steps = clipped + self._num_clipped, self._num_steps + 1
+            norm = clip_by_value(gradients, self.max_value or 0.0, *norm_args)
+            is_clipped = global_norm(gradients, *norm_args) < norm
+        self._norm = norm
+        self._num_clipped = is_clipped + self._num_clipped  # a tensor: no read by the host
+        self._num_steps += 1
         default_patience = 10 if norm.device.type == "cpu" else 0
         patience = default_patience if self.patience is None else self.patience
         scaler = getattr(trainer.precision_plugin, "scaler", None)  # skips such steps by itself
         if patience and scaler is None:
-            self._skip_step(bool(norm.isfinite()), parameters, patience, trainer.global_step)
+            self._skip_if_not_finite(norm, parameters, patience, trainer.global_step)
 
-    def _skip_step(
-        self, is_finite: bool, parameters: list[Tensor], patience: int, step: int
+    def _skip_if_not_finite(
+        self, norm: Tensor, parameters: list[Tensor], patience: int, step: int
     ) -> None:
+        """Count the step; if the norm is not finite, remove the gradients, so that it is skipped.
+
+        Raises:
+            NonFiniteError: this is skipped step number `patience` in a row.
+        """
+        is_finite = bool(norm.isfinite())  # the host waits for the device here
         self.skipped_steps.count(is_finite)
         if is_finite:
             return

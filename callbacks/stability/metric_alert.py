@@ -34,17 +34,20 @@ class MetricAlert(OptimizerStepCallback):
         min_value: dict[str, float] | None = None,
         min_fraction_of_first: dict[str, float] | None = None,
     ) -> None:
-        """Set the bounds, and start without an active alert."""
-        self.requested = {
-            *(min_value or {}),
-            *(min_fraction_of_first or {}),
-        }  # these must be logged, defaults need not
+        """Set the bounds, and start without an active alert.
+
+        Args:
+            min_value: smallest value by metric.
+            min_fraction_of_first: smallest fraction of the first value by metric.
+        """
+        # all of these must be logged; of the defaults, one is enough
+        self.requested = {*(min_value or {}), *(min_fraction_of_first or {})}
         if min_value is None and min_fraction_of_first is None:
             min_value, min_fraction_of_first = DEFAULT_MIN_VALUES, DEFAULT_MIN_FRACTIONS
         self.min_value, self.min_fraction_of_first = min_value or {}, min_fraction_of_first or {}
-        self.first_values: dict[str, float] = {}
-        self.events: list[dict[str, Any]] = []  # step, metric, value, bound
-        self.active: list[str] = []
+        self.first_values: dict[str, float] = {}  # by metric
+        self.events: list[dict[str, Any]] = []  # past alerts: step, metric, value, bound
+        self.active: list[str] = []  # metrics that are below their bound
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Add RunChecks, which looks for the metrics before the first step."""
@@ -79,13 +82,20 @@ class MetricAlert(OptimizerStepCallback):
     def on_optimizer_step_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any
     ) -> None:
-        """Check the metrics after the first step, and every log interval."""
-        if self.first_values and self.step % get_log_interval(trainer):
+        """Check the metrics after the first step, and every log interval.
+
+        The base class calls it after each optimizer step and counts the steps in `self.step`.
+
+        Raises:
+            UsageError: the module does not log a requested metric, or logs none of the defaults.
+        """
+        is_log_step = self.step % get_log_interval(trainer) == 0
+        if self.first_values and not is_log_step:
             return
         metrics = trainer.callback_metrics
         watched = {*self.min_value, *self.min_fraction_of_first}
         values = {name: float(metrics[name]) for name in sorted(watched & metrics.keys())}
-        missing = watched if not values else self.requested - values.keys()
+        missing = self.requested - values.keys() if values else watched
         if missing:
             name = type(pl_module).__name__
             logged = sorted(metrics)
@@ -98,22 +108,22 @@ class MetricAlert(OptimizerStepCallback):
                 else "remove MetricAlert() from Trainer(callbacks=...)",
                 flag=f"--trainer.callbacks.min_value='{{{near}: 0.5}}'" if near else "",
             )
-        self.first_values = values | self.first_values
+        self.first_values = values | self.first_values  # earlier values are kept
         for name, value in values.items():
             self._check_metric(pl_module, name, value)
 
     def _check_metric(self, module: L.LightningModule, name: str, value: float) -> None:
+        """Compare a metric with its bound; print a line when it falls below, or has recovered."""
         min_fraction = self.min_fraction_of_first.get(name)
-        bound = self.min_value.get(
-            name, 0.0 if min_fraction is None else min_fraction * self.first_values[name]
-        )
+        bound = 0.0 if min_fraction is None else min_fraction * self.first_values[name]
+        bound = self.min_value.get(name, bound)
         if value >= bound:
             if name in self.active:
                 self.active.remove(name)
                 module.print(f"step {self.step}: {name} has recovered: {value:.3g}")
             return
         if name in self.active:
-            return
+            return  # reported when it fell below
         self.active.append(name)
         self.events.append({"step": self.step, "metric": name, "value": value, "bound": bound})
         first_value_note = (

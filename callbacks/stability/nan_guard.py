@@ -120,30 +120,39 @@ class NaNGuard(Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Decide equally on all ranks; here gradients are summed, unscaled and not yet clipped."""
+        """Skip the step if a loss or gradient of any rank is not finite; raise after too many.
+
+        Lightning calls it with gradients that are summed, unscaled and not yet clipped. All ranks
+        decide equally.
+
+        Raises:
+            NonFiniteError: `max_skips` steps were skipped before.
+        """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        loss, self._losses_finite = self._losses_finite, None
+        losses_finite = self._losses_finite
+        self._losses_finite = None  # the next step has other losses
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         gradients = [p.grad for p in parameters if p.grad is not None]
-        finite = _all_finite(loss, gradients, scaler)
-        ranks = trainer.world_size if dist.is_initialized() else 1
-        if ranks > 1:
+        finite = _all_finite(losses_finite, gradients, scaler)
+        num_ranks = trainer.world_size if dist.is_initialized() else 1
+        if num_ranks > 1:
             finite = finite.to(pl_module.device, torch.int32)
             dist.all_reduce(finite, dist.ReduceOp.MIN)
-        self._skipped_steps.count(is_finite := bool(finite))  # the only read by the host
+        is_finite = bool(finite)  # the only read by the host
+        self._skipped_steps.count(is_finite)
         if is_finite:
             return
         named = ((f"the gradient of {n}", p.grad) for n, p in pl_module.named_parameters())
         non_finite_name = first_non_finite((name, grad) for name, grad in named if grad is not None)
-        if loss is not None and not bool(loss):
+        if losses_finite is not None and not bool(losses_finite):
             non_finite_name = "the loss"
-        if ranks > 1:  # take the name from the first rank that has one
-            gathered_names: list[str | None] = [None] * ranks
+        if num_ranks > 1:  # take the name from the first rank that has one
+            gathered_names: list[str | None] = [None] * num_ranks
             dist.all_gather_object(gathered_names, non_finite_name)
             non_finite_name = next(filter(None, gathered_names), None)
         where = f"{non_finite_name or 'a gradient'} is not finite at step {trainer.global_step}"
         for parameter in parameters:
-            parameter.grad = None
+            parameter.grad = None  # optimizers skip parameters without a gradient
         self.num_skipped += 1
         if self.num_skipped > self.max_skips:
             raise NonFiniteError(

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch.distributed as dist
@@ -44,6 +44,18 @@ StepPosition = tuple[int, int, int]  # epoch, number of batches begun, state of 
 STEP_BEGUN, STEP_DONE, LOADER_ENDED = range(3)
 
 
+class _Report(NamedTuple):
+    """A rank's report to rank 0, stored as a JSON list."""
+
+    number: int  # rises with each report
+    epoch: int
+    num_batches: int  # batches begun in the epoch
+    state: int  # STEP_BEGUN, STEP_DONE or LOADER_ENDED
+    waiting_s: float  # seconds that the rank has waited in one collective; 0 if in none
+    is_busy: bool  # whether the rank computes, or is in a debugger
+    call_text: str  # its innermost call
+
+
 class RankWatchdog(Callback):
     """End the job with status 1 and one line that names the rank, if ranks would hang.
 
@@ -58,7 +70,11 @@ class RankWatchdog(Callback):
     """
 
     def __init__(self, limit_s: float = 300) -> None:
-        """Set the limit."""
+        """Set the limit.
+
+        Args:
+            limit_s: seconds that ranks may wait in a collective for a rank that is outside it.
+        """
         if limit_s <= 0:
             raise UsageError(
                 f"RankWatchdog: limit_s={limit_s} is not a positive time",
@@ -67,10 +83,10 @@ class RankWatchdog(Callback):
                 flag="--trainer.callbacks.limit_s=300",
             )
         self.limit_s = limit_s
-        self._group: Any = None
-        self._store: Any = None
+        self._group: Any = None  # process group on the CPU; None without several ranks
+        self._store: Any = None  # key-value store on rank 0, with the reports of the ranks
         self._thread: threading.Thread | None = None
-        self._stop_event = threading.Event()
+        self._stop_event = threading.Event()  # ends the thread
         self._position: StepPosition = (0, 0, STEP_BEGUN)
         self._rank = self._num_ranks = 0
         self._trainer: Any = None
@@ -94,15 +110,17 @@ class RankWatchdog(Callback):
             return
         self._position = (trainer.current_epoch, 0, STEP_BEGUN)
         address = trainer.strategy.cluster_environment.main_address  # type: ignore[attr-defined]
-        port = [0]
+        message = [0]  # port of the store
         if self._rank == 0:
+            # port 0: the system chooses a free one
             self._store = TCPStore(address, 0, is_master=True, wait_for_workers=False)
-            port = [self._store.port]
-        dist.broadcast_object_list(port, group=self._group)
-        if self._rank:
-            self._store = TCPStore(address, port[0])
+            message = [self._store.port]
+        dist.broadcast_object_list(message, group=self._group)
+        if self._rank != 0:
+            (port,) = message
+            self._store = TCPStore(address, port)
         self._stop_event.clear()
-        thread_id = threading.get_ident()
+        thread_id = threading.get_ident()  # of this thread, which the new one watches
         self._thread = threading.Thread(target=self._run_watch_loop, args=(thread_id,), daemon=True)
         self._thread.start()
         self._compare_loader_lengths(trainer)
@@ -151,51 +169,59 @@ class RankWatchdog(Callback):
         self._thread = self._store = None
 
     def _compare_loader_lengths(self, trainer: L.Trainer) -> None:
-        """Refuse loaders of unequal length, unless the run ends within the shortest."""
-        lengths: list[Any] = [None] * self._num_ranks
+        """Raise RankMismatchError if the training loaders of the ranks have unequal lengths.
+
+        Loaders without a length are not compared. Unequal lengths are allowed if `max_steps` ends
+        the run within the shortest loader. Called on all ranks.
+        """
+        lengths: list[Any] = [None] * self._num_ranks  # number of batches by rank
         dist.all_gather_object(lengths, trainer.num_training_batches, group=self._group)
-        sized = [n for n in lengths if n != float("inf")]
-        if len(sized) < len(lengths) or min(sized) == max(sized):
+        if float("inf") in lengths or min(lengths) == max(lengths):
             return
-        shortest = lengths.index(min(sized))
-        longest = lengths.index(max(sized))
-        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        least, most = min(lengths), max(lengths)
+        num_done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         if trainer.max_steps != -1:
-            num_batches_left = (
-                trainer.max_steps - trainer.global_step
-            ) * trainer.accumulate_grad_batches
-            if done + num_batches_left <= min(sized):
+            steps_left = trainer.max_steps - trainer.global_step
+            if num_done + steps_left * trainer.accumulate_grad_batches <= least:
                 return
         raise RankMismatchError(
-            f"the training loader has {min(sized)} batches on rank {shortest} and {max(sized)} on"
-            f" rank {longest}, and every rank must take the same number of steps",
-            hint=f"pass limit_train_batches={min(sized)} to Trainer, or give each rank a shard of "
+            f"the training loader has {least} batches on rank {lengths.index(least)} and {most} on"
+            f" rank {lengths.index(most)}, and every rank must take the same number of steps",
+            hint=f"pass limit_train_batches={least} to Trainer, or give each rank a shard of "
             "equal length",
-            flag=f"--trainer.limit_train_batches={min(sized)}",
+            flag=f"--trainer.limit_train_batches={least}",
         )
 
     def _run_watch_loop(self, thread_id: int) -> None:
-        """Run in the thread: report, and end the process once rank 0 has decided so."""
+        """Report the position of the main thread every second, until training ends.
+
+        This is the body of the watching thread. Rank 0 also reads all reports, and writes a verdict
+        to the store if the job cannot continue. The other ranks end at a verdict.
+
+        Args:
+            thread_id: identifier of the main thread.
+        """
         wait_timer = _WaitTimer(thread_id)
-        lost_s = 0.0
-        heartbeats: dict[int, tuple[int, float]] = {}
+        lost_s = 0.0  # seconds since the store could not be reached
+        # on rank 0, for each rank: number of its last report, and time of its arrival
+        last_arrivals: dict[int, tuple[int, float]] = {}
         number = 0
         while not self._stop_event.wait(POLL_INTERVAL_S):
             store = self._store
             number += 1
+            epoch, num_batches, state = self._position
             waiting_s, is_busy, call_text = wait_timer.measure(self._position)
-            report = [number, *self._position, waiting_s, is_busy, call_text]
+            report = _Report(number, epoch, num_batches, state, waiting_s, is_busy, call_text)
             try:
                 store.set(str(self._rank), json.dumps(report))
                 if self._rank == 0:
-                    if verdict := self._find_stop_reason(
-                        _load_reports(store, range(self._num_ranks)), heartbeats
-                    ):
+                    reports = _load_reports(store, range(self._num_ranks))
+                    if verdict := self._find_stop_reason(reports, last_arrivals):
                         self._end_job(store, verdict)
                 elif store.check(["verdict"]):
                     _silence_stderr()
-                    store.set(f"read {self._rank}", "")
-                    os._exit(1)
+                    store.set(f"read {self._rank}", "")  # rank 0 waits for this mark
+                    os._exit(1)  # the main thread waits in a collective, so no exception ends it
                 lost_s = 0.0
             except RuntimeError:  # rank 0 has ended; the collective may raise an error, or hang
                 lost_s += POLL_INTERVAL_S
@@ -203,48 +229,56 @@ class RankWatchdog(Callback):
                     os._exit(1)
 
     def _find_stop_reason(
-        self, reports: dict[int, list[Any]], heartbeats: dict[int, tuple[int, float]]
+        self, reports: dict[int, _Report], last_arrivals: dict[int, tuple[int, float]]
     ) -> str:
-        """Return the reason why the job cannot continue; empty if it can."""
+        """Return the reason why the job cannot continue, for the user; empty if it can.
+
+        Either the loader of one rank has ended, or ranks wait too long in a collective while other
+        ranks are outside of it. A rank whose report is old counts as outside.
+
+        Args:
+            reports: the newest report of each rank.
+            last_arrivals: number and time of arrival of each rank's newest report; updated here.
+        """
         now = time.monotonic()
         for rank, report in reports.items():
-            if heartbeats.get(rank, (-1, 0))[0] != report[0]:
-                heartbeats[rank] = (report[0], now)
-        positions = {rank: (report[1], report[2], report[3]) for rank, report in reports.items()}
+            if rank not in last_arrivals or last_arrivals[rank][0] != report.number:
+                last_arrivals[rank] = (report.number, now)
+        report_age_s = {rank: now - time_s for rank, (_, time_s) in last_arrivals.items()}
+        positions = {rank: (r.epoch, r.num_batches, r.state) for rank, r in reports.items()}
         if text := describe_ended_loader(positions):
             return text
-        waiting_s = {rank: report[4] for rank, report in reports.items()}
         ranks_outside = [
-            r
-            for r, seconds in waiting_s.items()
-            if seconds == 0 or now - heartbeats[r][1] > 5 * POLL_INTERVAL_S
+            rank
+            for rank, report in reports.items()
+            if report.waiting_s == 0 or report_age_s[rank] > 5 * POLL_INTERVAL_S
         ]
-        ranks_waiting = [r for r in waiting_s if r not in ranks_outside]
+        ranks_waiting = [rank for rank in reports if rank not in ranks_outside]
         if not ranks_waiting:
             return ""
-        seconds = min(waiting_s[r] for r in ranks_waiting)
-        if (
-            not ranks_outside
-            and seconds > ALL_WAIT_S
-            and (text := describe_ended_loader(positions, between_steps=True))
-        ):
-            return text
-        busy = any(reports[r][5] for r in ranks_outside)
-        if seconds < self.limit_s * (BUSY_FACTOR if busy else 1):
+        seconds = min(reports[rank].waiting_s for rank in ranks_waiting)
+        if not ranks_outside and seconds > ALL_WAIT_S:
+            if text := describe_ended_loader(positions, between_steps=True):
+                return text
+        is_busy = any(reports[rank].is_busy for rank in ranks_outside)
+        if seconds < self.limit_s * (BUSY_FACTOR if is_busy else 1):
             return ""
         if not ranks_outside:
-            calls = "; ".join(f"rank {r} in {reports[r][6]}" for r in sorted(ranks_waiting)[:4])
+            calls = "; ".join(
+                f"rank {rank} in {reports[rank].call_text}" for rank in sorted(ranks_waiting)[:4]
+            )
             return (
                 f"all ranks have waited for {seconds:.0f} s in collectives that do not match: "
                 f"{calls}; call the same collectives in the same order on every rank"
             )
         outside_text = "; ".join(
-            f"rank {r} is in {reports[r][6]}" for r in sorted(ranks_outside)[:4]
+            f"rank {rank} is in {reports[rank].call_text}" for rank in sorted(ranks_outside)[:4]
         )
-        first = sorted(ranks_waiting)[0]
+        first = min(ranks_waiting)
         return (
             f"{outside_text} and does not reach the collective in which rank {first} has waited for"
-            f" {seconds:.0f} s, at batch {reports[first][2]} of epoch {reports[first][1]}; if it"
+            f" {seconds:.0f} s, at batch {reports[first].num_batches} of epoch"
+            f" {reports[first].epoch}; if it"
             f" needs longer, use RankWatchdog(limit_s={2 * self.limit_s:g})"
         )
 
@@ -274,15 +308,17 @@ def describe_ended_loader(positions: dict[int, StepPosition], between_steps: boo
     """Describe a loader that ended before the loader of another rank; empty if there is none.
 
     Args:
-        positions: position of each rank.
+        positions: position of each rank: epoch, number of batches begun, and state of the last
+            batch (STEP_BEGUN, STEP_DONE or LOADER_ENDED).
         between_steps: also count a rank that has batches left but has not begun the next. This
             alone is no proof, because `max_steps` may end the run of that rank here.
     """
     for rank, (epoch, batches, state) in sorted(positions.items()):
         for other_rank, (other_epoch, other_batches, other_state) in sorted(positions.items()):
-            is_ahead = other_batches > batches
-            is_ahead |= between_steps and other_batches == batches and other_state == STEP_DONE
-            if state == LOADER_ENDED and other_epoch == epoch and is_ahead:
+            continues = other_batches > batches
+            if between_steps and other_batches == batches and other_state == STEP_DONE:
+                continues = True  # not LOADER_ENDED: it has batches left
+            if state == LOADER_ENDED and other_epoch == epoch and continues:
                 return (
                     f"the training loader of rank {rank} ended epoch {epoch} after {batches}"
                     f" batches, and that of rank {other_rank} continues; every rank must take the"
@@ -353,6 +389,6 @@ def describe_frames(frame: FrameType | None) -> str:
     )
 
 
-def _load_reports(store: Any, ranks: Any) -> dict[int, list[Any]]:
+def _load_reports(store: Any, ranks: Any) -> dict[int, _Report]:
     """Return the reports by rank, without ranks that have not reported."""
-    return {r: json.loads(store.get(str(r))) for r in ranks if store.check([str(r)])}
+    return {r: _Report(*json.loads(store.get(str(r)))) for r in ranks if store.check([str(r)])}

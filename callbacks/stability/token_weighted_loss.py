@@ -41,7 +41,7 @@ class TokenWeightedLoss(Callback):
         """Create the callback."""
         self._count_terms: Callable[[Any], Any] | None = None  # None: no weights are needed
         # micro-batches of a step over all ranks, for which `_count_terms` was set
-        self._num_parts = 0
+        self._num_microbatches = 0
         self._microbatch_weight = torch.zeros(())  # of this micro-batch
         self._weight_sum: Tensor | None = None  # of this step, on this rank
         self._scale = 0.0  # keeps gradients in range; a power of two, so that it rounds nothing
@@ -49,7 +49,8 @@ class TokenWeightedLoss(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Run before the other callbacks, so that they get the gradients of the mean."""
         trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore
-        self._weight_sum, self._scale, self._count_terms, self._num_parts = None, 0.0, None, 0
+        self._weight_sum, self._scale = None, 0.0
+        self._count_terms, self._num_microbatches = None, 0
         if hasattr(pl_module, "num_loss_terms") and not pl_module.automatic_optimization:
             name = type(pl_module).__name__
             raise UsageError(
@@ -61,23 +62,24 @@ class TokenWeightedLoss(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Count the loss terms that this rank computes of the batch.
+        """Set the weight of the micro-batch: the number of loss terms that this rank computes.
 
         A GradientAccumulationScheduler may change the number of micro-batches. It is read here,
         because `on_train_epoch_start` is not called in a resumed epoch.
         """
-        num_parts = trainer.world_size * trainer.accumulate_grad_batches
-        if num_parts != self._num_parts:
-            self._num_parts = num_parts
-            self._count_terms = (
-                getattr(pl_module, "num_loss_terms", None) if num_parts > 1 else None
-            )
+        num_microbatches = trainer.world_size * trainer.accumulate_grad_batches
+        if num_microbatches != self._num_microbatches:
+            self._num_microbatches = num_microbatches
+            self._count_terms = None
+            if num_microbatches > 1:  # the mean of a single micro-batch needs no weight
+                self._count_terms = getattr(pl_module, "num_loss_terms", None)
         if self._count_terms is None:
             return
-        local_batch = getattr(trainer.strategy, "shard_batch", lambda batch: batch)(batch)
-        num_terms = self._count_terms(local_batch)
+        shard_batch = getattr(trainer.strategy, "shard_batch", None)  # splits sequences over ranks
+        num_terms = self._count_terms(batch if shard_batch is None else shard_batch(batch))
         terms = torch.as_tensor(num_terms, dtype=torch.float32, device=pl_module.device)
         if not self._scale:  # once a run
+            # a clone, because the all-reduce is in place
             mean = float(mean_over_ranks(terms.clone(), trainer))
             self._scale = 2.0 ** math.floor(math.log2(max(mean, 1.0)))
         self._microbatch_weight = terms / self._scale

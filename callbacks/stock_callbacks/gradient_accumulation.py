@@ -34,28 +34,33 @@ def check_accumulation_factors(trainer: L.Trainer) -> None:
 
 
 def apply_accumulation_factor(trainer: L.Trainer) -> None:
-    """Set the accumulation factor of the current epoch, and its number of micro-batches."""
+    """Set the accumulation factor of the current epoch, and its number of micro-batches.
+
+    Called at the start of each epoch; does nothing without a GradientAccumulationScheduler. The
+    loaders that split a batch (`set_accumulate`) then have another length, so that the limits which
+    Lightning has computed from it are computed again.
+    """
     scheduler = find_accumulation_scheduler(trainer)
     if scheduler is None:
         return
     fit = trainer.fit_loop
     factor = scheduler.get_accumulate_grad_batches(trainer.current_epoch)
     trainer.accumulate_grad_batches = factor
-    loaders, combined = find_splittable_loaders(trainer), combined_loader(trainer)
-    if not loaders or combined is None:
+    splittable_loaders, combined = find_splittable_loaders(trainer), combined_loader(trainer)
+    if not splittable_loaders or combined is None:
         return
-    for loader in loaders:
+    for loader in splittable_loaders:
         loader.set_accumulate(factor)
-    before = fit.max_batches
+    previous_max_batches = fit.max_batches
     combined.limits = [
         apply_batch_limit(trainer, len(train_loader)) for train_loader in combined.flattened
     ]
     fit.max_batches = count_epoch_batches(trainer, factor)
     interval = trainer.val_check_interval
-    if isinstance(interval, float) and trainer.val_check_batch is not None:
+    if isinstance(interval, float) and trainer.val_check_batch is not None:  # fraction of an epoch
         trainer.val_check_batch = max(1, int(fit.max_batches * interval))
     fetcher = data_fetcher(trainer)
-    if fit.max_batches != before and fetcher is not None:
+    if fit.max_batches != previous_max_batches and fetcher is not None:
         iter(fetcher)  # restart it: it counts batches at the start of an epoch
 
 

@@ -85,8 +85,20 @@ def register_transform(
 ) -> None:
     """Register from `Callback.setup` that `function(module)` transforms the net in `phase`.
 
-    Two transforms are equal if their `config_key`, plain arguments, are equal. With
-    `accepts_meta_params` the function may get parameters on the meta device.
+    It is called at the end of the module's `configure_model`. A phase that was applied with an
+    equal `config_key` is not applied again.
+
+    Args:
+        trainer: the trainer of the callback.
+        module: the module whose net is transformed.
+        phase: one of PHASES, which determine the order.
+        function: changes the module in place.
+        owner: the callback.
+        config_key: plain arguments that are equal for equal transforms.
+        accepts_meta_params: whether the function may get parameters on the meta device.
+
+    Raises:
+        UsageError: another transform of this phase, or a later phase, was registered or applied.
     """
     name, state = type(owner).__name__, _get_state(module)
     if phase not in PHASES:
@@ -103,7 +115,7 @@ def register_transform(
             f"{state.applied[phase]}, and now it is requested with {config_key}",
             hint=f"create a new {type(module).__name__}",
         )
-    later_phases = [done for done in state.applied if PHASES.index(done) > PHASES.index(phase)]
+    later_phases = [p for p in state.applied if PHASES.index(p) > PHASES.index(phase)]
     if later_phases:
         raise UsageError(
             f"{name}: {phase!r} must come before {later_phases[0]!r}, which was already applied to "
@@ -142,13 +154,19 @@ def _wrap_configure_model(trainer: L.Trainer, module: L.LightningModule, owner: 
 
 
 def _apply_pending(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """Apply the registered transforms in the order of PHASES; called after `configure_model`.
+
+    Raises:
+        UsageError: the module has sharded its parameters before a transform, or nothing shards
+            them under a sharding strategy.
+    """
     state, name = _get_state(module), type(module).__name__
-    sharded = any(isinstance(parameter, DTensor) for parameter in module.parameters())
+    is_sharded = any(isinstance(parameter, DTensor) for parameter in module.parameters())
     for phase in PHASES:
         pending = state.pending.pop(phase, None)
         if pending is None or not is_attached(trainer, pending.owner):
-            continue
-        if sharded:
+            continue  # the owner may be a callback of an earlier trainer
+        if is_sharded:
             raise UsageError(
                 f"{type(pending.owner).__name__}: {name} shards its parameters in configure_model, "
                 f"which is too early for the phase {phase!r}",
@@ -161,12 +179,13 @@ def _apply_pending(trainer: L.Trainer, module: L.LightningModule) -> None:
         state.applied[phase] = pending.config_key
         owner = pending.owner
         arguments = owner.to_config() if isinstance(owner, Transform) else None
+        # loading a checkpoint must apply these again
         if phase in RENAMING_PHASES and arguments is not None:
             state.records[phase] = {"class": type(owner).__name__, "arguments": arguments}
     state.state_names = set(module.state_dict())
     strategy = trainer.strategy
     shards_by_itself = hasattr(strategy, "parallelize_module")  # as in MeshStrategy
-    if isinstance(strategy, ModelParallelStrategy) and not shards_by_itself and not sharded:
+    if isinstance(strategy, ModelParallelStrategy) and not shards_by_itself and not is_sharded:
         raise UsageError(
             f"{type(strategy).__name__} does not shard parameters, and neither does {name}, so "
             "each rank would train alone",
@@ -198,13 +217,24 @@ def apply_saved_transforms(module: L.LightningModule, checkpoint: dict[str, Any]
     module.load_state_dict(checkpoint["state_dict"])
 
     The base weights of a checkpoint with adapters only are added to its state_dict.
+
+    Args:
+        module: a module without transforms.
+        checkpoint: contents of the file. Its `transforms` have class and arguments by phase.
+
+    Raises:
+        UsageError: phase or class of a transform is unknown.
+        MissingFileError: the file of the base weights of adapters does not exist.
     """
-    known = {cls.__name__: cls for cls in _all_subclasses(Transform)}
+    known_classes = {cls.__name__: cls for cls in _all_subclasses(Transform)}
     has_adapters_only = not checkpoint.get("lora", {"frozen": True})["frozen"]  # no base weights
-    for phase, saved in sorted(
-        checkpoint.get("transforms", {}).items(),
-        key=lambda item: PHASES.index(item[0]) if item[0] in PHASES else -1,
-    ):
+
+    def phase_index(phase: str) -> int:
+        return PHASES.index(phase) if phase in PHASES else -1  # first, to be refused
+
+    saved_transforms = checkpoint.get("transforms", {})
+    for phase in sorted(saved_transforms, key=phase_index):
+        saved = saved_transforms[phase]
         if phase not in PHASES:
             raise UsageError(
                 f"the checkpoint has a transform of the phase {phase!r}, which does not exist",
@@ -212,16 +242,16 @@ def apply_saved_transforms(module: L.LightningModule, checkpoint: dict[str, Any]
                 hint="read it with the version of Ravine that wrote it",
             )
         if phase == "load" and not has_adapters_only:
-            continue
-        if saved["class"] not in known:
+            continue  # the checkpoint has all weights
+        if saved["class"] not in known_classes:
             raise UsageError(
                 f"the checkpoint was trained with {saved['class']}, which is not imported",
-                known,
+                known_classes,
                 hint=f"import the file that defines {saved['class']} first",
             )
-        transform = known[saved["class"]](**saved["arguments"])
+        transform = known_classes[saved["class"]](**saved["arguments"])
         transform.transform(module)
-        if getattr(transform, "load_error", None) is not None:
+        if getattr(transform, "load_error", None) is not None:  # of Pretrained: a missing file
             raise MissingFileError(
                 f"the adapters belong to the weights in {saved['arguments']['path']}, and this "
                 f"file does not exist in {Path.cwd()}",
@@ -238,8 +268,13 @@ def apply_saved_transforms(module: L.LightningModule, checkpoint: dict[str, Any]
 
 
 def check_saved_transforms(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-    """Raise UsageError if the checkpoint is of another net, as loading is not strict."""
-    state, saved = _get_state(module), checkpoint.get("transforms", {})
+    """Raise UsageError if the checkpoint belongs to a net with other transforms or other weights.
+
+    Only the phases that rename weights are compared: `quantize` and `adapt`. Weights are loaded
+    without `strict` then, so an unknown name in the file would be ignored without this check.
+    """
+    state = _get_state(module)
+    saved = checkpoint.get("transforms", {})  # class and arguments by phase
     for phase in RENAMING_PHASES:
         if phase not in saved:
             continue
@@ -252,13 +287,13 @@ def check_saved_transforms(module: L.LightningModule, checkpoint: dict[str, Any]
                 hint=f"add {name}({format_arguments(non_empty)}) to Trainer(callbacks=...)",
                 flag=f"--trainer.callbacks+={name} {flags}",
             )
-        current = state.applied[phase]
-        current = current if isinstance(current, dict) else {}
-        changed = [key for key in current if saved_arguments.get(key) != current[key]]
+        applied = state.applied[phase]
+        current_arguments = applied if isinstance(applied, dict) else {}
+        changed = [k for k, value in current_arguments.items() if saved_arguments.get(k) != value]
         if changed:
             saved_changed = {key: saved_arguments.get(key) for key in changed}
             saved_text = format_arguments(saved_changed)
-            current_text = format_arguments({key: current[key] for key in changed})
+            current_text = format_arguments({key: current_arguments[key] for key in changed})
             raise UsageError(
                 f"{name}: the checkpoint was trained with {saved_text}, and this run has "
                 f"{current_text}",
@@ -272,10 +307,11 @@ def check_saved_transforms(module: L.LightningModule, checkpoint: dict[str, Any]
         )
     if not state.state_names or not set(RENAMING_PHASES) & state.applied.keys():
         return
-    known = {_float_weight_name(name) for name in state.state_names | module.state_dict().keys()}
-    unknown = sorted(
-        {_float_weight_name(name) for name in checkpoint.get("state_dict", {})} - known
-    )
+    # a pipeline rank has only some weights; `state_names` has those of the full net
+    names = state.state_names | module.state_dict().keys()
+    known_names = {_float_weight_name(name) for name in names}
+    saved_names = {_float_weight_name(name) for name in checkpoint.get("state_dict", {})}
+    unknown = sorted(saved_names - known_names)
     if unknown:
         raise UsageError(
             f"the checkpoint has {', '.join(unknown[:3])}, which this {type(module).__name__} "
@@ -285,6 +321,7 @@ def check_saved_transforms(module: L.LightningModule, checkpoint: dict[str, Any]
 
 
 def _float_weight_name(name: str) -> str:
+    """Return the name of the weight before quantization: weight_codes and others -> weight."""
     head, dot, leaf = name.rpartition(".")
     return f"{head}{dot}weight" if leaf.startswith("weight_") else name
 

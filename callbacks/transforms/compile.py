@@ -38,7 +38,13 @@ class Compile(Transform):
         blocks: bool = False,
         backend: str = "inductor",
     ) -> None:
-        """Check and store the arguments."""
+        """Check and store the arguments.
+
+        Args:
+            mode: mode of torch.compile with the inductor backend.
+            blocks: compile each block of a net separately.
+            backend: backend of torch.compile.
+        """
         if backend != "inductor" and mode != "default":
             raise UsageError(
                 f"Compile: mode={mode!r} is not available with backend={backend!r}",
@@ -47,6 +53,7 @@ class Compile(Transform):
                 flag="--trainer.callbacks.mode=default, or --trainer.callbacks.backend=inductor",
             )
         self.mode, self.blocks, self.backend = mode, blocks, backend
+        # whether the strategy runs the net in parts: pipeline stages, or blocks gathered singly
         self._runs_in_pieces = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -61,17 +68,21 @@ class Compile(Transform):
         return self.mode, self.blocks, self.backend
 
     def transform(self, module: L.LightningModule) -> None:
-        """Mark the submodules to compile; torch compiles them in the first step."""
+        """Mark the submodules to compile; torch compiles them in the first step.
+
+        They are the blocks, if `blocks` is set or the strategy runs the net in parts. Else they are
+        the children of the module.
+
+        Raises:
+            UsageError: the module has no such submodule.
+        """
         submodules = find_blocks(module)
-        if not self.blocks and not (self._runs_in_pieces and submodules):
+        use_blocks = self.blocks or (self._runs_in_pieces and submodules)
+        if not use_blocks:
             # the strategy gathers the members of a Sequential one at a time
             sequentials = find_sequentials(module) if self._runs_in_pieces else []
-            submodules = [
-                submodule for row in sequentials or [module] for submodule in row.children()
-            ]
-            submodules = [
-                submodule for submodule in submodules if any(True for _ in submodule.parameters())
-            ]
+            children = [child for parent in sequentials or [module] for child in parent.children()]
+            submodules = [child for child in children if any(True for _ in child.parameters())]
         if not submodules:
             name = type(module).__name__
             if self.blocks:

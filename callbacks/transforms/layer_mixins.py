@@ -85,10 +85,17 @@ def check_plain_layer(
     """Raise UsageError for a layer that does not compute like `layer_type` from its own weight.
 
     An adapter of such a layer would affect training but be lost on merge.
+
+    Args:
+        name: name of the layer, for the message.
+        layer: an instance of `layer_type`, possibly with mixins.
+        layer_type: class of torch, such as nn.Linear.
+        caller: class or function that changes the layer, for the message.
     """
+    # the layer's class without mixins, which have their own forward
     layer_class = next(c for c in type(layer).__mro__ if not issubclass(c, LayerMixin))
-    key = "in_proj_weight" if issubclass(layer_type, nn.MultiheadAttention) else "weight"
-    weight = layer._parameters.get(key)
+    weight_name = "in_proj_weight" if issubclass(layer_type, nn.MultiheadAttention) else "weight"
+    weight = layer._parameters.get(weight_name)  # None if a property or a quantized layer has it
     reason = None
     if layer_class.forward is not layer_type.forward:
         reason = f"is a {layer_class.__name__}, which has its own forward"

@@ -36,11 +36,12 @@ def select_names(patterns: Patterns, names: Sequence[str], argument: str) -> lis
     Args:
         patterns: globs.
         names: the existing names.
-        argument: the argument with the patterns, such as `LoRA.targets`.
+        argument: class and argument with the patterns, such as `LoRA.targets`, for the message.
     """
     for pattern in as_list(patterns):
         if not any(matches_pattern(pattern, name) for name in names):
-            near, key = closest_names(pattern, names), argument.rpartition(".")[2]
+            near = closest_names(pattern, names)
+            key = argument.rpartition(".")[2]  # `targets`
             raise UsageError(
                 f"{argument}: {pattern!r} matches no layer",
                 near,
@@ -91,13 +92,14 @@ def find_frozen_copies(module: nn.Module) -> dict[str, str]:
 
     A copy, such as a momentum teacher or a reference, has equal names and shapes of parameters. It
     also has equal values or at least two layers. Code may pair the two by
-    `zip(a.parameters(), b.parameters())`.
+    `zip(a.parameters(), b.parameters())`. Submodules of a copy are not listed.
     """
+    # signature: names and shapes of all parameters
     frozen: dict[str, tuple[Any, nn.Module]] = {}
     trainable: dict[Any, list[tuple[str, nn.Module]]] = {}
     for name, submodule in module.named_modules():
         signature = tuple((n, _param_shape(p)) for n, p in submodule.named_parameters())
-        if not name or not signature:
+        if not name or not signature:  # the module itself, or no parameters
             continue
         if is_trainable(submodule):
             trainable.setdefault(signature, []).append((name, submodule))
@@ -107,12 +109,12 @@ def find_frozen_copies(module: nn.Module) -> dict[str, str]:
     for name, (signature, submodule) in frozen.items():
         if any(is_submodule_of(name, copy_name) for copy_name in copies):
             continue
-        layers = sum(
-            1 for m in submodule.modules() if any(p is not None for p in m._parameters.values())
+        num_layers = sum(  # with parameters of their own
+            any(p is not None for p in m._parameters.values()) for m in submodule.modules()
         )
-        for other, original in trainable.get(signature, []):
-            if layers > 1 or _has_equal_params(submodule, original):
-                copies[name] = other
+        for original_name, original in trainable.get(signature, []):
+            if num_layers > 1 or _has_equal_params(submodule, original):
+                copies[name] = original_name
                 break
     return copies
 

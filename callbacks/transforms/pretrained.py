@@ -65,7 +65,11 @@ class Pretrained(Transform):
         super().setup(trainer, pl_module, stage)
 
     def transform(self, module: L.LightningModule) -> None:
-        """Load the weights into the net."""
+        """Load the weights of `path` into the module; the base class calls it before training.
+
+        A missing file is stored in `load_error`, which `on_fit_start` raises unless a checkpoint is
+        resumed.
+        """
         self.load_error = None
         try:
             if self._is_checkpoint and not Path(self.path).is_file():
@@ -85,18 +89,21 @@ class Pretrained(Transform):
             self.load_error = error  # deferred: a resumed run does not need the file
 
     def _check_finite(self, module: L.LightningModule) -> None:
-        real = ((name, p) for name, p in module.named_parameters() if not p.is_meta)
-        name = first_non_finite(real)
-        for parameter_name, parameter in module.named_parameters():  # one block in memory
-            if name is None and deferred_values(parameter) is not None:
-                non_finite_names = (
-                    first_non_finite([(parameter_name, block)])
-                    for block in iter_value_blocks(parameter)
-                )
-                name = next(filter(None, non_finite_names), None)
-        if name:
+        """Raise UsageError for NaN or infinity in the loaded weights.
+
+        Parameters on the meta device have deferred values, which are read in blocks, so that one
+        block at a time is in memory.
+        """
+        with_values = ((name, p) for name, p in module.named_parameters() if not p.is_meta)
+        non_finite_name = first_non_finite(with_values)
+        for name, parameter in module.named_parameters():
+            if non_finite_name is None and deferred_values(parameter) is not None:
+                blocks = iter_value_blocks(parameter)
+                results = (first_non_finite([(name, block)]) for block in blocks)
+                non_finite_name = next(filter(None, results), None)
+        if non_finite_name:
             raise UsageError(
-                f"Pretrained: {name} is not finite in {self.path}",
+                f"Pretrained: {non_finite_name} is not finite in {self.path}",
                 ["weights without NaN and infinity"],
                 hint="pass another path",
                 flag="--trainer.callbacks.path=FILE",
@@ -138,6 +145,9 @@ def load_weights(module: L.LightningModule, path: str) -> None:
     """Load only the weights of a checkpoint into a built module.
 
     A parameter on the meta device gets its values from the mapped file after sharding.
+
+    Raises:
+        UsageError: the file has quantized weights or adapters, or weights of another model.
     """
     # mapped, because load_state_dict copies the weights below
     with collective_loading(
@@ -165,15 +175,14 @@ def load_weights(module: L.LightningModule, path: str) -> None:
     check_weight_shapes(module, checkpoint, path)
     state = dict(checkpoint["state_dict"])
     if not all(isinstance(v, Tensor) and v.layout == torch.strided for v in state.values()):
-        materialize_module(module)  # load_state_dict copies or reports each value
-    named = module.named_parameters(remove_duplicate=False)
+        materialize_module(module)  # nothing is deferred: load_state_dict reports such values
     deferred = {
         name: deferred_values(p)
-        for name, p in named
+        for name, p in module.named_parameters(remove_duplicate=False)
         if name in state and deferred_values(p) is not None
     }
     for name, values in deferred.items():  # the last of tied weights applies, as in torch
-        values.set_source(state.pop(name))
+        values.set_source(state.pop(name))  # read after sharding
     mismatches = module.load_state_dict(state, strict=False)
     missing_keys = [name for name in mismatches.missing_keys if name not in deferred]
     problems = [f"{name} is only in the model" for name in missing_keys]
@@ -190,11 +199,17 @@ def load_weights(module: L.LightningModule, path: str) -> None:
 
 
 def check_weight_shapes(module: L.LightningModule, checkpoint: dict[str, Any], path: str) -> None:
-    """Raise UsageError if a weight has another shape in the checkpoint; name the arguments."""
-    current_shapes, saved_shapes = (
-        state_dict.tensor_shapes(module.state_dict()),
-        state_dict.tensor_shapes(checkpoint["state_dict"]),
-    )
+    """Raise UsageError if a weight has another shape in the checkpoint than in the module.
+
+    The message names the module's arguments that differ, by the hyperparameters in the file.
+
+    Args:
+        module: the built module.
+        checkpoint: contents of the file.
+        path: path of the file, for the message.
+    """
+    current_shapes = state_dict.tensor_shapes(module.state_dict())
+    saved_shapes = state_dict.tensor_shapes(checkpoint["state_dict"])
     mismatches = state_dict.shape_mismatches(current_shapes, saved_shapes, strict=False)
     if not mismatches:
         return
@@ -204,7 +219,7 @@ def check_weight_shapes(module: L.LightningModule, checkpoint: dict[str, Any], p
         for key in saved_hparams.keys() & current_hparams.keys()
         if saved_hparams[key] != current_hparams[key]
     }
-    sizes = {key: changed[key] for key in sorted(changed) if key[0] != "_"}
+    sizes = {key: changed[key] for key in sorted(changed) if not key.startswith("_")}
     name = type(module).__name__
     raise UsageError(
         f"Pretrained: the weights in {path} have other sizes than this {name}: {mismatches}",

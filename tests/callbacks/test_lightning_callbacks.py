@@ -265,7 +265,7 @@ def test_the_unfrozen_backbone_moves_under_a_plan_and_is_averaged(kind, tmp_path
     trainer, module = fit(kind, "BackboneFinetuning")
     ema = next(c for c in trainer.callbacks if isinstance(c, EMA))
     assert not torch.equal(module.backbone.weight, before.backbone.weight)
-    raw = ema.averaged["backbone.weight"]
+    raw = ema.weights_outside_model["backbone.weight"]
     assert not torch.equal(module.backbone.weight, raw)  # the average is left
     _, frozen = fit(kind, "BackboneFinetuning", epochs=1)
     assert torch.equal(frozen.backbone.weight, before.backbone.weight)

@@ -73,7 +73,7 @@ def average_after(steps, decay):
 def test_fit_leaves_the_average_which_equals_its_recursion():
     _, module = climbed(7, ema := EMA(0.9, warmup=False))
     assert module.weight.item() == pytest.approx(average_after(7, lambda n: 0.9))
-    assert ema.averaged["weight"].item() == 7
+    assert ema.weights_outside_model["weight"].item() == 7
 
 
 def test_the_warmup_forgets_the_first_weights_faster():
@@ -94,7 +94,7 @@ def test_with_decay_zero_the_average_equals_the_weights():
 
 def test_only_trainable_floating_parameters_are_averaged():
     climbed(1, ema := EMA())
-    assert list(ema.averaged) == ["weight"]
+    assert list(ema.weights_outside_model) == ["weight"]
 
 
 class Sample(L.Callback):
@@ -111,7 +111,7 @@ def test_validation_samples_test_and_prediction_use_the_average_and_training_doe
     trainer.fit(module, loader(), loader(1))
     third, sixth = (average_after(n, lambda n: 0.9) for n in (3, 6))
     assert module.seen == pytest.approx([third, third, sixth, sixth])
-    assert ema.averaged["weight"].item() == 6
+    assert ema.weights_outside_model["weight"].item() == 6
     trainer.test(module, loader(1), verbose=False)
     assert module.seen[-1] == pytest.approx(sixth)
     assert trainer.predict(module, loader(1))[0].item() == pytest.approx(sixth)
@@ -133,7 +133,7 @@ def test_after_an_interrupted_validation_training_continues_with_the_raw_weights
     module.train()  # which the interrupted validation no longer did
     trainer = L.Trainer(**QUIET, callbacks=[ema], max_steps=2, val_check_interval=2)
     trainer.fit(module, loader(), loader(1))
-    assert ema.averaged["weight"].item() == 5
+    assert ema.weights_outside_model["weight"].item() == 5
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended")  # rows are equal
@@ -144,7 +144,7 @@ def test_resume_continues_the_same_average(tmp_path):
     module, resumed = Climb(), EMA(0.9)
     trainer = L.Trainer(**QUIET, callbacks=[resumed], max_steps=9)
     trainer.fit(module, loader(), ckpt_path=tmp_path / "cut.ckpt")
-    assert resumed.averaged["weight"].item() == 9
+    assert resumed.weights_outside_model["weight"].item() == 9
     assert torch.equal(module.weight, whole.weight)
 
 
@@ -177,7 +177,7 @@ def test_a_file_resumes_the_same_run_whenever_it_was_written(tmp_path, while_val
     file = saved_at_four(tmp_path / "four.ckpt", while_validating)
     module, resumed = Climb(), EMA(0.9)
     L.Trainer(**QUIET, callbacks=[resumed], max_steps=9).fit(module, loader(), ckpt_path=file)
-    assert resumed.averaged["weight"].item() == 9
+    assert resumed.weights_outside_model["weight"].item() == 9
     assert torch.equal(module.weight, whole.weight)
 
 
@@ -285,7 +285,8 @@ def averaged(layout, save=None, resume=None):
     )
     trainer.fit(module, Rows(), ckpt_path=resume)
     raw = {
-        name: (t.full_tensor() if isinstance(t, DTensor) else t) for name, t in ema.averaged.items()
+        name: (t.full_tensor() if isinstance(t, DTensor) else t)
+        for name, t in ema.weights_outside_model.items()
     }
     return raw, whole(module), module.scores
 
@@ -345,7 +346,7 @@ def test_a_weight_that_is_unfrozen_is_averaged_from_its_value_before_its_first_s
     for value in (2.0, 3.0, 4.0):  # after steps 3, 4 and 5
         average += 0.1 * (value - average)
     assert module.frozen.item() == pytest.approx(average)
-    assert ema.averaged["frozen"].item() == 4
+    assert ema.weights_outside_model["frozen"].item() == 4
     trainer.save_checkpoint(tmp_path / "five.ckpt")
     saved = torch.load(tmp_path / "five.ckpt", weights_only=True)
     assert saved["state_dict"]["frozen"].item() == pytest.approx(average)
@@ -359,7 +360,7 @@ def test_the_average_of_a_weight_frozen_again_at_a_resume_continues(tmp_path):
     trainer.save_checkpoint(tmp_path / "four.ckpt")
     trainer, resumed, ema = unfrozen(5)
     trainer.fit(resumed, loader(), loader(1), ckpt_path=tmp_path / "four.ckpt")
-    assert ema.averaged["frozen"].item() == 3  # as it was: nothing has unfrozen it
+    assert ema.weights_outside_model["frozen"].item() == 3  # as it was: nothing has unfrozen it
     assert 1 < resumed.frozen.item() < 3  # the average goes on towards it
 
 

@@ -87,7 +87,7 @@ def train(strategy, norm=False, save=None, resume=None):
     trainer.fit(module, ckpt_path=resume, weights_only=True if resume else None)
     unit = module.__dict__.get("_step_unit")
     found = whole(module) | {name: buffer.clone() for name, buffer in module.named_buffers()}
-    for name, raw in ema.averaged.items():
+    for name, raw in ema.weights_outside_model.items():
         raw = raw.full_tensor() if isinstance(raw, DTensor) else raw
         found[f"raw {name}"] = raw.detach().clone()
     found["val_loss"] = trainer.callback_metrics["val_loss"]
