@@ -241,9 +241,9 @@ def _patch_fetcher(fetcher_class: Any, worker_id: int) -> None:
 
     # torch's own `__init__` would create the iterator, before the generators are seeded
     def init_without_iterator(
-        self: Any, dataset: Any, auto_collation: bool, collate: Any, drop: bool
+        self: Any, dataset: Any, auto_collation: bool, collate_fn: Any, drop_last: bool
     ) -> None:
-        fetch._BaseDatasetFetcher.__init__(self, dataset, auto_collation, collate, drop)
+        fetch._BaseDatasetFetcher.__init__(self, dataset, auto_collation, collate_fn, drop_last)
         self.ended = False
 
     fetcher_class.fetch = fetch_seeded

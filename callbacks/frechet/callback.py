@@ -401,8 +401,9 @@ class FrechetDistance(L.Callback):
             )
         draws_note = accuracy_note = ""
         if len(baselines) > 1:
-            least, most = baselines.min(), baselines.max()
-            draws_note = f" ({len(baselines)} draws, {least:.4g} to {most:.4g})"
+            draws_note = (
+                f" ({len(baselines)} draws, {baselines.min():.4g} to {baselines.max():.4g})"
+            )
         if not real.accuracy.isnan():  # NaN: the extractor does not classify
             accuracy_note = f"; the extractor classifies {real.accuracy:.2%} of them correctly"
         rank_zero_info(

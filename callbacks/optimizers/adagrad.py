@@ -60,7 +60,16 @@ class AdaGradOptimizer(ElementwiseOptimizer):
         gradients: list[Tensor],
         *states: list[Tensor],
     ) -> None:
-        """Apply the update formula at the top of this file, in place."""
+        """Update in place: v <- v + g^2, then w <- w - lr g / (sqrt(v) + eps).
+
+        The base class calls it for each group. With `eps_in_root` the divisor is sqrt(v + eps).
+
+        Args:
+            group: the parameter group with its settings.
+            weights: w, one tensor for each parameter with a gradient.
+            gradients: g, with the shapes of `weights`.
+            states: a single list: v, the sums of squared gradients.
+        """
         (sums,) = states
         _foreach_addcmul_(sums, gradients, gradients)
         if group.get("eps_in_root"):

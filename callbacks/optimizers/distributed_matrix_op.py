@@ -32,6 +32,8 @@ def apply_to_full_matrices(
 ) -> Tensor:
     """Apply a function to full matrices; return this rank's shards of the result.
 
+    The ranks of a layout divide the matrices among them. All ranks must call it.
+
     Args:
         function: the function, which needs full matrices.
         shards: (n, ...), this rank's shards of n matrices with equal shape and layout.
@@ -43,11 +45,13 @@ def apply_to_full_matrices(
             return function(shards)
         return _apply_replicated(function, shards, replica_group)
     mesh, placements = like.device_mesh, like.placements
-    sharded = [axis for axis, placement in enumerate(placements) if not placement.is_replicate()]
-    if not sharded:
+    sharded_axes = [axis for axis, p in enumerate(placements) if not p.is_replicate()]
+    if not sharded_axes:
         return function(shards)
-    if len(sharded) == 1 and placements[sharded[0]].is_shard(0):
-        return _apply_row_sharded(function, shards, like.shape[0], mesh.get_group(sharded[0]))
+    if len(sharded_axes) == 1 and placements[sharded_axes[0]].is_shard(0):  # by rows
+        group = mesh.get_group(sharded_axes[0])
+        return _apply_row_sharded(function, shards, like.shape[0], group)
+    # any other layout: every rank gathers and computes all matrices
     size = {"shape": like.shape, "stride": like.stride()}
     dtensors = [DTensor.from_local(p, mesh, placements, run_check=False, **size) for p in shards]
     outputs = function(torch.stack([matrix.full_tensor() for matrix in dtensors]))
@@ -72,13 +76,24 @@ def _apply_replicated(function: MatrixFunction, matrices: Tensor, group: Process
 
 
 def _apply_row_sharded(
-    function: MatrixFunction, shards: Tensor, rows: int, group: ProcessGroup
+    function: MatrixFunction, shards: Tensor, num_rows: int, group: ProcessGroup
 ) -> Tensor:
-    """Apply `function` to n matrices with `rows` rows; shards are (n, rows of this rank, ...)."""
+    """Apply a function to n full matrices that are sharded by rows; return this rank's rows.
+
+    One all-to-all gives each rank its share of full matrices, and one returns the results. Each
+    rank has equally many slots for matrices. An unused slot, and the rows beyond a short shard,
+    are padding: the collective needs equal sizes.
+
+    Args:
+        function: maps full matrices (k, num_rows, ...) to the same shape.
+        shards: (n, rows of this rank, ...).
+        num_rows: rows of a full matrix.
+        group: the ranks that hold the shards.
+    """
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     count, num_local_rows, inner = shards.shape[0], shards.shape[1], shards.shape[2:]
     slots, num_used = _assign_slots(count, ranks, rank)
-    chunk = -(-rows // ranks)  # rows of a full shard; the last shards may have fewer or none
+    chunk = -(-num_rows // ranks)  # rows of a full shard; the last shards may have fewer or none
 
     def all_to_all(buffer: Tensor) -> Tensor:
         received = torch.empty_like(buffer)
@@ -89,9 +104,10 @@ def _apply_row_sharded(
     send[:count, :num_local_rows] = shards
     # (slot, source rank, row of the shard, ...)
     blocks = all_to_all(send).view(ranks, slots, chunk, *inner).transpose(0, 1)
-    matrices = blocks.reshape(slots, ranks * chunk, *inner)[:num_used, :rows]
+    matrices = blocks.reshape(slots, ranks * chunk, *inner)[:num_used, :num_rows]
     results = send.new_zeros(slots, ranks * chunk, *inner)
     if num_used:
-        results[:num_used, :rows] = function(matrices)
+        results[:num_used, :num_rows] = function(matrices)
+    # (destination rank, slot, row of the shard, ...)
     blocks = results.view(slots, ranks, chunk, *inner).transpose(0, 1).contiguous()
     return all_to_all(blocks.view(ranks * slots, chunk, *inner))[:count, :num_local_rows]

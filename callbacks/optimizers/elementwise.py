@@ -62,7 +62,11 @@ class ElementwiseOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Apply weight decay, then `update`, to all parameters that have a gradient."""
+        """Apply weight decay, then `update`, to all parameters that have a gradient.
+
+        Missing state is created first: tensors of zeros for `state_names`, and a number on the CPU
+        for each of `scalars`. A closure computes the loss, which is returned.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -79,15 +83,16 @@ class ElementwiseOptimizer(Optimizer):
                 for name, initial_value in self.scalars.items():
                     if name not in self.state[p]:
                         self.state[p][name] = torch.tensor(initial_value, dtype=torch.float64)
-            weights = [_as_real(p) for p in params_with_grad]
+            weights = [_as_real(p) for p in params_with_grad]  # this rank's shards
             if decay := group.get("weight_decay"):
                 _foreach_mul_(weights, 1 - group["lr"] * decay)
+            gradients = [_as_real(p.grad) for p in params_with_grad]
             states = [
                 [_as_real(self.state[p][name]) for p in params_with_grad]
                 for name in self.state_names
             ]
             states += [[self.state[p][name] for p in params_with_grad] for name in self.scalars]
-            self.update(group, weights, [_as_real(p.grad) for p in params_with_grad], *states)
+            self.update(group, weights, gradients, *states)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -35,16 +35,22 @@ def get_suggested_lr(trainer: Any) -> float | None:
 def check_single_lr(
     trainer: Any, composite: CompositeOptimizer, lr_scales: dict[str, float]
 ) -> None:
-    """Raise UsageError if there is a finder and the rules have more than one base rate."""
+    """Raise UsageError if there is a LearningRateFinder and the rules have several base rates.
+
+    Args:
+        trainer: its callbacks may include a finder.
+        composite: the plan's optimizers.
+        lr_scales: factor on the base rate by label of a rule.
+    """
     if not find_lr_finders(trainer):
         return
-    lrs = {
+    base_lrs = {
         float(group["lr"]) / lr_scales.get(label, 1.0)
         for label, (_, groups) in composite.groups_by_label().items()
         for group in groups
     }
-    if len({round(rate, 12) for rate in lrs}) > 1:
-        text = ", ".join(f"{rate:g}" for rate in sorted(lrs))
+    if len({round(lr, 12) for lr in base_lrs}) > 1:
+        text = ", ".join(f"{lr:g}" for lr in sorted(base_lrs))
         raise UsageError(
             f"LearningRateFinder: the optimizers of the plan have the learning rates {text}, and "
             "the search finds one",
@@ -57,17 +63,25 @@ def check_single_lr(
 def set_base_lr(
     lr: float, composite: CompositeOptimizer, scheduler: Any, lr_scales: dict[str, float]
 ) -> None:
-    """Set the base rate of every param group; the schedule scales it from now on."""
+    """Set the base rate of every param group; the schedule scales it from now on.
+
+    Args:
+        lr: the rate that a search has found.
+        composite: the plan's optimizers.
+        scheduler: the plan's ScheduleLR; None without a schedule.
+        lr_scales: factor on the base rate by label of a rule.
+    """
     factor = scheduler.current_factor() if scheduler is not None else 1.0
     base_lrs = {
         id(group): lr * lr_scales.get(label, 1.0)
         for label, (_, groups) in composite.groups_by_label().items()
         for group in groups
     }
-    for number, group in enumerate(composite.param_groups):
+    for index, group in enumerate(composite.param_groups):
         base_lr = base_lrs[id(group)]
         group["lr"] = base_lr * factor
-        if scheduler is not None:
-            group["initial_lr"] = scheduler.base_lrs[number] = base_lr
-            scheduler._last_lr[number] = base_lr * factor
+        if scheduler is not None:  # torch's scheduler keeps copies of both rates
+            group["initial_lr"] = base_lr
+            scheduler.base_lrs[index] = base_lr
+            scheduler._last_lr[index] = base_lr * factor
     rank_zero_only(print)(f"learning rate {lr:.4g}, found by a search, is the plan's base rate")

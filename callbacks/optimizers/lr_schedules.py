@@ -62,7 +62,10 @@ class LRSchedule:
         )
 
     def validate(self, total_steps: float) -> None:
-        """Raise UsageError if the schedule does not fit a run of `total_steps` optimizer steps."""
+        """Raise UsageError if the schedule does not fit a run of `total_steps` optimizer steps.
+
+        `total_steps` is inf if only time or a signal ends the run.
+        """
         name = f"LRSchedule({self.kind!r})"
         if self.needs_total_steps and math.isinf(total_steps):
             raise UsageError(
@@ -71,14 +74,14 @@ class LRSchedule:
                 flag="--trainer.max_steps=1000, or in the config schedule: {kind: constant}",
             )
         if not 0 <= self.warmup < total_steps:
-            fitting = 0 if math.isinf(total_steps) else int(total_steps // 10)
+            example = 0 if math.isinf(total_steps) else int(total_steps // 10)
             longer_flag = f"--trainer.max_steps={2 * self.warmup}, or " if self.warmup > 0 else ""
             raise UsageError(
                 f"{name}: warmup={self.warmup} does not fit into the run, which has "
                 f"{total_steps:g} optimizer steps",
                 [f"0 to {total_steps - 1:g}"],
-                hint=f"use warmup={fitting}",
-                flag=f"{longer_flag}in the config schedule: {{warmup: {fitting}}}",
+                hint=f"use warmup={example}",
+                flag=f"{longer_flag}in the config schedule: {{warmup: {example}}}",
             )
         if self.warmup_from_zero and not self.warmup:
             raise UsageError(
@@ -96,8 +99,9 @@ class LRSchedule:
                     hint=f"use {argument}=0.1",
                     flag=f"in the config schedule: {{{argument}: 0.1}}",
                 )
-        falling = self.warmup + self.cooldown * total_steps
-        if self.kind == "wsd" and not (0 < self.cooldown <= 1 and falling <= total_steps):
+        num_changing_steps = self.warmup + self.cooldown * total_steps  # rising or falling rate
+        fits_wsd = 0 < self.cooldown <= 1 and num_changing_steps <= total_steps
+        if self.kind == "wsd" and not fits_wsd:
             longest = f"{1 - self.warmup / total_steps:.2f}"
             raise UsageError(
                 f"{name}: warmup={self.warmup} and cooldown={self.cooldown} do not fit into "
@@ -108,13 +112,13 @@ class LRSchedule:
             )
         num_decay_steps = total_steps - self.warmup
         if self.kind in ("step", "cosine_restarts") and not 0 < self.period <= num_decay_steps:
-            fitting = f"{max(1, num_decay_steps // 4):g}"
+            quarter = f"{max(1, num_decay_steps // 4):g}"
             raise UsageError(
                 f"{name}: period={self.period} does not occur in the {num_decay_steps:g} "
                 "optimizer steps after the warmup",
                 [f"1 to {num_decay_steps:g}"],
-                hint=f"use period={fitting}",
-                flag=f"in the config schedule: {{period: {fitting}}}",
+                hint=f"use period={quarter}",
+                flag=f"in the config schedule: {{period: {quarter}}}",
             )
 
 
@@ -135,25 +139,27 @@ class ScheduleLR(LambdaLR):
         return self.lr_lambdas[0](self.last_epoch)
 
     def get_lr(self) -> list[Any]:
-        """Return the base rate times the factor for each group."""
-        groups, old_factor = (
-            self.optimizer.param_groups,
-            self.lr_lambdas[0](max(self.last_epoch - 1, 0)),
-        )
-        for number, group in enumerate(groups[self.num_initial_groups :], self.num_initial_groups):
-            is_new = number >= len(self.base_lrs)
-            changed = is_new or group["lr"] != self._last_lr[number]
-            base = (
-                group["lr"] / old_factor
-                if changed and old_factor
-                else group.get("initial_lr", group["lr"])
-            )
+        """Return the base rate times the factor for each group; torch calls it at each step.
+
+        Groups added during the run get an entry in `base_lrs` and `lr_lambdas` first. If a callback
+        has set the rate of such a group, the base rate follows from it.
+        """
+        groups = self.optimizer.param_groups
+        old_factor = self.lr_lambdas[0](max(self.last_epoch - 1, 0))  # of the previous step
+        for index in range(self.num_initial_groups, len(groups)):
+            group = groups[index]
+            is_new = index >= len(self.base_lrs)
+            is_changed = is_new or group["lr"] != self._last_lr[index]
+            if is_changed and old_factor:
+                base_lr = group["lr"] / old_factor
+            else:  # the factor is 0 at the first step of a warmup from 0
+                base_lr = group.get("initial_lr", group["lr"])
             if is_new:
-                base = group.get("initial_lr", base)
-                self.base_lrs.append(base)
-            elif changed:
-                self.base_lrs[number] = base
-            group["initial_lr"] = self.base_lrs[number]
+                self.base_lrs.append(group.get("initial_lr", base_lr))
+            elif is_changed:
+                self.base_lrs[index] = base_lr
+            group["initial_lr"] = self.base_lrs[index]
+        # all groups have the same factor
         self.lr_lambdas += [self.lr_lambdas[0]] * (len(groups) - len(self.lr_lambdas))
         return super().get_lr()
 

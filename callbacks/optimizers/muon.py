@@ -151,7 +151,19 @@ class MuonOptimizer(Optimizer):
         weight_decay: float = 0.0,
         num_blocks: int = 1,
     ) -> None:
-        """Check the arguments and that every parameter is a real matrix."""
+        """Check the arguments and that every parameter is a real matrix.
+
+        Args:
+            params: matrices or convolution kernels, or param groups; the first axis is the outputs.
+            lr: step size.
+            momentum: decay factor of the old momentum.
+            nesterov: use Nesterov momentum.
+            scale: how the step depends on the shape; a row of SCALES.
+            coefficients: the iteration that orthogonalizes; a row of ITERATIONS.
+            iteration_dtype: auto is bfloat16 if the device computes in it, else float32.
+            weight_decay: lambda in W <- (1 - lr lambda) W.
+            num_blocks: number of row blocks that are separate matrices.
+        """
         for argument, value, allowed in (
             ("scale", scale, SCALES),
             ("coefficients", coefficients, ITERATIONS),
@@ -193,7 +205,10 @@ class MuonOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Take one step; matrices of equal shape and layout are batched."""
+        """Update all parameters that have a gradient; a closure computes the loss, returned here.
+
+        Matrices of equal shape, dtype, device and layout on a mesh are batched.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -210,6 +225,10 @@ class MuonOptimizer(Optimizer):
         return loss
 
     def _update(self, group: dict[str, Any], matrices: list[Tensor]) -> None:
+        """Update matrices of equal shape and layout in place by the formula of Muon.
+
+        Momentum is elementwise, on this rank's shards. Orthogonalization needs full matrices.
+        """
         for p in matrices:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -220,13 +239,14 @@ class MuonOptimizer(Optimizer):
         if group["nesterov"]:
             update = _foreach_lerp(gradients, momenta, group["momentum"])
         dtype = resolve_iteration_dtype(group["iteration_dtype"], update[0].device)
+        # (n, rows of the shard, ...); one copy both stacks and casts
         stack = update[0].new_empty((len(update), *update[0].shape), dtype=dtype)
         _foreach_copy_(list(stack), list(update))
-        function = partial(
+        orthogonalize_stack = partial(
             orthogonalize_batch, coefficients=group["coefficients"], num_blocks=group["num_blocks"]
         )
         directions = apply_to_full_matrices(
-            function, stack, like=matrices[0], replica_group=self.replica_group
+            orthogonalize_stack, stack, like=matrices[0], replica_group=self.replica_group
         )
         rows = matrices[0].shape[0] // group["num_blocks"]
         scale = SCALES[group["scale"]](rows, math.prod(matrices[0].shape[1:]))
@@ -279,7 +299,21 @@ class Muon(OptimizerPlan):
         schedule: LRSchedule | None = None,
         print_groups: bool = False,
     ) -> None:
-        """Create a plan with two rules, one for each optimizer."""
+        """Create a plan with two rules: Muon for hidden matrices and convolutions, and the rest.
+
+        Args:
+            lr: learning rate of the matrices.
+            aux_optimizer: optimizer of all other parameters; None for AdamW at 3e-3.
+            momentum: argument of MuonOptimizer, as are the next five.
+            nesterov: use Nesterov momentum.
+            scale: how the step depends on the shape.
+            coefficients: the iteration that orthogonalizes.
+            iteration_dtype: the dtype of the iteration.
+            weight_decay: weight decay of the matrices.
+            decay: which tensors of each rule get their optimizer's weight decay.
+            schedule: the schedule of both learning rates.
+            print_groups: list the parameters of each rule.
+        """
         muon = partial(
             MuonOptimizer,
             lr=lr,
@@ -294,4 +328,4 @@ class Muon(OptimizerPlan):
             ParamRule(["hidden_matrix", "convolution"], optimizer=muon),
             ParamRule(optimizer=aux_optimizer or partial(AdamW, lr=3e-3, betas=(0.9, 0.99))),
         ]
-        super().__init__(None, decay, schedule, rules, print_groups)
+        super().__init__(decay=decay, schedule=schedule, rules=rules, print_groups=print_groups)

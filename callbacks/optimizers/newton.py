@@ -69,33 +69,43 @@ class NewtonOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any]) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Take one step, with 3 to 5 calls of the closure, or up to 2 n + 6 with differences."""
-        parameters, group = self._all_parameters(), self.param_groups[0]
-        start = _flatten(parameters)
-        losses_seen: list[Any] = []
+        """Update all n weights by w <- w - lr (H + damping I)^-1 g, and return the loss.
 
-        def gradient(at: Tensor) -> Tensor:
+        The closure computes the loss and its gradients. It is called 3 to 5 times if autograd can
+        differentiate twice, and up to 2 n + 6 times if H needs differences of gradients.
+
+        Raises:
+            UsageError: the system has no unique solution.
+        """
+        parameters, group = self._all_parameters(), self.param_groups[0]
+        start = _flatten(parameters)  # (n), also of sharded parameters
+        loss: Any = None
+
+        def compute_gradient(at: Tensor) -> Tensor:  # at the weights `at` (n), which stay set
+            nonlocal loss
             _unflatten_into(at, parameters)
             self.zero_grad()
             with torch.enable_grad():
-                losses_seen.append(closure())
+                loss = closure()
             return _flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
 
-        # The cube root of the precision balances the rounding error and the third derivative.
+        # the cube root of the precision balances the rounding error and the third derivative
         step_sizes = torch.finfo(start.dtype).eps ** (1 / 3) * start.abs().clamp(min=1)
-        with _SecondDerivatives(parameters) as second:
-            gradient(start)
-        hessian = second.hessian
-        if hessian is None or not _matches_differences(hessian, gradient, start, step_sizes):
+        with _SecondDerivatives(parameters) as second_derivatives:  # acts on the closure's backward
+            compute_gradient(start)
+        hessian = second_derivatives.hessian
+        if hessian is None or not _matches_differences(
+            hessian, compute_gradient, start, step_sizes
+        ):
             columns = [
-                (gradient(start + offset) - gradient(start - offset)) / (2 * h)
+                (compute_gradient(start + offset) - compute_gradient(start - offset)) / (2 * h)
                 for offset, h in zip(torch.diag(step_sizes), step_sizes, strict=True)
             ]
             hessian = torch.stack(columns)
         hessian = (hessian + hessian.T) / 2 + group["damping"] * torch.eye(len(start)).to(start)
-        slope = gradient(start)
-        solution, solve_info = torch.linalg.solve_ex(hessian, slope)
-        if solve_info:
+        gradient = compute_gradient(start)
+        solution, solve_info = torch.linalg.solve_ex(hessian, gradient)
+        if solve_info:  # singular
             raise UsageError(
                 f"Newton: damping={group['damping']} is too small, because the curvature is zero "
                 "in some direction",
@@ -103,7 +113,7 @@ class NewtonOptimizer(Optimizer):
                 flag="--trainer.callbacks.damping=1e-3",
             )
         _unflatten_into(start - group["lr"] * solution, parameters)
-        return losses_seen[-1]
+        return loss  # of the last call, at the weights before the step
 
 
 class _SecondDerivatives(TorchFunctionMode):
@@ -148,11 +158,20 @@ def _flatten_gradients(gradients: Sequence[Tensor | None], parameters: list[Tens
 
 
 def _matches_differences(
-    hessian: Tensor, gradient: Callable[[Tensor], Tensor], start: Tensor, step_sizes: Tensor
+    hessian: Tensor,
+    compute_gradient: Callable[[Tensor], Tensor],
+    start: Tensor,
+    step_sizes: Tensor,
 ) -> bool:
     """Whether H (n n) agrees with finite differences of the gradient in one direction.
 
     Both agree to 1 %, or the error falls below half when the step is halved, as at a flat minimum.
+
+    Args:
+        hessian: H, from double backward.
+        compute_gradient: returns the gradient (n) at given weights (n).
+        start: the weights (n) of H.
+        step_sizes: step of a difference for each weight (n).
     """
     precision = torch.finfo(start.dtype).eps ** (2 / 3)
     generator = torch.Generator().manual_seed(0)
@@ -160,9 +179,9 @@ def _matches_differences(
     errors: list[Tensor] = []
     for fraction in (1.0, 0.5):
         step = fraction * direction
-        ends = gradient(start + step), gradient(start - step)
-        difference = (ends[0] - ends[1]) / (2 * fraction)
-        rounding = 10 * precision * (ends[0].abs() + ends[1].abs()).max()
+        above, below = compute_gradient(start + step), compute_gradient(start - step)
+        difference = (above - below) / (2 * fraction)
+        rounding = 10 * precision * (above.abs() + below.abs()).max()
         errors.append((hessian @ direction - difference).norm())
         if errors[-1] <= 0.01 * difference.norm() + rounding * step_sizes.max():
             return True

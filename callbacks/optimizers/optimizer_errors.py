@@ -28,11 +28,19 @@ class OptimizerError(RunError):
 
 @contextmanager
 def wrap_optimizer_errors(optimizer: Optimizer, action: str = "in its step") -> Iterator[None]:
-    """Raise OptimizerError for an exception of another package, unless user code is involved."""
+    """Raise OptimizerError for an exception in the context, if another package caused it.
+
+    Errors of Ravine, of user code and of memory pass unchanged, and all errors if a traceback is
+    requested by RAVINE_TRACEBACK.
+
+    Args:
+        optimizer: the optimizer that is called in the context.
+        action: says in the message when it failed.
+    """
     try:
         yield
     except Exception as error:
-        has_exit_status = isinstance(error, UsageError | RunError)
+        has_exit_status = isinstance(error, UsageError | RunError)  # its message is complete
         is_out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if (
             has_exit_status

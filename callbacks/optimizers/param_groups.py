@@ -36,34 +36,44 @@ class RuleParams(NamedTuple):
 
 
 def build_optimizer(rule_params: Sequence[RuleParams], decay: DecayFilter) -> CompositeOptimizer:
-    """Build each optimizer once and join them; `decay` applies to rules without their own."""
-    rules_by_optimizer: list[list[RuleParams]] = []
-    for one_rule in rule_params:
-        same_optimizer = (
-            m
-            for m in rules_by_optimizer
-            if same_factory(m[0].rule.optimizer, one_rule.rule.optimizer)
-        )
-        if (existing := next(same_optimizer, None)) is None:
-            rules_by_optimizer.append([one_rule])
-        else:
-            existing.append(one_rule)
+    """Build one optimizer for all rules that share it, and join the optimizers.
+
+    The groups of a rule get its lr_scale and weight decay.
+
+    Args:
+        rule_params: the rules with their parameters, in order.
+        decay: the decay filter of rules without their own.
+    """
     members: list[Optimizer] = []
-    labels: list[str] = []
-    for same_optimizer in rules_by_optimizer:
-        factory = same_optimizer[0].rule.optimizer
-        groups = make_decay_groups(same_optimizer, decay)
+    labels: list[str] = []  # of each param group
+    for rules in _group_by_optimizer(rule_params):
+        factory = rules[0].rule.optimizer
+        groups = make_decay_groups(rules, decay)
+        # some functions accept only parameters, not groups
         member = call_factory(factory, groups[0]["params"] if len(groups) == 1 else groups)
-        owner = {id(p): one_rule for one_rule in same_optimizer for _, p in one_rule.named_params}
-        for group in list(member.param_groups):
-            rule = owner[id(group["params"][0])].rule
+        rule_of_param = {id(p): one_rule for one_rule in rules for _, p in one_rule.named_params}
+        for group in list(member.param_groups):  # a copy, because the filter adds groups
+            rule = rule_of_param[id(group["params"][0])].rule
             if group.get("lr") is not None:
                 check_lr(group["lr"], member)
                 group["lr"] = scale_lr(group["lr"], rule.lr_scale)
             apply_decay_filter(member, group, rule.decay or decay)
         members.append(member)
-        labels += [owner[id(group["params"][0])].label for group in member.param_groups]
+        labels += [rule_of_param[id(group["params"][0])].label for group in member.param_groups]
     return CompositeOptimizer(members, labels)
+
+
+def _group_by_optimizer(rule_params: Sequence[RuleParams]) -> list[list[RuleParams]]:
+    """Return lists of rules with the same optimizer and arguments, in the order of the rules."""
+    rules_by_optimizer: list[list[RuleParams]] = []
+    for one_rule in rule_params:
+        for rules in rules_by_optimizer:
+            if same_factory(rules[0].rule.optimizer, one_rule.rule.optimizer):
+                rules.append(one_rule)
+                break
+        else:
+            rules_by_optimizer.append([one_rule])
+    return rules_by_optimizer
 
 
 def make_added_groups(
@@ -74,6 +84,8 @@ def make_added_groups(
     factor: float | None,
 ) -> RuleGroups:
     """Return the param groups for parameters that a rule's optimizer trains from now on.
+
+    A new optimizer already has its groups, so the list of groups to add is empty then.
 
     Args:
         rule_params: the rule and the parameters.
@@ -90,8 +102,10 @@ def make_added_groups(
     settings: ParamGroup = {}
     if isinstance(lr, int | float | Tensor):
         check_lr(lr, member)
-        base = scale_lr(lr, rule.lr_scale)
-        settings = {"lr": base} if factor is None else {"lr": base * factor, "initial_lr": base}
+        base_lr = scale_lr(lr, rule.lr_scale)
+        settings = {"lr": base_lr}
+        if factor is not None:  # torch's schedulers read `initial_lr`
+            settings = {"lr": base_lr * factor, "initial_lr": base_lr}
     if "lr" in overrides:
         settings = {}
     settings |= overrides
@@ -103,8 +117,8 @@ def make_added_groups(
         groups = [{**settings, "params": undecayed, "weight_decay": 0.0}] if undecayed else []
         groups += [{**settings, "params": decayed}] if decayed else []
     if is_new:
-        (only,) = member.param_groups
-        only |= groups[0]
+        (first_group,) = member.param_groups
+        first_group |= groups[0]
         for group in groups[1:]:
             member.add_param_group(group)
     return RuleGroups(rule_params.label, member, [] if is_new else groups)
@@ -121,25 +135,33 @@ def make_decay_groups(same_optimizer: Sequence[RuleParams], decay: DecayFilter) 
     The split needs a `weight_decay` argument of the class. It happens here because some classes
     count their groups in the constructor and ignore groups added later. For other classes
     `apply_decay_filter` adds groups.
+
+    Args:
+        same_optimizer: the rules, which have the same optimizer and arguments.
+        decay: the decay filter of rules without their own.
+
+    Returns:
+        One group for each rule, then the groups with weight_decay=0 of the rules that are split.
     """
     factory = same_optimizer[0].rule.optimizer
     argument = _constructor_parameters(get_optimizer_class(factory)).get("weight_decay")
     default_value = argument.default if argument is not None else None
     value = getattr(factory, "keywords", {}).get("weight_decay", default_value)
-    is_known = argument is not None and isinstance(value, int | float) and bool(value)
-    first: list[ParamGroup] = []
-    undecayed: list[ParamGroup] = []
+    has_weight_decay = argument is not None and isinstance(value, int | float) and bool(value)
+    rule_groups: list[ParamGroup] = []
+    undecayed_groups: list[ParamGroup] = []
     for one_rule in same_optimizer:
-        policy = one_rule.rule.decay or decay
+        decay_filter = one_rule.rule.decay or decay
         parameters = [p for _, p in one_rule.named_params]
-        decayed = [p for p in parameters if should_decay(p, policy)]
-        if not is_known or not decayed or len(decayed) == len(parameters):
-            first.append({"params": parameters})
+        decayed = [p for p in parameters if should_decay(p, decay_filter)]
+        if not has_weight_decay or not decayed or len(decayed) == len(parameters):
+            # `apply_decay_filter` sets the weight decay of a group without decayed parameters
+            rule_groups.append({"params": parameters})
         else:
-            first.append({"params": decayed})
-            remaining = [p for p in parameters if not should_decay(p, policy)]
-            undecayed.append({"params": remaining, "weight_decay": 0.0})
-    return first + undecayed
+            rule_groups.append({"params": decayed})
+            undecayed = [p for p in parameters if not should_decay(p, decay_filter)]
+            undecayed_groups.append({"params": undecayed, "weight_decay": 0.0})
+    return rule_groups + undecayed_groups
 
 
 def scale_lr(lr: Any, scale: float) -> Any:
@@ -170,18 +192,23 @@ def same_factory(left: OptimizerFactory | None, right: OptimizerFactory | None) 
 
 
 def call_factory(factory: OptimizerFactory | None, parameters: Sequence[Any]) -> Optimizer:
-    """Build the optimizer; raise UsageError for unknown or refused constructor arguments."""
+    """Build the optimizer; raise UsageError for unknown or refused constructor arguments.
+
+    Args:
+        factory: a class, a partial of one, or a function of the parameters.
+        parameters: tensors or param groups.
+    """
     optimizer_type = get_optimizer_class(factory)
-    keywords = getattr(factory, "keywords", {})
+    name = optimizer_type.__name__ if optimizer_type is not None else "the optimizer"
+    keywords = getattr(factory, "keywords", {})  # of a partial
     signature = _constructor_parameters(optimizer_type)
     if signature and not any(a.kind is a.VAR_KEYWORD for a in signature.values()):
-        allowed = list(signature)[1:]
+        _, *allowed = signature  # the first argument is the parameters
         for keyword in keywords:
             if keyword not in allowed:
                 closest = suggest_names(keyword, allowed, least=0.3) or allowed
                 raise UsageError(
-                    f"{optimizer_type.__name__ if optimizer_type else 'the optimizer'} has no "
-                    f"argument {keyword!r}",
+                    f"{name} has no argument {keyword!r}",
                     closest,
                     hint=f"use {closest[0]}={keywords[keyword]!r}",
                     label="nearest",
@@ -197,7 +224,6 @@ def call_factory(factory: OptimizerFactory | None, parameters: Sequence[Any]) ->
             for k, v in keywords.items()
             if k not in signature or signature[k].default != v
         ]
-        name = optimizer_type.__name__ if optimizer_type is not None else "the optimizer"
         problem, hint = _explain_error(error, parameters)
         raise UsageError(
             f"{name} refuses {', '.join(changed_args) or 'its arguments'}: {problem}", hint=hint
@@ -220,11 +246,15 @@ def _constructor_parameters(cls: type | None) -> dict[str, inspect.Parameter]:
 
 
 def _explain_error(error: Exception, parameters: Sequence[Any]) -> tuple[str, str]:
-    """Return the text of a constructor's error, and a hint for common causes."""
-    at = optimizer_errors.find_user_frame(error)
-    plain = type(error) is ValueError or isinstance(error, UsageError)
-    where = f" (at {at})" if at and not plain else ""
-    message = str(error) if plain else optimizer_errors.format_exception(error)
+    """Return the text of an error of an optimizer's constructor, and a hint; "" for no hint.
+
+    `parameters` are the tensors or groups with which it was called.
+    """
+    user_frame = optimizer_errors.find_user_frame(error)  # file and line of user code
+    is_refusal = type(error) is ValueError or isinstance(error, UsageError)  # its text is enough
+    where = f" (at {user_frame})" if user_frame and not is_refusal else ""
+    message = str(error) if is_refusal else optimizer_errors.format_exception(error)
+    # such a constructor calls methods of a module on its argument
     wants_model = isinstance(error, AttributeError) and "named_parameters" in str(error)
     wants_model = wants_model or "'parameters'" in str(error) or "'modules'" in str(error)
     if wants_model:
@@ -232,7 +262,7 @@ def _explain_error(error: Exception, parameters: Sequence[Any]) -> tuple[str, st
             f"{message}{where}; it needs the model, and a plan passes the parameters",
             "create it in the module's configure_optimizers, without a plan",
         )
-    if plain:
+    if is_refusal:
         return message, ""
     return (
         f"{message}{where}; it was called with {len(parameters)} parameters or groups",
@@ -258,7 +288,13 @@ def apply_decay_filter(optimizer: Optimizer, group: dict[str, Any], decay: Decay
 def make_plan_table(
     rule_params: Sequence[RuleParams], composite: CompositeOptimizer, list_names: bool = False
 ) -> Table:
-    """Return a table of rules and param groups, printed because wrong groups raise no error."""
+    """Return a table of rules and param groups, printed because wrong groups raise no error.
+
+    Args:
+        rule_params: the rules with their parameters.
+        composite: the optimizers of the rules.
+        list_names: list the names of the parameters below each group.
+    """
     rich_table = Table(
         Column("rule", overflow="fold"), "tensors", "parameters", "lr", "decay", "optimizer"
     )
@@ -275,10 +311,10 @@ def make_plan_table(
                 _format_setting(group.get("weight_decay")),
                 type(member).__name__,
             )
-            for name in (
-                name for name, p in one_rule.named_params if list_names and id(p) in param_ids
-            ):
-                rich_table.add_row(f"  {name}")
+            if list_names:
+                for name, p in one_rule.named_params:
+                    if id(p) in param_ids:
+                        rich_table.add_row(f"  {name}")
     return rich_table
 
 

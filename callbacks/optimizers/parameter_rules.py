@@ -71,43 +71,60 @@ def classify_params(module: nn.Module) -> dict[str, str]:
     A weight tied between an embedding and a head is an embedding. The head is a Linear named `head`
     or `lm_head`. Without such a Linear and without a tied embedding, the last Linear is the head.
     """
-    owners: dict[int, list[tuple[str, str, nn.Module]]] = {}
-    for path, owner in module.named_modules():
-        for leaf, parameter in owner.named_parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append((path.rpartition(".")[2], leaf, owner))
+    # kinds of a parameter by its id, one for each layer that has it
+    candidate_kinds: dict[int, list[str | None]] = {}
+    for path, layer in module.named_modules():
+        layer_name = path.rpartition(".")[2]
+        for param_name, parameter in layer.named_parameters(recurse=False):
+            kind = _classify_param(layer_name, param_name, layer, parameter.ndim)
+            candidate_kinds.setdefault(id(parameter), []).append(kind)
     param_kinds: dict[str, str] = {}
-    tied = False
+    has_tied_embedding = False
     for name, parameter in module.named_parameters():
-        candidates = [_classify_param(*owner, parameter.ndim) for owner in owners[id(parameter)]]
-        param_kinds[name] = (
-            "embedding" if "embedding" in candidates else next(filter(None, candidates), "other")
-        )
-        tied |= param_kinds[name] == "embedding" and len(candidates) > 1
-    linear = [n for n, k in param_kinds.items() if k == "hidden_matrix"]
-    if linear and not tied and "head" not in param_kinds.values():
-        param_kinds[linear[-1]] = "head"
+        candidates = candidate_kinds[id(parameter)]
+        if "embedding" in candidates:
+            param_kinds[name] = "embedding"
+            has_tied_embedding |= len(candidates) > 1
+        else:
+            param_kinds[name] = next(filter(None, candidates), "other")
+    hidden_names = [n for n, kind in param_kinds.items() if kind == "hidden_matrix"]
+    if hidden_names and not has_tied_embedding and "head" not in param_kinds.values():
+        param_kinds[hidden_names[-1]] = "head"
     return param_kinds
 
 
-def _classify_param(attribute: str, leaf: str, owner: nn.Module, ndim: int) -> ParamKind | None:
-    type_name = type(owner).__name__.lower()
-    if isinstance(owner, nn.EmbeddingBag | nn.Embedding):
+def _classify_param(
+    layer_name: str, param_name: str, layer: nn.Module, ndim: int
+) -> ParamKind | None:
+    """Return the kind of a layer's parameter with `ndim` axes; None if the layer is unknown.
+
+    `layer_name` is the last part of the layer's name in the module.
+    """
+    type_name = type(layer).__name__.lower()
+    if isinstance(layer, nn.EmbeddingBag | nn.Embedding):
         return "embedding"
     if "norm" in type_name:
         return "norm"
-    if "bias" in leaf:
+    if "bias" in param_name:
         return "bias"
     if ndim < 2:
         return "scalar"
-    if isinstance(owner, _ConvNd):
+    if isinstance(layer, _ConvNd):
         return "convolution"
-    if isinstance(owner, nn.MultiheadAttention | nn.RNNBase) or "linear" in type_name:
-        return "head" if attribute in HEAD_NAMES else "hidden_matrix"
+    if isinstance(layer, nn.MultiheadAttention | nn.RNNBase) or "linear" in type_name:
+        return "head" if layer_name in HEAD_NAMES else "hidden_matrix"
     return None
 
 
 def assign_params(module: nn.Module, rules: Sequence[ParamRule]) -> list[list[NamedParam]]:
-    """Return the trainable parameters of each rule in order; raise UsageError for wrong rules."""
+    """Return the trainable parameters that each rule takes, in the order of the rules.
+
+    A parameter belongs to the first rule that matches its kind and name.
+
+    Raises:
+        UsageError: a rule takes no parameter, a parameter has no rule, or a rule gives a parameter
+            of another kind to an optimizer of matrices.
+    """
     kind_of = classify_params(module)
     params_by_rule: list[list[NamedParam]] = [[] for _ in rules]
     unassigned: list[str] = []
@@ -135,7 +152,14 @@ def assign_params(module: nn.Module, rules: Sequence[ParamRule]) -> list[list[Na
 def assign_added_params(
     module: nn.Module, rules: Sequence[ParamRule], parameters: Iterable[Any]
 ) -> list[tuple[ParamRule, list[NamedParam]]]:
-    """Return the rules, in order, that take these newly trained parameters, with the parameters."""
+    """Return the rules that take these newly trained parameters, in order, with the parameters.
+
+    Called for `add_param_group`. A parameter that is not of the module has the kind `other` and an
+    empty name.
+
+    Raises:
+        UsageError: no rule matches, or a matrix optimizer gets a parameter of another kind.
+    """
     kind_of = classify_params(module)
     names = {id(p): name for name, p in module.named_parameters()}
     params_by_rule: list[list[NamedParam]] = [[] for _ in rules]
@@ -181,16 +205,22 @@ def _check_matrices_only(
     """Raise UsageError if an optimizer of matrices gets a parameter of another kind.
 
     Such an optimizer has `matrices_only = True` or is torch.optim.Muon, which lacks the attribute.
+
+    Args:
+        number: number of the rule, from 1, for the message.
+        rule: the rule.
+        named_params: names and parameters that it takes.
+        kind_of: kind of each parameter by name.
     """
     optimizer_type = get_optimizer_class(rule.optimizer)
-    if optimizer_type is None or not (
-        getattr(optimizer_type, "matrices_only", False) or optimizer_type is Muon
-    ):
+    is_torch_muon = optimizer_type is Muon
+    if not (is_torch_muon or getattr(optimizer_type, "matrices_only", False)):
         return
-    allowed = {"hidden_matrix", "convolution"} | (
-        {"embedding", "head"} if rule.allow_embeddings else set()
-    )
-    misplaced = [f"{n} ({kind_of[n]})" for n, p in named_params if kind_of[n] not in allowed]
+    assert optimizer_type is not None
+    allowed = {"hidden_matrix", "convolution"}
+    if rule.allow_embeddings:
+        allowed |= {"embedding", "head"}
+    misplaced = [f"{n} ({kind_of[n]})" for n, _ in named_params if kind_of[n] not in allowed]
     if misplaced:
         raise UsageError(
             f"OptimizerPlan: rule {number} ({rule.label}) assigns {', '.join(misplaced)} to "

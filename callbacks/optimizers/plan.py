@@ -70,7 +70,15 @@ class OptimizerPlan(Callback):
         rules: Sequence[ParamRule] = (),
         print_groups: bool = False,
     ) -> None:
-        """Check and store the arguments; optimizers are built later, when parameters exist."""
+        """Check and store the arguments; optimizers are built later, when parameters exist.
+
+        Args:
+            optimizer: class, or function of the parameters, of rules without an optimizer.
+            decay: which tensors get the optimizer's weight decay.
+            schedule: the learning-rate schedule; None for a constant rate.
+            rules: which optimizer trains which parameters; none for one rule that takes all.
+            print_groups: list the parameters of each rule below the table of rules.
+        """
         for number, rule in enumerate(rules, 1):
             if rule.optimizer is None and optimizer is None:
                 raise UsageError(
@@ -93,11 +101,12 @@ class OptimizerPlan(Callback):
         self.print_groups = print_groups
         self._total_steps = float("inf")  # optimizer steps of the run, inf while unknown
         self._saved_total_steps: float | None = None  # total steps in the checkpoint
-        self._optimizer_names: list[str] = []
-        self._saved_optimizer_names: list[str] = []
+        self._optimizer_names: list[str] = []  # of this run, with their numbers of tensors
+        self._saved_optimizer_names: list[str] = []  # those in the checkpoint
         self._schedule_free = ScheduleFreeWeights()
-        self._log: Any = None
+        self._log: Any = None  # the module's `log`, see the property `log`
         self._suggested_lr: float | None = None  # learning rate found in an earlier fit by a Tuner
+        # arguments of `set_base_lr`: optimizer, scheduler, lr_scale by label of a rule
         self._lr_context: tuple[CompositeOptimizer, ScheduleLR | None, dict[str, float]] | None = (
             None
         )
@@ -116,7 +125,8 @@ class OptimizerPlan(Callback):
     def log(self, log: Any) -> None:
         """Store `log`, and override `configure_optimizers` of a module that does not define it.
 
-        Lightning requires the method right after it sets `log`, before any hook of a callback.
+        Lightning requires the method right after it sets `log`, before any hook of a callback. So
+        this setter is the only place for such a module; `setup` does it for all other modules.
         """
         self._log = log
         module = getattr(log, "__self__", None)
@@ -151,7 +161,7 @@ class OptimizerPlan(Callback):
                 "optimization), which a plan cannot replace",
                 hint=f"remove {name}() from Trainer(callbacks=...)",
             )
-        self._total_steps = float("inf")
+        self._total_steps = float("inf")  # unknown
         if trainer.max_steps >= 0 or trainer.max_epochs == -1:  # else the loaders determine it
             steps = trainer.max_steps
             self._set_total_steps(trainer, steps if steps >= 0 else float("inf"))
@@ -160,15 +170,9 @@ class OptimizerPlan(Callback):
             return self._build_optimizer(trainer, module)
 
         override_hook(trainer, pl_module, HOOK_NAME, configure_optimizers, self)
-        if self.schedule is None:
-            name, owner = type(pl_module).__name__, type(self).__name__
-            override_hook(
-                trainer,
-                pl_module,
-                "lr_schedulers",
-                lambda _: ReadOnlyLRs(trainer, name, owner),
-                self,
-            )
+        if self.schedule is None:  # a module that reads its schedulers gets the rates only
+            rates = ReadOnlyLRs(trainer, type(pl_module).__name__, type(self).__name__)
+            override_hook(trainer, pl_module, "lr_schedulers", lambda module: rates, self)
 
     def schedule_free_optimizers(self) -> list[str]:
         """Return the class names of optimizers with separate evaluation weights."""
@@ -249,6 +253,13 @@ class OptimizerPlan(Callback):
         self._total_steps = total_steps
 
     def _build_optimizer(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
+        """Build the plan's optimizers; Lightning calls this as the module's configure_optimizers.
+
+        It also prints the table of rules, and refuses a checkpoint with other optimizers.
+
+        Returns:
+            Lightning's dict with the composite optimizer, and its scheduler if there is a schedule.
+        """
         with full_module(trainer):  # a pipeline stage lacks parameters
             rule_params = self._assign_rule_params(module)
         composite = build_optimizer(rule_params, self.decay)
@@ -270,28 +281,29 @@ class OptimizerPlan(Callback):
             self._log_replaced_optimizers(trainer, module)
         composite.drop_remote_params()
         initially_trainable = {id(p) for p in module.parameters() if p.requires_grad}
-        schedulers: list[ScheduleLR] = []
+        scheduler: ScheduleLR | None = None
 
+        # the composite calls it in `add_param_group`
         def route(parameters: list[Tensor], settings: ParamGroup) -> list[RuleGroups]:
             if isinstance(trainer.strategy, DDPStrategy):
                 _check_gradients_reduced(module, parameters, initially_trainable)
-            factor = schedulers[0].current_factor() if schedulers else None
+            factor = scheduler.current_factor() if scheduler is not None else None
             return self._route_params(module, rule_params, composite, parameters, settings, factor)
 
         composite.router = route
         lr_scales = {one_rule.label: one_rule.rule.lr_scale for one_rule in rule_params}
         check_single_lr(trainer, composite, lr_scales)
         if self._suggested_lr is not None and not find_lr_finders(trainer):
-            set_base_lr(self._suggested_lr, composite, None, lr_scales)
-        self._lr_context = (composite, None, lr_scales)
-        if self.schedule is None:
+            set_base_lr(self._suggested_lr, composite, scheduler=None, lr_scales=lr_scales)
+        if (schedule := self.schedule) is not None:
+            # the total is read at each step, because it is known only at the start of training
+            scheduler = ScheduleLR(composite, lambda k: schedule.factor(k, self._total_steps))
+        self._lr_context = (composite, scheduler, lr_scales)
+        if scheduler is None:
             return {"optimizer": composite}
-        schedule = self.schedule
-        schedulers += [ScheduleLR(composite, lambda step: schedule.factor(step, self._total_steps))]
-        self._lr_context = (composite, schedulers[0], lr_scales)
         return {
             "optimizer": composite,
-            "lr_scheduler": {"scheduler": schedulers[0], "interval": "step"},
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
     def _route_params(
@@ -303,24 +315,30 @@ class OptimizerPlan(Callback):
         settings: ParamGroup,
         factor: float | None,
     ) -> list[RuleGroups]:
-        """Return the optimizers and groups, by the same rules, of newly trained parameters."""
-        added = []
-        members = composite.groups_by_label()
-        for rule, named in assign_added_params(module, self.rules, parameters):
-            one_rule = next((s for s in rule_params if s.rule is rule), None)
+        """Return the optimizers and groups, by the same rules, of newly trained parameters.
+
+        Args:
+            module: the module of the parameters.
+            rule_params: the rules with parameters so far; a rule without any is added to the list.
+            composite: the plan's optimizer.
+            parameters: those of `add_param_group`.
+            settings: settings passed with them, which take precedence.
+            factor: current factor of the schedule; None without a schedule.
+        """
+        added_groups = []
+        groups_by_label = composite.groups_by_label()
+        for rule, named_params in assign_added_params(module, self.rules, parameters):
+            one_rule = next((other for other in rule_params if other.rule is rule), None)
             if one_rule is None:  # the rule had no trainable parameter until now
-                used_labels = [s.label for s in rule_params]
+                used_labels = [other.label for other in rule_params]
                 number = self.rules.index(rule) + 1
                 label = rule.label if rule.label not in used_labels else f"{rule.label} {number}"
                 one_rule = RuleParams(rule, label, [])
                 rule_params.append(one_rule)
-            member = members[one_rule.label][0] if one_rule.label in members else None
-            added.append(
-                make_added_groups(
-                    one_rule._replace(named_params=named), member, self.decay, settings, factor
-                )
-            )
-        return added
+            member, _ = groups_by_label.get(one_rule.label, (None, []))
+            added_rule = one_rule._replace(named_params=named_params)
+            added_groups.append(make_added_groups(added_rule, member, self.decay, settings, factor))
+        return added_groups
 
     def _assign_rule_params(self, module: L.LightningModule) -> list[RuleParams]:
         assigned = zip(self.rules, assign_params(module, self.rules), strict=True)
@@ -348,19 +366,20 @@ class OptimizerPlan(Callback):
             )
 
     def _log_schedule_rescaling(self, trainer: L.Trainer) -> None:
-        """Print the change of the learning rate if a resumed run has another length."""
-        saved_total_steps, self._saved_total_steps = self._saved_total_steps, None
-        if (
-            self.schedule is None
-            or not self.schedule.needs_total_steps
-            or saved_total_steps is None
-        ):
+        """Print the change of the learning rate if a resumed run has another length.
+
+        `_saved_total_steps` is the length of the checkpoint's run, and None if it is not resumed.
+        """
+        saved_total_steps = self._saved_total_steps
+        self._saved_total_steps = None  # print once
+        if saved_total_steps is None or saved_total_steps == self._total_steps:
             return
-        if saved_total_steps != self._total_steps and trainer.is_global_zero:
+        if self.schedule is None or not self.schedule.needs_total_steps:
+            return
+        if trainer.is_global_zero:
             step = trainer.global_step
-            old_factor, new_factor = (
-                self.schedule.factor(step, n) for n in (saved_total_steps, self._total_steps)
-            )
+            old_factor = self.schedule.factor(step, saved_total_steps)
+            new_factor = self.schedule.factor(step, self._total_steps)
             text = (
                 f"LRSchedule({self.schedule.kind!r}): the run of the checkpoint has "
                 f"{saved_total_steps:g} optimizer steps, and this run has {self._total_steps:g}; "
@@ -403,6 +422,10 @@ class OptimizerPlan(Callback):
     def _check_closure_allowed(
         self, trainer: L.Trainer, name: str, composite: CompositeOptimizer
     ) -> None:
+        """Raise UsageError if the optimizer `name` cannot compute the loss several times in a step.
+
+        Each call of its closure must compute the loss of the whole step again.
+        """
         obstacles = {
             "other optimizers": len(composite.optimizers) > 1,
             "gradient accumulation": trainer.accumulate_grad_batches > 1,

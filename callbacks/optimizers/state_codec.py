@@ -10,6 +10,7 @@ import and no constructor, so this run must have loaded the class already.
 """
 
 import enum
+import itertools
 import sys
 import types
 from collections import Counter, OrderedDict, defaultdict, deque
@@ -38,22 +39,28 @@ class PackedState(NamedTuple):
 
 
 def pack_state(optimizer: Optimizer) -> PackedState:
-    """Return the optimizer's own state_dict as plain values.
+    """Return the optimizer's own state_dict as plain values, with parameters numbered from 0.
+
+    A state_dict in torch's format is divided into groups, states of parameters and the rest. One in
+    another format is kept whole; its groups are then those of the optimizer.
 
     Raises:
         CheckpointError: the optimizer keeps an object that no checkpoint can hold.
     """
     state_dict = optimizer.state_dict()
     codec = _StateCodec(optimizer)
-    live = optimizer.param_groups
-    if not _is_standard_state_dict(state_dict, live):
-        numbers = iter(range(sum(len(group["params"]) for group in live)))
-        groups = [{**group, "params": [next(numbers) for _ in group["params"]]} for group in live]
+    live_groups = optimizer.param_groups
+    if not _is_standard_state_dict(state_dict, live_groups):
+        numbers = itertools.count()
+        groups = [
+            {**group, "params": [next(numbers) for _ in group["params"]]} for group in live_groups
+        ]
         groups = [codec.encode_group(group, allow_unsaved=True) for group in groups]
-        return PackedState(groups, {}, {"whole": codec.encode(state_dict, "state_dict()")})
+        encoded = codec.encode(state_dict, "state_dict()")
+        return PackedState(groups, state={}, extra={"whole": encoded})
     ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-    index_of = {old: new for new, old in enumerate(ids)}
-    state, extra_state = {}, {}
+    index_of = {param_id: index for index, param_id in enumerate(ids)}
+    state, extra_state = {}, {}  # of parameters, and under other keys
     for key, value in state_dict["state"].items():
         if key in index_of:
             state[index_of[key]] = codec.encode(value, f"the state of parameter {index_of[key]}")
@@ -68,19 +75,24 @@ def pack_state(optimizer: Optimizer) -> PackedState:
         for key, value in state_dict.items()
         if key not in ("state", "param_groups")
     }
-    return PackedState(groups, state, {**extra, **({"state": extra_state} if extra_state else {})})
+    if extra_state:
+        extra["state"] = extra_state
+    return PackedState(groups, state, extra)
 
 
 def unpack_state(optimizer: Optimizer, packed: PackedState) -> None:
-    """Load the result of `pack_state` with the optimizer's own load_state_dict."""
+    """Load the result of `pack_state` with the optimizer's own load_state_dict.
+
+    torch's `load_state_dict` changes some values, such as a string; they are set again afterwards.
+    """
     codec = _StateCodec(optimizer)
     if "whole" in packed.extra:
         optimizer.load_state_dict(codec.decode(packed.extra["whole"]))
         return
-    groups = []
-    for saved, live in zip(packed.groups, optimizer.param_groups, strict=True):
-        group = {key: codec.decode(value, live.get(key)) for key, value in saved.items()}
-        groups.append(group)
+    groups = [
+        {key: codec.decode(value, live_group.get(key)) for key, value in saved_group.items()}
+        for saved_group, live_group in zip(packed.groups, optimizer.param_groups, strict=True)
+    ]
     state: dict[Any, Any] = {key: codec.decode(value) for key, value in packed.state.items()}
     extra = {key: codec.decode(value) for key, value in packed.extra.items()}
     state |= extra.pop("state", {})
@@ -116,14 +128,20 @@ def _iter_leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _is_standard_state_dict(state_dict: Any, live: list[ParamGroup]) -> bool:
-    """Whether a state_dict has torch's format, with one id for each parameter of `live`."""
+def _is_standard_state_dict(state_dict: Any, live_groups: list[ParamGroup]) -> bool:
+    """Whether a state_dict has torch's format, with a unique id for each parameter.
+
+    That is `param_groups` with the ids under `params`, and `state` with a dict for an id.
+    `live_groups` are the optimizer's param groups.
+    """
     if not isinstance(state_dict, dict):
         return False
     groups, state = state_dict.get("param_groups"), state_dict.get("state")
-    if not isinstance(groups, list) or not isinstance(state, dict) or len(groups) != len(live):
+    if not isinstance(groups, list) or not isinstance(state, dict):
         return False
-    for group, live_group in zip(groups, live, strict=True):
+    if len(groups) != len(live_groups):
+        return False
+    for group, live_group in zip(groups, live_groups, strict=True):
         ids = group.get("params") if isinstance(group, dict) else None
         if not isinstance(ids, list) or len(ids) != len(live_group["params"]):
             return False
@@ -148,22 +166,31 @@ class _StateCodec:
         self.ancestor_ids: list[int] = []  # ids of the objects that contain the current value
 
     def encode_group(self, group: ParamGroup, allow_unsaved: bool = False) -> ParamGroup:
-        """Encode the settings of a group; loading takes classes and functions from the optimizer.
+        """Encode the settings of a param group as plain values.
 
-        With `allow_unsaved` the optimizer's custom state_dict holds the settings. Any object that
-        cannot be encoded may then be left out.
+        A class, a function or a sentinel object is not stored: the tag `live` stands for it, and
+        loading takes the value of the current optimizer.
+
+        Args:
+            group: settings by name.
+            allow_unsaved: whether any object that cannot be encoded may be left out, because the
+                optimizer's custom state_dict has the settings.
+
+        Raises:
+            CheckpointError: a setting cannot be encoded.
         """
-        coded = {}
+        encoded = {}
         for key, value in group.items():
+            is_live = isinstance(value, LIVE_TYPES) or type(value) is object
             try:
-                constant = isinstance(value, LIVE_TYPES) or type(value) is object
-                coded[key] = {TYPE_TAG: "live"} if constant else self.encode(value, key)
+                encoded[key] = {TYPE_TAG: "live"} if is_live else self.encode(value, key)
             except CheckpointError:
                 # a callable counts as a setting, but a module holds weights
-                if not allow_unsaved and (not callable(value) or isinstance(value, nn.Module)):
+                is_setting = callable(value) and not isinstance(value, nn.Module)
+                if not allow_unsaved and not is_setting:
                     raise
-                coded[key] = {TYPE_TAG: "live"}
-        return coded
+                encoded[key] = {TYPE_TAG: "live"}
+        return encoded
 
     def encode(self, value: Any, name: str) -> Any:
         """Return a value as tensors and plain values; raise CheckpointError if there is no way."""
@@ -193,29 +220,33 @@ class _StateCodec:
             return cls(self.encode(item, f"{name}[{i}]") for i, item in enumerate(value))
         if cls in torch.serialization.get_safe_globals():
             return value
-        for name_of, encode in self._encode_special(value, name):
-            return {TYPE_TAG: name_of, **encode()}
+        for tag, encode_content in self._iter_encoders(value, name):
+            return {TYPE_TAG: tag, **encode_content()}  # the first encoder is used
         raise self._unsupported_error(value, name, "which a checkpoint cannot hold")
 
-    def _encode_special(
+    def _iter_encoders(
         self, value: Any, name: str
     ) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-        """Yield a tag and an encoder for each supported type that the value has."""
+        """Yield a tag and an encoder for each supported type that the value has.
 
-        def items() -> list[Any]:
+        The encoder returns plain values, which `decode` reads under the same tag. `name` says in
+        error messages where the value is.
+        """
+
+        def encode_items() -> list[Any]:
             return [self.encode(item, f"{name}[{i}]") for i, item in enumerate(value)]
 
         cls = type(value)
         if cls is deque:
-            yield "deque", lambda: {"items": items(), "maxlen": value.maxlen}
+            yield "deque", lambda: {"items": encode_items(), "maxlen": value.maxlen}
         if cls is frozenset:
-            yield "frozenset", lambda: {"items": items()}
+            yield "frozenset", lambda: {"items": encode_items()}
         if cls is defaultdict:
             plain = self.encode(dict(value), name)
             factory = value.default_factory
-            simple = {list: "list", dict: "dict", int: "int", float: "float", None: "none"}
-            if factory in simple:
-                yield "defaultdict", lambda: {"items": plain, "of": simple[factory]}
+            names = {list: "list", dict: "dict", int: "int", float: "float", None: "none"}
+            if factory in names:
+                yield "defaultdict", lambda: {"items": plain, "of": names[factory]}
         if isinstance(value, numpy.generic | numpy.ndarray) and value.dtype.kind in "biufc":
             tensor = torch.from_numpy(numpy.array(value))
             yield "numpy", lambda: {"value": tensor, "scalar": isinstance(value, numpy.generic)}
@@ -243,7 +274,14 @@ class _StateCodec:
         )
 
     def decode(self, value: Any, live: Any = None) -> Any:
-        """Invert `encode`; `live` is the current optimizer's value of the setting."""
+        """Invert `encode`: rebuild a value from plain values, without an import.
+
+        A dict with TYPE_TAG is an encoded object, all other values are plain.
+
+        Args:
+            value: an encoded value.
+            live: the current optimizer's value of the same setting, for the tag `live`.
+        """
         cls = type(value)
         if cls in (list, tuple, set):
             return cls(self.decode(item) for item in value)
@@ -267,7 +305,7 @@ class _StateCodec:
             return defaultdict(factory, self.decode(value["items"]))
         if tag == "numpy":
             array = value["value"].numpy()
-            return array[()] if value["scalar"] else array
+            return array[()] if value["scalar"] else array  # [()] makes a 0-D array a scalar
         if tag == "generator":
             generator = torch.Generator(value["device"])
             generator.set_state(value["state"].cpu())
@@ -277,12 +315,20 @@ class _StateCodec:
             return loaded_class[value["name"]]
         if tag == "type":
             return loaded_class
-        instance = object.__new__(loaded_class)
+        instance = object.__new__(loaded_class)  # the tag is "object"; no constructor runs
         instance.__dict__.update(self.decode(value["state"]))
         return instance
 
     def _find_class(self, path: str, tag: str) -> Any:
-        """Return a loaded class of the optimizer's package by its path, without an import."""
+        """Return a class of the optimizer's package that is already imported.
+
+        Args:
+            path: `module:qualified name`, read from a checkpoint.
+            tag: `enum` needs an enum, `object` a class whose attributes determine its objects.
+
+        Raises:
+            CheckpointError: there is no such class.
+        """
         module, _, name = path.partition(":")
         target: Any = sys.modules.get(module)
         for attribute in name.split("."):

@@ -63,28 +63,34 @@ class UpdateMonitor(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
-        """Log the change of the weights, as device tensors without a synchronization."""
+        """Log the change of the weights since `on_before_optimizer_step` has copied them.
+
+        Values are logged as device tensors, which needs no synchronization.
+        """
         if not self._previous_weights:
             return
         pipeline = getattr(trainer.strategy, "pipeline", None)
-        repeated = set() if pipeline is None else set(pipeline.duplicated_params())
+        # parameters that another pipeline stage counts
+        excluded = set() if pipeline is None else set(pipeline.duplicated_params())
         rules = [
             rule
             for optimizer in trainer.optimizers
             for rule in group_params_by_rule(trainer, optimizer)
         ]
         for label, parameters, lr in rules:
-            if label not in self._previous_weights:  # no step of it in this batch
+            if label not in self._previous_weights:  # its optimizer made no step in this batch
                 continue
             pairs = zip(parameters, self._previous_weights[label], strict=True)
-            pairs = [(p.detach(), old) for p, old in pairs if p not in repeated]
-            step = global_norm([new - old for new, old in pairs], pipeline)
-            size = global_norm([old for _, old in pairs], pipeline)
-            count = torch.tensor(float(sum(p.numel() for p, _ in pairs)), device=size.device)
+            pairs = [(p.detach(), old) for p, old in pairs if p not in excluded]
+            change_norm = global_norm([new - old for new, old in pairs], pipeline)
+            weight_norm = global_norm([old for _, old in pairs], pipeline)
+            num_weights = sum(p.numel() for p, _ in pairs)
+            count = torch.tensor(float(num_weights), device=weight_norm.device)
             if pipeline is not None:
                 dist.all_reduce(count, group=pipeline.group)
-            pl_module.log(f"update/rms/{label}", step / count.sqrt())
-            pl_module.log(f"update/ratio/{label}", step / size.clamp(min=torch.finfo().tiny))
+            tiny = torch.finfo().tiny  # avoids a division by 0
+            pl_module.log(f"update/rms/{label}", change_norm / count.sqrt())
+            pl_module.log(f"update/ratio/{label}", change_norm / weight_norm.clamp(min=tiny))
             pl_module.log(f"lr/{label}", float(lr))
         self._previous_weights = {}
 
@@ -92,20 +98,24 @@ class UpdateMonitor(Callback):
 def group_params_by_rule(
     trainer: L.Trainer, optimizer: Optimizer
 ) -> list[tuple[str, list[Tensor], float]]:
-    """Return label, parameters and learning rate of each rule or param group."""
-    number = next(i for i, other in enumerate(trainer.optimizers) if other is optimizer)
-    prefix = f"{number} " * (number > 0)
+    """Return label, parameters and learning rate of each rule of a plan's optimizer.
+
+    For any other optimizer, of each param group. A label has the prefix `1 ` for the trainer's
+    second optimizer.
+    """
+    index = next(i for i, other in enumerate(trainer.optimizers) if other is optimizer)
+    prefix = f"{index} " if index > 0 else ""
     if isinstance(optimizer, CompositeOptimizer):
-        groups = [
-            (label, rule_groups) for label, (_, rule_groups) in optimizer.groups_by_label().items()
-        ]
+        groups_by_label = {
+            label: groups for label, (_, groups) in optimizer.groups_by_label().items()
+        }
     else:
-        groups = [(f"group {i}", [group]) for i, group in enumerate(optimizer.param_groups)]
+        groups_by_label = {f"group {i}": [group] for i, group in enumerate(optimizer.param_groups)}
     return [
         (
             prefix + label,
-            [p for group in rule_groups for p in group["params"]],
-            rule_groups[0].get("lr", math.nan),
+            [p for group in groups for p in group["params"]],
+            groups[0].get("lr", math.nan),
         )
-        for label, rule_groups in groups
+        for label, groups in groups_by_label.items()
     ]

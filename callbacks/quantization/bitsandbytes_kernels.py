@@ -12,14 +12,22 @@ from . import nf4
 def dequantize(
     shape: torch.Size, dtype: torch.dtype, codes: Tensor, scale: Tensor, *more: Tensor
 ) -> Tensor:
-    """Return the dequantized weight of this shape."""
+    """Return the dequantized weight (o, d), with the same arguments as `nf4.dequantize`.
+
+    Args:
+        shape: shape of the weight.
+        dtype: dtype of the weight.
+        codes: (n/64, 32), two codes in a byte.
+        scale: scale of each block of 64 weights, (n/64).
+        more: with double quantization, `outer` and `mean` for the scales.
+    """
     from bitsandbytes.functional import QuantState, dequantize_4bit  # pyright: ignore
 
-    code = torch.tensor(nf4.levels(), dtype=torch.float64).float().to(codes.device)
+    level_table = torch.tensor(nf4.levels(), dtype=torch.float64).float().to(codes.device)  # (16)
     state = QuantState(
         absmax=nf4.block_scales(scale, *more),
         shape=shape,
-        code=code,
+        code=level_table,
         blocksize=nf4.BLOCK_SIZE,
         quant_type="nf4",
         dtype=dtype,

@@ -67,7 +67,16 @@ class Quantization(Transform):
         backend: Literal["torch", "bitsandbytes"] = "torch",
         allow_frozen_copies: bool = False,
     ) -> None:
-        """Check and store the arguments."""
+        """Check and store the arguments.
+
+        Args:
+            scheme: nf4 or int8.
+            targets: globs of layer names; None for all hidden matrices.
+            exclude: layers of `targets` that are not quantized.
+            double_quant: also quantize the scales of NF4.
+            backend: bitsandbytes has faster NF4 kernels for CUDA.
+            allow_frozen_copies: quantize even if the module holds a frozen copy of the same net.
+        """
         if scheme not in ("nf4", "int8"):
             raise UsageError(
                 f"Quantization: scheme={scheme!r} does not exist",
@@ -107,7 +116,7 @@ class Quantization(Transform):
         return self.arguments
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Register the phase; raise UsageError if the backend cannot run here."""
+        """Register the transform; raise UsageError if the backend cannot run here."""
         device = trainer.strategy.root_device.type
         if self.backend == "bitsandbytes" and device != "cuda":
             raise UsageError(
@@ -143,19 +152,23 @@ class Quantization(Transform):
             Console().print(make_error_table(self.errors, self.arguments["scheme"]))
 
     def check_checkpoint(self, module: nn.Module, checkpoint: dict[str, Any]) -> None:
-        """Raise UsageError for a checkpoint of another net; loading rounds float weights."""
+        """Raise UsageError if the checkpoint lacks weights of the module; loading is not strict.
+
+        The base class calls it when a checkpoint is loaded. The file may have the codes of a
+        weight, or the float weight, which is quantized on loading.
+        """
         state = checkpoint.get("state_dict", {})
         expected_names = {name.replace(".weight_codes", ".weight") for name in module.state_dict()}
         missing = [
             name
             for name in expected_names
             if "lora_" not in name
-            and ".weight_" not in name
+            and ".weight_" not in name  # scales, which a file with float weights lacks
             and name not in state
             and f"{name}_codes" not in state
         ]
-        partial = not checkpoint.get("lora", {"frozen": True})["frozen"]
-        if state and missing and not partial:
+        has_adapters_only = not checkpoint.get("lora", {"frozen": True})["frozen"]
+        if state and missing and not has_adapters_only:
             raise UsageError(
                 f"Quantization: the checkpoint lacks {', '.join(sorted(missing)[:3])}",
                 ["a checkpoint of this model"],
@@ -188,11 +201,58 @@ def quantize_module(
 ) -> dict[str, float]:
     """Quantize the selected layers in place; return RMS error / RMS weight of each layer.
 
-    Without `copies`, layers of a net with a frozen copy, or of the copy, raise UsageError. A weight
-    with deferred values is quantized when they are computed. Its error is then added to the result.
+    A weight with deferred values is quantized when they are computed. Its error is then added to
+    the result.
+
+    Args:
+        module: any module; it is changed, and its selected layers are frozen.
+        scheme: nf4 or int8.
+        targets: globs of layer names, each of which must match; None for all hidden matrices.
+        exclude: layers of `targets` that are not quantized.
+        double_quant: also quantize the scales of NF4.
+        backend: torch or bitsandbytes.
+        allow_frozen_copies: whether the module may hold a frozen copy of a net that is quantized.
+
+    Raises:
+        UsageError: a pattern matches nothing, or a layer cannot be quantized.
     """
     check_not_sharded(module, "Quantization")
     layers = find_quantizable_layers(module)
+    names = _select_layers(module, targets, exclude, layers)
+    for name in names:
+        _check_layer(module, name, layers[name])
+    if not allow_frozen_copies:
+        _check_no_frozen_copies(module, names)
+    errors: dict[str, float] = {}
+    # layer quantized last and its tensors, shared by all layers whose values are deferred
+    latest: list[Any] = []
+    for name in names:
+        layer, deferred = layers[name], None
+        if deferred_values(layer.weight) is not None:
+            report_error = partial(errors.__setitem__, name)
+            deferred = DeferredQuantization(
+                name, layer.weight, scheme, double_quant, latest, report_error
+            )
+        error = quantize_layer(layer, scheme, double_quant, backend, deferred)
+        if error is not None:  # known now
+            errors[name] = error
+    return errors
+
+
+def _select_layers(
+    module: nn.Module, targets: Patterns | None, exclude: Patterns, layers: dict[str, nn.Linear]
+) -> list[str]:
+    """Return the names of the layers to quantize.
+
+    Args:
+        module: the module of the layers.
+        targets: globs of layer names; None for all hidden matrices.
+        exclude: globs of layers of `targets` that are left out.
+        layers: the layers that can be quantized, by name.
+
+    Raises:
+        UsageError: a pattern matches nothing, or no layer remains.
+    """
     if targets is None:
         hidden = find_hidden_layers(module)
         names = [name for name in layers if name in hidden]
@@ -218,26 +278,14 @@ def quantize_module(
             hint="use fewer patterns in exclude",
             label="layers",
         )
-    for name in names:
-        _check_layer(module, name, layers[name])
-    if not allow_frozen_copies:
-        _check_no_frozen_copies(module, names)
-    errors: dict[str, float] = {}
-    latest: list[Any] = []
-    for name in names:
-        layer, deferred = layers[name], None
-        if deferred_values(layer.weight) is not None:
-            report = partial(errors.__setitem__, name)
-            deferred = DeferredQuantization(
-                name, layer.weight, scheme, double_quant, latest, report
-            )
-        error = quantize_layer(layer, scheme, double_quant, backend, deferred)
-        if error is not None:
-            errors[name] = error
-    return errors
+    return names
 
 
 def _check_target_types(module: nn.Module, targets: Patterns, layers: dict[str, nn.Linear]) -> None:
+    """Raise UsageError if a pattern of `targets` matches only layers that cannot be quantized.
+
+    `layers` has those that can, by name.
+    """
     for pattern in as_list(targets):
         if any(matches_pattern(pattern, name) for name in layers):
             continue
@@ -257,14 +305,18 @@ def _check_target_types(module: nn.Module, targets: Patterns, layers: dict[str, 
 
 
 def _check_no_frozen_copies(module: nn.Module, names: list[str]) -> None:
+    """Raise UsageError if a layer of `names` belongs to a net with a frozen copy, or to the copy.
+
+    Such a copy may be a momentum teacher.
+    """
     for copy, original in find_frozen_copies(module).items():
-        hit = [
+        affected = [
             module_name
             for module_name in (original, copy)
             if any(is_submodule_of(name, module_name) for name in names)
         ]
-        if hit:
-            patterns = [f"{name}*" for name in hit]
+        if affected:
+            patterns = [f"{name}*" for name in affected]
             raise UsageError(
                 f"Quantization: {copy} is a frozen copy of {original}, and code that pairs their "
                 "parameters (a momentum teacher) would read codes as weights",
@@ -275,9 +327,14 @@ def _check_no_frozen_copies(module: nn.Module, names: list[str]) -> None:
 
 
 def _check_layer(module: nn.Module, name: str, layer: nn.Linear) -> None:
+    """Raise UsageError if a layer of the module cannot be quantized.
+
+    It may be quantized already, have an adapter, compute its weight, share it with another layer,
+    or have NaN or infinity in it.
+    """
     if isinstance(layer, QuantizedLinear):
         raise UsageError(f"Quantization: {name} is already quantized", hint="use a new module")
-    if hasattr(layer, "lora_enabled"):
+    if hasattr(layer, "lora_enabled"):  # an attribute of adapters
         raise UsageError(
             f"Quantization: {name} already has an adapter",
             hint="quantize first, then call inject_lora",

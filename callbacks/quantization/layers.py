@@ -99,11 +99,21 @@ class QuantizedLinear(LayerMixin, nn.Linear):
         return partial(DEQUANTIZERS[self.scheme], shape)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Load codes and scales, or quantize a float weight; torch calls it for each layer.
+
+        Args:
+            state_dict: of the whole module; a float weight in it is replaced by its codes.
+            prefix: the layer's name with a dot at the end.
+            args: further arguments of torch.
+
+        Raises:
+            UsageError: the codes in the file have another shape or dtype.
+        """
         float_weight = state_dict.pop(f"{prefix}weight", None)
         if float_weight is not None:  # a checkpoint of the float net: round on loading
             tensors = quantize_weight(float_weight, self.scheme, self.double_quant)
             state_dict |= {f"{prefix}weight_{name}": tensor for name, tensor in tensors.items()}
-        for name in QUANT_PARAM_NAMES[:2]:
+        for name in ("weight_codes", "weight_scales"):
             saved, current = state_dict.get(prefix + name), getattr(self, name)
             if saved is not None and (saved.shape, saved.dtype) != (current.shape, current.dtype):
                 other = "int8" if self.scheme == "nf4" else "nf4"
@@ -206,10 +216,15 @@ def quantize_layer(
     backend: str,
     deferred: DeferredQuantization | None,
 ) -> float | None:
-    """Quantize a Linear in place; return the RMS error divided by the RMS of the weight.
+    """Quantize and freeze a Linear in place; return RMS error / RMS weight.
 
-    With `deferred` the weight and the quantized tensors are on the meta device, and the result is
-    None, because the error is not known yet.
+    Args:
+        layer: its class becomes a subclass; codes and scales replace the weight.
+        scheme: nf4 or int8.
+        double_quant: also quantize the scales of NF4.
+        backend: torch or bitsandbytes.
+        deferred: for a weight on the meta device, computes the tensors later. The result is then
+            None, because the error is not known yet.
     """
     weight = layer.weight
     tensors = quantize_weight(weight, scheme, double_quant)

@@ -47,21 +47,23 @@ def quantize(weight: Tensor, double_quant: bool = True) -> dict[str, Tensor]:
     """Return codes (n/64, 32) and scales (n/64) of a weight with n values, of any shape.
 
     With `double_quant` the scales are int8. `outer` (n/64/256) and `mean` (1) dequantize them.
+    Padding with zeros completes the last block of 64 weights and the last group of 256 scales.
     """
     flat, device = weight.detach().flatten(), weight.device
-    count = -(-flat.numel() // BLOCK_SIZE)
-    scale = torch.empty(count, dtype=torch.float32, device=device)
-    codes = torch.empty(count, BLOCK_SIZE // 2, dtype=torch.uint8, device=device)
+    num_blocks = -(-flat.numel() // BLOCK_SIZE)  # rounded up
+    scale = torch.empty(num_blocks, dtype=torch.float32, device=device)
+    codes = torch.empty(num_blocks, BLOCK_SIZE // 2, dtype=torch.uint8, device=device)
     level = torch.tensor(levels(), dtype=torch.float64)
-    edges = ((level[1:] + level[:-1]) / 2).float().to(device)
+    edges = ((level[1:] + level[:-1]) / 2).float().to(device)  # (15), between adjacent levels
     for start in range(0, flat.numel(), CHUNK_SIZE):
         chunk = flat[start : start + CHUNK_SIZE].float()
         blocks = F.pad(chunk, (0, -chunk.numel() % BLOCK_SIZE)).view(-1, BLOCK_SIZE)
         block_slice = slice(start // BLOCK_SIZE, start // BLOCK_SIZE + len(blocks))
-        scale[block_slice] = largest = blocks.abs().amax(1)
-        of_largest = blocks / largest.clamp_min(1e-30)[:, None]
-        code = torch.bucketize(of_largest, edges, out_int32=True).to(torch.uint8)
-        codes[block_slice] = (code[:, ::2] << 4) | code[:, 1::2]
+        block_scale = blocks.abs().amax(1)
+        scale[block_slice] = block_scale
+        normalized = blocks / block_scale.clamp_min(1e-30)[:, None]  # in [-1, 1]
+        code = torch.bucketize(normalized, edges, out_int32=True).to(torch.uint8)  # 0 to 15
+        codes[block_slice] = (code[:, ::2] << 4) | code[:, 1::2]  # two codes in a byte
     if not double_quant:
         return {"codes": codes, "scales": scale}
     mean = scale.double().mean().float()  # float64, so that all devices get the same mean
@@ -96,15 +98,22 @@ def dequantize(
     outer: Tensor | None = None,
     mean: Tensor | None = None,
 ) -> Tensor:
-    """Return the weight of this shape, computed in `dtype`, or in float32 for float64."""
+    """Return the weight of this shape, computed in `dtype`, or in float32 for float64.
+
+    Args:
+        shape: shape of the weight, with n values.
+        dtype: dtype of the weight.
+        codes: (n/64, 32), two codes in a byte.
+        scale: scale of each block of 64 weights, (n/64); int8 with double quantization.
+        outer: with double quantization, the scale of 256 scales, (n/64/256).
+        mean: with double quantization, the mean of all scales, (1).
+    """
     compute_dtype = torch.float32 if dtype == torch.float64 else dtype
-    wide = _pair_table(codes.device, compute_dtype).index_select(0, codes.flatten().int())
-    blocks = (
-        wide.view(compute_dtype)
-        .view(-1, BLOCK_SIZE)
-        .mul_(block_scales(scale, outer, mean).to(compute_dtype)[:, None])
-    )
-    count = shape.numel()
+    # the table has the two weights of a byte as one number of twice the size
+    pairs = _pair_table(codes.device, compute_dtype).index_select(0, codes.flatten().int())
+    blocks = pairs.view(compute_dtype).view(-1, BLOCK_SIZE)  # each number becomes two weights
+    blocks.mul_(block_scales(scale, outer, mean).to(compute_dtype)[:, None])
+    count = shape.numel()  # the last block may have padding
     flat = blocks.flatten() if blocks.numel() == count else blocks.flatten()[:count]
     return flat.view(shape).to(dtype)
 

@@ -62,8 +62,11 @@ def global_norm(
     # a rank may have no gradient; this tensor tells it device and dtype
     if owned is not None:
         owner_group, reference = owned
+    elif gradients:
+        reference = gradients[0]
     else:
-        reference = gradients[0] if gradients else next(pipeline.module.parameters())
+        assert pipeline is not None
+        reference = next(pipeline.module.parameters())
     is_double = any(t.dtype in (torch.float64, torch.complex128) for t in [*gradients, reference])
     dtype = torch.float64 if is_double else torch.float32
     shards_by_layout: dict[Any, list[Tensor]] = {}  # None: not sharded

@@ -178,18 +178,19 @@ class RankWatchdog(Callback):
         dist.all_gather_object(lengths, trainer.num_training_batches, group=self._group)
         if float("inf") in lengths or min(lengths) == max(lengths):
             return
-        least, most = min(lengths), max(lengths)
+        shortest, longest = min(lengths), max(lengths)
         num_done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         if trainer.max_steps != -1:
             steps_left = trainer.max_steps - trainer.global_step
-            if num_done + steps_left * trainer.accumulate_grad_batches <= least:
+            if num_done + steps_left * trainer.accumulate_grad_batches <= shortest:
                 return
         raise RankMismatchError(
-            f"the training loader has {least} batches on rank {lengths.index(least)} and {most} on"
-            f" rank {lengths.index(most)}, and every rank must take the same number of steps",
-            hint=f"pass limit_train_batches={least} to Trainer, or give each rank a shard of "
+            f"the training loader has {shortest} batches on rank {lengths.index(shortest)} and "
+            f"{longest} on rank {lengths.index(longest)}, and every rank must take the same number "
+            "of steps",
+            hint=f"pass limit_train_batches={shortest} to Trainer, or give each rank a shard of "
             "equal length",
-            flag=f"--trainer.limit_train_batches={least}",
+            flag=f"--trainer.limit_train_batches={shortest}",
         )
 
     def _run_watch_loop(self, thread_id: int) -> None:
@@ -257,9 +258,9 @@ class RankWatchdog(Callback):
         if not ranks_waiting:
             return ""
         seconds = min(reports[rank].waiting_s for rank in ranks_waiting)
-        if not ranks_outside and seconds > ALL_WAIT_S:
-            if text := describe_ended_loader(positions, between_steps=True):
-                return text
+        has_all_waiting = not ranks_outside and seconds > ALL_WAIT_S
+        if has_all_waiting and (text := describe_ended_loader(positions, between_steps=True)):
+            return text
         is_busy = any(reports[rank].is_busy for rank in ranks_outside)
         if seconds < self.limit_s * (BUSY_FACTOR if is_busy else 1):
             return ""
@@ -278,8 +279,8 @@ class RankWatchdog(Callback):
         return (
             f"{outside_text} and does not reach the collective in which rank {first} has waited for"
             f" {seconds:.0f} s, at batch {reports[first].num_batches} of epoch"
-            f" {reports[first].epoch}; if it"
-            f" needs longer, use RankWatchdog(limit_s={2 * self.limit_s:g})"
+            f" {reports[first].epoch}; if it needs longer, use"
+            f" RankWatchdog(limit_s={2 * self.limit_s:g})"
         )
 
     def _end_job(self, store: Any, text: str) -> None:
