@@ -111,6 +111,7 @@ class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
         """Save with the new metrics; within an optimizer step, postpone the save to its end."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
+        # the default metric may be missing
         if self.monitor not in trainer.callback_metrics and self.monitor != DEFAULT_MONITOR:
             logged = sort_by_similarity(str(self.monitor), trainer.callback_metrics)[:3]
             raise UsageError(

@@ -161,16 +161,21 @@ class EMA(OptimizerStepCallback):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Save the average as the model's weights, and the raw weights; called on every rank."""
+        """Save the average as the model's weights, and the raw weights under `ema`.
+
+        Lightning calls it on every rank, with its own `state_dict` in the checkpoint. Sharded
+        weights are gathered for a file, with those of all pipeline stages.
+        """
         self._load_average(pl_module)
         if self.weights_outside_model:
-            self._track_weights(pl_module)
+            self._track_weights(pl_module)  # includes weights that were unfrozen just now
             average = self.weights_outside_model
             raw = dict(named_tracked(pl_module, average))  # the model's weights
             if self.using_average:
                 raw, average = average, raw
             state = checkpoint["state_dict"]
             stages = stages_to_join(trainer)
+            # live: shards are not copied, because no step changes them before they are written
             update_state_dict(state, average, pl_module, live=True, stages=stages)
             raw = to_checkpoint(state, raw, live=True, stages=stages)
             checkpoint["ema"] = {"num_updates": self.num_updates, "raw": raw}
@@ -207,6 +212,7 @@ class EMA(OptimizerStepCallback):
         if not self._raw_from_checkpoint:
             return
         self.weights_outside_model = {}
+        # trainable weights, and frozen ones that have a raw weight
         for name, weight in named_tracked(module, self._raw_from_checkpoint):
             if name not in self._raw_from_checkpoint:
                 raise UsageError(

@@ -299,6 +299,7 @@ class ExactResume(Callback):
             )
         names = list(dict(module.named_parameters()))
         states = checkpoint.get("optimizer_states")  # None in a sharded file, checked on reading
+        # each of these functions returns the problem as text, or an empty text
         problem = dtype_kind_mismatches(module.state_dict(), checkpoint.get("state_dict", {}))
         if states is not None and not problem:
             steps = checkpoint.get("global_step", 0)
@@ -408,7 +409,11 @@ class ExactResume(Callback):
             warnings.filterwarnings("ignore", ".*your dataloader is not resumable")
 
     def _start_all_loaders(self, trainer: L.Trainer, num_done: int) -> None:
-        """Start the epoch's iterators after `num_done` batches; none keeps its own position."""
+        """Start the epoch's iterators after `num_done` batches; no loader keeps its own position.
+
+        The batches are skipped without a read of the data, if all loaders can; else they are read
+        again.
+        """
         fetcher, loader = data_fetcher(trainer), combined_loader(trainer)
         assert fetcher is not None
         assert loader is not None
@@ -470,7 +475,8 @@ class ExactResume(Callback):
     def _seed_other_loaders(self, trainer: L.Trainer) -> None:
         """Seed the generators before each batch, if a loader is not torch's and may draw numbers.
 
-        A BatchSeeder seeds the loaders of torch, and a loader with `is_rng_free` draws nothing.
+        A BatchSeeder seeds the DataLoaders of torch, except those with their own `state_dict`
+        (Stateful). A loader with `is_rng_free` draws nothing.
         """
 
         def needs_seeds(train_loader: Any) -> bool:
@@ -484,7 +490,7 @@ class ExactResume(Callback):
 
         loader = combined_loader(trainer)
         if loader is not None and any(map(needs_seeds, loader.flattened)):
-            set_before_fetch(trainer, seed_next_fetch)
+            set_before_fetch(trainer, seed_next_fetch)  # called before each batch is read
 
     def _seed_fetch(self, trainer: L.Trainer, batch: int) -> None:
         epoch = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]

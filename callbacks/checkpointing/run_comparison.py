@@ -122,8 +122,8 @@ def compare_callbacks(
         raise_mismatch(
             "EMA was in the run of the checkpoint and is missing in this run; the weights in the "
             "file are the average, and the state of the optimizer belongs to the raw weights",
-            "EMA",
-            "add EMA() to Trainer(callbacks=...)",
+            accept_key="EMA",
+            remedy="add EMA() to Trainer(callbacks=...)",
             remedy_flag="--trainer.callbacks+=EMA",
         )
     if checkpoint.get("optimizer_plan") and not has_callback(trainer, "OptimizerPlan"):

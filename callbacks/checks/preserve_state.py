@@ -69,14 +69,14 @@ def snapshot_module(module: nn.Module) -> RestoreFn:
 def _snapshot_layer(layer: nn.Module, seen: dict[int, Any]) -> RestoreFn:
     """Copy buffers and attributes of one layer; return a function that restores them.
 
-    Values of parameters are not copied, because the body does not train.
+    Values of parameters are not copied: they do not change without gradients and an optimizer.
 
     Args:
         layer: its submodules are not entered.
         seen: values copied so far by id, which are not copied again.
     """
     attributes = layer.__dict__
-    skipped = ("_parameters", "_modules", *MODULE_REFERENCES)
+    skipped = ("_parameters", "_modules", *MODULE_REFERENCES)  # references to the trainer
     value_restores = [snapshot_value(v, seen, 0) for k, v in attributes.items() if k not in skipped]
     saved_attributes = dict(attributes)
     saved_modules, saved_parameters = dict(layer._modules), dict(layer._parameters)
@@ -86,7 +86,7 @@ def _snapshot_layer(layer: nn.Module, seen: dict[int, Any]) -> RestoreFn:
             del attributes[key]
         attributes.update(saved_attributes)
         _restore_dict(layer._modules, saved_modules)
-        _restore_dict(layer._parameters, saved_parameters)
+        _restore_dict(layer._parameters, saved_parameters)  # a layer may replace a parameter
         for restore_value in value_restores:
             restore_value()
 

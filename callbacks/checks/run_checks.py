@@ -259,7 +259,7 @@ def _find_save_error(trainer: L.Trainer, module: L.LightningModule) -> Exception
             for owner in [*owners, *schedulers]:
                 try:
                     state = _collect_saved_state(trainer, module, owner)
-                except Exception:
+                except Exception:  # of the owner's own code
                     continue
                 for key, value in state.items():
                     check_serializable(value, f"{key} of {type(owner).__name__}")

@@ -114,7 +114,7 @@ class Inception(nn.Module):
             UsageError: the file is not an InceptionV3 in this layout.
         """
         super().__init__()
-        # imported here, because it is slow and only this class needs it
+        # imported here, because only this class needs the package
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         self.name = "inception" if layer == 2048 else f"inception_{layer}"

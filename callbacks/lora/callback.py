@@ -220,7 +220,7 @@ class LoRA(Transform):
         """Raise UsageError for a checkpoint without adapters, or with another base.
 
         The base class calls it when a checkpoint is loaded. `checkpoint["lora"]` has `base`, which
-        identifies the base weights, and `frozen`: whether they are left out of the file.
+        identifies the base weights, and `frozen`: whether the file has the frozen weights.
         """
         if (saved := checkpoint.get("lora")) is None:
             raise UsageError(
@@ -292,7 +292,11 @@ class LoRA(Transform):
             self._reset_called(pl_module)
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Record which adapters get a gradient; raise RunError if all run under no_grad."""
+        """Record which adapters get a gradient; raise RunError if all run under no_grad.
+
+        Only the first batches of a fit are checked. An adapted layer notes itself whether it was
+        called, and whether autograd was enabled then.
+        """
         self._had_backward = True
         if self._num_checked_batches > CHECK_AFTER_BATCHES:
             return
@@ -301,10 +305,10 @@ class LoRA(Transform):
             if any(has_gradient(trainer, getattr(layer, key)) for key in layer.lora_param_names):
                 self._adapters_with_gradient.add(name)
         called = [layer for layer in layers.values() if layer.lora_was_called]
-        recorded = any(layer.lora_called_with_grad for layer in called)
+        has_autograd = any(layer.lora_called_with_grad for layer in called)
         if (
             called
-            and not recorded
+            and not has_autograd
             and not self._adapters_with_gradient
             and pl_module.automatic_optimization
         ):

@@ -183,7 +183,7 @@ def find_trained_params(
 
 
 def check_alpha_and_dropout(alpha: float, dropout: float) -> None:
-    """Raise UsageError for values of alpha or dropout that disable the adapters."""
+    """Raise UsageError unless alpha is positive and finite, and dropout is in [0, 1)."""
     if not 0 < alpha < math.inf:
         raise UsageError(
             f"LoRA: alpha={alpha} is not a positive number",
@@ -266,6 +266,7 @@ def _select_params(patterns: Patterns, parameters: Mapping[str, Tensor]) -> list
         UsageError: a pattern matches nothing, or a parameter is quantized.
     """
     owners = {name: name.rpartition(".")[0] for name in parameters}  # name of the layer
+    # raises for a pattern that matches nothing
     select_names(patterns, [*parameters, *owners.values()], "LoRA.train_also")
     names = []
     for name, owner in owners.items():

@@ -84,10 +84,10 @@ class ProgressBar(OptimizerStepCallback, LightningProgressBar):
                 flag="--trainer.callbacks.refresh_rate=10",
             )
         self.refresh_rate = refresh_rate
-        self.enabled = True
-        self.bar: Progress | None = None
-        self.task_id = TaskID(0)
-        self.total_steps: int | None = None
+        self.enabled = True  # False on ranks other than 0
+        self.bar: Progress | None = None  # of rich; None without a terminal
+        self.task_id = TaskID(0)  # of the only task of the bar
+        self.total_steps: int | None = None  # None if the length of the run is unknown
         self.last_reading = Reading(step=0, time_s=0.0)
 
     def disable(self) -> None:

@@ -399,13 +399,18 @@ class CompositeOptimizer(Optimizer):
             hook(self)
 
     def _split_by_member(self, state_dict: dict[str, Any]) -> list[PackedState]:
-        """Return each member's groups and states, with its parameters numbered from 0."""
+        """Return each member's part of a state_dict, with its parameters numbered from 0.
+
+        The file has the groups of all members in one list, `param_groups`, with parameters numbered
+        over all of them. Entries of a member in another format are under `members`.
+        """
         extras = state_dict.get("members") or [{} for _ in self.optimizers]
         packed_states = [
             PackedState(groups=[], state={}, extra=extra)
             for _, extra in zip(self.optimizers, extras, strict=True)
         ]
         num_params = [0 for _ in self.optimizers]  # of each member so far
+        # `_group_owners`: index of the member for each group
         for owner, saved_group in zip(self._group_owners, state_dict["param_groups"], strict=True):
             first = num_params[owner]
             num_params[owner] += len(saved_group["params"])
@@ -413,7 +418,7 @@ class CompositeOptimizer(Optimizer):
             packed_states[owner].groups.append({**saved_group, "params": own_numbers})
             for own_number, number in zip(own_numbers, saved_group["params"], strict=True):
                 values = state_dict["state"].get(number)
-                if values and not _is_empty_state(values):
+                if values and not _is_empty_state(values):  # else a placeholder for no state
                     packed_states[owner].state[own_number] = values
         return packed_states
 
@@ -461,7 +466,7 @@ class CompositeOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-            loss_only_closure = LossOnlyClosure(loss, groups)
+            loss_only_closure = LossOnlyClosure(loss, groups)  # returns the loss, computes nothing
         if _has_gradient(groups):
             for member in self.optimizers:
                 with wrap_optimizer_errors(member):

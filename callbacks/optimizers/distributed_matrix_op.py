@@ -92,7 +92,7 @@ def _apply_row_sharded(
     """
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     count, num_local_rows, inner = shards.shape[0], shards.shape[1], shards.shape[2:]
-    slots, num_used = _assign_slots(count, ranks, rank)
+    slots, num_used = _assign_slots(count, ranks, rank)  # this rank uses its first `num_used`
     chunk = -(-num_rows // ranks)  # rows of a full shard; the last shards may have fewer or none
 
     def all_to_all(buffer: Tensor) -> Tensor:
@@ -100,6 +100,7 @@ def _apply_row_sharded(
         dist.all_to_all_single(received, buffer, group=group)
         return received
 
+    # rank 0 gets the first `slots` matrices, rank 1 the next, and so on
     send = shards.new_zeros(ranks * slots, chunk, *inner)
     send[:count, :num_local_rows] = shards
     # (slot, source rank, row of the shard, ...)

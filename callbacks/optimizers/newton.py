@@ -93,7 +93,7 @@ class NewtonOptimizer(Optimizer):
         step_sizes = torch.finfo(start.dtype).eps ** (1 / 3) * start.abs().clamp(min=1)
         with _SecondDerivatives(parameters) as second_derivatives:  # acts on the closure's backward
             compute_gradient(start)
-        hessian = second_derivatives.hessian
+        hessian = second_derivatives.hessian  # None if autograd cannot differentiate twice
         if hessian is None or not _matches_differences(
             hessian, compute_gradient, start, step_sizes
         ):

@@ -264,6 +264,7 @@ class OptimizerPlan(Callback):
             rule_params = self._assign_rule_params(module)
         composite = build_optimizer(rule_params, self.decay)
         self._validate(trainer, composite)
+        # switches an optimizer with separate evaluation weights, if there is one
         self._schedule_free.attach_optimizer(composite)
         if isinstance(trainer.strategy, DDPStrategy):
             for member in composite.optimizers:
@@ -279,7 +280,7 @@ class OptimizerPlan(Callback):
         if trainer.is_global_zero:
             Console().print(make_plan_table(rule_params, composite, self.print_groups))
             self._log_replaced_optimizers(trainer, module)
-        composite.drop_remote_params()
+        composite.drop_remote_params()  # those of other pipeline stages
         initially_trainable = {id(p) for p in module.parameters() if p.requires_grad}
         scheduler: ScheduleLR | None = None
 

@@ -68,7 +68,7 @@ def quantize(weight: Tensor, double_quant: bool = True) -> dict[str, Tensor]:
         return {"codes": codes, "scales": scale}
     mean = scale.double().mean().float()  # float64, so that all devices get the same mean
     deviations = F.pad(scale - mean, (0, -len(scale) % SCALE_GROUP_SIZE)).view(-1, SCALE_GROUP_SIZE)
-    outer = deviations.abs().amax(1)
+    outer = deviations.abs().amax(1)  # scale of each group of 256 scales
     inner = (deviations / outer.clamp_min(1e-30)[:, None] * 127).round().to(torch.int8).flatten()
     return {
         "codes": codes,

@@ -136,7 +136,7 @@ class NaNGuard(Callback):
         finite = _all_finite(losses_finite, gradients, scaler)
         num_ranks = trainer.world_size if dist.is_initialized() else 1
         if num_ranks > 1:
-            finite = finite.to(pl_module.device, torch.int32)
+            finite = finite.to(pl_module.device, torch.int32)  # 0 on any rank gives 0 on all
             dist.all_reduce(finite, dist.ReduceOp.MIN)
         is_finite = bool(finite)  # the only read by the host
         self._skipped_steps.count(is_finite)

@@ -78,7 +78,7 @@ class TokenWeightedLoss(Callback):
         shard_batch = getattr(trainer.strategy, "shard_batch", None)  # splits sequences over ranks
         num_terms = self._count_terms(batch if shard_batch is None else shard_batch(batch))
         terms = torch.as_tensor(num_terms, dtype=torch.float32, device=pl_module.device)
-        if not self._scale:  # once a run
+        if not self._scale:  # once a run: about the mean weight, to keep gradients in range
             # a clone, because the all-reduce is in place
             mean = float(mean_over_ranks(terms.clone(), trainer))
             self._scale = 2.0 ** math.floor(math.log2(max(mean, 1.0)))
