@@ -220,6 +220,7 @@ def try_validation(trainer: Any, module: L.LightningModule, batches: list[Any]) 
                 module.on_validation_batch_end(output, batch, batch_idx, loader_idx)
             module.on_validation_epoch_end()
         except Exception:
+            # a hook of a user's callback, not called here, may prepare the step
             if (
                 in_step
                 and needs_validation_trial(trainer)

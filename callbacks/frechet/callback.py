@@ -148,7 +148,8 @@ class FrechetDistance(L.Callback):
             )
         require_validation(trainer, "FrechetDistance", stage)
         for split in ("train", "test"):
-            if (count := len(data.get_split(split)[0])) < 2:
+            images, _ = data.get_split(split)
+            if (count := len(images)) < 2:
                 raise UsageError(
                     f"FrechetDistance: the {split} split has {count} image{'s' * (count != 1)}, "
                     "too few for a covariance",

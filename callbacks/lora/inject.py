@@ -413,11 +413,11 @@ def lora_disabled(module: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def merge_lora(module: nn.Module) -> list[str]:
-    """Add s B A to each weight in float64, remove the adapters and return the layers' names.
+    """Add the adapter's change s B A to each weight, remove the adapters, return the layers' names.
 
-    The layers get back their class and their state_dict keys. A weight tied to another layer is
-    untied, because the weight of the other layer does not change. A quantized weight is
-    dequantized.
+    The sum is computed in float64. The layers get back their class and their state_dict keys. A
+    weight tied to another layer is untied, because the weight of the other layer does not change. A
+    quantized weight is dequantized.
     """
     check_not_sharded(module, "merge")
     num_owners: dict[int, int] = {}  # number of layers that have a parameter, by its id
@@ -437,7 +437,7 @@ def merge_lora(module: nn.Module) -> list[str]:
         for weight_name, delta in delta_weights.items():  # such as weight or out_proj.weight
             path, _, attribute = weight_name.rpartition(".")
             _add_delta(layer.get_submodule(path), attribute, delta, num_owners)
-    enable_fastpath(module)
+    enable_fastpath(module)  # torch's fused attention, which skips adapters
     return list(layers)
 
 

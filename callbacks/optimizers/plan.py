@@ -295,6 +295,7 @@ class OptimizerPlan(Callback):
         lr_scales = {one_rule.label: one_rule.rule.lr_scale for one_rule in rule_params}
         check_single_lr(trainer, composite, lr_scales)
         if self._suggested_lr is not None and not find_lr_finders(trainer):
+            # found in an earlier fit by a Tuner
             set_base_lr(self._suggested_lr, composite, scheduler=None, lr_scales=lr_scales)
         if (schedule := self.schedule) is not None:
             # the total is read at each step, because it is known only at the start of training

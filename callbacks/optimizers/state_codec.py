@@ -86,7 +86,7 @@ def unpack_state(optimizer: Optimizer, packed: PackedState) -> None:
     torch's `load_state_dict` changes some values, such as a string; they are set again afterwards.
     """
     codec = _StateCodec(optimizer)
-    if "whole" in packed.extra:
+    if "whole" in packed.extra:  # a state_dict in a format of its own
         optimizer.load_state_dict(codec.decode(packed.extra["whole"]))
         return
     groups = [
@@ -95,7 +95,7 @@ def unpack_state(optimizer: Optimizer, packed: PackedState) -> None:
     ]
     state: dict[Any, Any] = {key: codec.decode(value) for key, value in packed.state.items()}
     extra = {key: codec.decode(value) for key, value in packed.extra.items()}
-    state |= extra.pop("state", {})
+    state |= extra.pop("state", {})  # under keys that are not parameters
     optimizer.load_state_dict({**extra, "state": dict(state), "param_groups": groups})
     if type(optimizer).load_state_dict is Optimizer.load_state_dict:
         for number, parameter in enumerate(codec.parameters):

@@ -201,8 +201,8 @@ def quantize_module(
 ) -> dict[str, float]:
     """Quantize the selected layers in place; return RMS error / RMS weight of each layer.
 
-    A weight with deferred values is quantized when they are computed. Its error is then added to
-    the result.
+    A weight on the meta device has deferred values: they are computed after sharding. It is
+    quantized then, and its error is added to the result.
 
     Args:
         module: any module; it is changed, and its selected layers are frozen.
@@ -228,7 +228,7 @@ def quantize_module(
     latest: list[Any] = []
     for name in names:
         layer, deferred = layers[name], None
-        if deferred_values(layer.weight) is not None:
+        if deferred_values(layer.weight) is not None:  # on the meta device
             report_error = partial(errors.__setitem__, name)
             deferred = DeferredQuantization(
                 name, layer.weight, scheme, double_quant, latest, report_error

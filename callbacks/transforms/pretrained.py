@@ -144,7 +144,8 @@ def _is_builtin(method: Any) -> bool:
 def load_weights(module: L.LightningModule, path: str) -> None:
     """Load only the weights of a checkpoint into a built module.
 
-    A parameter on the meta device gets its values from the mapped file after sharding.
+    A parameter on the meta device has deferred values: it gets them from the mapped file after
+    sharding.
 
     Raises:
         UsageError: the file has quantized weights or adapters, or weights of another model.
