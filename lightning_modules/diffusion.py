@@ -89,28 +89,32 @@ class Diffusion(TaskModule):
 
     def __init__(
         self,
-        time_conditioning: TimeConditioning = "time",
+        time_conditioning: TimeConditioning = "time",  # which noise levels, and whether t is known
         noise_schedule: NoiseScheduleName = "linear",
         prediction_type: PredictionType = "x0",
         loss_weighting: LossWeighting = "uniform",
         class_conditional: bool = False,
-        class_dropout_prob: float = 0.1,
-        base_channels: int = 64,
+        class_dropout_prob: float = 0.1,  # images trained with the null class, for guidance
+        base_channels: int = 64,  # of the U-Net at full size
         time_embed_dim: int = 256,
-        patch_size: int = 1,
-        has_attention: bool = False,
-        channels_last: bool = False,
-        sampler: samplers.SamplerName = "ddim",
+        patch_size: int = 1,  # squares of this many pixels become one pixel
+        has_attention: bool = False,  # at the lowest resolution
+        channels_last: bool = False,  # memory layout
+        sampler: samplers.SamplerName = "ddim",  # this and the next: defaults of `generate`
         num_steps: int = 50,
         guidance_scale: float = 0.0,
         eta: float = 0.0,
     ) -> None:
-        """Store the arguments and check them by building the net on the meta device."""
+        """Store the arguments and check them by building the net on the meta device.
+
+        The net itself is built later, by `build_net`, when the data have set `channels`,
+        `num_classes` and `image_size`.
+        """
         super().__init__()
         self.save_hyperparameters()
-        schedule_object = NoiseSchedule(noise_schedule)
+        schedule = NoiseSchedule(noise_schedule)
         self.denoiser = Denoiser(
-            schedule_object, prediction_type, loss_weighting, time_conditioning, channels_last
+            schedule, prediction_type, loss_weighting, time_conditioning, channels_last
         )
         self.class_conditional, self.class_dropout_prob = class_conditional, class_dropout_prob
         if not 0 <= class_dropout_prob < 1:
@@ -122,10 +126,11 @@ class Diffusion(TaskModule):
             )
         self.is_one_step = time_conditioning == "one_step"
         self.supports_guidance = class_conditional and class_dropout_prob > 0
+        # defaults of `generate`; nothing is overridden, but they are checked against the model
         self.sampler_config = SamplerConfig(sampler, num_steps, guidance_scale, eta).override(
-            self.supports_guidance, self.is_one_step
+            supports_guidance=self.supports_guidance, is_one_step=self.is_one_step
         )
-        schedule_object.timesteps(self.sampler_config.num_steps)
+        schedule.timesteps(self.sampler_config.num_steps)  # raises if the schedule has fewer steps
         net_arguments = "base_channels", "time_embed_dim", "patch_size", "has_attention"
         self.net_kwargs = {name: self.hparams[name] for name in net_arguments}
         with torch.device("meta"):  # runs the checks without memory
@@ -134,10 +139,8 @@ class Diffusion(TaskModule):
         self.class_names: tuple[str, ...] = ()  # with labels, in the order of their indices
         self.graph_cache = GraphCache()  # CUDA graphs of sampling, for one evaluation
         self.train_loss_by_level = LossByNoiseLevel(1)  # loss since the last log
-        self.eval_loss_by_level, self.num_eval_images = (
-            LossByNoiseLevel(2),
-            0,
-        )  # of an evaluation; number of images so far
+        self.eval_loss_by_level = LossByNoiseLevel(2)  # loss and x0 error of an evaluation
+        self.num_eval_images = 0  # images of this rank so far in the evaluation
 
     def build_net(self) -> nn.Module:
         """Create the U-Net for the data's images."""
@@ -148,7 +151,11 @@ class Diffusion(TaskModule):
         return net.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
 
     def configure_from_data(self, datamodule: Any) -> None:
-        """Set channels, classes and size from the data; a model keeps its channels and classes."""
+        """Set channels, classes and size from the data; a model keeps its channels and classes.
+
+        Raises:
+            UsageError: labels are missing or too few, or the data differ from those of the model.
+        """
         num_classes = datamodule.num_classes if self.class_conditional else 0
         if self.class_conditional and not num_classes:
             raise UsageError(
@@ -157,10 +164,10 @@ class Diffusion(TaskModule):
                 "use class_conditional=False",
                 flag="--model.class_conditional=false",
             )
-        if self.class_conditional and hasattr(
-            datamodule, "get_split"
-        ):  # a label that is too large would be the null class
-            check_labels(datamodule.get_split("train")[1], num_classes, "the data to train")
+        if self.class_conditional and hasattr(datamodule, "get_split"):
+            # the label `num_classes` would be taken for the null class
+            _, train_labels, *_ = datamodule.get_split("train")
+            check_labels(train_labels, num_classes, "the data to train")
         if self.class_conditional and num_classes == 1:
             raise UsageError(
                 "Diffusion: class_conditional=True needs two classes, but all images of the data "
@@ -171,6 +178,7 @@ class Diffusion(TaskModule):
             )
         names = tuple(getattr(datamodule, "class_names", ())) or default_class_names(num_classes)
         values = {"channels": datamodule.channels, "num_classes": num_classes, "class_names": names}
+        # what the model has already from earlier data or a checkpoint; {} for a new model
         known = _data_fields(self.channels, self.num_classes, self.class_names)
         self.check_data_fields("the datamodule", values, known)
         self.channels, self.num_classes = datamodule.channels, num_classes
@@ -197,29 +205,29 @@ class Diffusion(TaskModule):
         x0, y, *_ = batch
         trainer = attached_trainer(self)
         data_parallel, b = DataParallelInfo.from_trainer(trainer), len(x0)
-        first_index = (
-            index % data_parallel.accumulate * data_parallel.dp_size + data_parallel.dp_rank
-        ) * b
+        # index of this batch's first image among the images of the step: by micro-batch, then rank
+        micro_batch = index % data_parallel.accumulate
+        first_index = (micro_batch * data_parallel.dp_size + data_parallel.dp_rank) * b
         sample_indices = torch.arange(first_index, first_index + b, device=x0.device)
+        images_per_step = b * data_parallel.dp_size * data_parallel.accumulate
         key_parts = (resolve_seed(None), "training", self.global_step)
-        step_noise = draw_step_noise(
-            key_parts, sample_indices, b * data_parallel.dp_size * data_parallel.accumulate, x0
-        )
-        if self.num_classes:
-            y = y.masked_fill(step_noise.uniform_label < self.class_dropout_prob, self.num_classes)
+        step_noise = draw_step_noise(key_parts, sample_indices, images_per_step, x0)
+        if self.num_classes:  # class dropout: the label `num_classes` is the null class
+            is_dropped = step_noise.uniform_label < self.class_dropout_prob
+            y = y.masked_fill(is_dropped, self.num_classes)
         t = self.denoiser.sample_t(step_noise.uniform_t)
-        losses = self.denoiser.training_loss(self, x0, t, y, step_noise.noise)[0]
+        losses, _, _ = self.denoiser.training_loss(self, x0, t, y, step_noise.noise)  # (b)
         loss = losses.mean()
         self.log("train/loss", loss)
         if trainer is not None and not self.is_one_step:
             level = (step_noise.uniform_t * NUM_BUCKETS).long().clamp(max=NUM_BUCKETS - 1)
             self.train_loss_by_level.add(level, losses.detach()[:, None])
-            if should_update_logs(trainer):  # ten calls of `log` cost 1 ms
-                means, _ = self.train_loss_by_level.means()
+            if should_update_logs(trainer):  # not in each step: ten calls of `log` cost 1 ms
+                means, _ = self.train_loss_by_level.means()  # (levels 1)
                 self.log_dict(
                     name_bucket_metrics("train/loss", self.denoiser.sample_t, means[:, 0])
                 )
-                self.train_loss_by_level = LossByNoiseLevel(1)
+                self.train_loss_by_level = LossByNoiseLevel(1)  # start anew after each log
         return loss
 
     def on_validation_epoch_start(self) -> None:
@@ -273,7 +281,7 @@ class Diffusion(TaskModule):
         index = index.to(self.device)
         if self.num_classes:
             labels = index % self.num_classes if labels is None else labels.to(self.device)
-        return self._sample_batches(index, labels, self.sampler_config, seed, 256)
+        return self._sample_batches(index, labels, self.sampler_config, seed, batch_size=256)
 
     def generate(
         self,
@@ -309,35 +317,40 @@ class Diffusion(TaskModule):
             "eta": eta,
         }
         sampler_config = self.sampler_config.override(
-            self.supports_guidance, self.is_one_step, **overrides
+            supports_guidance=self.supports_guidance, is_one_step=self.is_one_step, **overrides
         )
-        class_ids = parse_labels(labels, self._resolve_class_names())
-        images_per_class = (8 if class_ids else 64) if num_samples is None else num_samples
+        class_names = self._resolve_class_names()
+        class_ids = parse_labels(labels, class_names)  # [] for a model without labels
+        if num_samples is None:
+            num_samples = 8 if class_ids else 64
         check_at_least_one(
-            "generate", flag_prefix="--", num_samples=images_per_class, batch_size=batch_size
+            "generate", flag_prefix="--", num_samples=num_samples, batch_size=batch_size
         )
-        index = torch.arange(images_per_class * max(1, len(class_ids)), device=self.device)
-        class_labels = torch.tensor(class_ids, device=self.device).repeat_interleave(
-            images_per_class
-        )
-        images = self._sample_batches(
-            index, class_labels if class_ids else None, sampler_config, seed, batch_size
-        )
-        row_names = tuple(self._resolve_class_names()[number] for number in class_ids)
-        return ImageGrid(
-            images,
-            images_per_class if class_ids else math.ceil(math.sqrt(images_per_class)),
-            row_names,
-        )
+        if class_ids:  # a row of the grid for each class
+            class_labels = torch.tensor(class_ids, device=self.device)
+            class_labels = class_labels.repeat_interleave(num_samples)
+            total, columns = num_samples * len(class_ids), num_samples
+        else:
+            class_labels, total = None, num_samples
+            columns = math.ceil(math.sqrt(num_samples))
+        image_ids = torch.arange(total, device=self.device)
+        images = self._sample_batches(image_ids, class_labels, sampler_config, seed, batch_size)
+        row_names = tuple(class_names[class_id] for class_id in class_ids)
+        return ImageGrid(images, columns=columns, row_names=row_names)
 
     def try_generate(self, **arguments: Any) -> ImageGrid:
-        """Check the arguments of `generate`, and sample one image in one step."""
+        """Check the arguments of `generate`, and sample one image in one step.
+
+        The callback GenerateSamples calls it before training, to reject invalid arguments early.
+        """
         bound = inspect.signature(self.generate).bind(**arguments)
         bound.apply_defaults()
         values: Any = bound.arguments
         names = "guidance_scale", "num_steps", "sampler", "eta"
         sampler_config = self.sampler_config.override(
-            self.supports_guidance, self.is_one_step, **{name: values[name] for name in names}
+            supports_guidance=self.supports_guidance,
+            is_one_step=self.is_one_step,
+            **{name: values[name] for name in names},
         )
         class_ids = parse_labels(values["labels"], self._resolve_class_names())
         sizes = {name: values[name] for name in ("num_samples", "batch_size")}
@@ -346,13 +359,14 @@ class Diffusion(TaskModule):
             flag_prefix="--",
             **{n: size for n, size in sizes.items() if size is not None},
         )
-        index = torch.arange(1, device=self.device)
+        image_ids = torch.arange(1, device=self.device)
         class_labels = torch.tensor(class_ids[:1], device=self.device) if class_ids else None
+        short_config = replace(sampler_config, num_steps=1)
         images = self._sample_batches(
-            index, class_labels, replace(sampler_config, num_steps=1), values["seed"], 1
+            image_ids, class_labels, short_config, values["seed"], batch_size=1
         )
-        self.graph_cache = GraphCache()
-        return ImageGrid(images, 1)
+        self.graph_cache = GraphCache()  # free the CUDA graphs
+        return ImageGrid(images, columns=1)
 
     def make_figures(self, datamodule: Any) -> dict[str, Any]:
         """Create figures: the reverse process, x0 estimates at each level, and interpolations."""
@@ -395,16 +409,21 @@ class Diffusion(TaskModule):
         )  # the sums since the last log
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Load the sizes, unless they are already set from the data."""
+        """Load the sizes; if they are already set from the data, check that they are equal.
+
+        Raises:
+            UsageError: the data differ from those that the checkpoint was trained on.
+        """
         super().on_load_checkpoint(checkpoint)
         saved = self.saved_data_fields(
             checkpoint, "images", ("channels", "num_classes", "image_size")
         )
+        # sums of the losses since the last log; zero for a file without them
         self.train_loss_by_level.sums = saved.get(
             "train_loss_by_level", self.train_loss_by_level.sums
         )
         names = tuple(saved.get("class_names", ())) or default_class_names(saved["num_classes"])
-        if self.channels:
+        if self.channels:  # set from the data
             values = {"channels": self.channels, "num_classes": self.num_classes}
             known = _data_fields(saved["channels"], saved["num_classes"], names)
             self.check_data_fields(
@@ -416,29 +435,35 @@ class Diffusion(TaskModule):
 
     def _sample_batches(
         self,
-        index: Tensor,
+        image_ids: Tensor,
         labels: Tensor | None,
         sampler_config: SamplerConfig,
         seed: int,
         batch_size: int,
     ) -> Tensor:
+        """Sample the images with these ids (n) and labels (n), as uint8 (n c y x).
+
+        During training the trainer's precision is used, and the CUDA graphs are kept.
+        """
         net, trainer = cast(nn.Module, self.net), attached_trainer(self)
-        context, graph_cache = nullcontext(), GraphCache()
+        precision_context, graph_cache = nullcontext(), GraphCache()
         if trainer is not None and trainer.state.status == "running":  # as in a validation step
-            context, graph_cache = trainer.precision_plugin.forward_context(), self.graph_cache
+            precision_context = trainer.precision_plugin.forward_context()
+            graph_cache = self.graph_cache  # until the evaluation ends
 
         def denoise(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
             return self.denoise(x, t, y, sampler_config.guidance_scale).clamp(-1, 1)
 
-        size = (self.channels, self.image_size[0], self.image_size[1])
-        arguments = (
-            self.denoiser.noise_schedule,
-            sampler_config,
-            index,
-            labels,
-            size,
-            seed,
-            batch_size,
-        )
-        with context, graph_cache.bind(net) as make_denoiser:
-            return to_uint8(sample_images(denoise, *arguments, make_denoiser))
+        with precision_context, graph_cache.bind(net) as make_denoiser:
+            images = sample_images(
+                denoise,
+                self.denoiser.noise_schedule,
+                sampler_config,
+                image_ids,
+                labels,
+                image_shape=(self.channels, self.image_size[0], self.image_size[1]),
+                seed=seed,
+                batch_size=batch_size,
+                make_denoiser=make_denoiser,
+            )
+            return to_uint8(images)

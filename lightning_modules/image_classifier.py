@@ -55,22 +55,25 @@ def make_conv_backbone(
 ) -> nn.Sequential:
     """Create three convolutions of 16, 32 and 64 channels, then a dense layer of features.
 
+    It maps images (b channels y x) to features (b num_features). Each of the first two convolutions
+    is followed by a pooling that halves y and x, unless one of them is 1 already.
+
     GroupNorm normalizes channels within each image, not over the batch. So features do not depend
     on the other images of the batch, nor on the number of ranks.
     """
     layers: list[nn.Module] = []
-    widths = (channels, 16, 32, 64)
-    y, x = image_size
-    for number in range(3):
-        in_channels, out_channels = widths[number : number + 2]
-        layers.append(
-            nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
-        )  # the norm has a bias
+    conv_channels = (16, 32, 64)
+    in_channels, (y, x) = channels, image_size
+    for number, out_channels in enumerate(conv_channels):
+        # no bias: the norm has one
+        layers.append(nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False))
         if number < 2 and min(y, x) > 1:
             layers.append(nn.MaxPool2d(2))  # before the norm: 1/4 of its work, accuracy also 99.4 %
             y, x = y // 2, x // 2
         layers += [nn.GroupNorm(NUM_GROUPS, out_channels), nn.ReLU()]
-    return nn.Sequential(*layers, FlattenImages(), nn.Linear(64 * y * x, num_features), nn.ReLU())
+        in_channels = out_channels
+    dense = nn.Linear(in_channels * y * x, num_features)
+    return nn.Sequential(*layers, FlattenImages(), dense, nn.ReLU())
 
 
 class ImageClassifier(TaskModule):
@@ -94,7 +97,10 @@ class ImageClassifier(TaskModule):
     def __init__(
         self, variant: Variant = "convolutional", num_features: int = 64, max_shift: int = 0
     ) -> None:
-        """Check the sizes."""
+        """Store the options; raise UsageError for a size out of range.
+
+        The net is built later, by `build_net`, when the data have set `image_info`.
+        """
         super().__init__()
         if num_features < 1 or max_shift < 0:
             raise UsageError(
@@ -226,11 +232,16 @@ class ClassifierFeatures(nn.Module):
     """
 
     def __init__(self, path: str) -> None:
-        """Load the weights."""
+        """Load the classifier at `path` and freeze its weights.
+
+        Raises:
+            UsageError: the file cannot be loaded; the message has the reason.
+        """
         super().__init__()
         try:
             module = ImageClassifier.load_from_checkpoint(path, map_location="cpu")
         except Exception as error:  # torch raises many types of errors
+            # `problem` is the first line of a UsageError, without the allowed values and the hint
             text = error.problem if isinstance(error, UsageError) else str(error)
             reason = (text or type(error).__name__).splitlines()[0]
             raise UsageError(
@@ -240,6 +251,7 @@ class ClassifierFeatures(nn.Module):
                 flag="--trainer.callbacks.extractor.path=FILE",
             ) from error
         self.net = cast(BackboneAndHead, module.net).requires_grad_(False)
+        # such as mnist_cnn
         self.name = f"{module.image_info['source']}_{VARIANT_SUFFIXES[module.variant]}"
         self.image_shape = (module.image_info["channels"], *module.image_info["image_size"])
 

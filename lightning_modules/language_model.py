@@ -64,19 +64,23 @@ class LanguageModel(TaskModule):
     def __init__(
         self, vocab_size: int | None = None, context_length: int | None = None, **net_kwargs: Any
     ) -> None:
-        """Store the arguments and check them by building the net on the meta device."""
+        """Store the arguments and check them by building a net on the meta device.
+
+        The net of the model is built later, by `build_net`, when the data have set the sizes that
+        are None here.
+        """
         super().__init__()
         self.save_hyperparameters()
-        self.vocab_size, self.context_length, self.net_kwargs = (
-            vocab_size,
-            context_length,
-            net_kwargs,
-        )
+        self.vocab_size, self.context_length = vocab_size, context_length
+        self.net_kwargs = net_kwargs
         self.tokenizer: Tokenizer | None = None
         self.eval_sums = torch.zeros(3)  # of an evaluation: loss in nats, tokens, bytes
-        with torch.device("meta"):  # runs the checks without memory
-            v, t = (1 if size is None else size for size in (vocab_size, context_length))
-            Transformer(v, t, **net_kwargs)
+        with torch.device("meta"):  # runs the checks without memory; 1 stands for an unknown size
+            Transformer(
+                1 if vocab_size is None else vocab_size,
+                1 if context_length is None else context_length,
+                **net_kwargs,
+            )
 
     def build_net(self) -> Transformer:
         """Create the transformer."""
@@ -184,7 +188,7 @@ class LanguageModel(TaskModule):
             context_overflow: if the model's context is full, "slide" drops the older half, "error"
                 raises.
             batch_size: number of texts generated at once.
-            on_text: called with each new piece of a single text.
+            on_text: called with each new piece of the text; not used for several texts.
         """
         if self.net is None or self.tokenizer is None or self.context_length is None:
             raise UsageError(
@@ -201,22 +205,22 @@ class LanguageModel(TaskModule):
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         prompts = [text for text in prompts for _ in range(num_samples)]
         stops = [stop] if isinstance(stop, str) else list(stop)
-        kwargs = {
-            "max_new_tokens": max_new_tokens,
-            "context_length": self.context_length,
-            "sampling": sampling,
-            "seed": seed,
-        }
         texts: list[str] = []
         for first in range(0, len(prompts), batch_size):
             batch = prompts[first : first + batch_size]
-            row_keys = range(first, first + len(batch))
-            kwargs |= {
-                "context_overflow": context_overflow,
-                "row_keys": row_keys,
-                "on_text": on_text if len(prompts) == 1 else None,
-            }
-            completions = generate_text(self.net, self.tokenizer, batch, stops, **kwargs)
+            completions = generate_text(
+                self.net,
+                self.tokenizer,
+                batch,
+                stops,
+                on_text=on_text if len(prompts) == 1 else None,
+                max_new_tokens=max_new_tokens,
+                context_length=self.context_length,
+                sampling=sampling,
+                seed=seed,
+                row_keys=range(first, first + len(batch)),  # a text does not depend on its batch
+                context_overflow=context_overflow,
+            )
             texts += [
                 prompt_text + completion
                 for prompt_text, completion in zip(batch, completions, strict=True)
@@ -230,21 +234,21 @@ class LanguageModel(TaskModule):
         return "\n" if "\n" in characters else characters[0]
 
     def try_generate(self, **arguments: Any) -> str | list[str]:
-        """Check the arguments of `generate` as for the full length, and generate one token."""
+        """Check the arguments of `generate` as for the full length, and generate one token.
+
+        The callback GenerateSamples calls it before training, to reject invalid arguments early.
+        """
         bound = inspect.signature(self.generate).bind(**arguments)
         bound.apply_defaults()
-        max_new_tokens, context_overflow = (
-            bound.arguments["max_new_tokens"],
-            bound.arguments["context_overflow"],
-        )
+        values = bound.arguments
         if self.tokenizer is not None and self.context_length is not None:
-            prompt = bound.arguments["prompt"]
+            prompt = values["prompt"]
             prompts = [prompt] if isinstance(prompt, str) else prompt or [self.default_prompt]
             check_prompt_lengths(
                 [len(self.tokenizer.encode(p)) for p in prompts],
-                max_new_tokens,
+                values["max_new_tokens"],
                 self.context_length,
-                context_overflow,
+                values["context_overflow"],
             )
         return self.generate(**arguments | {"max_new_tokens": 1, "on_text": None})
 
@@ -295,14 +299,18 @@ class LanguageModel(TaskModule):
             self._set_tokenizer(tokenizer_from_state_dict(saved["tokenizer"]), "the checkpoint")
         self.context_length = self.context_length or saved["context_length"]
 
-    def _check_same_function(self, saved: dict[str, Any]) -> None:
-        """Raise UsageError if the saved weights fit, but this net would compute other values."""
-        defaults = with_defaults({})
-        saved_kwargs = defaults | {key: value for key, value in saved.items() if key in defaults}
+    def _check_same_function(self, saved_hparams: dict[str, Any]) -> None:
+        """Raise UsageError if the saved weights fit, but this net would compute other values.
+
+        It compares the arguments of Transformer that do not change the shapes of the weights.
+        """
+        defaults = with_defaults({})  # of all arguments of Transformer
+        saved_kwargs = defaults | {k: v for k, v in saved_hparams.items() if k in defaults}
         kwargs = defaults | self.net_kwargs
         mismatches = [key for key in NON_SHAPE_ARGUMENTS if kwargs[key] != saved_kwargs[key]]
-        actual, expected = ({k: v[k] for k in mismatches} for v in (kwargs, saved_kwargs))
-        if saved and mismatches:
+        actual = {key: kwargs[key] for key in mismatches}
+        expected = {key: saved_kwargs[key] for key in mismatches}
+        if saved_hparams and mismatches:
             raise UsageError(
                 f"LanguageModel: the model of the checkpoint has {format_arguments(expected)}, "
                 f"but this model has {format_arguments(actual)}, and would compute other values "
@@ -313,6 +321,10 @@ class LanguageModel(TaskModule):
             )
 
     def _set_tokenizer(self, tokenizer: Tokenizer, origin: str) -> None:
+        """Set tokenizer and vocabulary size; raise UsageError if they differ from the model's.
+
+        `origin` is "the datamodule" or "the checkpoint", for the message.
+        """
         current = self.tokenizer
         if current is not None and not current.is_equivalent(tokenizer):
             raise UsageError(

@@ -80,38 +80,40 @@ class Reinforce(TaskModule):
 
     def __init__(
         self,
-        base_checkpoint: str,
-        rewards: Sequence[Reward] | Reward = (),
+        base_checkpoint: str,  # of the language model, or its run's folder
+        rewards: Sequence[Reward] | Reward = (),  # the reward is their weighted sum
         max_new_tokens: int = 256,
-        group_size: int = 1,
+        group_size: int = 1,  # texts for each prompt
         sampling: DecodingConfig = DecodingConfig(0.8),  # noqa: B008 - immutable, as the next ones
         estimator: AdvantageEstimator = AdvantageEstimator(),  # noqa: B008
         kl: KL = KL(),  # noqa: B008
         reference: Literal["frozen_copy", "lora", "none"] = "frozen_copy",
-        stop: str | None = None,
+        stop: str | None = None,  # stop string of a generated text
     ) -> None:
-        """Check the arguments that can be checked without data."""
+        """Store the arguments, and check those that can be checked without data.
+
+        The base model is loaded in `setup`, and its net is built in `configure_model`.
+        """
         super().__init__()
         self.save_hyperparameters(
             "base_checkpoint", "max_new_tokens", "group_size", "reference", "stop"
         )
-        self.base_checkpoint, self.max_new_tokens, self.group_size = (
-            base_checkpoint,
-            max_new_tokens,
-            group_size,
-        )
+        self.base_checkpoint = base_checkpoint
+        self.max_new_tokens, self.group_size = max_new_tokens, group_size
         self.rewards = [rewards] if isinstance(rewards, Reward) else list(rewards)
         self.sampling, self.estimator, self.kl = sampling, estimator, kl
         self.reference, self.stop = reference, stop
+        # from the base model
         self.vocab_size: int | None = None
         self.context_length: int | None = None
         self.net_kwargs: dict[str, Any] = {}
         self.tokenizer: Tokenizer | None = None
-        self.corpus_stats: CorpusStats | None = None
         self._base_model: base_model.BaseModel | None = None
         self._base_fingerprint: str | None = None  # checksum of the base model's weights
         # a tuple hides the net from nn.Module: no optimizer, no checkpoint, no sharding
         self._reference_nets: tuple[nn.Module, ...] = ()
+        self.corpus_stats: CorpusStats | None = None  # from the data
+        # of the last rollout; the training step logs them
         self._stopwatch, self._rollout_metrics = Stopwatch(), dict[str, float]()
         self._last_samples: list[dict[str, Any]] = []
         validate_config(max_new_tokens, group_size, sampling, kl, reference, stop)
@@ -133,7 +135,12 @@ class Reinforce(TaskModule):
         self._stop_sequences()  # raises if the tokenizer cannot encode the stop string
 
     def configure_from_data(self, datamodule: Any) -> None:
-        """Read the corpus; raise UsageError for data without prompts or with invalid prompts."""
+        """Read the corpus, and check prompts and batch size.
+
+        Raises:
+            UsageError: there are no prompts, a prompt is too long or has unknown characters, or a
+                batch is too small for the baseline.
+        """
         if not hasattr(datamodule, "prompts"):
             raise UsageError(
                 f"Reinforce needs prompts, but {type(datamodule).__name__} has none",
@@ -143,18 +150,19 @@ class Reinforce(TaskModule):
             )
         corpus_text = datamodule.corpus_text
         self.corpus_stats = None if corpus_text is None else CorpusStats(corpus_text)
-        accumulate = DataParallelInfo.from_trainer(self.trainer).accumulate
-        micro_batch_size = max(
-            1, datamodule.batch_size // accumulate
-        )  # the loader raises for a batch size of 0
+        accumulate = DataParallelInfo.from_trainer(self.trainer).accumulate  # micro-batches a step
+        # prompts over all ranks; at least 1, because the loader raises for a batch size of 0
+        micro_batch_size = max(1, datamodule.batch_size // accumulate)
         self.estimator.check_group_sizes(
-            micro_batch_size * self.group_size, self.group_size, accumulate
+            num_samples=micro_batch_size * self.group_size,
+            group_size=self.group_size,
+            accumulate=accumulate,
         )
         check_prompt_characters(
             datamodule.characters, cast(Tokenizer, self.tokenizer), datamodule.provenance
         )
         for number, prompt in enumerate(datamodule.prompts):
-            self._encode(prompt, f"prompt {number} of the file")
+            self._encode(prompt, f"prompt {number} of the file")  # raises if it is too long
 
     def build_net(self) -> Transformer:
         """Create the base model's net."""
@@ -263,17 +271,21 @@ class Reinforce(TaskModule):
         fields = "tokenizer", "context_length", "net_kwargs"
         saved = self.saved_data_fields(checkpoint, "language", fields)
         policy = self.saved_data_fields(checkpoint, "policy", ("base_fingerprint",))
-        base = policy["base_fingerprint"]
-        if self._base_fingerprint is not None:
+        saved_fingerprint = policy["base_fingerprint"]
+        if self._base_fingerprint is not None:  # `setup` has loaded the base model
             if self.reference != "none":
-                base_model.check_fingerprint(self.base_checkpoint, self._base_fingerprint, base)
+                base_model.check_fingerprint(
+                    self.base_checkpoint, self._base_fingerprint, saved_fingerprint
+                )
             return
         # without a trainer there is no base model: the checkpoint has the sizes
         self.tokenizer = tokenizer_from_state_dict(saved["tokenizer"])
         self.vocab_size, self.context_length = self.tokenizer.vocab_size, saved["context_length"]
-        self.net_kwargs, self._base_fingerprint = saved["net_kwargs"], base
+        self.net_kwargs, self._base_fingerprint = saved["net_kwargs"], saved_fingerprint
         if "net.embed.weight" not in checkpoint["state_dict"]:  # adapters alone
-            self._base_model = base_model.load_base_for_adapters(self.base_checkpoint, base)
+            self._base_model = base_model.load_base_for_adapters(
+                self.base_checkpoint, saved_fingerprint
+            )
 
     def _encode(self, prompt: str, description: str) -> Tensor:
         tokens = cast(Tokenizer, self.tokenizer).encode(prompt)
@@ -288,13 +300,17 @@ class Reinforce(TaskModule):
         return stops if tokenizer.eos_id is None else [*stops, [tokenizer.eos_id]]
 
     def _make_rollout(self, batch: PromptBatch) -> Rollout:
-        """Generate and score texts for a batch of prompts."""
+        """Generate texts after a batch of prompts, score them and compute advantages.
+
+        The metrics and the samples are kept for the training step, which logs them.
+        """
         stopwatch, group_size = self._stopwatch, self.group_size
         prompts = [
-            self._encode(input_ids, f"sample {sample}")
-            for input_ids, (_, sample) in zip(batch.texts, batch.sample_ids, strict=True)
-        ]
-        repeated_prompts = [prompt for prompt in prompts for _ in range(group_size)]
+            self._encode(text, f"sample {sample}")
+            for text, (_, sample) in zip(batch.texts, batch.sample_ids, strict=True)
+        ]  # g prompts
+        repeated_prompts = [prompt for prompt in prompts for _ in range(group_size)]  # b
+        # with the seed, a row's key determines its tokens
         row_keys = [
             ("rollout", *sample_id, g) for sample_id in batch.sample_ids for g in range(group_size)
         ]
@@ -313,37 +329,39 @@ class Reinforce(TaskModule):
                 batch.texts, batch.columns, generated, ref_logprobs, ref_logprobs_t1
             )
         self._rollout_metrics, self._last_samples = scored.metrics, scored.rows
-        tokens, logprobs, mask = generated
-        advantages, tokens_per_rank = (
-            scored.advantages.to(logprobs),
-            scored.tokens_per_rank.to(logprobs),
-        )
         return Rollout(
             input_ids,
             logit_positions,
-            tokens,
-            mask,
-            logprobs,
-            advantages,
-            tokens_per_rank,
-            ref_logprobs,
-            shared_prefix,
+            tokens=generated.tokens,
+            mask=generated.mask,
+            sampler_logprobs=generated.logprobs,
+            advantages=scored.advantages.to(generated.logprobs),  # its device and dtype
+            tokens_per_rank=scored.tokens_per_rank.to(generated.logprobs),
+            ref_logprobs=ref_logprobs,
+            shared_prefix=shared_prefix,
         )
 
     def _make_scorer(self) -> RolloutScorer:
-        scoring = self.rewards, self.estimator, self.kl, self.max_new_tokens, self.group_size
-        text_settings = cast(Tokenizer, self.tokenizer), self.stop, self.corpus_stats
+        """Return the callable that computes rewards and advantages of a rollout on all ranks."""
         return RolloutScorer(
-            *scoring,
-            *text_settings,
-            self._gather_rows,
-            DataParallelInfo.from_trainer(self.trainer).dp_rank,
+            self.rewards,
+            self.estimator,
+            self.kl,
+            max_new_tokens=self.max_new_tokens,
+            group_size=self.group_size,
+            tokenizer=cast(Tokenizer, self.tokenizer),
+            stop=self.stop,
+            corpus_stats=self.corpus_stats,
+            all_gather=self._gather_rows,
+            dp_rank=DataParallelInfo.from_trainer(self.trainer).dp_rank,
         )
 
     def _generate_completions(
         self, prompts: list[Tensor], row_keys: list[tuple]
     ) -> GenerationOutput:
+        """Generate tokens (b n) after b prompts; `row_keys` (b) with the seed determine them."""
         net = cast(nn.Module, self.net)
+        # a sharded parameter is a DTensor, which has a device mesh
         is_unsharded = not any(hasattr(parameter, "device_mesh") for parameter in net.parameters())
         kwargs: dict[str, Any] = {
             "stops": self._stop_sequences(), "seed": resolve_seed(None), "row_keys": row_keys,
@@ -358,9 +376,8 @@ class Reinforce(TaskModule):
             generated = generate(
                 net, prompts, self.max_new_tokens, context_length, self.sampling, **kwargs
             )
-        return GenerationOutput(
-            *(x.clone() for x in generated)
-        )  # clones are ordinary tensors, which autograd accepts
+        # autograd accepts clones, but not tensors of the inference mode
+        return GenerationOutput(*(x.clone() for x in generated))
 
     def _compute_ref_logprobs(
         self,
@@ -369,7 +386,17 @@ class Reinforce(TaskModule):
         generated: GenerationOutput,
         shared_prefix: SharedPrefixBatch | None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Compute the reference's logprobs (b n) at the sampling temperature and at 1."""
+        """Compute the reference's logprobs (b n) at the sampling temperature and at 1.
+
+        The reference is the frozen copy of the base model, or the policy with disabled adapters.
+        Both results are None if there is no reference.
+
+        Args:
+            input_ids: texts (b t), right-padded.
+            logit_positions: positions (b n) in the texts whose logits predict the new tokens.
+            generated: the new tokens (b n) and their mask.
+            shared_prefix: the same texts with each prompt once, if the net supports it.
+        """
         inputs = (
             input_ids,
             logit_positions,
@@ -381,7 +408,8 @@ class Reinforce(TaskModule):
         if self.reference == "lora":
             with disable_adapters(cast(nn.Module, self.net)):
                 return compute_ref_logprobs(self, *inputs)
-        for net in self._reference_nets:
+        if self._reference_nets:
+            (net,) = self._reference_nets
             return compute_ref_logprobs(net.to(self.device), *inputs)
         if self.reference == "frozen_copy":
             raise UsageError(

@@ -51,19 +51,20 @@ def handcrafted_features(message: str) -> list[float]:
 def extract_ngrams(message: str) -> tuple[list[str], list[str]]:
     """Return words with word pairs, and character n-grams of 3 to 5 within words.
 
-    All digits are mapped to 0, so that all telephone numbers of one format are equal.
+    All digits are mapped to 0, so that all telephone numbers of one format are equal. A token is
+    padded by a space on each side, so that its beginning and its end differ from its inside.
     """
     text = re.sub(r"\d", "0", message.lower())
-    word_ngrams = re.findall(r"\w\w+", text)
-    pairs = [f"{first} {second}" for first, second in pairwise(word_ngrams)]
+    words = re.findall(r"\w\w+", text)
+    pairs = [f"{first} {second}" for first, second in pairwise(words)]
     char_ngrams = []
     for token in text.split():
         padded = f" {token} "
         for size in (3, 4, 5):
             char_ngrams += [padded[i : i + size] for i in range(max(1, len(padded) - size + 1))]
-            if len(padded) <= size:  # the whole token, once
+            if len(padded) <= size:  # this was the whole token; a larger size would repeat it
                 break
-    return word_ngrams + pairs, char_ngrams
+    return words + pairs, char_ngrams
 
 
 @lru_cache(maxsize=100_000)
@@ -125,25 +126,29 @@ class HashedLinear(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, messages: list[str]) -> Tensor:
-        """Compute tf-idf weights and the weighted sum of rows (b out)."""
+        """Compute tf-idf weights of the n-grams and the weighted sum of rows, (b out).
+
+        The n n-grams of all messages are concatenated. The weights of a message's words have unit
+        length, and so have those of its characters.
+        """
+        # bucket, 1 + ln count and type (0 word, 1 character) of the n-grams of each message
         buckets, counts, ngram_types = zip(
             *(hash_ngrams(m, len(self.idf)) for m in messages), strict=True
         )
-        sizes = torch.tensor([len(b) for b in buckets])  # (b)
-        segment = 2 * torch.arange(len(sizes)).repeat_interleave(sizes) + torch.cat(ngram_types)
+        sizes = torch.tensor([len(b) for b in buckets])  # (b) n-grams of each message
+        message_index = torch.arange(len(sizes)).repeat_interleave(sizes)  # (n)
+        segment = 2 * message_index + torch.cat(ngram_types)  # (n) one of 2b: message and type
+        offsets = sizes.cumsum(0) - sizes  # (b) of a message's first n-gram
         bucket, count, segment, offsets = (
-            x.to(self.idf.device)
-            for x in (torch.cat(buckets), torch.cat(counts), segment, sizes.cumsum(0) - sizes)
+            x.to(self.idf.device) for x in (torch.cat(buckets), torch.cat(counts), segment, offsets)
         )
         weight = count * self.idf[bucket]  # (n)
         squared_norm = weight.new_zeros(2 * len(messages)).index_add(0, segment, weight.square())
-        weight = (
-            weight / squared_norm.clamp(min=1e-12).sqrt()[segment]
-        )  # unit length of words and of characters
-        return (
-            F.embedding_bag(bucket, self.weight, offsets, mode="sum", per_sample_weights=weight)
-            + self.bias
+        weight = weight / squared_norm.clamp(min=1e-12).sqrt()[segment]
+        weighted_sum = F.embedding_bag(
+            bucket, self.weight, offsets, mode="sum", per_sample_weights=weight
         )
+        return weighted_sum + self.bias
 
 
 class SpamClassifier(TaskModule):
@@ -171,7 +176,10 @@ class SpamClassifier(TaskModule):
         hidden_size: int = 0,
         num_buckets: int = 2**18,
     ) -> None:
-        """Check the sizes."""
+        """Store the options and create the metrics; raise UsageError for a size out of range.
+
+        The net is built later, by `build_net`, when the data have set `idf`.
+        """
         super().__init__()
         if hidden_size < 0 or num_buckets < 1:
             raise UsageError(
@@ -183,7 +191,7 @@ class SpamClassifier(TaskModule):
             )
         self.save_hyperparameters()
         self.features, self.hidden_size, self.num_buckets = features, hidden_size, num_buckets
-        self.idf = torch.zeros(0)  # of the training messages
+        self.idf = torch.zeros(0)  # inverse document frequencies of the training messages
         self.val_loss, self.val_accuracy = MeanMetric(), BinaryAccuracy()
         self.test_metrics = MetricCollection(
             {"accuracy": BinaryAccuracy(), "f1": BinaryF1Score(), "auroc": BinaryAUROC()},
@@ -237,23 +245,22 @@ class SpamClassifier(TaskModule):
 
     def on_test_epoch_end(self) -> None:
         """Log the metrics, NaN where undefined, and the named entries of the confusion matrix."""
-        matrix = self.confusion_matrix.compute().float()  # over all ranks
-        ham, spam = matrix.sum(1).tolist()
-        undefined = {
-            "auroc": not ham or not spam,  # needs both classes
-            "f1": not spam and not matrix[:, 1].any(),  # 0 / 0
+        matrix = self.confusion_matrix.compute().float()  # (2 2) over all ranks: true, predicted
+        num_ham, num_spam = matrix.sum(1).tolist()
+        has_predicted_spam = matrix[:, 1].any()
+        is_undefined = {
+            "auroc": not num_ham or not num_spam,  # needs both classes
+            "f1": not num_spam and not has_predicted_spam,  # 0 / 0
         }
-        for name, metric in self.test_metrics.items(keep_base=True):
-            value = torch.full_like(matrix[0, 0], float("nan"))
-            self.log(f"test/{name}", value if undefined.get(name) else metric.compute())
-        if any(undefined.values()):
-            names = " and ".join(
-                f"test/{name}" for name, is_undefined in undefined.items() if is_undefined
-            )
-            missing_label = LABELS[0] if not ham else LABELS[1]
+        nan = torch.full_like(matrix[0, 0], float("nan"))
+        for name, metric in self.test_metrics.items(keep_base=True):  # names without "test/"
+            self.log(f"test/{name}", nan if is_undefined.get(name) else metric.compute())
+        if any(is_undefined.values()):
+            names = " and ".join(f"test/{name}" for name, flag in is_undefined.items() if flag)
+            missing_label = LABELS[0] if not num_ham else LABELS[1]
             rank_zero_info(
-                f"{names}: undefined, so NaN: no {missing_label} among the {ham + spam:.0f} test "
-                "messages"
+                f"{names}: undefined, so NaN: no {missing_label} among the "
+                f"{num_ham + num_spam:.0f} test messages"
             )
         for name, count in zip(CONFUSION_NAMES, matrix.flatten(), strict=True):
             self.log(f"test/{name}", count)

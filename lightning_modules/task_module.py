@@ -191,6 +191,11 @@ class TaskModule(L.LightningModule):
     ) -> dict[str, Any]:
         """Return the section of a checkpoint that contains what the model took from the data.
 
+        Args:
+            checkpoint: content of the checkpoint.
+            section: key of the section, such as "images" or "language".
+            names: keys that the section must have.
+
         Raises:
             UsageError: the checkpoint has no such section, or a name is missing.
         """
@@ -214,21 +219,27 @@ class TaskModule(L.LightningModule):
             self.configure_from_data(datamodule)
 
     def configure_model(self) -> None:
-        """Build the net unless it exists; callbacks and strategies modify it from outside."""
+        """Build the net unless it exists; callbacks and strategies modify it from outside.
+
+        Lightning calls this hook after `setup`. The initial values depend on the seed and the
+        parameter's name only, if the constructor can be recorded. A sharding strategy draws them
+        later, each rank its own part.
+        """
         if self.net is not None:
             return
         device = torch.get_default_device()
-        is_known = _is_defined_in_ravine(type(self).build_net)
-        values = (
-            InitialValues.record(self.build_net) if is_known and device.type != "meta" else None
-        )
-        if values is None:
+        # a constructor of other code may compute with values, which cannot be recorded
+        is_recordable = _is_defined_in_ravine(type(self).build_net) and device.type != "meta"
+        # None if the constructor cannot be recorded after all
+        initial_values = InitialValues.record(self.build_net) if is_recordable else None
+        if initial_values is None:
             self.net = self.build_net()
         elif self._can_defer_init():
-            self.net = values.net
-            self.__dict__["initial_values"] = values  # the strategy draws them after sharding
+            self.net = initial_values.net  # on the meta device
+            # the strategy draws them after sharding; in `__dict__`: not a part of the module
+            self.__dict__["initial_values"] = initial_values
         else:
-            self.net = values.materialize(device)
+            self.net = initial_values.materialize(device)
 
     def _can_defer_init(self) -> bool:
         """Whether no code of the task needs parameter values before the strategy is set up.
@@ -264,15 +275,12 @@ class TaskModule(L.LightningModule):
                 "use Trainer(precision='16-mixed'), or OptimizerPlan(partial(AdamW, eps=1e-4))",
                 flag="--trainer.precision=16-mixed",
             )
-        exact = all(p.dtype in (torch.float32, torch.float64) for p in parameters)
         trainer = attached_trainer(self)
-        scaled = getattr(trainer.precision_plugin, "scaler", None) if trainer else None
-        fused = (
-            exact
-            and scaled is None
-            and all(p.device.type in FUSED_ADAMW_DEVICES for p in parameters)
-        )
-        return torch.optim.AdamW(parameters, lr=self.lr, fused=fused or None)
+        has_full_precision = all(p.dtype in (torch.float32, torch.float64) for p in parameters)
+        has_kernel = all(p.device.type in FUSED_ADAMW_DEVICES for p in parameters)
+        scaler = getattr(trainer.precision_plugin, "scaler", None) if trainer else None
+        fused = has_full_precision and has_kernel and scaler is None
+        return torch.optim.AdamW(parameters, lr=self.lr, fused=fused or None)  # None: torch chooses
 
     def count_units(self, batch: Any) -> int:
         """Number of units in a batch: here the rows of its first tensor."""
@@ -372,20 +380,18 @@ class TaskModule(L.LightningModule):
             UsageError: the checkpoint is not one of this class, or an argument does not fit.
             CheckpointError: the file is missing or damaged.
         """
-        from ravine import load_model
+        from ravine import load_model  # here, because ravine imports this module
 
-        return cast(
-            Self,
-            load_model(
-                checkpoint_path,
-                task=cast(Any, cls),
-                map_location=map_location,
-                hparams_file=hparams_file,
-                strict=strict,
-                weights_only=weights_only,
-                overrides=kwargs,
-            ),
+        model = load_model(
+            checkpoint_path,
+            task=cast(Any, cls),
+            map_location=map_location,
+            hparams_file=hparams_file,
+            strict=strict,
+            weights_only=weights_only,
+            overrides=kwargs,
         )
+        return cast(Self, model)
 
     @classmethod
     def from_checkpoint_dict(
@@ -402,8 +408,9 @@ class TaskModule(L.LightningModule):
             apply_transforms: applies the transforms of the checkpoint to the built net;
                 `ravine.callbacks.transforms.base.apply_saved_transforms` does so for adapters and
                 quantized weights.
-            strict: as in `load_from_checkpoint`.
-            overrides: arguments and settings that replace the saved ones.
+            strict: whether the names of weights must be equal; by default the model's
+                `strict_loading`.
+            overrides: arguments, and settings such as `lr`, that replace the saved ones.
 
         Raises:
             UsageError: the hyperparameters or the weights do not fit this class.
@@ -415,78 +422,101 @@ class TaskModule(L.LightningModule):
                 "choose another file",
             )
         check_format(checkpoint)
-        kind, overrides = cls._class_of(checkpoint), dict(overrides or {})
+        task_class, overrides = cls._class_of(checkpoint), dict(overrides or {})
         try:
-            arguments, settings = kind._arguments(checkpoint, overrides)
-            saved = checkpoint.get(kind.CHECKPOINT_HYPER_PARAMS_KEY, {})
-            checkpoint = checkpoint | {kind.CHECKPOINT_HYPER_PARAMS_KEY: saved | overrides}
-            with suppress(Exception), _NetSizeLimit(checkpoint["state_dict"]) as sizes:
-                kind._build_from_checkpoint(
-                    arguments, checkpoint
-                )  # its error is raised again below
-            sizes.raise_if_exceeded()
-            model = kind._build_from_checkpoint(arguments, checkpoint)
+            # arguments of `__init__`, and class attributes such as `lr`
+            arguments, settings = task_class._split_arguments(checkpoint, overrides)
+            hparams_key = task_class.CHECKPOINT_HYPER_PARAMS_KEY
+            checkpoint = checkpoint | {hparams_key: checkpoint.get(hparams_key, {}) | overrides}
+            # a trial without memory, which only finds nets that are too large; any other error is
+            # raised again when the model is built below
+            with suppress(Exception), _NetSizeLimit(checkpoint["state_dict"]) as size_limit:
+                task_class._build_from_checkpoint(arguments, checkpoint)
+            size_limit.raise_if_exceeded()
+            model = task_class._build_from_checkpoint(arguments, checkpoint)
             for name, value in settings.items():
                 setattr(model, name, value)
             if apply_transforms is not None:
                 apply_transforms(model, checkpoint)
             model._check_transforms(checkpoint, "use ravine.load_model(path)")
-            model._take_weights(checkpoint["state_dict"], strict)
-        except (FileNotFoundError, ValueError):  # already a readable message
+            model._load_saved_weights(checkpoint["state_dict"], strict)
+        except (FileNotFoundError, ValueError):  # a UsageError, or another readable message
             raise
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
-            text = " ".join(str(error).split())[:160] or type(error).__name__
-            overrides_text = ""
-            allowed, hint = "a file that this version has written", "choose another checkpoint"
-            if overrides:
-                values = [f"{name}={value!r:.40}" for name, value in overrides.items()]
-                overrides_text = f" with {', '.join(values)}"
-                allowed, hint = "arguments that fit the weights", f"remove {', '.join(overrides)}"
-            raise UsageError(
-                f"the checkpoint{overrides_text} does not fit {kind.__name__}: "
-                f"{type(error).__name__}: {text}",
-                [allowed],
-                hint,
-            ) from error
+            raise task_class._does_not_fit_error(error, overrides) from error
         return model.eval()
 
     @classmethod
-    def _arguments(
+    def _does_not_fit_error(cls, error: Exception, overrides: dict[str, Any]) -> UsageError:
+        """Return the error for a checkpoint, or overrides of its arguments, that do not fit."""
+        text = " ".join(str(error).split())[:160] or type(error).__name__
+        overrides_text = ""
+        allowed, hint = "a file that this version has written", "choose another checkpoint"
+        if overrides:
+            values = [f"{name}={value!r:.40}" for name, value in overrides.items()]
+            overrides_text = f" with {', '.join(values)}"
+            allowed, hint = "arguments that fit the weights", f"remove {', '.join(overrides)}"
+        return UsageError(
+            f"the checkpoint{overrides_text} does not fit {cls.__name__}: "
+            f"{type(error).__name__}: {text}",
+            [allowed],
+            hint,
+        )
+
+    @classmethod
+    def _split_arguments(
         cls, checkpoint: dict[str, Any], overrides: dict[str, Any]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the arguments of `__init__` and the class's settings, by name.
+        """Return the arguments of `__init__`, and the class attributes to set, both by name.
+
+        The arguments are the saved hyperparameters, replaced by `overrides`. Overrides may also
+        name settings, which are class attributes such as `lr`.
 
         As in Lightning, saved hyperparameters that are not arguments of `__init__` are dropped. A
         class created from one dict of hyperparameters gets the dict under its name.
+
+        Raises:
+            UsageTypeError: an override is neither an argument nor a setting.
         """
         parameters = inspect.signature(cls).parameters.values()
-        names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        task_classes = [c for c in cls.__mro__ if issubclass(c, TaskModule)]
-        values = {name: value for c in task_classes for name, value in vars(c).items()}
-        known = {n for n, v in values.items() if n[0] != "_" and isinstance(v, PLAIN)} - names
-        settings = {name: value for name, value in overrides.items() if name in known}
-        init_overrides = {name: value for name, value in overrides.items() if name not in known}
+        arg_names = {
+            p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        }
+        accepts_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        setting_names = cls._setting_names() - arg_names
+        settings = {name: value for name, value in overrides.items() if name in setting_names}
+        init_overrides = {
+            name: value for name, value in overrides.items() if name not in setting_names
+        }
         saved = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {})
         saved = {name: value for name, value in saved.items() if not name.startswith("_")}
-        if (hparams_name := checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_NAME)) in names:
-            inside = {name: value for name, value in init_overrides.items() if name not in names}
-            init_overrides = {
-                name: value for name, value in init_overrides.items() if name in names
-            }
-            saved = {hparams_name: saved | inside}
-        if not takes_any:
-            saved = {name: value for name, value in saved.items() if name in names}
-            for name in init_overrides.keys() - names:
-                near = suggest_names(name, names | known)
+        # name of the argument that takes all hyperparameters as one dict, if the class has one
+        dict_name = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_NAME)
+        if dict_name in arg_names:
+            inside_dict = {n: value for n, value in init_overrides.items() if n not in arg_names}
+            init_overrides = {n: value for n, value in init_overrides.items() if n in arg_names}
+            saved = {dict_name: saved | inside_dict}
+        if not accepts_all:
+            saved = {name: value for name, value in saved.items() if name in arg_names}
+            for name in init_overrides.keys() - arg_names:
+                allowed = arg_names | setting_names
+                similar_names = suggest_names(name, allowed)
                 raise UsageTypeError(
                     f"{cls.__name__} has no argument {name!r}",
-                    near or sorted(names | known),
-                    f"use {near[0]}=..." if near else f"remove {name}",
+                    similar_names or sorted(allowed),
+                    f"use {similar_names[0]}=..." if similar_names else f"remove {name}",
                 )
         return saved | init_overrides, settings
 
-    def _take_weights(self, state: dict[str, Tensor], strict: bool | None) -> None:
+    @classmethod
+    def _setting_names(cls) -> set[str]:
+        """Return the names of public class attributes with plain values, such as `lr`."""
+        task_classes = [c for c in cls.__mro__ if issubclass(c, TaskModule)]
+        values = {name: value for c in task_classes for name, value in vars(c).items()}
+        return {n for n, value in values.items() if n[0] != "_" and isinstance(value, PLAIN)}
+
+    def _load_saved_weights(self, state: dict[str, Tensor], strict: bool | None) -> None:
+        """Load the weights; warn of names that are in the model or the checkpoint only."""
         if strict and not self.strict_loading:
             raise UsageError(
                 f"strict=True contradicts {type(self).__name__}.strict_loading=False",

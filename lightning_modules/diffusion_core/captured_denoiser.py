@@ -69,7 +69,7 @@ class GraphCache:
 
     @contextmanager
     def bind(self, net: nn.Module) -> Iterator[DenoiserFactory]:
-        """Yield a factory of captured denoisers for this net.
+        """Yield a factory of denoisers for this net; a denoiser of an earlier call is used again.
 
         A sharded net is never captured, because its weights are gathered and freed. The autocast
         cache is disabled: a graph contains its casts of the weights. Autocast would free cached
@@ -82,6 +82,7 @@ class GraphCache:
         if capture is None or not is_unsharded:
             yield no_capture
             return
+        # a graph reads the weights at the addresses at which it was captured
         weights_key = (net.training, *(p.data_ptr() for p in weights))
 
         def make_denoiser(

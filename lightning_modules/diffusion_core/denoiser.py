@@ -76,6 +76,14 @@ class Denoiser:
 
         With classifier-free guidance w the output is cond + w (cond - uncond), where uncond is the
         output for the label `null_class` (Ho & Salimans 2022). One call of the net computes both.
+
+        Args:
+            net: maps x (b c y x), t (b) and y (b) or None to its output (b c y x).
+            x: noisy images.
+            t: their times.
+            y: their labels; None for images without labels.
+            guidance_scale: w; 0 is plain conditional.
+            null_class: the label of images without class.
         """
         if not guidance_scale:
             return self.to_x0(self._net_output(net, x, t, y), x, t)

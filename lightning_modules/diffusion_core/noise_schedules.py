@@ -99,7 +99,10 @@ class NoiseSchedule:
         return NUM_TRAIN_TIMESTEPS * ((log_sigma - math.log(80)) / 7).exp().clamp(max=1)
 
     def timesteps(self, num_steps: int) -> Timesteps:
-        """Times of a sampler from pure noise to the image; for edm those of Karras et al."""
+        """Return times (s+1) of a sampler from pure noise to the image, with their α and σ.
+
+        They are evenly spaced; for edm they are those of Karras et al.
+        """
         max_steps = NUM_TRAIN_TIMESTEPS if self.is_discrete else 10 * NUM_TRAIN_TIMESTEPS
         if not 1 <= num_steps <= max_steps:
             nearest = min(max(num_steps, 1), max_steps)

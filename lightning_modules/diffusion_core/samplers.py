@@ -60,10 +60,18 @@ def ddim(
         x' = α' x0 + √(σ'² - η²β) ε + η √β z,    β = σ'² (1 - (α σ' / α' σ)²)
 
     eta 0 is the lecture's sampler with the same noise in all steps; eta 1 is ancestral sampling.
+
+    Args:
+        denoise: `denoise(x, t)` estimates x0 at time t.
+        x: noise at the first of the timesteps.
+        timesteps: times from noise to image with their α and σ.
+        noise: `noise(k)` is fresh noise like x for step k.
+        eta: amount of fresh noise, 0 to 1.
     """
     for step in iter_steps(timesteps):
         x0 = denoise(x, step.t)
         eps = (x - step.alpha * x0) / step.sigma
+        # η²β / σ'²: the fraction of fresh noise in the variance after the step
         noise_fraction = eta**2 * (1 - _retained_variance(step))
         x = step.alpha_next * x0 + step.sigma_next * math.sqrt(1 - noise_fraction) * eps
         if noise_fraction and step.sigma_next:
@@ -98,6 +106,12 @@ def heun(denoise: DenoiseFn, x: Tensor, timesteps: Timesteps, noise: NoiseFn) ->
 
     An Euler step gives the second point; the step then uses the mean of x0 and ε at both ends. With
     α = 1 it is EDM's sampler (Karras et al. 2022, algorithm 1, no churn).
+
+    Args:
+        denoise: `denoise(x, t)` estimates x0 at time t.
+        x: noise at the first of the timesteps.
+        timesteps: times from noise to image with their α and σ.
+        noise: not used; all samplers have equal arguments.
     """
     for step in iter_steps(timesteps):
         x0 = denoise(x, step.t)
@@ -105,13 +119,14 @@ def heun(denoise: DenoiseFn, x: Tensor, timesteps: Timesteps, noise: NoiseFn) ->
         if step.sigma_next:
             eps = (x - step.alpha * x0) / step.sigma
             x0_next = denoise(x_pred, step.t_next)
-            eps = (eps + (x_pred - step.alpha_next * x0_next) / step.sigma_next) / 2
+            eps_next = (x_pred - step.alpha_next * x0_next) / step.sigma_next
+            mean_eps = (eps + eps_next) / 2
             x = (
                 x
                 + (step.alpha_next - step.alpha) / 2 * (x0 + x0_next)
-                + (step.sigma_next - step.sigma) * eps
+                + (step.sigma_next - step.sigma) * mean_eps
             )
-        else:
+        else:  # the last step, to the image: ε at its end is not defined
             x = x_pred
     return x
 
@@ -119,10 +134,16 @@ def heun(denoise: DenoiseFn, x: Tensor, timesteps: Timesteps, noise: NoiseFn) ->
 def dpmpp_2m(denoise: DenoiseFn, x: Tensor, timesteps: Timesteps, noise: NoiseFn) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): order 2 with one net evaluation a step.
 
-    x' = (σ'/σ) x + (α' - α σ'/σ) D,    D = x0 + h'/(2h) (x0 - the previous x0)
+    x' = (σ'/σ) x + (α' - α σ'/σ) D,    D = x0 + h / (2 h_prev) (x0 - x0_prev)
 
-    h and h' are the previous and the current step in log(α/σ). If one of them is infinite (the
+    h_prev and h are the previous and the current step in log(α/σ). If one of them is infinite (the
     first step of flow matching, the last step of any schedule), D is x0.
+
+    Args:
+        denoise: `denoise(x, t)` estimates x0 at time t.
+        x: noise at the first of the timesteps.
+        timesteps: times from noise to image with their α and σ.
+        noise: not used; all samplers have equal arguments.
     """
     x0_prev: Tensor | None = None
     h_prev = math.inf
@@ -134,9 +155,10 @@ def dpmpp_2m(denoise: DenoiseFn, x: Tensor, timesteps: Timesteps, noise: NoiseFn
             if is_finite
             else math.inf
         )
-        x0_extrapolated = (
-            x0 if x0_prev is None or not is_finite else x0 + h / (2 * h_prev) * (x0 - x0_prev)
-        )
+        if x0_prev is None or not is_finite:
+            x0_extrapolated = x0
+        else:  # x0 itself if h_prev is infinite
+            x0_extrapolated = x0 + h / (2 * h_prev) * (x0 - x0_prev)
         x = (
             step.sigma_next / step.sigma * x
             + (step.alpha_next - step.alpha * step.sigma_next / step.sigma) * x0_extrapolated

@@ -34,7 +34,8 @@ class SamplerConfig:
     eta: float = 0.0
 
     def __post_init__(self) -> None:
-        """Raise UsageError for a value out of range."""
+        """Raise UsageError for a value out of range, and for eta with a sampler that ignores it."""
+        # by field: whether the value is valid, the allowed values, a typical value
         rules = {
             "sampler": (self.sampler in SAMPLERS, SAMPLERS, "ddim"),
             "num_steps": (self.num_steps >= 1, ["1 or more"], 50),
@@ -61,9 +62,13 @@ class SamplerConfig:
     def override(
         self, supports_guidance: bool, is_one_step: bool, **overrides: Any
     ) -> "SamplerConfig":
-        """Replace settings that are not None, and check them against the model.
+        """Return a copy with new settings, checked against the model.
 
-        Guidance needs a model trained with class dropout. A `one_step` model samples in one step.
+        Args:
+            supports_guidance: whether the model was trained with class dropout, which guidance
+                needs.
+            is_one_step: whether the model samples in one step only.
+            overrides: new values of fields; None keeps the value of this config.
         """
         config = replace(
             self, **{name: value for name, value in overrides.items() if value is not None}
@@ -133,32 +138,26 @@ def sample_images(
         batch_size: maximum number of images in a batch.
         make_denoiser: factory of the captured denoiser: `no_capture`, or of `GraphCache.bind`.
     """
-    total, timesteps, sampler = (
-        len(image_ids),
-        noise_schedule.timesteps(config.num_steps),
-        config.build_sampler(),
-    )
-    num_batches = -(-total // batch_size)
-    images_per_batch = -(
-        -total // num_batches
-    )  # equal sizes, so that one CUDA graph serves all batches
-    padded_indices = torch.arange(num_batches * images_per_batch, device=image_ids.device).clamp(
-        max=total - 1
-    )
+    total = len(image_ids)
+    timesteps, sampler = noise_schedule.timesteps(config.num_steps), config.build_sampler()
+    # batches of equal size, so that one CUDA graph serves all; the last image fills the last batch
+    num_batches = math.ceil(total / batch_size)
+    images_per_batch = math.ceil(total / num_batches)
+    indices = torch.arange(num_batches * images_per_batch, device=image_ids.device)
+    padded_indices = indices.clamp(max=total - 1)
     batches: list[Tensor] = []
     denoiser: CapturedDenoiser | None = None
     for batch_indices in padded_indices.split(images_per_batch):
-        batch_ids, batch_labels = (
-            image_ids[batch_indices],
-            None if labels is None else labels[batch_indices],
-        )
+        batch_ids = image_ids[batch_indices]
+        batch_labels = None if labels is None else labels[batch_indices]
         x = normals(derive_key(seed, "start"), batch_ids, image_shape) * timesteps.sigma[0].item()
-        if denoiser is None:
+        if denoiser is None:  # `config` is its name: equal settings can use one graph
             denoiser = make_denoiser(denoise, x, batch_labels, config)
         denoiser.set_labels(batch_labels)
 
-        def step_noise(step: int, number: Tensor = batch_ids) -> Tensor:
-            return normals(derive_key(seed, "step", step), number, image_shape)
+        # a default argument has the ids of this batch; a variable would change with the loop
+        def step_noise(step: int, batch_ids: Tensor = batch_ids) -> Tensor:
+            return normals(derive_key(seed, "step", step), batch_ids, image_shape)
 
         batches.append(sampler(denoiser, x, timesteps, step_noise))
     return torch.cat(batches)[:total]

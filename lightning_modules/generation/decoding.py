@@ -33,19 +33,27 @@ class TokenBuffer:
         context_overflow: ContextOverflow,
         device: torch.device,
     ) -> None:
-        """Copy the prompts into the buffer."""
+        """Copy the prompts into a buffer with room for `max_new_tokens` more tokens in each row.
+
+        Args:
+            prompts: token ids, one vector for each row; the lengths may differ.
+            max_new_tokens: maximum number of tokens to append.
+            context_length: maximum number of tokens that the net sees.
+            context_overflow: "error" raises UsageError if a text would exceed the context.
+            device: device of the buffer.
+        """
         self.lengths = [len(prompt) for prompt in prompts]  # the host's copy of `device_lengths`
         check_prompt_lengths(self.lengths, max_new_tokens, context_length, context_overflow)
         self.context_length, self.max_new_tokens = context_length, max_new_tokens
-        self.window_starts = [
-            max(0, n - context_length) for n in self.lengths
-        ]  # first visible token of each row
-        first_rows: dict[tuple[int, ...], int] = {}
+        # first token of each row that the net sees
+        self.window_starts = [max(0, n - context_length) for n in self.lengths]
+        first_rows: dict[tuple[int, ...], int] = {}  # by prompt
         rows = enumerate(tuple(prompt.tolist()) for prompt in prompts)
         self.first_row_with_same_prompt = [
             first_rows.setdefault(prompt, row) for row, prompt in rows
-        ]  # row indices
-        tokens = torch.zeros(len(prompts), max(self.lengths) + max_new_tokens, dtype=torch.int64)
+        ]  # an index for each row
+        num_columns = max(self.lengths) + max_new_tokens
+        tokens = torch.zeros(len(prompts), num_columns, dtype=torch.int64)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
         self.tokens = tokens.to(device)
@@ -58,18 +66,14 @@ class TokenBuffer:
         Rows share a prefix if equal prompts are adjacent, in groups of equal size, and no row
         overflows the context.
         """
-        rows, group_size = (
-            len(self.first_row_with_same_prompt),
-            len(self.first_row_with_same_prompt) // len(set(self.first_row_with_same_prompt)),
-        )
-        is_grouped = self.first_row_with_same_prompt == [
-            row // group_size * group_size for row in range(rows)
-        ]
-        return (
-            group_size
-            if is_grouped and max(self.lengths) + self.max_new_tokens - 1 <= self.context_length
-            else 1
-        )
+        num_rows = len(self.first_row_with_same_prompt)
+        num_prompts = len(set(self.first_row_with_same_prompt))
+        group_size = num_rows // num_prompts
+        first_row_of_group = [row // group_size * group_size for row in range(num_rows)]
+        is_grouped = self.first_row_with_same_prompt == first_row_of_group
+        # - 1: the net does not see the last new token
+        fits_context = max(self.lengths) + self.max_new_tokens - 1 <= self.context_length
+        return group_size if is_grouped and fits_context else 1
 
     def append_token(self, token: Tensor) -> None:
         """Append one token (b) to each row."""
@@ -134,28 +138,34 @@ class CachedDecoder(Decoder):
     """Decode with a KV cache: the logits of `Decoder`, with one forward pass for each token."""
 
     def __init__(self, net: nn.Module, token_buffer: TokenBuffer, bucket_size: int = 1) -> None:
-        """Allocate a KV cache for the net, which takes it as its second argument."""
+        """Allocate a KV cache for the net.
+
+        Args:
+            net: maps tokens (b t) and a KV cache to logits; `blocks` has the layers by their index.
+            token_buffer: tokens of all rows.
+            bucket_size: the attended length of the cache is rounded up to a multiple of it.
+        """
         super().__init__(net, token_buffer)
-        blocks: Iterable[str] = net.blocks  # type: ignore[assignment]
-        num_layers = 1 + max(map(int, blocks))  # a pipeline stage can hold the last blocks only
-        has_experts = any(
-            isinstance(m, MixtureOfExperts) for m in net.modules()
-        )  # the experts' capacity depends on the whole row
+        block_names: Iterable[str] = net.blocks  # type: ignore[assignment]
+        # the largest index: a pipeline stage can hold the last blocks only
+        num_layers = 1 + max(map(int, block_names))
+        has_experts = any(isinstance(m, MixtureOfExperts) for m in net.modules())
+        # the capacity of experts depends on the whole row: such rows cannot share a prefix
         self.group_size = 1 if has_experts else token_buffer.shared_prefix_group_size()
-        self.prefix_lengths = (
-            token_buffer.lengths if self.group_size > 1 else [0] * len(token_buffer.lengths)
-        )
-        num_rows, num_slots = (
-            len(token_buffer.lengths) // self.group_size,
-            token_buffer.max_new_tokens if self.group_size > 1 else token_buffer.context_length,
-        )
+        num_texts = len(token_buffer.lengths)
+        if self.group_size > 1:  # prompts are stored once, slots are for the new tokens only
+            self.prefix_lengths = token_buffer.lengths
+            num_slots = token_buffer.max_new_tokens
+        else:
+            self.prefix_lengths = [0] * num_texts
+            num_slots = token_buffer.context_length
         self.cache = KVCache(
             num_layers,
-            num_rows,
-            num_slots,
-            token_buffer.tokens.device,
-            bucket_size,
-            self.group_size,
+            num_rows=num_texts // self.group_size,
+            num_slots=num_slots,
+            device=token_buffer.tokens.device,
+            bucket_size=bucket_size,
+            group_size=self.group_size,
         )
 
     def prefill(self) -> Tensor:
@@ -174,7 +184,12 @@ class CachedDecoder(Decoder):
         return logits[inverse_indices.to(visible_lengths.device)]
 
     def prepare_step(self, overflowed_rows: list[int]) -> int:
-        """Prefill the overflowed rows, without the last token; return the length of the cache."""
+        """Prepare the next `decode_step` on the host; return the attended length of the cache.
+
+        The cache of rows whose window has dropped its older half is filled anew. It gets all tokens
+        but the last one, which the decode step computes for all rows. Steps of an equal length have
+        equal shapes.
+        """
         token_buffer = self.token_buffer
         if overflowed_rows:
             visible, visible_lengths = token_buffer.visible_window(overflowed_rows, num_omitted=1)
@@ -182,17 +197,17 @@ class CachedDecoder(Decoder):
                 visible_lengths, torch.tensor(overflowed_rows, device=token_buffer.tokens.device)
             )
             if visible.shape[1]:
-                self.net(visible, self.cache)
+                self.net(visible, self.cache)  # writes the cache; the logits are not needed
         visible_lengths_per_row = [
             n - start
             for n, start in zip(token_buffer.lengths, token_buffer.window_starts, strict=True)
         ]
-        slots = [
-            n - base for n, base in zip(visible_lengths_per_row, self.prefix_lengths, strict=True)
+        slots_per_row = [
+            n - prefix
+            for n, prefix in zip(visible_lengths_per_row, self.prefix_lengths, strict=True)
         ]
-        return self.cache.reserve(
-            max(slots), is_uniform=min(visible_lengths_per_row) == max(visible_lengths_per_row)
-        )
+        is_uniform = min(visible_lengths_per_row) == max(visible_lengths_per_row)
+        return self.cache.reserve(max(slots_per_row), is_uniform=is_uniform)
 
     def decode_step(self) -> Tensor:
         """Run the net on the last token of each row and return the logits (b v).
@@ -211,6 +226,12 @@ def check_prompt_lengths(
     """Raise UsageError for an empty prompt, too few new tokens, or a text that exceeds the context.
 
     Exceeding the context is an error only if `context_overflow` is "error".
+
+    Args:
+        lengths: tokens of each prompt.
+        max_new_tokens: maximum number of tokens to generate.
+        context_length: maximum number of tokens that the net sees.
+        context_overflow: "slide" or "error".
     """
     if max_new_tokens < 1:
         raise UsageError(
@@ -227,6 +248,7 @@ def check_prompt_lengths(
             flag="--prompt='ROMEO:'",
         )
     longest = max(lengths)
+    # - 1: the net does not see the last new token
     if context_overflow == "error" and longest + max_new_tokens - 1 > context_length:
         max_fitting = context_length - longest + 1
         if max_fitting > 0:

@@ -48,11 +48,20 @@ class SamplerState:
         stops: Sequence[Sequence[int]],
         uniform: Tensor,
     ) -> None:
-        """Allocate the output buffers; `uniform` (b n) in (0, 1] determines every sampled token."""
+        """Allocate the output buffers (b n) and the flags of the rows that have not ended (b).
+
+        Args:
+            token_buffer: holds the prompts; each sampled token is appended to it.
+            sampling: sampling settings.
+            stops: token sequences that end a row.
+            uniform: numbers (b n) in (0, 1]; one number selects one token.
+        """
         device = token_buffer.tokens.device
         self.token_buffer, self.sampling = token_buffer, sampling
+        # Apple's GPUs (mps) have no float64
         self.uniform = uniform.to(device, torch.float32 if device.type == "mps" else None)
         self.stops = [torch.tensor(list(stop), device=device) for stop in stops]
+        # a tensor (1), so that a CUDA graph of a step can be replayed for the next step
         self.step_index = torch.zeros(1, dtype=torch.int64, device=device)
         self.active = torch.ones(len(token_buffer.lengths), dtype=torch.bool, device=device)
         self.tokens = torch.zeros_like(uniform, dtype=torch.int64, device=device)
@@ -60,26 +69,35 @@ class SamplerState:
         self.mask = torch.zeros_like(uniform, dtype=torch.bool, device=device)
 
     def sample_next(self, logits: Tensor) -> None:
-        """Sample one token for each row from logits (b v); deactivate rows at a stop sequence."""
-        logprobs = self.sampling.compute_logprobs(logits)
-        token = self.sampling.sample(logprobs, self.uniform.index_select(1, self.step_index)[:, 0])
+        """Sample one token for each row from logits (b v); deactivate rows at a stop sequence.
+
+        All indices are tensors and all buffers are written in place. So a CUDA graph of one step
+        can be replayed for the following steps.
+        """
+        logprobs = self.sampling.compute_logprobs(logits)  # (b v)
+        uniform = self.uniform.index_select(1, self.step_index)[:, 0]  # (b)
+        token = self.sampling.sample(logprobs, uniform)  # (b)
         logprob = logprobs.gather(1, token[:, None])[:, 0]
-        token, logprob = token * self.active, logprob.where(self.active, 0.0).float()
+        token = token * self.active  # 0 in a row that has ended
+        logprob = logprob.where(self.active, 0.0).float()
         for buffer, value in (
             (self.tokens, token),
             (self.logprobs, logprob),
             (self.mask, self.active),
         ):
             buffer.index_copy_(1, self.step_index, value[:, None])
-        self.token_buffer.append_token(token)
+        self.token_buffer.append_token(token)  # its lengths now include the token
         self.step_index += 1
         for stop in self.stops:
-            offsets = torch.arange(len(stop), 0, -1, device=stop.device)
-            positions = (self.token_buffer.device_lengths[:, None] - offsets).clamp(
-                min=0
-            )  # (b, len(stop))
-            tail = self.token_buffer.tokens.gather(1, positions)
-            self.active &= ~((tail == stop).all(-1) & (self.step_index >= len(stop)))
+            self.active &= ~self._ends_with(stop)
+
+    def _ends_with(self, stop: Tensor) -> Tensor:
+        """Return whether the new tokens of each row end with the sequence `stop` (k): (b)."""
+        lengths = self.token_buffer.device_lengths  # (b), including the newest token
+        offsets = torch.arange(len(stop), 0, -1, device=stop.device)
+        positions = (lengths[:, None] - offsets).clamp(min=0)  # (b k)
+        is_equal = (self.token_buffer.tokens.gather(1, positions) == stop).all(-1)
+        return is_equal & (self.step_index >= len(stop))  # tokens of the prompt do not count
 
     def slice_columns(self, first: int, last: int) -> GenerationOutput:
         """Return columns first .. last-1 of the output."""
@@ -103,32 +121,55 @@ def generate_stream(
     sync_every: int = SYNC_EVERY,
     capture: CaptureFn | None = None,
 ) -> Iterator[GenerationOutput]:
-    """Yield the output of `generate` in chunks of `sync_every` tokens."""
+    """Yield the output of `generate` in chunks of `sync_every` tokens; it ends when all rows have.
+
+    Args:
+        net: maps tokens (b t) to logits (b t v); with `use_cache` it takes a KV cache as its second
+            argument.
+        prompts: token ids, one vector for each row.
+        max_new_tokens: maximum number of tokens to generate.
+        context_length: maximum number of tokens that the net sees.
+        sampling: sampling settings; by default the net's own distribution.
+        stops: token sequences that end a row.
+        seed: random seed; the seed and a row's key determine its tokens.
+        row_keys: keys of the rows; by default 0, 1, 2, ...
+        context_overflow: "slide" drops the older half of a full context, "error" raises UsageError.
+        use_cache: use a KV cache.
+        sync_every: steps between two reads of the device by the host.
+        capture: records a function without arguments as a CUDA graph and returns its replay; None
+            runs each step eagerly.
+    """
     sampling = sampling or DecodingConfig()
     device = next(net.parameters()).device
     token_buffer = TokenBuffer(prompts, max_new_tokens, context_length, context_overflow, device)
     uniform = row_uniforms(seed, row_keys or range(len(prompts)), max_new_tokens)
     state = SamplerState(token_buffer, sampling, stops, uniform)
+    # each length of the cache needs its own CUDA graph, so lengths are rounded up to a bucket
     bucket_size = BUCKET_SIZE if capture else 1
     decoder = (
         CachedDecoder(net, token_buffer, bucket_size) if use_cache else Decoder(net, token_buffer)
     )
+
+    def decode_and_sample() -> None:
+        state.sample_next(decoder.decode_step())
+
+    # calls the function, and from its second call in a bucket on replays its CUDA graph
+    run_step = GraphedCallable(decode_and_sample, capture if use_cache else None)
     num_yielded = 0
-    run_step = GraphedCallable(
-        lambda: state.sample_next(decoder.decode_step()), capture if use_cache else None
-    )
     with eval_mode(net):
-        for step in range(max_new_tokens):
-            if step:
-                run_step(decoder.prepare_step(token_buffer.advance_lengths()))
-            else:
+        for num_steps in range(1, max_new_tokens + 1):  # including the current step
+            if num_steps == 1:
                 logits = decoder.prefill()
                 sampling.check_vocab_size(logits.shape[-1])
                 state.sample_next(logits)
-            if (step + 1) % sync_every == 0 or step + 1 == max_new_tokens:
+            else:
+                overflowed_rows = token_buffer.advance_lengths()  # the host's copy of the lengths
+                bucket = decoder.prepare_step(overflowed_rows)  # equal for steps of equal shapes
+                run_step(bucket)
+            if num_steps % sync_every == 0 or num_steps == max_new_tokens:
                 _check_finite(state)
-                yield state.slice_columns(num_yielded, step + 1)
-                num_yielded = step + 1
+                yield state.slice_columns(num_yielded, num_steps)
+                num_yielded = num_steps
                 if not bool(state.active.any()):
                     return
 
@@ -165,13 +206,30 @@ def generate(
             UsageError for texts that would not fit.
         use_cache: use a KV cache.
         sync_every: steps between two checks whether all rows have ended.
-        capture: records a step, sampling included, for replay: `cuda_graphs.capture_cuda_graph`.
+        capture: records a step, sampling included, for replay: `cuda_graphs.capture_cuda_graph`;
+            None runs each step eagerly.
     """
-    options = (sampling, stops, seed, row_keys, context_overflow, use_cache, sync_every, capture)
-    chunks = list(generate_stream(net, prompts, max_new_tokens, context_length, *options))
+    chunks = list(
+        generate_stream(
+            net,
+            prompts,
+            max_new_tokens,
+            context_length,
+            sampling=sampling,
+            stops=stops,
+            seed=seed,
+            row_keys=row_keys,
+            context_overflow=context_overflow,
+            use_cache=use_cache,
+            sync_every=sync_every,
+            capture=capture,
+        )
+    )
+    # the stream ends early if all rows have ended: pad to (b max_new_tokens)
     num_missing = max_new_tokens - sum(chunk.tokens.shape[1] for chunk in chunks)
-    columns = (torch.cat(column, 1) for column in zip(*chunks, strict=True))
-    return GenerationOutput(*(nn.functional.pad(x, (0, num_missing)) for x in columns))
+    # tokens, logprobs and mask of all chunks
+    fields = (torch.cat(tensors, 1) for tensors in zip(*chunks, strict=True))
+    return GenerationOutput(*(nn.functional.pad(x, (0, num_missing)) for x in fields))
 
 
 def generate_text(
@@ -182,12 +240,20 @@ def generate_text(
     on_text: Callable[[str], None] | None = None,
     **kwargs: Any,
 ) -> list[str]:
-    """Return the text after each prompt, up to a stop string; `kwargs` are those of `generate`.
+    """Return the text that the net generates after each prompt, up to a stop string.
 
     sizes = {"max_new_tokens": 200, "context_length": 64}
     generate_text(net, tokenizer, ["ROMEO:"], stops=["\n\n"], on_text=print, **sizes)
 
     With `on_text`, the first text is streamed: each piece is passed on as soon as it is final.
+
+    Args:
+        net: maps tokens (b t) and a KV cache to logits (b t v).
+        tokenizer: has `encode`, `decode` and `eos_id`, the id of the end token or None.
+        prompts: beginnings of the texts.
+        stops: stop strings; a text ends before the first one.
+        on_text: called with each new piece of the first text.
+        kwargs: max_new_tokens, context_length and further arguments of `generate`.
     """
     if "" in stops:
         raise UsageError(
@@ -205,20 +271,21 @@ def generate_text(
     for chunk in generate_stream(
         net, prompt_tokens, stops=stop_sequences, sync_every=1 if on_text else SYNC_EVERY, **kwargs
     ):
-        new_tokens = chunk.tokens.masked_fill(~chunk.mask, -1).cpu()
+        new_tokens = chunk.tokens.masked_fill(~chunk.mask, -1).cpu()  # -1 after the end
         tokens = torch.cat((tokens, new_tokens), 1)
         full_texts = [
             tokenizer.decode([n for n in row if n not in (-1, tokenizer.eos_id)])
             for row in tokens.tolist()
         ]
         texts = [truncate_at_stop(text, stops) for text in full_texts]
-        if on_text:
-            stable = stable_prefix(texts[0], stops) if texts[0] == full_texts[0] else texts[0]
-            on_text(stable[num_emitted:])
-            num_emitted = max(num_emitted, len(stable))
-        if all(len(text) < len(full) for text, full in zip(texts, full_texts, strict=True)):
+        has_stopped = [len(text) < len(full) for text, full in zip(texts, full_texts, strict=True)]
+        if on_text:  # emit only characters that the next token cannot change
+            final_part = texts[0] if has_stopped[0] else stable_prefix(texts[0], stops)
+            on_text(final_part[num_emitted:])
+            num_emitted = max(num_emitted, len(final_part))
+        if all(has_stopped):
             break
-    if on_text:
+    if on_text:  # the rest, if the text has ended without a stop string
         on_text(texts[0][num_emitted:])
     return texts
 

@@ -29,28 +29,26 @@ class CachePositions:
     """Position of each text in the cache; all layers share one instance."""
 
     def __init__(self, num_rows: int, group_size: int, device: torch.device) -> None:
-        """Start at position 0."""
+        """Start all texts at position 0: `num_rows` rows (b) of `group_size` texts (s) each."""
         self.all_rows = torch.arange(num_rows, device=device)  # (b)
         self.prefill_rows = self.all_rows  # rows of the current prefill
-        self.position_ids = torch.zeros(
-            num_rows, group_size, dtype=torch.int64, device=device
-        )  # (b s) of the newest tokens
-        self.prefix_length = torch.zeros_like(self.all_rows)[
-            :, None
-        ]  # (b 1) position of the first slot
+        # positions of the newest tokens (b s)
+        self.position_ids = torch.zeros(num_rows, group_size, dtype=torch.int64, device=device)
+        # (b 1) position of a row's first slot: the tokens of a shared prefix have no slots
+        self.prefix_length = torch.zeros_like(self.all_rows)[:, None]
         text_indices = torch.arange(group_size, device=device)
         self.row_text_indices = (
             self.all_rows[:, None].expand(-1, group_size),
             text_indices.expand(num_rows, -1),
-        )  # each (b s)
-        self.slots = self.position_ids
-        self.prefix_mask: Tensor | None = (
-            None  # (b s p) 0, and -inf beyond the end of a group's prompt
-        )
+        )  # each (b s): indices of the first and the third axis of the keys
+        self.slots = self.position_ids  # (b s) slots of the newest tokens
+        # (b s p) 0, and -inf beyond the end of a group's prompt
+        self.prefix_mask: Tensor | None = None
         self.is_prefill = True
-        self.length = 0  # attended slots, at least the largest slot + 1
+        self.length = 0  # attended slots T, at least the largest slot + 1
         self.is_uniform = False  # all texts fill these slots: no mask is needed
-        self.attn_mask: Tensor | None = None  # (b 1 s p+T) 0, and -inf beyond the text's position
+        # (b 1 s p+T) 0, and -inf beyond the text's position
+        self.attn_mask: Tensor | None = None
 
 
 class LayerKVCache:
@@ -72,22 +70,26 @@ class LayerKVCache:
         return slice(length) if self.positions.is_prefill else self.positions.position_ids[:, None]
 
     def update(self, key: Tensor, value: Tensor) -> bool:
-        """Write keys and values (b h t k); return whether the query must attend to the cache."""
+        """Write keys and values (b h t k) of new tokens; return whether to attend to the cache.
+
+        In prefill the query attends to the prompt's own keys, so the result is False.
+        """
         positions = self.positions
-        if positions.is_prefill and positions.prefix_mask is not None:
+        if positions.is_prefill and positions.prefix_mask is not None:  # a shared prefix
             self.prefix_kv = key.mT.contiguous(), value.contiguous()
             return False
         if self.keys is None or self.values is None:
             (b, s), (_, h, _, k) = positions.position_ids.shape, key.shape
             self.keys = key.new_zeros(b, h, s, k, self.num_slots)
             self.values = key.new_zeros(b, h, s, self.num_slots, k)
-        if positions.is_prefill:
-            self.keys[positions.prefill_rows, :, 0, :, : key.shape[2]] = key.mT
-            self.values[positions.prefill_rows, :, 0, : key.shape[2]] = value
-        elif positions.is_uniform:
+        if positions.is_prefill:  # the prompt fills slots 0 .. t-1 of the row's only text
+            t = key.shape[2]
+            self.keys[positions.prefill_rows, :, 0, :, :t] = key.mT
+            self.values[positions.prefill_rows, :, 0, :t] = value
+        elif positions.is_uniform:  # all texts write the same slot, so t = s tokens (b h s k)
             self.keys[..., positions.length - 1] = key
             self.values[..., positions.length - 1, :] = value
-        else:
+        else:  # each text writes its own slot
             rows, texts = positions.row_text_indices
             self.keys[rows, :, texts, :, positions.slots] = key.transpose(1, 2)  # (b s h k)
             self.values[rows, :, texts, positions.slots] = value.transpose(1, 2)  # (b s h k)
@@ -121,21 +123,22 @@ def attend_cached(query: Tensor, layer_cache: LayerKVCache) -> Tensor:
     positions = layer_cache.positions
     if layer_cache.keys is None or layer_cache.values is None:
         raise RuntimeError("the KV cache is empty: run the net after begin_prefill first")
-    keys, values = (
-        layer_cache.keys[..., : positions.length],
-        layer_cache.values[..., : positions.length, :],
-    )
+    num_slots = positions.length  # T, the attended slots
+    keys = layer_cache.keys[..., :num_slots]  # (b h s k T)
+    values = layer_cache.values[..., :num_slots, :]  # (b h s T k)
     query = (query * query.shape[-1] ** -0.5).contiguous()
     scores = (query[..., None, :] @ keys)[..., 0, :]  # (b h s T)
     if layer_cache.prefix_kv is not None:
-        scores = torch.cat((query @ layer_cache.prefix_kv[0], scores), -1)  # (b h s p+T)
+        prefix_keys, _ = layer_cache.prefix_kv  # (b h k p): one product for all texts of a row
+        scores = torch.cat((query @ prefix_keys, scores), -1)  # (b h s p+T)
     if positions.attn_mask is not None:
         scores = scores + positions.attn_mask.to(query)
     weights = scores.softmax(-1)
-    output = (weights[..., None, -positions.length :] @ values)[..., 0, :]  # (b h s k)
+    output = (weights[..., None, -num_slots:] @ values)[..., 0, :]  # (b h s k)
     if layer_cache.prefix_kv is None:
         return output
-    return output + weights[..., : -positions.length] @ layer_cache.prefix_kv[1]
+    _, prefix_values = layer_cache.prefix_kv  # (b h p k)
+    return output + weights[..., :-num_slots] @ prefix_values
 
 
 class KVCache:
@@ -158,21 +161,26 @@ class KVCache:
         bucket_size: int = 1,
         group_size: int = 1,
     ) -> None:
-        """Create the cache of each layer; the attended length is a multiple of `bucket_size`."""
-        self.positions, self.num_slots, self.bucket_size = (
-            CachePositions(num_rows, group_size, device),
-            num_slots,
-            bucket_size,
-        )
+        """Create the cache of each layer.
+
+        Args:
+            num_layers: number of attention layers.
+            num_rows: rows b of the batch.
+            num_slots: tokens for which each text has memory.
+            device: device of the positions; the keys determine that of the memory.
+            bucket_size: the attended length is rounded up to a multiple of it, because each length
+                needs its own CUDA graph.
+            group_size: texts s of a row, which share the prefix of the row.
+        """
+        self.positions = CachePositions(num_rows, group_size, device)
+        self.num_slots, self.bucket_size = num_slots, bucket_size
         self.layers = [LayerKVCache(self.positions, num_slots) for _ in range(num_layers)]
 
     def begin_prefill(self, lengths: Tensor, rows: Tensor | None = None) -> None:
         """Prepare the prefill of prompts of `lengths` (b), for all rows or for the given rows."""
         positions = self.positions
-        positions.prefill_rows, positions.is_prefill = (
-            positions.all_rows if rows is None else rows,
-            True,
-        )
+        positions.is_prefill = True
+        positions.prefill_rows = positions.all_rows if rows is None else rows
         positions.position_ids[positions.prefill_rows] = lengths[:, None] - 1
 
     def begin_shared_prefill(self, lengths: Tensor, max_length: int) -> None:
@@ -211,23 +219,23 @@ class KVCache:
         positions = self.positions
         positions.is_prefill = False
         positions.length = min(-(-max_slots // self.bucket_size) * self.bucket_size, self.num_slots)
-        positions.is_uniform = (
-            is_uniform and self.bucket_size == 1
-        )  # a recorded graph must be valid for a whole bucket
+        # a recorded graph must be valid for all lengths of a bucket
+        positions.is_uniform = is_uniform and self.bucket_size == 1
         return positions.length
 
     def advance(self) -> None:
-        """Move every text one position further and compute the attention mask."""
+        """Move every text one position further and compute the attention mask.
+
+        It is called once before each decode step, after `reserve`. It runs on the device only.
+        """
         positions = self.positions
-        positions.position_ids += 1
+        positions.position_ids += 1  # in place: a CUDA graph keeps the address
         positions.attn_mask = None
-        if positions.is_uniform:
+        if positions.is_uniform:  # the attended slots are all filled: no mask
             return
-        positions.slots = positions.position_ids - positions.prefix_length
-        is_future = (
-            torch.arange(positions.length, device=positions.position_ids.device)
-            > positions.slots[..., None]
-        )
+        positions.slots = positions.position_ids - positions.prefix_length  # (b s)
+        all_slots = torch.arange(positions.length, device=positions.position_ids.device)  # (T)
+        is_future = all_slots > positions.slots[..., None]  # (b s T)
         attn_mask = torch.zeros(is_future.shape, device=is_future.device).masked_fill(
             is_future, -math.inf
         )

@@ -37,6 +37,7 @@ class DecodingConfig:
 
     def __post_init__(self) -> None:
         """Raise UsageError for a value out of range."""
+        # by field: whether the value is valid, and the allowed values
         rules = {
             "temperature": (
                 0 <= self.temperature < math.inf,
@@ -70,29 +71,33 @@ class DecodingConfig:
             )
 
     def compute_logprobs(self, logits: Tensor, never_mask: Tensor | None = None) -> Tensor:
-        """Logprobs (... v) of the sampling distribution; excluded tokens have -inf.
+        """Compute the logprobs (... v) of the sampling distribution; excluded tokens have -inf.
 
-        Tokens `never_mask` (...) are never excluded. They were sampled earlier, and only rounding
-        can have moved them across a threshold since then.
-
-        At temperature 0 no token is sampled, and the net's own distribution is returned. The dtype
+        At temperature 0 the logits are not scaled; top_k, min_p and top_p apply as usual. The dtype
         is at least fp32: bf16 keeps 3 digits, and probabilities would be off by a percent.
+
+        Args:
+            logits: output of the net (... v).
+            never_mask: token ids (...) that are never excluded. They were sampled earlier, and only
+                rounding can have moved them across a threshold since then.
         """
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.temperature > 0:
             logits = logits / self.temperature
+        # before the filters
         kept_logits = None if never_mask is None else logits.gather(-1, never_mask[..., None])
         if self.top_k is not None:
-            threshold = logits.topk(self.top_k).values[..., -1:]
+            threshold = logits.topk(self.top_k).values[..., -1:]  # the k-th largest logit
             logits = logits.masked_fill(logits < threshold, -math.inf)
         if self.min_p:
             threshold = logits.amax(-1, keepdim=True) + math.log(self.min_p)
             logits = logits.masked_fill(logits < threshold, -math.inf)
         if self.top_p is not None and self.top_p < 1:
-            ordered, indices = logits.softmax(-1).sort(descending=True)
+            ordered, token_ids = logits.softmax(-1).sort(descending=True)
             cumulative_before = ordered.cumsum(-1) - ordered  # of the more probable tokens
             is_outside = torch.zeros_like(cumulative_before, dtype=torch.bool)
-            is_outside = is_outside.scatter(-1, indices, cumulative_before >= self.top_p)
+            # back from the order of probabilities to that of token ids
+            is_outside = is_outside.scatter(-1, token_ids, cumulative_before >= self.top_p)
             logits = logits.masked_fill(is_outside, -math.inf)
         if never_mask is not None and kept_logits is not None:
             logits = logits.scatter(-1, never_mask[..., None], kept_logits)

@@ -36,44 +36,42 @@ class SharedPrefixBatch:
     """
 
     def __init__(self, prompts: Sequence[Tensor], completions: Tensor, num_layers: int) -> None:
-        """Compute the packed tokens, their positions and the attention mask."""
+        """Compute the packed tokens, their positions and the attention mask.
+
+        Args:
+            prompts: token ids of g prompts of any lengths.
+            completions: tokens (b n), adjacent for texts of one prompt.
+            num_layers: blocks of the net; each gets a `SharedPrefixLayer`.
+        """
         (b, n), g, device = completions.shape, len(prompts), completions.device
+        s = b // g  # texts of each prompt
+        # a prefix is a prompt without its last token, whose logits predict the first new token
         prefix_lengths = torch.tensor([len(prompt) - 1 for prompt in prompts])  # (g)
         prefixes = nn.utils.rnn.pad_sequence(
-            [prompt[:-1].cpu() for prompt in prompts], True
+            [prompt[:-1].cpu() for prompt in prompts], batch_first=True
         )  # (g p)
-        last_prompt_tokens = repeat(
-            torch.stack([prompt[-1] for prompt in prompts]), "g -> (g s) 1", s=b // g
-        )
-        completion_inputs = torch.cat(
-            (last_prompt_tokens.to(device), completions[:, :-1]), 1
-        )  # (b n)
-        self.tokens = torch.cat((prefixes.to(device).flatten(), completion_inputs.flatten()))[
-            None
-        ]  # (1 t)
-        self.num_prompts, self.segment_lengths = (
-            g,
-            [prefixes.numel(), completion_inputs.numel()],
-        )  # of t
-        self.completion_length, self.group_size = n, b // g
+        last_prompt_tokens = torch.stack([prompt[-1] for prompt in prompts])  # (g)
+        last_prompt_tokens = repeat(last_prompt_tokens, "g -> (g s) 1", s=s).to(device)
+        completion_inputs = torch.cat((last_prompt_tokens, completions[:, :-1]), 1)  # (b n)
+        packed = torch.cat((prefixes.to(device).flatten(), completion_inputs.flatten()))
+        self.tokens = packed[None]  # (1 t)
+        self.segment_lengths = [prefixes.numel(), completion_inputs.numel()]  # their sum is t
+        self.num_prompts, self.group_size, self.completion_length = g, s, n
         prefix_positions, completion_offsets = torch.arange(prefixes.shape[1]), torch.arange(n)
         completion_positions = repeat(
-            prefix_lengths[:, None] + completion_offsets, "g n -> (g s n)", s=b // g
+            prefix_lengths[:, None] + completion_offsets, "g n -> (g s n)", s=s
         )
-        self.positions = torch.cat((prefix_positions.repeat(g), completion_positions)).to(
-            device
-        )  # (t)
-        sees_prefix = repeat(
-            prefix_positions < prefix_lengths[:, None], "g p -> (g s) 1 n p", s=b // g, n=n
-        )  # padding is masked
+        positions = torch.cat((prefix_positions.repeat(g), completion_positions))
+        self.positions = positions.to(device)  # (t)
+        is_token = prefix_positions < prefix_lengths[:, None]  # (g p), false for padding
+        sees_prefix = repeat(is_token, "g p -> (g s) 1 n p", s=s, n=n)
         sees_completion = (completion_offsets <= completion_offsets[:, None]).expand(b, 1, n, n)
-        attn_mask = torch.cat((sees_prefix, sees_completion), -1)
+        attn_mask = torch.cat((sees_prefix, sees_completion), -1)  # (b 1 n T)
         is_uniform = bool((prefix_lengths == prefix_lengths[0]).all())
-        self.attn_mask = (attn_mask[0, 0] if is_uniform else attn_mask).to(
-            device
-        )  # (n T) or (b 1 n T)
+        # texts after prefixes of one length have equal masks: (n T), else (b 1 n T)
+        self.attn_mask = (attn_mask[0, 0] if is_uniform else attn_mask).to(device)
         self.layers = [
-            SharedPrefixLayer(self, layer == num_layers - 1) for layer in range(num_layers)
+            SharedPrefixLayer(self, is_last=layer == num_layers - 1) for layer in range(num_layers)
         ]
 
     def position_ids(self, prompt_positions: Tensor) -> Tensor:
@@ -111,9 +109,17 @@ class SharedPrefixLayer:
         attention_fn: Callable[..., Tensor],
         dropout: float,
     ) -> Tensor:
-        """Attend within prefixes, and from each completion to its prefix and itself; (1 h t k)."""
+        """Attend within prefixes, and from each completion to its prefix and itself; (1 h t k).
+
+        Args:
+            query: queries of the packed tokens, (1 h t k).
+            key: their keys, (1 h t k).
+            value: their values, (1 h t k).
+            attention_fn: causal attention of (query, key, value, dropout, attn_mask).
+            dropout: dropout probability of the attention weights.
+        """
         batch = self.batch
-        prefixes, completions = [], []
+        prefixes, completions = [], []  # query, key and value of each
         for projected in (query, key, value):
             prefix, completion = projected.split(batch.segment_lengths, 2)
             prefixes.append(rearrange(prefix, "1 h (g p) k -> g h p k", g=batch.num_prompts))
@@ -124,9 +130,10 @@ class SharedPrefixLayer:
             torch.cat((repeat(prefix, "g h p k -> (g s) h p k", s=batch.group_size), completion), 2)
             for prefix, completion in zip(prefixes[1:], completions[1:], strict=True)
         )  # (b h T k)
+        completion_query = completions[0]
         outputs = (
-            attention_fn(*prefixes, dropout),
-            attention_fn(completions[0], keys, values, dropout, batch.attn_mask),
+            attention_fn(*prefixes, dropout),  # causal
+            attention_fn(completion_query, keys, values, dropout, batch.attn_mask),
         )
         flat = [rearrange(output, "b h n k -> (b n) h k") for output in outputs]
         return rearrange(torch.cat(flat), "t h k -> 1 h t k")

@@ -207,21 +207,34 @@ class CausalAttention(nn.Module):
         norm_eps: float | None = None,
         rotary: RotaryEmbedding | None = None,
     ) -> None:
-        """Create the projections of the variant, one layer each, so that each splits by heads."""
+        """Create the projections of the variant, one layer each, so that each splits by heads.
+
+        Args:
+            d_model: channels d of the input and the output.
+            num_heads: attention heads; must divide d_model.
+            context_length: longest sequence, for the tables of positions.
+            rope: rotate queries and keys by their positions (RoPE).
+            qk_norm: normalize queries and keys to unit RMS.
+            dropout: dropout probability of the attention weights.
+            attn_implementation: "auto", "sdpa" (torch's kernel) or "eager" (the formula).
+            variant: which of query, key and value are learned.
+            out_proj: whether there is an output projection.
+            bias: whether the projections have a bias.
+            rope_base: base of the rotation's frequencies.
+            norm_eps: added under the root of qk_norm.
+            rotary: tables of positions that several layers share; by default new ones.
+        """
         super().__init__()
         check_variant(variant)
-        self.head_dim, self.qk_norm, self.dropout = d_model // num_heads, qk_norm, dropout
-        self.attention_fn, self.variant, self.rope = (
-            ATTENTION_FNS[attn_implementation],
-            variant,
-            rope,
-        )
+        self.head_dim, self.dropout = d_model // num_heads, dropout
+        self.variant, self.rope, self.qk_norm = variant, rope, qk_norm
+        self.attention_fn = ATTENTION_FNS[attn_implementation]
         self.norm_eps = norm_eps  # for qk_norm
         for name in PROJECTIONS:
             projection = (
                 nn.Linear(d_model, d_model, bias) if name in LEARNED_PROJECTIONS[variant] else None
             )
-            self.register_module(name, projection)
+            self.register_module(name, projection)  # None: the input itself is used
         self.out_proj = nn.Linear(d_model, d_model, bias) if out_proj else nn.Identity()
         self.rotary = None
         if rope:
@@ -250,9 +263,15 @@ class CausalAttention(nn.Module):
     def project_qkv(
         self, x: Tensor, layer_cache: LayerKVCache | SharedPrefixLayer | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Project x (b t d) to queries, keys and values, all (b h t k)."""
+        """Project x (b t d) to queries, keys and values, all (b h t k).
+
+        A projection that is not learned is x itself. With a `layer_cache`, x may be a part of its
+        text, and the cache has the positions.
+        """
         query = x if self.query is None else self.query(x)
-        key = query if self.variant == "shared_qk" else x if self.key is None else self.key(x)
+        key = x if self.key is None else self.key(x)
+        if self.variant == "shared_qk":
+            key = query
         value = x if self.value is None else self.value(x)
         if self.variant == "mean":  # equal scores give equal weights
             query = key = torch.zeros_like(x)
@@ -263,9 +282,10 @@ class CausalAttention(nn.Module):
         if self.qk_norm:  # without gain: channel gains shared by heads cannot split by heads
             query, key = unit_rms(query, self.norm_eps), unit_rms(key, self.norm_eps)
         if self.rotary is not None:
-            cosine, sine = self.rotary.get_rows(x.shape[1])
-            if layer_cache is not None:
-                positions = layer_cache.positions_of(x.shape[1])
+            if layer_cache is None:
+                cosine, sine = self.rotary.get_rows(x.shape[1])  # (t k)
+            else:
+                positions = layer_cache.positions_of(x.shape[1])  # indices of rows of the tables
                 cosine, sine = self.rotary.cosine[positions], self.rotary.sine[positions]
             tables = cosine.to(query), sine.to(query)
             query, key = apply_rope(query, *tables), apply_rope(key, *tables)

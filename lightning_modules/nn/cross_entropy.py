@@ -66,7 +66,7 @@ def check_ids(name: str, ids: Tensor, vocab_size: int, ignore_index: int | None 
         is_invalid &= ids != ignore_index
     if not is_invalid.any():
         return
-    index = is_invalid.nonzero()[0].tolist()
+    index = is_invalid.nonzero()[0].tolist()  # of the first one
     invalid_id = int(ids[tuple(index)])
     allowed, hint = [f"0 to {vocab_size - 1}"], "encode the text with the model's tokenizer"
     if ignore_index is not None:
@@ -91,11 +91,23 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunk_size: int,
         needs_grad: list[bool],
     ) -> Tensor:
+        """Return the summed cross-entropy, and save the gradients of x and weight for backward.
+
+        Args:
+            ctx: context of autograd.
+            x: features (n d).
+            weight: head weights (rows d); rows beyond `vocab_size` are padding.
+            targets: token ids (n), or IGNORE_INDEX for a position without loss.
+            vocab_size: number v of different tokens.
+            chunk_size: positions whose logits are computed at once.
+            needs_grad: whether x and weight need a gradient.
+        """
         # at least fp32: bf16 would lose small terms in a sum of many chunks
         accum_dtype = torch.promote_types(x.dtype, torch.float32)
         total = torch.zeros((), dtype=accum_dtype, device=x.device)
-        d_x = torch.empty_like(x) if needs_grad[0] else None
-        d_weight = torch.zeros_like(weight, dtype=accum_dtype) if needs_grad[1] else None
+        x_needs_grad, weight_needs_grad = needs_grad
+        d_x = torch.empty_like(x) if x_needs_grad else None
+        d_weight = torch.zeros_like(weight, dtype=accum_dtype) if weight_needs_grad else None
         for start in range(0, len(x), chunk_size):
             x_chunk, target = x[start : start + chunk_size], targets[start : start + chunk_size]
             is_counted = target != IGNORE_INDEX
@@ -106,16 +118,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if not any(needs_grad):
                 continue
             logits = (logits - logsumexp).exp_()  # softmax, the first term of the gradient
-            logits.scatter_add_(
-                1, target_index, torch.full_like(target_index, -1, dtype=accum_dtype)
-            )
+            minus_one = torch.full_like(target_index, -1, dtype=accum_dtype)
+            logits.scatter_add_(1, target_index, minus_one)  # - onehot(target)
+            # the gradient of the logits, under the same name: the logits are freed at once
             logits = (logits * is_counted[:, None]).to(x.dtype)
             if d_x is not None:
                 d_x[start : start + chunk_size] = logits @ weight[:vocab_size].to(x.dtype)
             if d_weight is None:
                 continue
+            # addmm_ needs equal dtypes, and no second matrix of the size of d_weight
             if logits.dtype == accum_dtype and not torch.is_autocast_enabled(x.device.type):
-                d_weight[:vocab_size].addmm_(logits.mT, x_chunk)  # no second matrix of this size
+                d_weight[:vocab_size].addmm_(logits.mT, x_chunk)
             else:
                 d_weight[:vocab_size] += logits.mT @ x_chunk
         ctx.save_for_backward(d_x, None if d_weight is None else d_weight.to(weight.dtype))

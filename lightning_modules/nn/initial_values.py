@@ -72,14 +72,20 @@ class _InitRecorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        """Run one torch operation, and record it if it fills a meta tensor in place.
+
+        torch calls this method in place of each operation while the mode is active.
+        """
         kwargs = kwargs or {}
         if self.large_on_meta and function is aten.empty.memory_format:
+            shape = args[0]
             device = torch.device(kwargs.get("device") or "cpu")
-            if device.type == "cpu" and math.prod(args[0]) >= MIN_LARGE_TENSOR:
+            if device.type == "cpu" and math.prod(shape) >= MIN_LARGE_TENSOR:
                 kwargs = {**kwargs, "device": torch.device("meta"), "pin_memory": None}
         result = function(*args, **kwargs)
-        target = args[0] if args else None
+        target = args[0] if args else None  # the tensor that an in-place operation changes
         if isinstance(target, Tensor) and target.is_meta and function._schema.is_mutable:
+            # an operation on a part of a tensor gives it no simple distribution
             covers_storage = target.numel() * target.itemsize == target.untyped_storage().nbytes()
             distribution = _parse_init_op(function, args[1:], kwargs) if covers_storage else None
             self.distributions |= dict.fromkeys(_tensor_keys(target), distribution)
@@ -103,16 +109,23 @@ def _tensor_keys(tensor: Tensor) -> tuple[tuple[str, int], ...]:
 
 
 def _parse_init_op(function: Any, args: Any, kwargs: Any) -> Distribution | None:
+    """Return the distribution that an in-place operation gives its tensor, or None if unknown.
+
+    Args:
+        function: the torch operation, such as `aten.normal_.default`.
+        args: its positional arguments after the tensor.
+        kwargs: its keyword arguments; with a generator the values cannot be drawn again.
+    """
     values = [float(value) for value in args if isinstance(value, int | float)]
     options = dict(kwargs or {})
     if options.pop("generator", None) is not None or options:
         return None
+    # torch omits arguments that equal the defaults, which are (0, 1) for both distributions
+    first_param, second_param = (*values, *(0.0, 1.0)[len(values) :])[:2]
     if function is aten.normal_.default:
-        mean, std = [*values, *(0.0, 1.0)[len(values) :]]
-        return Distribution("normal", mean, std)
+        return Distribution("normal", first_param, second_param)
     if function is aten.uniform_.default:
-        low, high = [*values, *(0.0, 1.0)[len(values) :]]
-        return Distribution("uniform", low, high)
+        return Distribution("uniform", first_param, second_param)
     if function is aten.zero_.default:
         return Distribution("constant")
     if function is aten.fill_.Scalar:
@@ -141,7 +154,13 @@ def _parameters_on_meta() -> Iterator[None]:
 def _build_recorded(
     build: Callable[[], nn.Module], prefix: str, large_on_meta: bool
 ) -> tuple[nn.Module | None, dict[str, Distribution]]:
-    """Return the network and the distribution of each parameter; None if a parameter has none."""
+    """Return the network and the distribution of each parameter; None if a parameter has none.
+
+    Args:
+        build: creates the network; it runs without memory for parameters.
+        prefix: prefix of the parameters' names.
+        large_on_meta: whether large uninitialized tensors are created on the meta device.
+    """
     recorder = _InitRecorder(large_on_meta)
     try:
         with _parameters_on_meta(), recorder:
@@ -156,6 +175,7 @@ def _build_recorded(
         for name, distribution in distributions.items()
         if distribution is not None
     }
+    # a buffer on the meta device has lost its values
     has_real_buffers = not any(buffer.is_meta for buffer in net.buffers())
     return (net, known) if has_real_buffers and len(known) == len(distributions) else (None, {})
 
@@ -246,17 +266,19 @@ class InitialValues:
             dtype: dtype of the rows.
         """
         row_shape = shape[1:] if shape else torch.Size()
+        num_rows = shape[0] if shape else 1
         values = torch.empty(stop - start, *row_shape, dtype=dtype, device="cpu")
+        # a chunk has its own generator and is always drawn whole, so that its values are the same
+        # for any rows that are asked for
         rows_per_chunk = max(1, CHUNK_SIZE // max(1, row_shape.numel()))
-        for chunk in range(start // rows_per_chunk, -(-stop // rows_per_chunk)):
-            first, last = (
-                chunk * rows_per_chunk,
-                min((chunk + 1) * rows_per_chunk, shape[0] if shape else 1),
-            )
-            numbers = torch.empty(last - first, *row_shape, dtype=dtype, device="cpu")
+        for chunk in range(start // rows_per_chunk, math.ceil(stop / rows_per_chunk)):
+            chunk_start = chunk * rows_per_chunk
+            chunk_stop = min(chunk_start + rows_per_chunk, num_rows)
+            numbers = torch.empty(chunk_stop - chunk_start, *row_shape, dtype=dtype, device="cpu")
             self.distributions[name].sample_into(numbers, chunk_generator(self.seed, name, chunk))
-            begin, end = max(start, first), min(stop, last)
-            values[begin - start : end - start] = numbers[begin - first : end - first]
+            # copy the rows that lie both in the chunk and in start .. stop
+            begin, end = max(start, chunk_start), min(stop, chunk_stop)
+            values[begin - start : end - start] = numbers[begin - chunk_start : end - chunk_start]
         return values
 
     def materialize(self, device: torch.device | str = "cpu") -> nn.Module:

@@ -63,7 +63,12 @@ class MixtureOfExperts(nn.Module):
     ) -> None:
         """Create the router and the experts.
 
-        With `capacity_factor` 1, any uneven routing drops tokens.
+        Args:
+            d_model: channels d of a token.
+            num_experts: number E of experts.
+            capacity_factor: an expert processes at most this times its even share of the tokens;
+                with 1, any uneven routing drops tokens.
+            d_ff: hidden channels of each expert, by default 4d.
         """
         super().__init__()
         if num_experts < TOP_K:
@@ -89,19 +94,20 @@ class MixtureOfExperts(nn.Module):
         expert_onehot = F.one_hot(expert_indices, self.num_experts)  # (b t k E)
         self.load_balancing_loss = compute_load_balancing_loss(router_probs, expert_onehot)
         capacity = min(t, math.ceil(self.capacity_factor * TOP_K * t / self.num_experts))
-        position = compute_expert_slots(expert_onehot)  # (b t k)
-        kept = position < capacity
-        slot = expert_indices * capacity + position.clamp(max=capacity - 1)  # (b t k) of E * c
+        slot_in_expert = compute_expert_slots(expert_onehot)  # (b t k)
+        is_kept = slot_in_expert < capacity  # tokens beyond the capacity skip the expert
+        slot = expert_indices * capacity + slot_in_expert.clamp(max=capacity - 1)  # of E * capacity
         slot = rearrange(slot, "b t k -> b (t k)")[..., None].expand(-1, -1, x.shape[-1])
-        tokens = x[:, :, None] * kept[..., None]  # (b t k d)
+        tokens = x[:, :, None] * is_kept[..., None]  # (b t k d)
         tokens = rearrange(tokens, "b t k d -> b (t k) d")
+        # a skipped token is 0 here, so it changes nothing in the last slot, which it shares
         dispatched = x.new_zeros(b, self.num_experts * capacity, x.shape[-1]).scatter_add(
             1, slot, tokens
         )
         dispatched = rearrange(dispatched, "b (e c) d -> e (b c) d", e=self.num_experts)
         expert_outputs = rearrange(self.experts(dispatched), "e (b c) d -> b (e c) d", b=b)
         combined = rearrange(expert_outputs.gather(1, slot), "b (t k) d -> b t k d", k=TOP_K)
-        return (combined * (weights * kept)[..., None].to(x.dtype)).sum(2)
+        return (combined * (weights * is_kept)[..., None].to(x.dtype)).sum(2)
 
 
 def compute_expert_slots(expert_onehot: Tensor) -> Tensor:

@@ -166,14 +166,13 @@ class TransformerBlock(nn.Module):
     ) -> Tensor:
         """Add the attention and MLP outputs to x (b t d).
 
-        Without `residual` the attention output replaces x.
+        Without `residual` the attention output replaces x. `layer_cache` has the keys and values of
+        earlier tokens. The last layer of a shared-prefix batch returns the completions only.
         """
         attention_output = self.dropout(self.attention(self.attention_norm(x), layer_cache))
         if layer_cache is not None:
-            x, attention_output = (
-                layer_cache.select_positions(x),
-                layer_cache.select_positions(attention_output),
-            )
+            x = layer_cache.select_positions(x)
+            attention_output = layer_cache.select_positions(attention_output)
         x = x + attention_output if self.residual else attention_output
         if self.mlp is None or self.mlp_norm is None:
             return x
@@ -226,38 +225,38 @@ class Transformer(nn.Module):
         qk_norm: bool = True,
         activation: Activation | Literal["none"] = "relu2",
         dropout: float = 0.0,
-        tie_embeddings: bool = False,
+        tie_embeddings: bool = False,  # use the embedding as the head
         attn_implementation: Literal["auto", "sdpa", "eager"] = "auto",
-        zero_init_residual: bool = True,
-        attention_variant: AttentionVariant = "qkv",
-        residual: bool = True,
-        out_proj: bool = True,
-        bias: Biases = "none",
-        num_experts: int = 0,
-        d_ff: int | None = None,
+        zero_init_residual: bool = True,  # residual branches and head start at zero
+        attention_variant: AttentionVariant = "qkv",  # which projections are learned
+        residual: bool = True,  # add the attention output; False: it replaces the input
+        out_proj: bool = True,  # output projection of the attention
+        bias: Biases = "none",  # of the linear layers: none, mlp or all
+        num_experts: int = 0,  # experts in place of each MLP; 0 for none
+        d_ff: int | None = None,  # hidden channels of an MLP
         rope_base: float = ROPE_BASE,
         norm_eps: float | None = None,
     ) -> None:
-        """Check the sizes, then build the layers."""
+        """Check the sizes, then build the layers; the class docstring has all arguments."""
         super().__init__()
         sizes = {"vocab_size": vocab_size, "context_length": context_length}
         sizes |= {"num_layers": num_layers, "d_model": d_model, "num_heads": num_heads}
         check_sizes(positional_encoding, dropout, **sizes)
-        has_norm = norm != "none" or qk_norm
         check_options(
             positional_encoding,
-            activation if not num_experts else "experts",
-            has_norm,
-            d_ff,
-            rope_base,
-            norm_eps,
+            activation="experts" if num_experts else activation,
+            has_norm=norm != "none" or qk_norm,
+            d_ff=d_ff,
+            rope_base=rope_base,
+            norm_eps=norm_eps,
         )
         self.context_length, self.vocab_size = context_length, vocab_size
         self.embed = nn.Embedding(padded_vocab_size(vocab_size), d_model)
         self.pos_embed = make_pos_embed(positional_encoding, context_length, d_model)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleDict()  # a dict keeps the names when a pipeline stage drops blocks
-        new_norm = partial(make_norm, norm, d_model, norm_eps)
+        new_norm = partial(make_norm, norm, d_model, norm_eps)  # creates a norm at each call
+        # tables of RoPE, which all layers share
         rotary = (
             RotaryEmbedding(context_length, d_model // num_heads, rope_base)
             if positional_encoding == "rope"
@@ -319,7 +318,9 @@ class Transformer(nn.Module):
     def embed_tokens(
         self, tokens: Tensor, cache: KVCache | SharedPrefixBatch | None = None
     ) -> Tensor:
-        """Embed tokens: the residual stream (b t d) before the first block.
+        """Embed tokens (b t) and their positions: the residual stream (b t d) for the first block.
+
+        A `cache` has the positions of the tokens; token ids are then not checked.
 
         Raises:
             UsageError: a token id or the length is out of range.
@@ -331,9 +332,9 @@ class Transformer(nn.Module):
             position_ids = self.position_ids_override
             if position_ids is None:
                 position_ids = torch.arange(tokens.shape[1], device=tokens.device)
-            x = x + self.pos_embed(
-                position_ids if cache is None else cache.position_ids(position_ids)
-            )
+            if cache is not None:  # in a decode step the cache has the positions of the new tokens
+                position_ids = cache.position_ids(position_ids)
+            x = x + self.pos_embed(position_ids)
         return self.dropout(x)
 
     def _check_tokens(self, tokens: Tensor) -> None:
@@ -370,24 +371,32 @@ class Transformer(nn.Module):
         cache: KVCache | SharedPrefixBatch | None = None,
         targets: Tensor | None = None,
     ) -> Tensor:
-        """Compute the output of `forward` from the residual stream (b t d) after the last block."""
+        """Compute the output of `forward` from the residual stream (b t d) after the last block.
+
+        It is the logits (b t v), or with targets (b t) the summed cross-entropy. A `cache` selects
+        the tokens whose logits are needed.
+        """
         x = self.norm(x)
         if cache is not None:
             x = cache.select_outputs(x)
         if targets is None:
-            return self.head(x)[..., : self.vocab_size]
+            return self.head(x)[..., : self.vocab_size]  # rows beyond the vocabulary are padding
         if type(self.head) is nn.Linear:
             return chunked_cross_entropy(x, self.head.weight, targets, self.vocab_size)
-        return cross_entropy(
-            self.head(x)[..., : self.vocab_size], targets, "sum"
-        )  # a head with adapters
+        # a head with adapters is not given by one matrix, which the chunked version needs
+        return cross_entropy(self.head(x)[..., : self.vocab_size], targets, "sum")
 
     def stage_modules(self) -> tuple[list[str], list[str]]:
         """Names of the modules that `embed_tokens` and `compute_logits` need."""
         return ["embed", "pos_embed"], ["norm", "head"]
 
     def tensor_parallel_plan(self) -> dict[str, str]:
-        """Tensor-parallel plan: matrices are split by heads and by hidden channels.
+        """Return how to split each module, by its name with `*` for a number: a style.
+
+        strategies/tensor_parallel.py reads the plan. "colwise" and "rowwise" split a matrix by
+        heads or hidden channels; "shared" marks a module whose input several such matrices read.
+        The others count only if the sequence is split, too: "scatter" splits it, a module marked
+        "sequence" runs on a part of it, and "gather" joins it.
 
         Embedding and head are not split: they may share their storage. An attention is split if
         query, key, value and output are learned. In the other variants a projection that is not
@@ -431,7 +440,13 @@ def padded_vocab_size(vocab_size: int) -> int:
 
 
 def check_sizes(positional_encoding: str, dropout: float, **sizes: int) -> None:
-    """Raise UsageError for invalid sizes."""
+    """Raise UsageError for a size below 1, and for heads that do not divide the channels.
+
+    Args:
+        positional_encoding: "rope" needs heads of an even width.
+        dropout: dropout probability.
+        sizes: sizes of the net by the name of the argument; d_model and num_heads among them.
+    """
     check_at_least_one("Transformer", flag_prefix="--model.", **sizes)
     d_model, num_heads = sizes["d_model"], sizes["num_heads"]
     if not 0 <= dropout < 1:
@@ -444,7 +459,7 @@ def check_sizes(positional_encoding: str, dropout: float, **sizes: int) -> None:
     step = 2 if positional_encoding == "rope" else 1  # RoPE rotates pairs of channels
     if d_model % (num_heads * step):
         divisors = (h for h in range(1, min(d_model, 2**16) + 1) if d_model % (h * step) == 0)
-        valid_num_heads = sorted(divisors, key=lambda h: abs(h - num_heads))
+        valid_num_heads = sorted(divisors, key=lambda h: abs(h - num_heads))  # nearest first
         mismatch = f"num_heads={num_heads} does not divide d_model={d_model}"
         if d_model % num_heads == 0:
             width = d_model // num_heads
@@ -467,7 +482,16 @@ def check_options(
     rope_base: float,
     norm_eps: float | None,
 ) -> None:
-    """Raise UsageError for options out of range, and for options of a layer that the net lacks."""
+    """Raise UsageError for options out of range, and for options of a layer that the net lacks.
+
+    Args:
+        positional_encoding: positional encoding of the net.
+        activation: activation of the MLP, "experts" for a mixture of experts, "none" without MLP.
+        has_norm: whether the net has any norm, qk_norm included.
+        d_ff: hidden channels of an MLP; None is the default.
+        rope_base: base of RoPE's frequencies.
+        norm_eps: epsilon of the norms; None is the default.
+    """
     if d_ff is not None and d_ff < 1:
         raise UsageError(
             f"Transformer: d_ff={d_ff} is too small",

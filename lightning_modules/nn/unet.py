@@ -103,12 +103,12 @@ class UNet(nn.Module):
 
     def __init__(
         self,
-        channels: int = 1,
-        base_channels: int = 64,
+        channels: int = 1,  # of the images
+        base_channels: int = 64,  # of the net at full size
         time_embed_dim: int = 256,
-        num_classes: int = 0,
-        patch_size: int = 1,
-        has_attention: bool = False,
+        num_classes: int = 0,  # 0 for images without labels
+        patch_size: int = 1,  # squares of this many pixels become one pixel
+        has_attention: bool = False,  # at a quarter of the size
     ) -> None:
         """Check the sizes, then build the layers."""
         super().__init__()
@@ -138,10 +138,12 @@ class UNet(nn.Module):
             "patch_size": patch_size,
             "has_attention": has_attention,
         }
-        w, d, inner_channels = base_channels, time_embed_dim, channels * patch_size**2
+        w, d = base_channels, time_embed_dim
+        inner_channels = channels * patch_size**2  # a patch becomes one pixel
         self.num_classes, self.patch_size = num_classes, patch_size
         self.time_embed_dim = time_embed_dim
         self.time_mlp = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d))
+        # + 1: the null class
         self.class_embed = nn.Embedding(num_classes + 1, d) if num_classes else None
         self.blocks = nn.ModuleDict(
             {
@@ -161,23 +163,21 @@ class UNet(nn.Module):
         )
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """Map images (b c y x), times (b) in [0, 1000] and labels (b) to images (b c y x)."""
+        """Map images (b c y x), times (b) in [0, 1000] and labels (b) to images (b c y x).
+
+        Without labels a class-conditional net uses the null class.
+        """
         embedding = self.time_mlp(timestep_embedding(t, self.time_embed_dim).to(x.dtype))
         if self.class_embed is not None:
             y = torch.full_like(t, self.num_classes, dtype=torch.int64) if y is None else y
             embedding = embedding + self.class_embed(y)
         height, width = x.shape[-2:]
-        pad_top, pad_left = (
-            (-height % (4 * self.patch_size)) // 2,
-            (-width % (4 * self.patch_size)) // 2,
-        )
-        pad_bottom, pad_right = (
-            -height % (4 * self.patch_size) - pad_top,
-            -width % (4 * self.patch_size) - pad_left,
-        )
-        x = F.pad(
-            x, (pad_left, pad_right, pad_top, pad_bottom)
-        )  # (b c Y X), which 4 patches divide
+        # pad both sizes to multiples of 4 patches, as the blocks halve them twice
+        multiple = 4 * self.patch_size
+        padding_y, padding_x = -height % multiple, -width % multiple
+        pad_top, pad_left = padding_y // 2, padding_x // 2
+        pad_bottom, pad_right = padding_y - pad_top, padding_x - pad_left
+        x = F.pad(x, (pad_left, pad_right, pad_top, pad_bottom))  # (b c Y X)
         x = F.pixel_unshuffle(x, self.patch_size)  # (b c*patch² Y/patch X/patch)
         x = F.pixel_shuffle(self._run_blocks(x, embedding), self.patch_size)  # (b c Y X)
         return x[..., pad_top : pad_top + height, pad_left : pad_left + width]

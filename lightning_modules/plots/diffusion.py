@@ -31,13 +31,14 @@ NUM_POINTS = 11  # columns of a figure
 def _plot_image_sheet(
     rows: Sequence[Tensor], titles: Sequence[str], row_names: Sequence[str]
 ) -> "Figure":
-    """Plot rows of images, each (s c y x), with column titles and row names."""
+    """Plot rows of images, each (s c y x), with a title for each column and a name for each row."""
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
     images = torch.stack(list(rows))  # (r s c y x)
     height, width = images.shape[-2:]
     images = torch.nn.functional.pad(images, (1, 1, 1, 1), value=1.0)  # white between images
-    sheet = rearrange(to_uint8(images).cpu(), "r s c y x -> (r y) (s x) c").squeeze(-1)
+    sheet = rearrange(to_uint8(images).cpu(), "r s c y x -> (r y) (s x) c")
+    sheet = sheet.squeeze(-1)  # matplotlib wants no axis of channels for grayscale images
     figure = Figure(figsize=(len(titles), len(rows) + 0.4), layout="constrained", dpi=120)
     axis: Any = figure.subplots()  # one axis for all images: one for each takes minutes to lay out
     axis.imshow(sheet.numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
@@ -58,8 +59,11 @@ def no_noise(step: int) -> Tensor:
 
 @torch.no_grad()
 def plot_reverse_process(denoise: DenoiseFn, timesteps: Timesteps, x: Tensor) -> "Figure":
-    """Plot the samples x(t) from noise x (b c y x) to images, above the x0 estimates."""
-    recorded: list[tuple[float, Tensor, Tensor]] = []
+    """Plot the samples x(t) from noise x (b c y x) to images, above the x0 estimates.
+
+    `denoise(x, t)` estimates x0 from x at time t. NUM_POINTS of the sampler's steps are shown.
+    """
+    recorded: list[tuple[float, Tensor, Tensor]] = []  # t, x(t), x0 estimate of each step
 
     def record_denoise(x: Tensor, t: float) -> Tensor:
         x0 = denoise(x, t)
@@ -118,11 +122,16 @@ def plot_all(
     x0: Tensor,
     num_classes: int,
 ) -> dict[str, "Figure"]:
-    """Create all three figures, with images x0 (b c y x).
+    """Create all three figures, by name: reverse, estimates and interpolation.
 
-    `denoise` takes x, t (b), y (b) and the guidance scale.
+    Args:
+        denoise: estimates x0 from x (b c y x), t (b), y (b) and the guidance scale.
+        noise_schedule: noise schedule of the model.
+        sampler_config: number of steps and guidance scale.
+        x0: images (b c y x) to which the second figure adds noise, at most three.
+        num_classes: number of classes; 0 for a model without labels.
     """
-    image_ids = torch.arange(3, device=x0.device)
+    image_ids = torch.arange(3, device=x0.device)  # images sampled in a figure
     y = image_ids % num_classes if num_classes else None
 
     def denoise_conditional(x: Tensor, t: float) -> Tensor:

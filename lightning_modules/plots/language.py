@@ -38,7 +38,10 @@ def printable_token(token: str) -> str:
 def plot_temperatures(
     net: Transformer, tokens: Tensor, token_names: Sequence[str], prompt: str
 ) -> "Figure":
-    """Plot next-token probabilities after tokens (t), at the lecture's five temperatures."""
+    """Plot next-token probabilities after tokens (t), at the lecture's five temperatures.
+
+    `token_names` has the text of each token of the vocabulary; `prompt` is the text of `tokens`.
+    """
     with eval_mode(net):
         logits = net(tokens[None])[0, -1].float()  # (v)
     best = logits.topk(min(NUM_TOKENS_SHOWN, len(logits))).indices
@@ -60,11 +63,16 @@ def plot_temperatures(
 
 @torch.no_grad()
 def plot_bigrams(net: Transformer, tokens: Tensor, token_names: Sequence[str]) -> "Figure":
-    """Plot the probabilities of successors of each token: learned, and counted in a text (n)."""
+    """Plot the probabilities of each token's successors: counted in a text, and those of a net.
+
+    The third panel compares them for frequent tokens. `tokens` (n) is the text, `token_names` has
+    the text of each token of the vocabulary.
+    """
     vocab_size = net.vocab_size
     counts = torch.zeros(vocab_size, vocab_size, dtype=torch.float64)
     tokens = tokens.long().cpu()
-    counts.index_put_((tokens[:-1], tokens[1:]), torch.ones(1, dtype=torch.float64), True)
+    one = torch.ones(1, dtype=torch.float64)
+    counts.index_put_((tokens[:-1], tokens[1:]), one, accumulate=True)
     token_counts = counts.sum(1)
     counted_probs = counts / token_counts.clamp(min=1)[:, None]
     with eval_mode(net):
@@ -72,9 +80,8 @@ def plot_bigrams(net: Transformer, tokens: Tensor, token_names: Sequence[str]) -
         single_tokens = torch.arange(vocab_size, device=device)[:, None]  # (b 1)
         learned_probs = net(single_tokens)[:, 0].softmax(-1).double().cpu()  # (v v)
     figure, axes = _make_figure(1, 3, 15, 5)
-    for axis, probs, title in zip(
-        axes[0], (counted_probs, learned_probs), ("counted", "learned"), strict=False
-    ):
+    panels = (counted_probs, "counted"), (learned_probs, "learned")
+    for axis, (probs, title) in zip(axes[0, :2], panels, strict=True):
         axis.imshow(probs.clamp(min=1e-4).log10().numpy(), cmap="viridis", vmin=-4, vmax=0)
         axis.set_title(f"log10 p(next | last), {title}")
         axis.set_xticks(range(vocab_size), map(printable_token, token_names), fontsize=4)
@@ -104,8 +111,11 @@ def plot_bigrams(net: Transformer, tokens: Tensor, token_names: Sequence[str]) -
 
 @torch.no_grad()
 def plot_attention(net: Transformer, tokens: Tensor, token_names: Sequence[str]) -> "Figure":
-    """Plot the attention weights of tokens (t), for every layer and at most four heads."""
-    layer_weights: list[Tensor] = []
+    """Plot the attention weights of tokens (t), for every layer and at most four heads.
+
+    `token_names` has the text of each token of the vocabulary.
+    """
+    layer_weights: list[Tensor] = []  # (h t t) of each layer, filled by the hooks
     blocks: dict[str, Any] = dict(net.blocks.items())  # a pipeline stage has only some blocks
     hooks = [
         block.attention.register_forward_pre_hook(

@@ -69,7 +69,7 @@ class AdvantageEstimator:
     clip_high: float | None = None
 
     def __post_init__(self) -> None:
-        """Raise UsageError for a clip bound that is not finite and positive."""
+        """Raise UsageError for a clip bound out of range, and for clip_high without clip."""
         for name, bound in (("clip", self.clip), ("clip_high", self.clip_high)):
             if bound is not None and not 0 < bound < math.inf:
                 raise UsageError(
@@ -105,6 +105,7 @@ class AdvantageEstimator:
                     "--trainer.accumulate_grad_batches=1"
                 ),
             )
+        # samples that one baseline is computed from
         size = num_samples if self.baseline_scope == "batch" else group_size
         if self.method != "none" and size < 2:
             hint, flag = "PromptDataModule(batch_size=64)", "--data.batch_size=64"
@@ -119,20 +120,25 @@ class AdvantageEstimator:
             )
 
     def advantages(self, rewards: Tensor, group_size: int = 1) -> Tensor:
-        """Advantages (b) of rewards (b) with adjacent groups; a NaN is ignored and gets 0.
+        """Compute the advantages (b) of rewards (b); a NaN is ignored and gets 0.
 
         Rewards with a difference within rounding (`RELATIVE_TIE_TOLERANCE`,
         `ABSOLUTE_TIE_TOLERANCE`) count as equal.
+
+        Args:
+            rewards: rewards (b); the samples of a prompt are adjacent.
+            group_size: samples of a prompt, for the scope "group".
         """
         size = len(rewards) if self.baseline_scope == "batch" else group_size
         rewards = rewards if rewards.is_floating_point() else rewards.double()
-        r = rearrange(rewards, "(g s) -> g s", s=size)
+        r = rearrange(rewards, "(g s) -> g s", s=size)  # a baseline for each of g rows
         is_scored = ~r.isnan()
         count = is_scored.sum(1, keepdim=True)  # (g 1)
         r = r.where(is_scored, 0.0)
         if self.method == "rejection":
             r = self._require_binary(r)
-            return rearrange(r * count / r.sum(1, keepdim=True).clamp(min=1), "g s -> (g s)")
+            num_accepted = r.sum(1, keepdim=True)
+            return rearrange(r * count / num_accepted.clamp(min=1), "g s -> (g s)")
         w = r if self.method == "none" else self._centered(r, is_scored, count)
         return rearrange(w.where(is_scored, 0.0), "g s -> (g s)")
 
@@ -146,6 +152,13 @@ class AdvantageEstimator:
         return self if self.method in ("none", "mean", "rloo") else replace(self, method="rloo")
 
     def _centered(self, r: Tensor, is_scored: Tensor, count: Tensor) -> Tensor:
+        """Compute the advantages (g s) of the methods mean, rloo and grpo.
+
+        Args:
+            r: rewards (g s), 0 where there is none.
+            is_scored: whether a sample has a reward (g s).
+            count: number of samples with a reward (g 1).
+        """
         mean = r.sum(1, keepdim=True) / count.clamp(min=1)
         min_reward = r.where(is_scored, math.inf).amin(1, keepdim=True)
         max_reward = r.where(is_scored, -math.inf).amax(1, keepdim=True)
@@ -156,7 +169,7 @@ class AdvantageEstimator:
         )
         w = (r - mean).where(is_scored & (max_reward - min_reward > rounding), 0.0)
         if self.method == "rloo":
-            return w * count / (count - 1).clamp(min=1)  # r - mean of the other samples
+            return w * count / (count - 1).clamp(min=1)  # equals r - mean of the other samples
         if self.method == "grpo":
             degrees_of_freedom = count - 1 if self.std_correction == "sample" else count
             std = (w.square().sum(1, keepdim=True) / degrees_of_freedom.clamp(min=1)).sqrt()
@@ -211,7 +224,9 @@ class AdvantageEstimator:
         num_tokens: Tensor | float,
         sampler_logprobs: Tensor | None = None,
     ) -> Tensor:
-        """Policy-gradient loss: its gradient is minus the gradient above, its value has no meaning.
+        """Compute the policy-gradient loss; only its gradient has a meaning, not its value.
+
+        It is minus the sum of the tokens' objectives, normalized by `loss_normalization`.
 
         Args:
             logprobs: of the sampled tokens (b n), with gradient.
@@ -225,8 +240,5 @@ class AdvantageEstimator:
         total = objectives.where(mask, 0.0).sum()
         if self.loss_normalization == "tokens":
             return -total / num_tokens
-        return (
-            -total
-            / len(advantages)
-            / (max_new_tokens if self.loss_normalization == "constant" else 1)
-        )
+        length = max_new_tokens if self.loss_normalization == "constant" else 1
+        return -total / len(advantages) / length

@@ -32,7 +32,12 @@ class BaseModel(NamedTuple):
 
 
 def find_checkpoint(base_checkpoint: str) -> Path:
-    """Return the path of a checkpoint file, or of the newest checkpoint in a run's folder."""
+    """Return the path of a checkpoint file, or of the newest checkpoint in a run's folder.
+
+    Raises:
+        UsageError: the argument is empty, or the folder has a sharded checkpoint only.
+        MissingFileError: there is no such file, or no checkpoint in the folder.
+    """
     if not base_checkpoint:
         raise UsageError(
             "Reinforce: base_checkpoint is empty",
@@ -45,7 +50,7 @@ def find_checkpoint(base_checkpoint: str) -> Path:
         return path
     files = [p for p in path.rglob("*.ckpt") if p.is_file()] if path.is_dir() else []
     shard_files = [] if files or not path.is_dir() else sorted(path.rglob("*.distcp"))
-    if shard_files:
+    if shard_files:  # torch's distributed checkpoint: a folder of files
         folder = shard_files[0].parent
         raise UsageError(
             f"Reinforce: base_checkpoint={folder} is a sharded checkpoint, but a base model must "
@@ -79,9 +84,8 @@ def load_base_model(base_checkpoint: str) -> BaseModel:
     """
     path = find_checkpoint(base_checkpoint)
     try:
-        with collective_loading(
-            mapped_sections=("state_dict",), should_share_checksums=False
-        ):  # memory-mapped: the weights are copied later
+        # the file is mapped into memory: the weights are copied later
+        with collective_loading(mapped_sections=("state_dict",), should_share_checksums=False):
             checkpoint = AtomicCheckpointIO().load_checkpoint(path)
     except CheckpointError as error:
         raise UsageError(
@@ -91,8 +95,30 @@ def load_base_model(base_checkpoint: str) -> BaseModel:
             flag="--model.base_checkpoint=FILE",
         ) from error
     content = checkpoint if isinstance(checkpoint, dict) else {}
-    language, saved = content.get("language"), content.get("state_dict")
-    if not language or not saved:
+    _check_content(path, content)
+    language, state_dict = content["language"], content["state_dict"]
+    # a policy has the arguments here, even if they are {}, a language model in its hyperparameters
+    saved_kwargs = language.get("net_kwargs", content.get("hyper_parameters", {}))
+    net_kwargs = {
+        name: value
+        for name, value in saved_kwargs.items()
+        if not name.startswith("_") and name not in ("vocab_size", "context_length")
+    }
+    tokenizer = tokenizer_from_state_dict(language["tokenizer"])
+    weights = {
+        name.removeprefix("net."): tensor
+        for name, tensor in state_dict.items()
+        if name.startswith("net.")
+    }
+    sizes = tokenizer.vocab_size, language["context_length"], net_kwargs
+    _check_net(path, content.get("task"), weights, *sizes)
+    return BaseModel(*sizes, tokenizer, weights, fingerprint_weights(weights))
+
+
+def _check_content(path: Path, content: dict[str, Any]) -> None:
+    """Raise UsageError for another kind of checkpoint, without tokenizer, or with adapters."""
+    language, state_dict = content.get("language"), content.get("state_dict")
+    if not language or not state_dict:
         task = content.get("task")
         raise UsageError(
             f"Reinforce: base_checkpoint={path} was written by {task or 'another program'}, not "
@@ -109,7 +135,7 @@ def load_base_model(base_checkpoint: str) -> BaseModel:
             "train the base model on a TextDataModule with text",
             flag="--model.base_checkpoint=FILE",
         )
-    adapter_names = [name for name in saved if name.endswith((".lora_a", ".lora_b"))]
+    adapter_names = [name for name in state_dict if name.endswith((".lora_a", ".lora_b"))]
     if adapter_names:
         raise UsageError(
             f"Reinforce: base_checkpoint={path} contains adapters ({adapter_names[0]} and "
@@ -121,23 +147,6 @@ def load_base_model(base_checkpoint: str) -> BaseModel:
                 "--model.base_checkpoint=plain/model.ckpt"
             ),
         )
-    net_kwargs = language.get(
-        "net_kwargs", content.get("hyper_parameters", {})
-    )  # the {} of a policy means the defaults
-    net_kwargs = {
-        k: v
-        for k, v in net_kwargs.items()
-        if k[0] != "_" and k not in ("vocab_size", "context_length")
-    }
-    tokenizer = tokenizer_from_state_dict(language["tokenizer"])
-    weights = {
-        name.removeprefix("net."): tensor
-        for name, tensor in saved.items()
-        if name.startswith("net.")
-    }
-    sizes = tokenizer.vocab_size, language["context_length"], net_kwargs
-    _check_net(path, content.get("task"), weights, *sizes)
-    return BaseModel(*sizes, tokenizer, weights, fingerprint_weights(weights))
 
 
 def _check_net(
@@ -148,7 +157,16 @@ def _check_net(
     context_length: int,
     net_kwargs: dict[str, Any],
 ) -> None:
-    """Raise UsageError if the weights are not those of a `Transformer` of these sizes."""
+    """Raise UsageError if the weights are not those of a `Transformer` of these sizes.
+
+    Args:
+        path: path of the checkpoint, for the message.
+        task: class that wrote the checkpoint, for the message.
+        weights: tensors by the names of the net's parameters.
+        vocab_size: number of different tokens.
+        context_length: longest sequence, in tokens.
+        net_kwargs: the other arguments of `Transformer`.
+    """
     mismatches = sorted(net_kwargs.keys() - inspect.signature(Transformer).parameters.keys())
     if not mismatches:
         with torch.device("meta"):  # shapes without memory
@@ -156,6 +174,7 @@ def _check_net(
         expected_shapes, actual_shapes = (
             {k: v.shape for k, v in state.items()} for state in (expected_state, weights)
         )
+        # names in one of them only, and (twice) names with different shapes
         mismatches = sorted(name for name, _ in expected_shapes.items() ^ actual_shapes.items())
     if mismatches:
         raise UsageError(

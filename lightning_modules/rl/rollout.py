@@ -56,21 +56,19 @@ def make_shared_prefix_batch(
     which replace `forward`, and context parallelism, which replaces the attention, do not support
     it.
     """
-    is_ungrouped = len(prompts) == len(
-        tokens
-    )  # little would be saved, without torch's causal kernels
-    if is_ungrouped or not isinstance(net, Transformer) or "forward" in vars(net):
+    # one text for each prompt: little would be saved, and torch's causal kernels could not be used
+    is_ungrouped = len(prompts) == len(tokens)
+    has_replaced_forward = "forward" in vars(net)
+    if is_ungrouped or not isinstance(net, Transformer) or has_replaced_forward:
         return None
     blocks = [cast(TransformerBlock, block) for block in net.blocks.values()]
     has_experts = any(isinstance(block.mlp, MixtureOfExperts) for block in blocks)
     has_replaced_attention = any(
         block.attention.attention_fn not in ATTENTION_FNS.values() for block in blocks
     )
-    return (
-        None
-        if has_experts or has_replaced_attention
-        else SharedPrefixBatch(prompts, tokens, len(blocks))
-    )
+    if has_experts or has_replaced_attention:
+        return None
+    return SharedPrefixBatch(prompts, tokens, num_layers=len(blocks))
 
 
 def compute_logits_at(
@@ -108,22 +106,38 @@ def compute_ref_logprobs(
 
     Top-k, top-p and min-p are not applied: a token of the policy need not be among the reference's
     k.
+
+    Args:
+        net: the reference.
+        input_ids: texts (b t), right-padded.
+        logit_positions: positions (b n) in the texts whose logits predict the tokens.
+        tokens: generated tokens (b n).
+        mask: true up to the end of a text (b n); the logprobs are 0 after it.
+        sampling: sampling settings of the policy, of which the temperature is used.
+        shared_prefix: the same texts with each prompt once, if the net supports it.
     """
     with torch.no_grad():
-        logits = compute_logits_at(net, input_ids, logit_positions, shared_prefix)
-        at_sampling_temperature, at_temperature_1 = (
-            DecodingConfig(sampling.temperature),
-            DecodingConfig(),
-        )
-        return gather_logprobs(logits, tokens, mask, at_sampling_temperature), gather_logprobs(
-            logits, tokens, mask, at_temperature_1
+        logits = compute_logits_at(net, input_ids, logit_positions, shared_prefix)  # (b n v)
+        at_sampling_temperature = DecodingConfig(sampling.temperature)
+        at_temperature_1 = DecodingConfig()
+        return (
+            gather_logprobs(logits, tokens, mask, at_sampling_temperature),
+            gather_logprobs(logits, tokens, mask, at_temperature_1),
         )
 
 
 def policy_loss(
     rollout: Rollout, logprobs: Tensor, estimator: AdvantageEstimator, kl: KL, max_new_tokens: int
 ) -> Tensor:
-    """Policy-gradient loss of a rollout, plus the KL penalty if `kl.placement` is "loss"."""
+    """Compute the policy-gradient loss, plus the KL penalty if `kl.placement` is "loss".
+
+    Args:
+        rollout: generated tokens with their advantages.
+        logprobs: the policy's logprobs (b n) of the tokens, with gradient.
+        estimator: computes the loss from logprobs and advantages.
+        kl: settings of the KL penalty.
+        max_new_tokens: maximum number of tokens of a sample.
+    """
     mask = rollout.mask
     loss = estimator.loss(
         logprobs,
@@ -140,10 +154,8 @@ def policy_loss(
                 "rollout has none",
                 hint="use kl=KL(beta=0), or a rollout with ref_logprobs",
             )
-        loss = (
-            loss
-            + kl.beta * kl.kl_penalty(logprobs, rollout.ref_logprobs, mask, max_new_tokens).mean()
-        )
+        penalty = kl.kl_penalty(logprobs, rollout.ref_logprobs, mask, max_new_tokens)  # (b)
+        loss = loss + kl.beta * penalty.mean()
     return loss
 
 
@@ -158,7 +170,7 @@ def logprob_gap(logprobs: Tensor, rollout: Rollout) -> Tensor:
 
 @contextmanager
 def disable_adapters(net: nn.Module) -> Iterator[None]:
-    """Disable the low-rank adapters of a net: it then computes what the base model computes.
+    """Disable the low-rank adapters of a net in a `with` block, so that it is the base model.
 
     An adapter is a module with a method `lora_disabled`, as the LoRA callback creates them.
     """
@@ -179,7 +191,7 @@ def disable_adapters(net: nn.Module) -> Iterator[None]:
             "remove train_also from LoRA, or use reference='frozen_copy'",
             flag="--model.reference=frozen_copy",
         )
-    with ExitStack() as stack:
+    with ExitStack() as stack:  # enables the adapters again at its end
         for adapter in adapters:
             stack.enter_context(adapter.lora_disabled())
         yield

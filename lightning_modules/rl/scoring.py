@@ -71,17 +71,14 @@ class RolloutScorer:
         Args:
             prompts: b / group_size prompts.
             columns: columns of the data, with a value for each prompt.
-            generated: (b n).
+            generated: tokens, logprobs and mask, all (b n).
             ref_logprobs: the reference's logprobs (b n) at the sampling temperature.
             ref_logprobs_t1: the reference's logprobs (b n) at temperature 1.
         """
         local_tokens = generated.tokens.masked_fill(~generated.mask, -1)  # (b n)
-        all_texts = self.decode(self.all_gather(local_tokens))  # texts (B)
-        b, rank_offset, group_size = (
-            len(local_tokens),
-            self.dp_rank * len(local_tokens),
-            self.group_size,
-        )
+        all_texts = self.decode(self.all_gather(local_tokens))  # B texts
+        b, group_size = len(local_tokens), self.group_size
+        rank_offset = self.dp_rank * b  # index of this rank's first text in the batch
         inputs = RewardInputs(
             prompts=[text for text in prompts for _ in range(group_size)],
             texts=all_texts[rank_offset : rank_offset + b],
@@ -96,26 +93,23 @@ class RolloutScorer:
             all_texts=all_texts,
             rank_offset=rank_offset,
         )
-        statistics = token_statistics(
-            generated, ref_logprobs, self.kl, self.max_new_tokens
-        )  # (b 5)
-        values = self._score_on_all_ranks(inputs).to(statistics)  # (b terms)
-        gathered = self.all_gather(torch.cat((values, statistics), 1))  # (B terms+5)
-        values, statistics = (
-            gathered[:, : len(self.reward_fns)].T,
-            gathered[:, len(self.reward_fns) :],
-        )
+        local_statistics = token_statistics(generated, ref_logprobs, self.kl, self.max_new_tokens)
+        # (b terms); it raises on all ranks if a reward fails on one of them
+        local_values = self._score_on_all_ranks(inputs).to(local_statistics)
+        # values and statistics of all ranks, by one all-gather: (B terms+5)
+        gathered = self.all_gather(torch.cat((local_values, local_statistics), 1))
+        num_terms = len(self.reward_fns)
+        values, statistics = gathered[:, :num_terms].T, gathered[:, num_terms:]
+        _k1, _k3, _entropy, num_tokens, kl_penalty = statistics.unbind(1)  # each (B)
         check_scored(self.reward_fns, values)
         rewards = weighted_sum(self.reward_fns, values)  # (B)
         reward_advantages = self.estimator.advantages(rewards, group_size)  # (B)
-        advantages = reward_advantages - self._kl_advantages(statistics[:, 4], rewards)
-        metrics = reward_metrics(self.reward_fns, values, rewards) | text_metrics(
-            all_texts, self.corpus_stats
-        )
+        advantages = reward_advantages - self._kl_advantages(kl_penalty, rewards)
+        metrics = reward_metrics(self.reward_fns, values, rewards)
+        metrics |= text_metrics(all_texts, self.corpus_stats)
         metrics |= token_metrics(statistics, has_reference=ref_logprobs is not None)
-        is_zero = (
-            reward_advantages.abs() <= RELATIVE_TIE_TOLERANCE * reward_advantages.abs().max()
-        )  # up to rounding
+        rounding = RELATIVE_TIE_TOLERANCE * reward_advantages.abs().max()
+        is_zero = reward_advantages.abs() <= rounding
         metrics["frac_zero_advantage"] = is_zero.double().mean().item()
         if not reward_advantages.any():
             effect = "only the KL term contributes" if self.kl.beta else "no term contributes"
@@ -123,11 +117,10 @@ class RolloutScorer:
                 f"all {len(advantages)} advantages are 0, because the rewards are equal "
                 f"({rewards.nanmean():.4g}); {effect} to this step"
             )
-        tokens_per_rank = statistics[:, 3].sum() * b / len(advantages)
+        num_ranks = len(advantages) // b
+        local_advantages = advantages[rank_offset : rank_offset + b]
         rows = self._sample_rows(inputs, rewards, values)
-        return ScoredRollout(
-            advantages[rank_offset : rank_offset + b], tokens_per_rank, metrics, rows
-        )
+        return ScoredRollout(local_advantages, num_tokens.sum() / num_ranks, metrics, rows)
 
     def decode(self, tokens: Tensor) -> list[str]:
         """Decode tokens (B n) to texts, up to the stop string; -1 is no token."""

@@ -18,19 +18,24 @@ def sequence_ngrams(items: Sequence[Hashable], n: int) -> list[tuple[Hashable, .
 
 
 def pairwise_jaccard_distance(texts: Sequence[str], n: int = 4) -> np.ndarray:
-    """Jaccard distances of word n-grams, float64 (b b); 0 between two texts without n-grams."""
+    """Compute the Jaccard distances of the word n-grams of b texts, float64 (b b).
+
+    The distance between two texts without n-grams is 0.
+    """
     rows_by_ngram: dict[Hashable, list[int]] = defaultdict(list)
-    sizes = np.zeros(len(texts))
+    sizes = np.zeros(len(texts))  # different n-grams of each text
     for row, text in enumerate(texts):
         grams = set(sequence_ngrams(text.split(), n))
         sizes[row] = len(grams)
         for gram in grams:
             rows_by_ngram[gram].append(row)
-    shared = [rows for rows in rows_by_ngram.values() if len(rows) > 1]
-    incidence = np.zeros((len(texts), len(shared)), np.float32)  # exact up to 2^24 n-grams
-    for column, rows in enumerate(shared):
+    # an n-gram of a single text is in no intersection
+    rows_of_shared = [rows for rows in rows_by_ngram.values() if len(rows) > 1]
+    # 1 where a text (row) has a shared n-gram (column); float32 is exact up to 2^24 n-grams
+    incidence = np.zeros((len(texts), len(rows_of_shared)), np.float32)
+    for column, rows in enumerate(rows_of_shared):
         incidence[rows, column] = 1
-    intersection = (incidence @ incidence.T).astype(np.float64)
+    intersection = (incidence @ incidence.T).astype(np.float64)  # sizes of the intersections
     union = sizes[:, None] + sizes - intersection
     distance = 1 - intersection / np.maximum(union, 1)
     distance[union == 0] = 0.0

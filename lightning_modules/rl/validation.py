@@ -20,7 +20,16 @@ def validate_config(
     reference: str,
     stop: str | None = None,
 ) -> None:
-    """Raise UsageError for invalid settings, alone or in combination."""
+    """Raise UsageError for invalid settings of `Reinforce`, alone or in combination.
+
+    Args:
+        max_new_tokens: maximum number of tokens to generate.
+        group_size: number of texts for each prompt.
+        sampling: sampling settings.
+        kl: settings of the KL penalty.
+        reference: "frozen_copy", "lora" or "none".
+        stop: stop string of a generated text.
+    """
     sizes = {"max_new_tokens": max_new_tokens, "group_size": group_size}
     check_at_least_one("Reinforce", flag_prefix="--model.", **sizes)
     if stop == "":
@@ -49,11 +58,22 @@ def validate_config(
 def check_prompt_length(
     description: str, prompt: str, num_tokens: int, max_new_tokens: int, context_length: int
 ) -> None:
-    """Raise UsageError if `num_tokens` tokens and the new tokens exceed the context."""
-    if num_tokens + max_new_tokens - 1 > context_length:
-        max_new, max_prompt = context_length - num_tokens + 1, context_length - max_new_tokens + 1
+    """Raise UsageError if a prompt of `num_tokens` tokens and the new tokens exceed the context.
+
+    Args:
+        description: name of the prompt in the message.
+        prompt: its text, for the message.
+        num_tokens: its number of tokens.
+        max_new_tokens: maximum number of tokens to generate.
+        context_length: maximum number of tokens that the net sees.
+    """
+    if num_tokens + max_new_tokens - 1 > context_length:  # - 1: the net does not see the last token
         flag_prefixes = {"max_new_tokens": "--model.", "prompt_length": "--data."}
-        sizes = {"max_new_tokens": max_new, "prompt_length": max_prompt}
+        sizes = {
+            "max_new_tokens": context_length - num_tokens + 1,
+            "prompt_length": context_length - max_new_tokens + 1,
+        }
+        # the settings that can be lowered far enough, each alone
         fitting = {name: size for name, size in sizes.items() if size > 0}
         flags = [f"{flag_prefixes[name]}{name}={size}" for name, size in fitting.items()]
         raise UsageError(
@@ -71,6 +91,11 @@ def check_prompt_characters(
     """Raise UsageError for characters that the base model's tokenizer lacks.
 
     It runs before training, on every rank.
+
+    Args:
+        characters: all different characters of the prompts.
+        tokenizer: tokenizer of the base model.
+        provenance: origin of the prompts; "file" is named in the message.
     """
     try:
         tokenizer.encode(characters)

@@ -114,7 +114,13 @@ class Reward(ABC):
 
 
 def check_rewards(reward_fns: Sequence[Reward], has_corpus: bool, has_reference: bool) -> None:
-    """Raise RewardError before the first step for missing inputs, wrong weights and equal names."""
+    """Raise RewardError before the first step for missing inputs, wrong weights and equal names.
+
+    Args:
+        reward_fns: all reward terms of the model.
+        has_corpus: whether the data have a corpus.
+        has_reference: whether a reference model computes logprobs.
+    """
     if not reward_fns:
         raise RewardError(
             "Reinforce: rewards is empty",
@@ -139,6 +145,7 @@ def check_rewards(reward_fns: Sequence[Reward], has_corpus: bool, has_reference:
                 "use weight=1",
                 flag="--model.rewards.weight=1",
             )
+        # the standard deviation of each reward is logged as NAME_std
         is_taken = reward_fn.name in RESERVED_NAMES or reward_fn.name.endswith("_std")
         if is_taken or names.count(reward_fn.name) > 1:
             raise RewardError(
@@ -172,23 +179,28 @@ def weighted_sum(reward_fns: Sequence[Reward], values: Tensor) -> Tensor:
     """Weighted sum (b) of the values (terms, b); NaN where a term of nonzero weight has none.
 
     A sum whose terms cancel up to rounding (0.1 + 0.2 - 0.3) is 0.
+
+    Raises:
+        RewardError: a sum exceeds the largest float32.
     """
+    # terms of weight 0 are only logged: a NaN of theirs does not count
     counted_indices = [i for i, reward_fn in enumerate(reward_fns) if reward_fn.weight]
     weights = values.new_tensor([reward_fns[i].weight for i in counted_indices])
     weighted_values = weights[:, None] * values[counted_indices]  # (terms, b)
     total = weighted_values.sum(0)
-    if (total.abs() > MAX_FLOAT32).any():
-        i = int((total.abs() > MAX_FLOAT32).nonzero()[0])
-        reward_fn = reward_fns[counted_indices[int(weighted_values[:, i].abs().argmax())]]
+    is_too_large = total.abs() > MAX_FLOAT32
+    if is_too_large.any():
+        sample = int(is_too_large.nonzero()[0])  # the first one
+        largest_term = int(weighted_values[:, sample].abs().argmax())
+        reward_fn = reward_fns[counted_indices[largest_term]]
         raise RewardError(
-            f"the reward of sample {i} is {total[i]:.4g}, mainly from {reward_fn.name} with "
-            f"weight {reward_fn.weight:g}, which exceeds the largest float32",
+            f"the reward of sample {sample} is {total[sample]:.4g}, mainly from {reward_fn.name} "
+            f"with weight {reward_fn.weight:g}, which exceeds the largest float32",
             [f"up to {MAX_FLOAT32:.2g}"],
             "give this reward a smaller weight",
         )
-    return total.where(
-        total.abs() > CANCELLATION_TOLERANCE * weighted_values.abs().sum(0), 0.0 * total
-    )
+    is_rounding = total.abs() <= CANCELLATION_TOLERANCE * weighted_values.abs().sum(0)
+    return total.where(~is_rounding, 0.0 * total)  # a NaN stays NaN
 
 
 def check_scored(reward_fns: Sequence[Reward], values: Tensor) -> None:
@@ -205,8 +217,13 @@ def check_scored(reward_fns: Sequence[Reward], values: Tensor) -> None:
 
 
 def _score_checked(reward_fn: Reward, inputs: RewardInputs) -> Tensor:
-    """Values of one term (b), or an error that names the term and the sample."""
+    """Return the values of one term, float64 (b), NaN for None.
+
+    Raises:
+        RewardError: the term raises or returns invalid values; it names the term and the sample.
+    """
     try:
+        # values as returned, and as numbers
         values, numbers = _call_reward(reward_fn, inputs)
     except RewardError:
         raise

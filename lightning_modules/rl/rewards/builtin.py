@@ -163,24 +163,29 @@ class SpeakerDiversity(Reward):
         self.target_count, self.min_chars = target_count, min_chars
 
     def score(self, inputs: RewardInputs) -> list[float]:
-        """Split each text at its speakers and count the speakers with a long enough speech."""
+        """Split each text at its speakers and count the speakers with a long enough speech.
+
+        The value is the number of different speakers of the corpus, relative to the target, up to
+        1.
+        """
         assert inputs.corpus_stats is not None
         speakers = inputs.corpus_stats.speakers
         if not speakers:
             raise _missing_in_corpus_error(
                 self, "speakers: lines that end in a colon, after an empty one"
             )
-        counts = []
+        scores = []
         for text in inputs.texts:
+            # the text before the first speaker, then speaker and speech in turn
             _, *segments = re.split(r"(?:\A|\n)([^\n:]+):\n", text)
             speeches = zip(segments[::2], segments[1::2], strict=True)
-            valid = {
+            counted_speakers = {
                 speaker
                 for speaker, speech in speeches
                 if speaker in speakers and len(speech) >= self.min_chars
             }
-            counts.append(min(len(valid) / self.target_count, 1.0))
-        return counts
+            scores.append(min(len(counted_speakers) / self.target_count, 1.0))
+        return scores
 
 
 class BatchDistance(Reward):
@@ -224,12 +229,12 @@ class Threshold(Reward):
     def __init__(
         self,
         reward: Reward,
-        min_value: float | None = None,
+        min_value: float | None = None,  # of the other term; the value of this term is 0 or 1
         max_value: float | None = None,
         weight: float = 1.0,
         name: str | None = None,
     ) -> None:
-        """Set the bounds; raise RewardError if there is none, or if nothing lies between them."""
+        """Set the other term and its bounds; raise RewardError for no bound, or an empty range."""
         super().__init__(weight, name)
         if min_value is None and max_value is None:
             raise RewardError(

@@ -11,6 +11,8 @@ from ravine.errors import sort_by_similarity
 
 from .base import Reward, RewardError, RewardInputs, format_error, shorten
 
+VARIADIC_KINDS = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+
 
 class RewardFunction(Reward):
     """Reward term from a function; its arguments are passed by name.
@@ -44,33 +46,16 @@ class RewardFunction(Reward):
         self.parameters = inspect.signature(function).parameters
 
     def score(self, inputs: RewardInputs) -> Any:
-        """Call the function with the arguments of its signature."""
-        available = {
-            "texts": inputs.texts,
-            "prompts": inputs.prompts,
-            "tokens": inputs.tokens,
-            "mask": inputs.mask,
-            "logprobs": inputs.logprobs,
-        }
-        param_kinds = {name: p.kind for name, p in self.parameters.items()}
-        accepts_all = inspect.Parameter.VAR_KEYWORD in param_kinds.values()
-        rows = zip(inputs.tokens.tolist(), inputs.mask.tolist(), strict=True)
-        ids = [[n for n, is_kept in zip(*row, strict=True) if is_kept] for row in rows]
-        for name, value in (("completions", inputs.texts), ("completion_ids", ids)):  # names of TRL
-            if name in param_kinds or (accepts_all and name not in inputs.columns):
-                available[name] = value
-        for name in inputs.columns.keys() & available.keys():
-            raise RewardError(
-                f"the data have a column {name!r}, which is also the name under which the reward "
-                f"{self.name} gets the samples",
-                hint="rename the column of the data",
-            )
-        available |= inputs.columns
-        variadic_kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        """Call the function with the arguments of its signature; return its result.
+
+        Raises:
+            RewardError: the function needs an argument that does not exist.
+        """
+        available = self._collect_arguments(inputs)
         for name, parameter in self.parameters.items():
             is_required = (
                 parameter.default is inspect.Parameter.empty
-                and parameter.kind not in variadic_kinds
+                and parameter.kind not in VARIADIC_KINDS
             )
             if name not in available and is_required:
                 raise RewardError(
@@ -80,18 +65,57 @@ class RewardFunction(Reward):
                     "rename the argument, or add a column of that name to the data",
                 )
         positional_names = [
-            n for n, k in param_kinds.items() if k is inspect.Parameter.POSITIONAL_ONLY
+            name
+            for name, parameter in self.parameters.items()
+            if parameter.kind is inspect.Parameter.POSITIONAL_ONLY
         ]
-        if accepts_all:
+        if self._accepts_all:
             keyword_names = [name for name in available if name not in positional_names]
         else:
             keyword_names = [
-                n
-                for n, k in param_kinds.items()
-                if n in available and n not in positional_names and k not in variadic_kinds
+                name
+                for name, parameter in self.parameters.items()
+                if name in available
+                and name not in positional_names
+                and parameter.kind not in VARIADIC_KINDS
             ]
         positional = [available[name] for name in positional_names if name in available]
         return self.function(*positional, **{name: available[name] for name in keyword_names})
+
+    @property
+    def _accepts_all(self) -> bool:
+        """Whether the function has an argument `**rest`, which receives all that is available."""
+        kinds = [parameter.kind for parameter in self.parameters.values()]
+        return inspect.Parameter.VAR_KEYWORD in kinds
+
+    def _collect_arguments(self, inputs: RewardInputs) -> dict[str, Any]:
+        """Return all values that the function can receive, by name: samples and data columns.
+
+        Raises:
+            RewardError: a column of the data has the name of a value of the samples.
+        """
+        available = {
+            "texts": inputs.texts,
+            "prompts": inputs.prompts,
+            "tokens": inputs.tokens,
+            "mask": inputs.mask,
+            "logprobs": inputs.logprobs,
+        }
+        rows = zip(inputs.tokens.tolist(), inputs.mask.tolist(), strict=True)
+        # token ids of each text, without those after its end
+        ids = [[n for n, is_kept in zip(*row, strict=True) if is_kept] for row in rows]
+        trl_arguments = {"completions": inputs.texts, "completion_ids": ids}  # names of TRL
+        for name, value in trl_arguments.items():
+            # a column of the same name takes precedence, unless the function asks for the name
+            if name in self.parameters or (self._accepts_all and name not in inputs.columns):
+                available[name] = value
+        for name in inputs.columns.keys() & available.keys():
+            raise RewardError(
+                f"the data have a column {name!r}, which is also the name under which the reward "
+                f"{self.name} gets the samples",
+                hint="rename the column of the data",
+            )
+        return available | inputs.columns
 
 
 def import_reward_function(path: str) -> Callable[..., Any]:
@@ -100,7 +124,7 @@ def import_reward_function(path: str) -> Callable[..., Any]:
     Raises:
         RewardError: there is no such function; the message lists similar names.
     """
-    file, _, name = path.rpartition(".")
+    file, _, name = path.rpartition(".")  # my_file, reward
     if not file:
         problem = "the path names no file, or no function in it"
         raise _not_found_error(path, problem, ["my_file.my_function"], path.strip("."), [])
@@ -119,10 +143,21 @@ def import_reward_function(path: str) -> Callable[..., Any]:
 
 
 def _import_module(path: str, file: str, name: str) -> ModuleType:
+    """Import the module of a reward function.
+
+    Args:
+        path: import path of the function, my_file.reward, for messages.
+        file: the part before the last dot, my_file.
+        name: the part after it, reward, for messages.
+
+    Raises:
+        RewardError: there is no such module, or importing it fails.
+    """
     try:
         return importlib.import_module(file)
     except Exception as error:  # importing a user's file can raise any error
         missing_module = error.name if isinstance(error, ModuleNotFoundError) else None
+        # the module itself or its package is missing, and not a module that it imports
         if missing_module and f"{file}.".startswith(f"{missing_module}."):
             files = sort_by_similarity(
                 file, [file_path.stem for file_path in Path().glob("[!._]*.py")]
