@@ -114,8 +114,9 @@ def explain_restore_errors(section: str) -> Iterator[None]:
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        worded = isinstance(error, UsageError | RunError)  # also with RAVINE_TRACEBACK=1
-        if worded or exit_status(error) is not None or find_user_frame(error) is not None:
+        # With RAVINE_TRACEBACK=1 `exit_status` is None for a UsageError too.
+        is_explained = isinstance(error, UsageError | RunError) or exit_status(error) is not None
+        if is_explained or find_user_frame(error) is not None:
             raise
         error_text = " ".join(str(error).split())[:160]
         raise CheckpointError(
@@ -127,11 +128,18 @@ def explain_restore_errors(section: str) -> Iterator[None]:
 
 
 def check_weight_shapes(trainer: L.Trainer, path: Path, changed_keys: list[str]) -> None:
-    """Raise an error if weight names or shapes of a checkpoint differ from those of the model."""
+    """Raise an error if weight names or shapes of a checkpoint differ from those of the model.
+
+    Args:
+        trainer: the trainer, whose module and strategy are set up.
+        path: the checkpoint, a file or the folder of a sharded one.
+        changed_keys: config keys that differ from the checkpoint's, for the suggested command.
+    """
     module, strategy = trainer.lightning_module, trainer.strategy
     is_mesh = isinstance(strategy, MeshStrategy)
     if path.is_dir() and (is_mesh or sharded_index.find_structural_damage(path)):
-        return  # its loader reports the error
+        return  # the loader of sharded checkpoints reports the error
+    # with MeshStrategy a module may hold only shards of its weights
     module_shapes = (
         strategy.weight_shapes() if is_mesh else state_dict.tensor_shapes(module.state_dict())
     )
@@ -145,12 +153,13 @@ def check_weight_shapes(trainer: L.Trainer, path: Path, changed_keys: list[str])
         module_shapes, checkpoint_shapes, module.strict_loading
     ):
         flags = [f"--{key}" for key in changed_keys if key.startswith("model.")]
+        flag = "--ckpt_path=ANOTHER"
+        if flags:
+            flag = f"the same command without {' and '.join(flags)}"
         raise UsageError(
             f"the weights in {path} do not fit this {type(module).__name__}: {mismatches}",
             hint="build the model of the checkpoint, or use a checkpoint of this model",
-            flag=f"the same command without {' and '.join(flags)}"
-            if flags
-            else "--ckpt_path=ANOTHER",
+            flag=flag,
         )
 
 
@@ -164,18 +173,23 @@ def learning_rates(trainer: L.Trainer) -> list[list[float]]:
 
 
 def set_learning_rates(trainer: L.Trainer, configured: list[list[float]]) -> None:
-    """Replace the restored peak learning rates by the configured ones; schedules continue."""
+    """Replace the restored peak learning rates by the configured ones; schedules continue.
+
+    Args:
+        trainer: the trainer, after its optimizers and schedulers are restored.
+        configured: the peak learning rate of each param group, for each optimizer.
+    """
     for optimizer, peaks in zip(trainer.optimizers, configured, strict=True):
         for number, (group, peak) in enumerate(zip(optimizer.param_groups, peaks, strict=True)):
+            # a scheduler stores the peak as `initial_lr`
             restored = float(group.get("initial_lr", group.get("lr", 0)))
             if restored == peak:
                 continue
-            group["lr"] *= peak / restored if restored else 1
+            group["lr"] *= peak / restored if restored else 1  # keeps the schedule's factor
             if "initial_lr" in group:
                 group["initial_lr"] = peak
             for scheduler_config in trainer.lr_scheduler_configs:
-                if scheduler_config.scheduler.optimizer is optimizer and hasattr(
-                    scheduler_config.scheduler, "base_lrs"
-                ):
-                    scheduler_config.scheduler.base_lrs[number] = peak  # type: ignore
+                scheduler: Any = scheduler_config.scheduler
+                if scheduler.optimizer is optimizer and hasattr(scheduler, "base_lrs"):
+                    scheduler.base_lrs[number] = peak
             rank_zero_only(print)(f"learning rate {restored:g} of the checkpoint becomes {peak:g}")

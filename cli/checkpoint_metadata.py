@@ -29,7 +29,7 @@ def load_metadata(path: Path) -> dict[str, Any]:
     """
     if error := damage_error(path, verify_checksums=not is_launched()):
         raise error
-    file = path / "meta.pt" if path.is_dir() else path
+    file = path / "meta.pt" if path.is_dir() else path  # a sharded checkpoint is a folder
     checkpoint = torch.load(file, map_location="meta", mmap=True, weights_only=True)
     if problem := find_malformed_section(checkpoint):
         raise CheckpointError(
@@ -52,23 +52,25 @@ def load_metadata(path: Path) -> dict[str, Any]:
 def saved_config_of(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return the configuration that a command has saved in a checkpoint; empty if there is none.
 
+    Args:
+        checkpoint: the content of the checkpoint.
+        path: its path, for errors.
+
     Raises:
         UsageError: the configuration is malformed or too large to come from a command.
     """
-    ravine_section = checkpoint.get("ravine", {})
-    config = (
-        ravine_section.get("config", {}) if isinstance(ravine_section, dict) else ravine_section
-    )
+    config = checkpoint.get("ravine", {})
+    if isinstance(config, dict):  # another type is reported below
+        config = config.get("config", {})
     if config == {}:
         return {}
+    reason = ""
     try:
         check_tree_size(config, MAX_SAVED_CONFIG_VALUES, MAX_SAVED_CONFIG_LEVELS)
         is_valid = isinstance(config, dict) and _is_config(config)
-        json.dumps(config)
+        json.dumps(config)  # raises an error for values that are not plain
     except (TypeError, ValueError, UnsafePickle) as error:
         is_valid, reason = False, f": {error}"
-    else:
-        reason = ""
     if is_valid:
         return config
     raise UsageError(

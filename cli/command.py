@@ -105,7 +105,13 @@ class RavineCLI(CommandLine):
     """The commands fit, validate, test and predict."""
 
     def __init__(self, argv: list[str], checkpoint_path: Path | None) -> None:
-        """Parse the arguments and run the command; arguments of the checkpoint come first."""
+        """Parse the arguments and run the command: all in the constructor of LightningCLI.
+
+        Args:
+            argv: the command (fit, ...) and its arguments.
+            checkpoint_path: the checkpoint of `--ckpt_path`, whose saved arguments precede `argv`;
+                None without one.
+        """
         self.checkpoint_path = checkpoint_path
         self.command = argv[0]
         argv, self.trusted_packages = trust.split_trust_flags(argv)
@@ -114,6 +120,7 @@ class RavineCLI(CommandLine):
         super().__init__(
             trainer_class=Trainer,
             save_config_callback=ConfigSaver,  # type: ignore
+            # the list itself, which `parse_arguments` fills before the callback is built
             save_config_kwargs={"changed_keys": self.changed_keys},
             seed_everything_default=0,
             parser_kwargs={"exit_on_error": False, "default_env": True},
@@ -141,7 +148,7 @@ class RavineCLI(CommandLine):
         cast(Trainer, self.trainer).check_same_config_on_ranks(flatten_config(config))
 
     def before_fit(self) -> None:
-        """Pass `--print_groups` to the optimizer plan."""
+        """Pass `--print_groups` to the optimizer plan; LightningCLI calls this before `fit`."""
         if not self.config_value("print_groups"):
             return
         plans = [
@@ -158,59 +165,85 @@ class RavineCLI(CommandLine):
             plan.print_groups = True
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse the checkpoint's arguments, then the user's, which take precedence."""
+        """Parse the checkpoint's arguments, then the user's, which take precedence.
+
+        The constructor of LightningCLI calls this; it sets `config`, the parsed arguments.
+
+        Args:
+            parser: the parser of all commands.
+            args: the command and the user's arguments.
+        """
         argv: list[str] = args  # type: ignore
-        saved_config_values = (
-            saved_config.load_saved_config(self.checkpoint_path) if self.checkpoint_path else {}
-        )
-        self.saved_config_values = saved_config_values
-        if (
-            self.checkpoint_path
-            and not saved_config_values
-            and not any(g.key[:5] == "model" for g in iter_values(argv))
-        ):
+        values = list(iter_values(argv))
+        if self.checkpoint_path:
+            self.saved_config_values = saved_config.load_saved_config(self.checkpoint_path)
+        has_model = any(value.key.startswith("model") for value in values)
+        if self.checkpoint_path and not self.saved_config_values and not has_model:
             raise UsageError(
                 f"{self.checkpoint_path} was not written by a command, so it does not name its "
                 "model",
                 flag=f"{program_name()} {argv[0]} --ckpt_path={self.checkpoint_path} --model=NAME "
                 "--data=NAME",
             )
-        trust_policy = trust.TrustPolicy(
-            self.trusted_packages, trust.find_dotted_names(iter_values(argv))
-        )
-        typed_keys = {value.key for value in iter_values(argv)}
-        typed_keys |= {"config" for word in argv if word.partition("=")[0] == "--config"}
+        typed_keys = {value.key for value in values}  # keys that the user gave, also in a config
+        if any(word.partition("=")[0] == "--config" for word in argv):
+            typed_keys.add("config")
+        trust_policy = trust.TrustPolicy(self.trusted_packages, trust.find_dotted_names(values))
         trust_policy.check_config(
-            saved_config_values,
+            self.saved_config_values,
             str(self.checkpoint_path),
-            argv[0] != "fit" or "config" not in typed_keys,
+            # a fit with a config uses the callbacks of the config only
+            with_callbacks=argv[0] != "fit" or "config" not in typed_keys,
         )
-        argv = [argv[0], *saved_config.to_argv(saved_config_values, argv[0], typed_keys), *argv[1:]]
+        saved_argv = saved_config.to_argv(self.saved_config_values, argv[0], typed_keys)
+        argv = [argv[0], *saved_argv, *argv[1:]]
         self.config = config_errors.parse_argv(parser, argv)
-        if saved_config_values:
-            parsed, source = self._resolved_config(argv[0]), str(self.checkpoint_path)
-            if extra_argv := saved_config.extra_argv(
-                saved_config_values, parsed, trust_policy, source, argv[0], typed_keys
-            ):
-                self.config = config_errors.parse_argv(parser, [*argv, *extra_argv])
-            resolved = self._resolved_config(argv[0])
-            if "trainer.name" not in typed_keys:
-                root = resolved["trainer"]["default_root_dir"] or "."
-                check_run_links(resolved["trainer"]["name"], root)
-            self.changed_keys += saved_config.report_changes(
-                saved_config_values, resolved, str(self.checkpoint_path), argv[0]
-            )
+        if self.saved_config_values:
+            self._add_saved_callbacks(parser, argv, trust_policy, typed_keys)
+
+    def _add_saved_callbacks(
+        self,
+        parser: LightningArgumentParser,
+        argv: list[str],
+        trust_policy: trust.TrustPolicy,
+        typed_keys: set[str],
+    ) -> None:
+        """Parse again with the checkpoint's callbacks and data source, and report the differences.
+
+        Args:
+            parser: the parser of all commands.
+            argv: the command, the checkpoint's arguments, and the user's.
+            trust_policy: decides which callbacks of the checkpoint may be imported.
+            typed_keys: the keys that the user gave.
+        """
+        command, source = argv[0], str(self.checkpoint_path)
+        # Which callbacks are added depends on those of the first parse.
+        parsed = self._resolved_config(command)
+        if extra_argv := saved_config.extra_argv(
+            self.saved_config_values, parsed, trust_policy, source, command, typed_keys
+        ):
+            self.config = config_errors.parse_argv(parser, [*argv, *extra_argv])
+        resolved = self._resolved_config(command)
+        if "trainer.name" not in typed_keys:  # the name comes from the checkpoint
+            root = resolved["trainer"]["default_root_dir"] or "."
+            check_run_links(resolved["trainer"]["name"], root)
+        self.changed_keys += saved_config.report_changes(
+            self.saved_config_values, resolved, source, command
+        )
 
     def after_fit(self) -> None:
-        """Print the run directory and the next command."""
-        saved_paths = [callback.last_model_path or callback.best_model_path
-                 for callback in self.trainer.checkpoint_callbacks
-                if isinstance(callback, ModelCheckpoint)
-                 and (callback.last_model_path or callback.best_model_path)]  # fmt: skip
+        """Print the run directory and the next command; LightningCLI calls this after `fit`."""
+        paths = [
+            callback.last_model_path or callback.best_model_path
+            for callback in self.trainer.checkpoint_callbacks
+            if isinstance(callback, ModelCheckpoint)
+        ]
+        saved_paths = [path for path in paths if path]  # "" if nothing was saved
         if not saved_paths or not self.trainer.is_global_zero:
             return
         folder, step = str(self.trainer.log_dir), self.trainer.global_step
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore
+        # None if training did not start
         start_step = next(
             (callback.start_step for callback in callbacks if isinstance(callback, ConfigSaver)), 0
         )
@@ -282,27 +315,26 @@ def find_last_checkpoint(trainer: Trainer) -> str | None:
 def expand_strategy_preset(argv: list[str]) -> list[str]:
     """Replace a strategy's name by its class and arguments if another argument of it is given.
 
-    Otherwise a name that follows the argument would reset the argument.
+    Otherwise a name that follows the argument would reset the argument. So
 
-    expand_strategy_preset(["--trainer.strategy=pp", "--trainer.strategy.num_microbatches=8"])
+        --trainer.strategy=pp --trainer.strategy.num_microbatches=8
+
+    becomes --trainer.strategy=MeshStrategy, the arguments of the preset pp, and the last flag.
+    Returns `argv` unchanged for other strategies.
     """
     values = list(iter_values(argv))
     arguments = [
-        typed_value.key.split(".")[2]
-        for typed_value in values
-        if typed_value.key.startswith(STRATEGY_KEY_PREFIX)
+        value.key.split(".")[2] for value in values if value.key.startswith(STRATEGY_KEY_PREFIX)
     ]
-    names = [
-        str(typed_value.value) for typed_value in values if typed_value.key == "trainer.strategy"
-    ]
+    names = [str(value.value) for value in values if value.key == "trainer.strategy"]
     if not arguments or not names or names[-1] not in StrategyRegistry:
         return argv
-    strategy_class, init_args = (
-        StrategyRegistry[names[-1]][key] for key in ("strategy", "init_params")
-    )
+    preset = StrategyRegistry[names[-1]]  # the last name is used
+    strategy_class, init_args = preset["strategy"], preset["init_params"]
     mesh, ddp = ravine.strategies.MeshStrategy, ravine.strategies.DataParallelStrategy
-    is_for_mesh = bool({*arguments} & {*inspect.signature(mesh).parameters})
-    if strategy_class is not mesh and (strategy_class is not ddp or is_for_mesh):
+    has_mesh_argument = bool({*arguments} & {*inspect.signature(mesh).parameters})
+    # a DDP preset with an argument of MeshStrategy is left to the parser, which reports it
+    if strategy_class is not mesh and (strategy_class is not ddp or has_mesh_argument):
         return argv
     other_words, remaining_words = [], iter(argv)
     for word in remaining_words:
@@ -311,7 +343,7 @@ def expand_strategy_preset(argv: list[str]) -> list[str]:
             other_words.append(word)
         elif not equals:
             next(remaining_words, None)  # skip its value
-    position = next(
+    position = next(  # of the first argument; none if it comes from a config
         (i for i, word in enumerate(other_words) if word.startswith(f"--{STRATEGY_KEY_PREFIX}")),
         len(other_words),
     )

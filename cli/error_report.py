@@ -108,6 +108,10 @@ def explain_system_error(error: Exception, argv: list[str]) -> UsageError | RunE
     """Return the parts of an error for which the system gives no advice; None for other errors.
 
     Such errors are a full disk, a missing permission, too little memory, and an invalid file name.
+
+    Args:
+        error: the error that ended the command.
+        argv: the command and its arguments.
     """
     if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
         path = getattr(error, "checkpoint", None)  # set by RavineCLI.run_subcommand
@@ -182,9 +186,8 @@ def silence_thread_errors() -> Iterator[None]:
     previous_hook = threading.excepthook
 
     def thread_hook(hook_args: threading.ExceptHookArgs) -> None:
-        if not (
-            isinstance(hook_args.exc_value, OSError) and hook_args.exc_value.errno in REFUSED_ERRNOS
-        ):
+        error = hook_args.exc_value
+        if not (isinstance(error, OSError) and error.errno in REFUSED_ERRNOS):
             previous_hook(hook_args)
 
     threading.excepthook = thread_hook
@@ -217,7 +220,8 @@ def raising_module(error: BaseException) -> tuple[str, bool]:
         return "", False
     while trace.tb_next is not None:
         trace = trace.tb_next
-    frame, instruction = trace.tb_frame, trace.tb_lasti
+    frame = trace.tb_frame
+    instruction = trace.tb_lasti  # offset of the last instruction in the bytecode; -1 for none
     is_raise_statement = (
         instruction >= 0 and frame.f_code.co_code[instruction] == opmap["RAISE_VARARGS"]
     )
@@ -265,7 +269,6 @@ def exit_status(error: Exception) -> int | None:
     if isinstance(error, (*usage_error_types, misconfiguration)):
         return 2
     # for example duplicate callbacks, or a monitored metric that is not logged
-    is_known = isinstance(error, RuntimeError) and {"callbacks", "connectors"} & {
-        *module.split(".")[-2:-1]
-    }
+    folder = module.rpartition(".")[0].rpartition(".")[2]  # lightning.pytorch.FOLDER.module
+    is_known = isinstance(error, RuntimeError) and folder in ("callbacks", "connectors")
     return 2 if is_known else None

@@ -66,7 +66,9 @@ def load_model(
     path = Path(path) if isinstance(path, os.PathLike) else path
     if task is None:
         is_local = isinstance(path, Path) or (isinstance(path, str) and "://" not in path)
+        # the base class finds a subclass that is already imported, by the name in the checkpoint
         task = find_task_class(Path(cast(str, path)), trust) if is_local else TaskModule
+    # `where_saved` keeps the device of each tensor if this machine has it
     device = where_saved if map_location is None else map_location
     checkpoint = AtomicCheckpointIO().load_checkpoint(path, device, weights_only)
     if hparams_file is not None:
@@ -93,27 +95,37 @@ def where_saved(storage: torch.UntypedStorage, location: str) -> torch.UntypedSt
 
 
 def check_location(map_location: Any) -> None:
-    """Raise an error for a device that this machine lacks; torch would report a damaged file."""
-    named = map_location.values() if isinstance(map_location, dict) else [map_location]
-    for location in named:
+    """Raise an error for a device that this machine lacks; torch would report a damaged file.
+
+    Args:
+        map_location: as in `torch.load`; a function is not checked.
+    """
+    locations = map_location.values() if isinstance(map_location, dict) else [map_location]
+    for location in locations:
         if not isinstance(location, str | torch.device):
             continue
+        # the problem of the meta device
         problem = f"load_model: a tensor on map_location={str(location)!r} has no values"
         try:
-            usable = not torch.empty(0, device=location).is_meta
+            is_usable = not torch.empty(0, device=location).is_meta
         except Exception as error:  # torch raises several exception types
-            usable, message = False, " ".join(str(error).split())[:80]
+            is_usable, message = False, " ".join(str(error).split())[:80]
             problem = (
                 f"load_model: this machine has no device for map_location={str(location)!r} "
                 f"({message})"
             )
-        if not usable:
+        if not is_usable:
             allowed = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
             raise UsageError(problem, allowed, "use map_location='cpu'")
 
 
 def hyperparameters_in(file: Path) -> dict[str, Any]:
-    """Read hyperparameters from a .yaml or .csv file, as Lightning's loggers write it."""
+    """Read hyperparameters from a .yaml or .csv file, as Lightning's loggers write it.
+
+    Raises:
+        UsageError: the file has another suffix, or holds no mapping.
+        MissingFileError: it does not exist.
+    """
     readers = {
         ".csv": saving.load_hparams_from_tags_csv,
         ".yml": saving.load_hparams_from_yaml,
@@ -143,7 +155,16 @@ def hyperparameters_in(file: Path) -> dict[str, Any]:
 def load_from_argv(
     argv: list[str], command: str, any_task: bool = False
 ) -> tuple[TaskModule, Path, list[tuple[str, str]]]:
-    """Load the model of the checkpoint in `--ckpt_path`; also return its path and other flags."""
+    """Load the model of the checkpoint in `--ckpt_path`.
+
+    Args:
+        argv: the command and its flags.
+        command: generate or export, which is also the method that the task must have.
+        any_task: whether the task needs no such method.
+
+    Returns:
+        The model, the path of the checkpoint, and the other flags as (name, value).
+    """
     argv, trusted = split_trust_flags(argv)
     path, typed_flags = checkpoint_from_argv(argv, command)
     task = find_task_class(path, trusted)
@@ -159,7 +180,18 @@ def load_from_argv(
 
 
 def checkpoint_from_argv(argv: list[str], command: str) -> tuple[Path, list[tuple[str, str]]]:
-    """Return the verified path of the checkpoint in `--ckpt_path`, and the other flags."""
+    """Return the path of the checkpoint in `--ckpt_path`, and the other flags as (name, value).
+
+    `auto`, `last`, `best` and names of runs are resolved to a file. All checksums are verified.
+
+    Args:
+        argv: the command and its flags.
+        command: generate or export.
+
+    Raises:
+        UsageError: `--ckpt_path` is missing, or there is no such checkpoint.
+        CheckpointError: the checkpoint is damaged.
+    """
     suggested = "folder" if command == "export" else "prompt"
     typed_flags = method_flags.parse_flags(argv[1:], suggested)
     request = dict(typed_flags).get("ckpt_path")
@@ -176,6 +208,7 @@ def checkpoint_from_argv(argv: list[str], command: str) -> tuple[Path, list[tupl
     if request in ("auto", "last", "best"):
 
         def accepts(class_path: str) -> bool:
+            # Only a known task without the method `generate` is passed over.
             known_task = list_tasks().get(class_path.rpartition(".")[2])
             return known_task is None or command != "generate" or hasattr(known_task, command)
 
@@ -203,25 +236,35 @@ def list_tasks() -> dict[str, type[TaskModule]]:
 
 
 def find_task_class(path: Path, trust: Iterable[str] = ()) -> type[TaskModule]:
-    """Return the class whose weights a checkpoint holds, from its saved config or class name."""
+    """Return the class whose weights a checkpoint holds, from its saved config or class name.
+
+    Args:
+        path: the checkpoint.
+        trust: packages or modules outside of Ravine that may be imported.
+
+    Raises:
+        UsageError: the class is not trusted, or is not a task.
+    """
     checkpoint = load_metadata(path)
     config = saved_config_of(checkpoint, path).get("model") or {}
+    # A command saves the dotted path of the class; a script only its name.
     name = config.get("class_path") or checkpoint.get("task", "")
     name = name if isinstance(name, str) else ""
-    module, _, last = name.rpartition(".")
+    module, _, class_name = name.rpartition(".")
     if module and not module.startswith("ravine."):
         TrustPolicy(trust).require_admitted(name, f"model in {path}")
-        task_class = getattr(import_module(module), last, None)
+        task_class = getattr(import_module(module), class_name, None)
         if isinstance(task_class, type) and issubclass(task_class, TaskModule):
             return task_class
-    imported = [c for c in imported_subclasses(TaskModule) if c.__name__ == last]
-    if last not in list_tasks() and not module and len(imported) == 1:
+    # a task of a script, which has imported its class
+    imported = [c for c in imported_subclasses(TaskModule) if c.__name__ == class_name]
+    if class_name not in list_tasks() and not module and len(imported) == 1:
         return imported[0]
-    if last not in list_tasks():
+    if class_name not in list_tasks():
         raise UsageError(
             f"{path} contains the weights of {name or 'another program'}, which is not a task",
-            sort_by_similarity(last, list_tasks()),
+            sort_by_similarity(class_name, list_tasks()),
             hint="load the checkpoint of one of these tasks",
             flag="--ckpt_path=ANOTHER",
         )
-    return list_tasks()[last]
+    return list_tasks()[class_name]

@@ -78,10 +78,11 @@ def run_command(argv: list[str]) -> int:
         error = error_report.unwrap_error(raised)
         status = error_report.exit_status(error)
         if status is None:
-            sharding = as_sharding_error(error)
-            if sharding is None:
+            # an error of torch for a module that a strategy cannot shard
+            sharding_error = as_sharding_error(error)
+            if sharding_error is None:
                 raise error from error.__cause__
-            error, status = sharding, 2
+            error, status = sharding_error, 2
         if os.environ.get("RAVINE_DEBUG"):
             traceback.print_exc()
         error_report.print_error(error_report.message_of(error, args))
@@ -122,7 +123,11 @@ def find_command(argv: list[str]) -> str:
 
 
 def split_argv(argv: list[str]) -> tuple[str, list[str], list[str]]:
-    """Return the command, the names of the configs in order, and the other arguments in order."""
+    """Return the command, the names of the configs in order, and the other arguments in order.
+
+    Raises:
+        UsageError: no command is given, or it is not known.
+    """
     configs, other_words = [], []
     remaining = iter(argv)
     for word in remaining:
@@ -134,9 +139,8 @@ def split_argv(argv: list[str]) -> tuple[str, list[str], list[str]]:
             other_words.append(word)
     command = next((word for word in other_words if word in COMMANDS), None)
     if command is None:
-        unknown_command = (
-            other_words[0] if other_words and not other_words[0].startswith("-") else ""
-        )
+        first_word = other_words[0] if other_words else ""
+        unknown_command = "" if first_word.startswith("-") else first_word
 
         def suggested_command(name: str) -> str:
             kept_words = [word for word in argv if word != unknown_command]
@@ -222,7 +226,7 @@ def hold_sigusr1() -> Iterator[None]:
         yield
     finally:
         if signal.SIGUSR1 in signal.sigpending():
-            signal.sigwait({signal.SIGUSR1})
+            signal.sigwait({signal.SIGUSR1})  # takes the signal, so that it is not delivered
         signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
 
 
@@ -230,6 +234,12 @@ def import_command(module: str) -> ModuleType:
     """Import the module of a command, and with it torch: four seconds, and far more on a cold disk.
 
     On a terminal a line shows this, and is erased after the import.
+
+    Args:
+        module: the dotted path of the module.
+
+    Raises:
+        UsageError: torchvision does not fit the installed torch.
     """
     shows_notice = (
         sys.stderr.isatty() and "LOCAL_RANK" not in os.environ and module not in sys.modules
@@ -248,7 +258,7 @@ def import_command(module: str) -> ModuleType:
         ) from error
     finally:
         if shows_notice:
-            sys.stderr.write("\r\x1b[2K")
+            sys.stderr.write("\r\x1b[2K")  # to the start of the line; erase it
             sys.stderr.flush()
 
 

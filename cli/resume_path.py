@@ -34,7 +34,15 @@ def iter_values(argv: list[str]) -> Iterator[ConfigValue]:
 
 
 def resolve_argv(argv: list[str]) -> tuple[list[str], Path | None]:
-    """Return the arguments with the run name and checkpoint path filled in, and that path."""
+    """Return the arguments with the run name and checkpoint path filled in, and that path.
+
+    Args:
+        argv: the command and its arguments.
+
+    Returns:
+        The arguments, in which `--ckpt_path` names a file, and its path. The path is None without a
+        checkpoint, also if `auto` finds none.
+    """
     values: dict[str, Any] = {value.key: value.value for value in iter_values(argv)}
     configs = [word.partition("=")[2] for word in argv if word.startswith("--config=")]
     if "trainer.name" not in values and configs:
@@ -44,7 +52,7 @@ def resolve_argv(argv: list[str]) -> tuple[list[str], Path | None]:
     root = str(values.get("trainer.default_root_dir", "runs"))
     names_run = isinstance(request, str) and bool(index.split_run_request(request, Path(root)))
     if request not in ("auto", "last", "best") and not names_run:
-        call_on_rank_zero(None)
+        call_on_rank_zero(None)  # tells ranks that wait for a path that their commands differ
         return argv, Path(request) if request else None
 
     def find_path() -> str | None:
@@ -69,12 +77,15 @@ def _accepts_class_of(model: Any) -> Callable[[str], bool]:
 def find_in_run(request: str, root: str) -> Path:
     """Return the newest or the best checkpoint of a run that is given by its name.
 
+    Args:
+        request: the name of the run, with "/best" at the end for its best checkpoint.
+        root: the folder of all runs.
+
     Raises:
         UsageError: no run has that name, or it has no such checkpoint.
     """
     folder, wants_best = index.split_run_request(request, Path(root)) or (Path(request), False)
-    for time_and_path in sorted(list_checkpoints(folder / "checkpoints"), reverse=True):
-        path = time_and_path[1]
+    for _time, path in sorted(list_checkpoints(folder / "checkpoints"), reverse=True):
         if find_damage(path) is None:
             chosen = find_best(path) if wants_best else path
             rank_zero_only(print)(f"--ckpt_path {request}: {chosen}")
@@ -126,16 +137,17 @@ def find_latest(
     """
     folder = Path(root, name or "")
     print_once = rank_zero_only(print)
-    for path, run in iter_checkpoints(folder, name):
+    for path, required_name in iter_checkpoints(folder, name):
+        # `reason`: why the checkpoint cannot be used, or None
         reason, checkpoint_run_name, class_path = _inspect_checkpoint(path)
-        if name is None and reason is None and class_path and not accepts(class_path):
-            continue
-        if run is not None and reason is None and checkpoint_run_name not in (None, run):
-            continue  # runs of several names share the folder
         if reason is None:
-            path = find_best(path) if request == "best" else path
-            print_once(f"--ckpt_path {request}: {path}")
-            return path
+            if name is None and class_path and not accepts(class_path):
+                continue  # a checkpoint of another model
+            if required_name is not None and checkpoint_run_name not in (None, required_name):
+                continue  # runs of several names share the folder
+            chosen = find_best(path) if request == "best" else path
+            print_once(f"--ckpt_path {request}: {chosen}")
+            return chosen
         if request in ("last", "best"):
             raise UsageError(
                 f"the last checkpoint, {path}, cannot be used: {reason}",
@@ -160,19 +172,18 @@ def iter_checkpoints(folder: Path, name: str | None) -> Iterator[tuple[Path, str
     A run with a separate checkpoint folder lists it in CHECKPOINT_FOLDERS_FILE. That folder may
     contain files of other runs, so their run name must be verified.
     """
-    info_by_path: dict[Path, tuple[int, str | None]] = {}
+    info_by_path: dict[Path, tuple[int, str | None]] = {}  # time, and the name to verify
     for run in _iter_runs(folder, name):
         for checkpoint_folder in external_checkpoint_folders(run):
             for time, path in list_checkpoints(checkpoint_folder):
                 info_by_path.setdefault(path, (time, name))
         for time, path in list_checkpoints(run / "checkpoints"):
             info_by_path[path] = time, None
-    for path in sorted(
-        info_by_path,
-        key=lambda path: (info_by_path[path][0], str(path)),
-        reverse=True,
-    ):
-        yield path, info_by_path[path][1]
+    newest_first = sorted(
+        info_by_path.items(), key=lambda item: (item[1][0], str(item[0])), reverse=True
+    )
+    for path, (_time, required_name) in newest_first:
+        yield path, required_name
 
 
 def _iter_runs(folder: Path, name: str | None) -> Iterator[Path]:

@@ -301,7 +301,11 @@ class Trainer(L.Trainer):
             )
 
     def _make_logger(self, logger: Logger | LoggerName, folder: str) -> Logger:
-        """Build a logger by name for the run directory; a Logger object is returned unchanged."""
+        """Build a logger by name for the run directory; a Logger object is returned unchanged.
+
+        In a run that is resumed in its own directory, csv and tensorboard drop what was logged
+        after the steps that it keeps.
+        """
         root, version = os.path.split(folder)
         name = os.path.relpath(folder, self.default_root_dir)
         match logger:

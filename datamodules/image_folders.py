@@ -89,10 +89,11 @@ class FolderContents(NamedTuple):
 def read_image_folder(
     folder: Path, mode: ColorMode = "auto", resize: ImageSize | None = None
 ) -> FolderContents:
-    """Read a folder of images.
+    """Read a folder of images: split it, label the images by subfolder, and decode them.
 
     Args:
-        folder: the folder, in one of the layouts listed at the top of this file.
+        folder: the folder, in one of the layouts listed at the top of this file: a subfolder per
+            class, train/val/test with such subfolders, or images of one class.
         mode: `auto` takes 8-bit gray or RGB as stored and rejects a mixture. `gray` and `rgb`
             convert: transparent pixels are blended with white, 16-bit images keep the upper 8 bits.
         resize: rows and columns; every image is scaled and center-cropped to this size.
@@ -326,7 +327,8 @@ def find_idx_files(source: Path) -> IdxFiles | None:
     Raises:
         UsageError: a folder holds several datasets.
     """
-    if source.is_file() and (match := IDX_FILE_PATTERN.fullmatch(source.name)):  # one of the files
+    if source.is_file() and (match := IDX_FILE_PATTERN.fullmatch(source.name)):
+        # one of the files: use all files with its prefix, or the folder if it has none
         source = source.parent / (match["set"] or "")
     folders = [source, source / "raw"] if source.is_dir() else [source.parent]
     for folder in folders:

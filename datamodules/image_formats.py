@@ -253,7 +253,11 @@ class ImageReader:
         return f"use {' and '.join(hints)}", " ".join(flags)
 
     def _read_file(self, path: Path) -> tuple[Any, ImageFormat]:
-        """Return the pixels, uint8 (y x) or (y x 3), and their format."""
+        """Return the pixels, uint8 (y x) or (y x 3), and their format.
+
+        Raises:
+            UsageError: the file is no image, is damaged, or is of a format that is not supported.
+        """
         if not path.is_file():  # opening a pipe would block
             raise UsageError(
                 f"{path} is not a regular file", ["files and folders"], "remove it from the folder"

@@ -240,10 +240,18 @@ class ImageDataModule(BaseDataModule):
         return splits, str(folder), notes
 
     def _load_predict_images(self, path: Path) -> ImageSet:
-        """Read the images to predict; their shape must be that of the training images."""
+        """Read the images to predict; their shape must be that of the training images.
+
+        Args:
+            path: an image file, or a folder of images.
+
+        Raises:
+            UsageError: an image cannot be read or has another shape.
+        """
         images, notes = read_images(path, self.mode, self.resize)
-        actual_shape = (images.images.shape[1], *images.images.shape[2:])
-        if actual_shape != (expected_shape := (self.channels, *self.image_size)):
+        actual_shape = tuple(images.images.shape[1:])  # (c, y, x)
+        expected_shape = (self.channels, *self.image_size)
+        if actual_shape != expected_shape:
             mode = "gray" if self.channels == 1 else "rgb"
             raise UsageError(
                 f"{path} holds images of {actual_shape[1]}x{actual_shape[2]}x{actual_shape[0]} "

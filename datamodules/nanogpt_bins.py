@@ -59,7 +59,7 @@ def read_nanogpt_bins(
         _check_token_width(file, array)
     is_dtype_known = dtype is not None or "dtype" in meta
     token_ranges = [
-        _cached_token_range(file, array) for file, array in zip(files, arrays, strict=True)
+        _load_or_compute_token_range(file, array) for file, array in zip(files, arrays, strict=True)
     ]
     largest = max(high for _, high in token_ranges)
     known_tokenizer = _resolve_tokenizer(
@@ -115,7 +115,7 @@ def _resolve_tokenizer(
     if vocab_size is not None:
         return NumberTokenizer(vocab_size)
     if "itos" in meta:
-        return _char_tokenizer(meta["itos"], meta_path)
+        return _make_char_tokenizer(meta["itos"], meta_path)
     tokenizer_file = folder / "tokenizer.json"
     if tokenizer_file.is_file():
         return FileTokenizer.from_file(tokenizer_file)
@@ -157,7 +157,7 @@ def _read_meta(folder: Path) -> tuple[dict[str, Any], Path]:
 
 
 def _parse_meta(meta_path: Path) -> tuple[Any, str]:
-    """Return the content of a meta file and the problem that it has, or ""."""
+    """Return the content of a meta.pkl or meta.json and the problem that it has, or ""."""
     if meta_path.stat().st_size > MAX_META_BYTES:
         return None, f"it has more than {MAX_META_BYTES:,} bytes"
     try:
@@ -200,8 +200,16 @@ def _meta_dtype(meta: dict[str, Any], meta_path: Path) -> str:
     return name
 
 
-def _char_tokenizer(itos: Any, meta_path: Path) -> CharTokenizer:
-    """Build the character tokenizer of nanoGPT's meta.pkl."""
+def _make_char_tokenizer(itos: Any, meta_path: Path) -> CharTokenizer:
+    """Build the character tokenizer of nanoGPT's meta.pkl.
+
+    Args:
+        itos: the character of each id, from 0: a dictionary or a list.
+        meta_path: the path of the file, for errors.
+
+    Raises:
+        UsageError: `itos` is no such table, or its characters are not sorted.
+    """
     try:
         characters = [itos[number] for number in range(len(itos))]
         tokenizer = CharTokenizer(characters)
@@ -263,7 +271,7 @@ def _check_token_width(file: Path, array: np.ndarray) -> None:
         )
 
 
-def _cached_token_range(file: Path, array: np.ndarray) -> tuple[int, int]:
+def _load_or_compute_token_range(file: Path, array: np.ndarray) -> tuple[int, int]:
     """Return the smallest and the largest token of a file; the range of a long file is cached."""
     state = file.stat()
     key = f"{file.resolve()} {state.st_size} {state.st_mtime_ns} {array.dtype}"

@@ -221,7 +221,14 @@ class PromptDataModule(BaseDataModule):
 
 
 def read_prompt_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the objects of JSON files; each needs a prompt, and all must have the same columns."""
+    """Read the objects of JSON files; each needs a prompt, and all must have the same columns.
+
+    Args:
+        path: a file (.jsonl, .ndjson, .json), or a folder of such files.
+
+    Raises:
+        UsageError: a row is malformed, or there are fewer than two.
+    """
     prompts: list[dict[str, Any]] = []
     for location, row in read_json_rows(path, '{"prompt": "Q: ", "answer": "A"}'):
         prompt = row.get("prompt")

@@ -141,7 +141,7 @@ def _parse_rows(lines: list[str], name: str, delimiter: str) -> list[tuple[int, 
             raise UsageError(
                 f"{name}, line {reader.line_num}: {error}", ["a CSV row"], "correct the line"
             ) from None
-        if rows:  # an unclosed quote puts the rest of the file into one cell
+        if rows:  # an unclosed quote puts the rest of the file into one cell of the last row
             try:
                 list(csv.reader(lines[last_start:], delimiter=delimiter, strict=True))
             except csv.Error as error:

@@ -38,7 +38,8 @@ class FileTokenizer(Tokenizer):
 
         Args:
             json_text: the JSON text; its truncation and padding are not used.
-            eos_token: the special token that ends a text, by name.
+            eos_token: the special token that ends a text, by name; by default the first of
+                EOS_CANDIDATES that the tokenizer has.
             special_tokens: how special tokens in a text are read.
         """
         import tokenizers
@@ -175,17 +176,22 @@ class FileTokenizer(Tokenizer):
 
         The end-of-text token is the eos_token of a tokenizer_config.json in the folder, or else the
         special token with one of the names in EOS_CANDIDATES.
+
+        Args:
+            path: the file or the folder.
+            special_tokens: how special tokens are read in a text: as_text, allow or error.
+
+        Raises:
+            MissingFileError: there is no such file.
+            UsageError: the file is not a tokenizer.
         """
         resolved_path = Path(path).expanduser()
-        folder = resolved_path if resolved_path.is_dir() else resolved_path.parent
-        file = resolved_path / "tokenizer.json" if resolved_path.is_dir() else resolved_path
-        merge_files = folder / "vocab.json", folder / "merges.txt"
-        if (
-            resolved_path.is_dir()
-            and not file.is_file()
-            and all(merge_file.is_file() for merge_file in merge_files)
-        ):
-            return cls(_bpe_json_from_files(*merge_files), _read_eos_token(folder), special_tokens)
+        is_folder = resolved_path.is_dir()
+        folder = resolved_path if is_folder else resolved_path.parent
+        file = resolved_path / "tokenizer.json" if is_folder else resolved_path
+        older_files = folder / "vocab.json", folder / "merges.txt"  # GPT-2's
+        if is_folder and not file.is_file() and all(path.is_file() for path in older_files):
+            return cls(_read_bpe_files(*older_files), _read_eos_token(folder), special_tokens)
         if not file.is_file():
             raise MissingFileError(
                 f"there is no tokenizer at {resolved_path}",
@@ -284,7 +290,7 @@ def _make_bpe_json(
     return json.dumps(content, ensure_ascii=False)
 
 
-def _bpe_json_from_files(vocab_file: Path, merges_file: Path) -> str:
+def _read_bpe_files(vocab_file: Path, merges_file: Path) -> str:
     """Return the tokenizer.json for a vocab.json and a merges.txt, GPT-2's older files."""
     try:
         vocab = json.loads(vocab_file.read_text(encoding="utf-8-sig"))

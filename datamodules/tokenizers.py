@@ -402,11 +402,17 @@ def load_gpt2_tokenizer(special_tokens: SpecialTokenMode = "as_text") -> BPEToke
     """Load GPT-2's byte pair encoding through tiktoken, which caches it in TIKTOKEN_CACHE_DIR.
 
     If the variable is not set, the folder tiktoken of DATA_ROOT is used if it exists.
+
+    Args:
+        special_tokens: how the end-of-text token is read in a text: as_text, allow or error.
+
+    Raises:
+        DatasetNotFound: the files are neither in a folder nor available from the network.
     """
     import tiktoken
 
     cache_dir = Path(os.environ.get("DATA_ROOT", "")).expanduser() / "tiktoken"
-    if os.environ.get("DATA_ROOT") and cache_dir.is_dir():
+    if os.environ.get("DATA_ROOT") and cache_dir.is_dir():  # tiktoken reads only the variable
         os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(cache_dir))
     try:
         encoding = tiktoken.get_encoding("gpt2")
@@ -422,6 +428,7 @@ def load_gpt2_tokenizer(special_tokens: SpecialTokenMode = "as_text") -> BPEToke
             "run once with a network, or use tokenizer='bytes'",
             flag="--data.tokenizer=bytes",
         ) from error
+    # the end-of-text token has the last id
     ranked_tokens = [encoding.decode_single_token_bytes(n) for n in range(encoding.eot_token)]
     return BPETokenizer(ranked_tokens, special_tokens)
 

@@ -72,9 +72,10 @@ def fsync(path: Path) -> None:
 
 
 def _open_temp_file(folder: Path) -> tuple[Path, IO[bytes]]:
-    """Create a temporary file, locked while it is open: see `_remove_stale_temp_files`.
+    """Create and open a temporary file, which is locked until it is closed.
 
-    Another writer may remove it between creation and locking. Then another file is created.
+    A writer removes the temporary files that are not locked, because their writers were killed. It
+    may remove the new file between its creation and its locking. Then another file is created.
     """
     for attempt in range(20):
         path = folder / f".tmp-{uuid.uuid4().hex}"

@@ -37,13 +37,23 @@ RUN_KEYS = (  # checkpoint entries of the run and of the transforms, not of the 
 
 
 def run_argv(argv: list[str]) -> int:
-    """Load the checkpoint and save it merged or by the task's `export`; print the written files."""
+    """Load the checkpoint and save it merged or by the task's `export`; print the written files.
+
+    Args:
+        argv: "export" and its flags. `--merge` and `--quantize=SCHEME` save the weights with the
+            adapters merged; other flags are arguments of the method `export` of the task.
+
+    Returns:
+        The exit status.
+    """
+    # joins the files of a sharded checkpoint into one, without building the model
     if any(word.startswith("--consolidate") for word in argv):
         return consolidate(*checkpoint_from_argv(argv, "export"))
     should_merge = "--merge" in argv
     argv = [word for word in argv if word != "--merge"]
     is_merged = should_merge or any(word.startswith("--quantize") for word in argv)
     module, path, typed_flags = load_from_argv(argv, "export", any_task=is_merged)
+    # the task's method; None if `save_merged` writes the files
     method: Any = None if is_merged else module.export  # type: ignore[assignment]
     flags = MERGE_FLAGS if is_merged else method_flags.method_flags(method)
     arguments = method_flags.convert_flags(typed_flags, flags, "export")
@@ -74,8 +84,12 @@ def _save_export(
 
 
 def merge_adapters(module: TaskModule) -> list[str]:
-    """Merge the LoRA adapters and dequantize all layers; return the names of the merged layers."""
-    tied_names = _tied_names(module)
+    """Merge the LoRA adapters and dequantize all layers; return the names of the merged layers.
+
+    Raises:
+        UsageError: two names of one tied weight have different values after the merge.
+    """
+    tied_names = _tied_names(module)  # pairs of names; found before the merge changes the layers
     names = merge_lora(module)
     for layer in module.modules():
         if hasattr(layer, "dequantize"):
@@ -98,7 +112,18 @@ def save_merged(
     requires_adapters: bool,
     quantization_scheme: str | None,
 ) -> str:
-    """Save model.ckpt and model.safetensors in a folder, in float or in the quantization scheme."""
+    """Save model.ckpt and model.safetensors in a folder, in float or in a quantization scheme.
+
+    Args:
+        module: the loaded model, which is changed: adapters are merged, layers quantized.
+        path: its checkpoint; all but the state of the run is copied to model.ckpt.
+        folder: the output folder.
+        requires_adapters: whether a model without adapters is an error.
+        quantization_scheme: the scheme, such as int8; None for float.
+
+    Returns:
+        The written files, for the output.
+    """
     if requires_adapters and not lora_layers(module):
         raise UsageError(
             f"{path} has no adapters to merge",
@@ -114,7 +139,7 @@ def save_merged(
     checkpoint = AtomicCheckpointIO().load_checkpoint(path)
     checkpoint = {key: value for key, value in checkpoint.items() if key not in RUN_KEYS}
     config = checkpoint.get("ravine", {}).get("config")
-    if config:
+    if config:  # the saved weights no longer need the callbacks that transform the net
         checkpoint["ravine"]["config"] = remove_transforms(config)
     if quantization_scheme is not None:
         quantization = Quantization(quantization_scheme)  # pyright: ignore[reportArgumentType]

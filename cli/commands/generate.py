@@ -28,10 +28,18 @@ PROMPT_FILE, PROMPT_FLAG = "a text file with one prompt per line", "--prompt_fil
 
 
 def run_argv(argv: list[str]) -> int:
-    """Load the checkpoint, call `generate` with the given flags, and print or save the samples."""
+    """Load the checkpoint, call `generate` with the given flags, and print or save the samples.
+
+    Args:
+        argv: "generate", `--ckpt_path`, and flags for the arguments of the task's method
+            `generate`.
+
+    Returns:
+        The exit status.
+    """
     module, _, typed_flags = load_from_argv(argv, "generate")
     flags = method_flags.method_flags(module.generate)  # type: ignore[arg-type]
-    is_text = "prompt" in flags
+    is_text = "prompt" in flags  # the method of a model of texts has this argument
     extra_flags = TEXT_FLAGS if is_text else IMAGE_FLAGS
     flags |= {
         name: method_flags.MethodFlag(flag_type, None) for name, flag_type in extra_flags.items()
@@ -70,9 +78,17 @@ def select_device(name: str | None) -> torch.device:
 def save_images(
     module: TaskModule, arguments: dict[str, Any], file: str | None, folder: str | None
 ) -> None:
-    """Save generated images as one grid, and with `folder` also each image as a file."""
+    """Generate images and save them as one grid, and with `folder` also each image as a file.
+
+    Args:
+        module: a model whose method `generate` returns an image grid.
+        arguments: the arguments of that method.
+        file: path of the grid; by default a new samples.png, samples_1.png, ...
+        folder: a new or empty folder for the single images, or None.
+    """
+    # The paths are checked before the samples are generated, which may take minutes.
     file = unused_path("samples", ".png") if file is None else file
-    get_pillow_format(file)
+    get_pillow_format(file)  # raises an error for an unknown suffix
     output_path.check_writable(file, "file", is_file=True)
     if folder is not None:
         if Path(folder).is_dir() and any(Path(folder).iterdir()):
@@ -130,7 +146,12 @@ def _decode_line(line: bytes, file: Path, number: int) -> str:
 
 
 def print_texts(module: TaskModule, arguments: dict[str, Any]) -> None:
-    """Print a single text as a stream while it is generated, and several texts at the end."""
+    """Generate texts; print a single text while it is generated, and several texts at the end.
+
+    Args:
+        module: a model whose method `generate` returns texts.
+        arguments: the arguments of that method.
+    """
     method: Any = module.generate
     prompt = arguments.get("prompt", method_flags.method_flags(method)["prompt"].default)
     prompt = getattr(module, "default_prompt", None) if prompt is None else prompt

@@ -26,28 +26,24 @@ class MethodFlag(NamedTuple):
 
 
 def method_flags(method: Callable[..., Any]) -> dict[str, MethodFlag]:
-    """Return the arguments of a method that can be set by flags: numbers, texts, choices."""
+    """Return the arguments of a method that can be set by flags, by name.
+
+    These are the arguments whose type hint is int, float, str, a Literal of texts, or a union with
+    one of them. An argument that also accepts a Sequence is a flag that can be repeated.
+    """
     hints, flags_by_name = get_type_hints(method), {}
     for name, parameter in inspect.signature(method).parameters.items():
         hint = hints.get(name)
-        member_types = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-        member_type = next(
-            (member_type for member_type in (int, float, str) if member_type in member_types), None
-        )
-        is_repeatable = any(get_origin(member_type) is Sequence for member_type in member_types)
-        choices = next(
-            (
-                get_args(member_type)
-                for member_type in member_types
-                if get_origin(member_type) is Literal
-            ),
-            (),
-        )
+        members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        plain_type = next((t for t in (int, float, str) if t in members), None)
+        is_repeatable = any(get_origin(member) is Sequence for member in members)
+        literals = (get_args(member) for member in members if get_origin(member) is Literal)
+        choices = next(literals, ())
         if choices:
             flags_by_name[name] = MethodFlag(str, parameter.default, choices)
-        elif member_type is not None:
+        elif plain_type is not None:
             flags_by_name[name] = MethodFlag(
-                member_type, parameter.default, is_repeatable=is_repeatable
+                plain_type, parameter.default, is_repeatable=is_repeatable
             )
     return flags_by_name
 
@@ -75,7 +71,16 @@ def parse_flags(argv: Iterable[str], suggested: str = "prompt") -> list[tuple[st
 def convert_flags(
     typed_flags: list[tuple[str, str]], flags_by_name: dict[str, MethodFlag], command: str
 ) -> dict[str, Any]:
-    """Convert flag values to their types: the last value is used, repeatable texts form a list."""
+    """Convert flag values to their types: the last value is used, repeatable texts form a list.
+
+    Args:
+        typed_flags: the flags and values as typed.
+        flags_by_name: the flags of the command.
+        command: the command, for errors.
+
+    Raises:
+        UsageError: a flag is not known, or a value has the wrong type.
+    """
     values: dict[str, Any] = {}
     for name, text in typed_flags:
         if name not in flags_by_name:
@@ -86,6 +91,7 @@ def convert_flags(
         flag = flags_by_name[name]
         value = convert_value(name, text, flag)
         values[name] = [*values.get(name, []), value] if flag.is_repeatable else value
+    # a repeatable flag that is given once is a single value
     return {
         name: v[0] if flags_by_name[name].is_repeatable and len(v) == 1 else v
         for name, v in values.items()

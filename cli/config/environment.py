@@ -18,6 +18,11 @@ def check_env_vars(environ: Mapping[str, str], command: str, commands: Collectio
     The parser reads PL_<COMMAND>__<KEY>. Lightning's documentation names PL_TRAINER__<KEY>, which a
     program with subcommands ignores: a run of ten steps became one of a thousand epochs. The
     parser, which knows the keys, checks the part after PL_<COMMAND>__.
+
+    Args:
+        environ: the environment variables.
+        command: the command that runs, for suggestions.
+        commands: all commands.
     """
     for name in sorted(environ):
         if not name.startswith(("PL_", "RAVINE_")) or name in KNOWN_VARIABLES:

@@ -34,25 +34,36 @@ DEFAULT_CLASSES = {
     "data": "NAME",
     "trainer.strategy": "MeshStrategy",
 }  # class to suggest, by argument
+# base classes of an argument, each with the number of arguments that the code supplies
 ClassChoices = list[tuple[type, int]]
 
 
 def parse_argv(parser: ArgumentParser, argv: list[str]) -> Namespace:
-    """Parse the arguments of a command, or raise an error that names the wrong one."""
+    """Parse the arguments of a command, or raise an error that names the wrong one.
+
+    Args:
+        parser: the parser of all commands.
+        argv: the command and its arguments.
+
+    Raises:
+        UsageError: an argument, a value or a variable is wrong.
+    """
     finder = ConfigErrorFinder(parser, argv[0])
     for config_value in from_env(argv[0]):  # the parser ignores unknown variables
         finder.check_variable(config_value)
     try:
         config = parser.parse_args(argv)
     except argparse.ArgumentError as error:
-        finder.check_argv(argv)
+        finder.check_argv(argv)  # raises an error, unless an argument is missing
         chosen_classes = [
             (key, chosen_class) for key, (chosen_class, _) in finder.chosen_classes.items()
         ]
         raise missing_argument(str(error), argv[0], chosen_classes) from error
     trainer = config[argv[0]].get("trainer")
     if trainer is not None and isinstance(trainer.get("callbacks"), Namespace):
-        trainer["callbacks"] = [trainer["callbacks"]]  # or its constructor's error is lost
+        # A single callback is put into a list. Otherwise its constructor's error is lost.
+        trainer["callbacks"] = [trainer["callbacks"]]
+    # Lightning resolves these names later, so the parser accepts any.
     for key, names in registered_names().items():
         if isinstance(name := config[argv[0]].get(key), str) and name.lower() not in names:
             finder.check_argv(argv)
@@ -76,9 +87,8 @@ class ConfigErrorFinder:
         self.parser = parser._subcommands_action._name_parser_map[command]  # type: ignore
         self.parser.allow_abbrev = False  # otherwise max_step would silently mean max_steps
         self.command = command
-        self.chosen_classes: dict[
-            str, tuple[type, int]
-        ] = {}  # by key: the class and the number of supplied arguments
+        # by key: the class and the number of supplied arguments
+        self.chosen_classes: dict[str, tuple[type, int]] = {}
 
     def check_argv(self, argv: list[str]) -> None:
         """Check the environment variables, then the configs and flags."""
@@ -110,19 +120,24 @@ class ConfigErrorFinder:
             config_value: the value
         """
         actions = [a for a in parser._actions if not f".{a.dest}".endswith(".help")]
-        hints = {action.dest: getattr(action, "_typehint", None) for action in actions}
+        hints = {action.dest: getattr(action, "_typehint", None) for action in actions}  # by key
+        # "data.init_args.batch_size" has the segments data, batch_size and the prefixes "", "data",
+        # "data.batch_size". A section is a prefix with arguments below it, such as "trainer".
         segments = [p.removesuffix("+") for p in key.split(".") if p not in ("init_args", "help")]
         prefixes = [".".join(segments[:n]) for n in range(len(segments) + 1)]
         sections = {start for start in prefixes if any(d.startswith(f"{start}.") for d in hints)}
+        # the longest prefix that the parser has; "" if it has none
         matched_prefix = next(s for s in reversed(prefixes) if s in hints or s in sections or not s)
         remaining = segments[len(matched_prefix.split(".")) if matched_prefix else 0 :]
         if remaining and (matched_prefix in sections or not matched_prefix):
-            level = {
+            known_names = {
                 d.removeprefix(f"{matched_prefix}.").split(".")[0]
                 for d in hints
                 if d.startswith(matched_prefix)
             }
-            raise self.unknown_argument(owner, matched_prefix, remaining[0], level, config_value)
+            raise self.unknown_argument(
+                owner, matched_prefix, remaining[0], known_names, config_value
+            )
         if matched_prefix in sections:
             for child in config_value.children():
                 self.check_key(parser, owner, f"{key}.{child.name}", child)
@@ -152,14 +167,23 @@ class ConfigErrorFinder:
     def check_value(
         self, hint: Any, key: str, remaining: list[str], config_value: ConfigValue
     ) -> None:
-        """Check a value against the type ``hint`` of the argument ``key``, or of one below it."""
+        """Check a value against the type ``hint`` of the argument ``key``, or of one below it.
+
+        Args:
+            hint: the type hint of the argument; None if it has none.
+            key: the full key of the argument.
+            remaining: the segments of the typed key below ``key``: arguments of its class.
+            config_value: the value.
+
+        Raises:
+            UsageError: the value does not fit.
+        """
         class_choices = typehints.configurable_classes(hint)
-        is_dataclass_hint = bool(class_choices) and dataclasses.is_dataclass(
-            class_choices[0][0]
-        )  # a dataclass needs no class_path
+        # a dataclass needs no class_path
+        is_dataclass_hint = bool(class_choices) and dataclasses.is_dataclass(class_choices[0][0])
         if is_dataclass_hint:
             self.chosen_classes[key] = class_choices[0]
-        if remaining and remaining != ["class_path"]:
+        if remaining and remaining != ["class_path"]:  # an argument of the chosen class
             if key in self.chosen_classes:
                 self.check_key(
                     typehints.class_parser(*self.chosen_classes[key]),
@@ -178,11 +202,11 @@ class ConfigErrorFinder:
             and typehints.accepts_list(hint)
         ):
             for child in config_value.children():
-                self.chosen_classes.pop(key, None)
+                self.chosen_classes.pop(key, None)  # each element chooses its own class
                 self.check_value(typehints.element_type(hint), key, [], child)
         elif class_choices and isinstance(config_value.node, yaml.MappingNode):
             self.check_class_spec(class_choices, key, config_value)
-        elif names := registered_names().get(key):
+        elif names := registered_names().get(key):  # a name of Lightning, or a class
             subclasses_by_name = typehints.subclasses_by_name(
                 candidate for candidate, _ in class_choices
             )
@@ -209,7 +233,16 @@ class ConfigErrorFinder:
     def check_class_spec(
         self, class_choices: ClassChoices, key: str, config_value: ConfigValue
     ) -> None:
-        """Check a mapping that names a class, or adds arguments to the class chosen before."""
+        """Check a mapping that names a class, or adds arguments to the class chosen before.
+
+        Args:
+            class_choices: the base classes that the argument accepts.
+            key: the full key of the argument.
+            config_value: the mapping: class_path and init_args, or arguments alone.
+
+        Raises:
+            UsageError: the mapping has another form, or a value in it does not fit.
+        """
         children = {child.name: child for child in config_value.children()}
         if "class_path" in children:
             self.choose_class(class_choices, key, children["class_path"])
@@ -236,9 +269,18 @@ class ConfigErrorFinder:
     def choose_class(
         self, class_choices: ClassChoices, key: str, config_value: ConfigValue
     ) -> None:
-        """Record the class with a given name; later arguments under this key belong to it."""
-        name, bases = config_value.text, tuple(chosen_class for chosen_class, _ in class_choices)
-        base_names = " or ".join(dict.fromkeys(chosen_class.__name__ for chosen_class in bases))
+        """Record the class with a given name; later arguments under this key belong to it.
+
+        Args:
+            class_choices: the base classes that the argument accepts.
+            key: the full key of the argument.
+            config_value: the name of a known class, or a dotted path.
+
+        Raises:
+            UsageError: no such class exists, or it is not a subclass of a base class.
+        """
+        name, bases = config_value.text, tuple(base for base, _ in class_choices)
+        base_names = " or ".join(dict.fromkeys(base.__name__ for base in bases))
         subclasses_by_name = typehints.subclasses_by_name(bases)
         chosen_class = (
             import_class(config_value, base_names, bases)
@@ -249,13 +291,12 @@ class ConfigErrorFinder:
             raise unknown_class_name(
                 config_value, f"no {base_names} is called {name!r}", subclasses_by_name
             )
+        # forget the class chosen before, and the classes chosen for its arguments
         for stale_key in [k for k in self.chosen_classes if k == key or k.startswith(f"{key}.")]:
             del self.chosen_classes[stale_key]
-        if isinstance(chosen_class, type):
-            self.chosen_classes[key] = (
-                chosen_class,
-                next(n for base_names, n in class_choices if issubclass(chosen_class, base_names)),
-            )
+        if isinstance(chosen_class, type):  # not a function
+            num_supplied = next(n for base, n in class_choices if issubclass(chosen_class, base))
+            self.chosen_classes[key] = chosen_class, num_supplied
 
 
 def unknown_class_name(
@@ -273,12 +314,25 @@ def unknown_class_name(
 
 
 def import_class(config_value: ConfigValue, base_names: str, bases: tuple[type, ...]) -> Any:
-    """Import the class at a dotted path, which must be a subclass of one of ``bases``."""
+    """Import the class at a dotted path, which must be a subclass of one of ``bases``.
+
+    Args:
+        config_value: the value with the dotted path.
+        base_names: the names of the bases, for errors.
+        bases: the allowed base classes.
+
+    Returns:
+        The class, or a function that builds an object.
+
+    Raises:
+        UsageError: the import fails, or the module has no such class.
+    """
     path, _, name = config_value.text.rpartition(".")
     try:
         module = importlib.import_module(path)
     except Exception as error:  # importing a user's file may raise any error
         missing = isinstance(error, ModuleNotFoundError) and error.name
+        # the module itself or a package of its path, not a module that its code imports
         if missing and f"{path}.".startswith(f"{missing}."):
             if os.path.isfile(config_value.text):  # a config that the parser could not read
                 presets.check_config_file(config_value.text)
@@ -293,7 +347,7 @@ def import_class(config_value: ConfigValue, base_names: str, bases: tuple[type, 
         raise UsageError(
             f"{config_value.location}: {reason}", flag=f'python -c "import {path}"'
         ) from error
-    classes_by_name = {
+    classes_by_name = {  # for suggestions
         k: v for k, v in vars(module).items() if isinstance(v, type) and issubclass(v, bases)
     }
     imported_class = getattr(module, name, None)

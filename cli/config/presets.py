@@ -23,7 +23,11 @@ def list_presets() -> list[str]:
 
 
 def find_config(name: str) -> str:
-    """Return the path of the config called ``name``; a user's file precedes an installed preset."""
+    """Return the path of the config called ``name``; a user's file precedes an installed preset.
+
+    Raises:
+        UsageError: there is no such config, or it can be read only once.
+    """
     if name == "-" or name.startswith(("/dev/", "/proc/")):
         raise UsageError(
             f"{name} can be read only once, but every process of a run reads the configs",
@@ -53,13 +57,13 @@ def check_checkpoint_exists(argv: list[str]) -> None:
     `auto`, `last`, `best` and names of runs are resolved later.
     """
     roots = [word.partition("=")[2] for word in argv if word.startswith(f"{ROOT_FLAG}=")]
-    root = Path(roots[-1] if roots else "runs")
+    root = Path(roots[-1] if roots else "runs")  # the folder of all runs
     for word, next_word in zip(argv, [*argv[1:], ""], strict=True):
         flag, equals, name = word.partition("=")
         name = name if equals else next_word
         if flag != "--ckpt_path" or name in RESOLVED_LATER or "://" in name or os.path.exists(name):
             continue
-        if index.split_run_request(name, root):
+        if index.split_run_request(name, root):  # the name of a run
             continue
         existing = [str(path) for path in Path(name).parent.glob("*.ckpt")]
         raise unknown_name_error(
@@ -102,7 +106,7 @@ def check_config_file(path: str) -> None:
             )
         text = Path(path).read_text(encoding="utf-8")
         check_yaml_size(text, path)
-        root = yaml.compose(text, yaml.SafeLoader)
+        root = yaml.compose(text, yaml.SafeLoader)  # nodes, which know their lines
         json.dumps(yaml.safe_load(text), default=str)  # rejects tags and recursive anchors
     except UnicodeDecodeError as error:
         reason = f"{path} is not text: byte {error.start} is not UTF-8"
@@ -126,7 +130,7 @@ def check_config_file(path: str) -> None:
             CONFIG_SECTIONS,
             flag="model: NAME",
         )
-    first_lines: dict[str, int] = {}
+    first_lines: dict[str, int] = {}  # line of each top-level key
     for key, value in root.value:
         line = key.start_mark.line + 1
         if key.value in first_lines:
@@ -143,6 +147,10 @@ def check_yaml_size(text: str, name: str) -> None:
     """Raise an error for YAML with too many values before it is built; aliases count in full.
 
     Nine aliases of a list of nine aliases, nine levels deep, are 341 bytes and 400 million values.
+
+    Args:
+        text: the YAML text.
+        name: the file, for errors.
     """
     import yaml
 

@@ -96,19 +96,18 @@ class ConfigSaver(L.Callback):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Add the configuration that rebuilds the model and the data to the checkpoint."""
+        """Add the configuration that rebuilds the model and the data to the checkpoint.
+
+        Lightning calls this on every rank when a checkpoint is saved.
+        """
         saved_values = {key: self.config[key] for key in ("model", "data", "seed_everything")}
         trainer_arguments = self.config["trainer"]
         keys = ("name", "callbacks", *TRAINING_ARGS)
         saved_values |= {
             f"trainer.{key}": trainer_arguments[key] for key in keys if key in trainer_arguments
         }
-        record_format(checkpoint).update(
-            {
-                "config": saved_values,
-                "world_size": trainer.world_size,
-            }
-        )
+        section = record_format(checkpoint)  # checkpoint["ravine"]
+        section.update({"config": saved_values, "world_size": trainer.world_size})
 
 
 def load_saved_config(path: Path) -> Config:
@@ -146,22 +145,32 @@ def extra_argv(
     The source replaces `auto`, which may find other data now. A fit without a config and without
     user callbacks gets all callbacks of the checkpoint. With a config, the callbacks of the config
     are used.
+
+    Args:
+        config: the configuration of the checkpoint.
+        parsed: the configuration of the command.
+        trust: decides which classes of the checkpoint may be imported.
+        source: the path of the checkpoint, for errors.
+        command: the command.
+        typed_keys: the keys that the user gave.
     """
     present_classes = {spec["class_path"] for spec in _callback_specs(parsed)}
     takes_all = command == "fit" and not present_classes and "config" not in typed_keys
     flags = []
+    # A command must not write to the output paths of the run in the checkpoint.
     for spec in map(_without_output_paths, _callback_specs(config)):
         path = spec["class_path"]
         is_left_out = not takes_all and path not in present_classes
         if is_left_out and not trust.is_admitted(path):
             rank_zero_only(print)(f"callback of the checkpoint not used: {path} is not trusted")
-        elif takes_all or (is_left_out and _is_transform(spec)):
+        elif takes_all or (is_left_out and _is_transform(spec)):  # a transform changes the net
             trust.check_callback(spec, source)
             flags.append(f"--trainer.callbacks+={json.dumps(spec)}")
     if takes_all and flags:
         callback_names = [spec["class_path"].rpartition(".")[2] for spec in _callback_specs(config)]
         rank_zero_only(print)(f"callbacks of the checkpoint: {', '.join(callback_names)}")
-    parsed_data, saved_data = ((c.get("data") or {}).get("init_args", {}) for c in (parsed, config))
+    parsed_data = (parsed.get("data") or {}).get("init_args", {})
+    saved_data = (config.get("data") or {}).get("init_args", {})
     if parsed_data.get("source") == "auto" and saved_data.get("source"):
         flags.append(f"--data.source={saved_data['source']}")
     return flags
@@ -195,6 +204,12 @@ def _may_leave_folder(key: str, value: Any) -> bool:
 def report_changes(config: Config, parsed: Config, path: str, command: str = "test") -> list[str]:
     """Print the values that differ from the checkpoint's, and return their keys.
 
+    Args:
+        config: the configuration of the checkpoint.
+        parsed: the configuration of the command.
+        path: the checkpoint, for errors.
+        command: the command; only a fit compares arguments of the trainer.
+
     Raises:
         UsageError: the model is of another class, so the weights cannot fit.
     """
@@ -216,10 +231,9 @@ def report_changes(config: Config, parsed: Config, path: str, command: str = "te
             "--config",
         )
     is_fit = command == "fit"
-    parsed_leaves, saved_leaves = (
-        dict(_compared_leaves(parsed, is_fit)),
-        dict(_compared_leaves(config, is_fit)),
-    )
+    # values by dotted key, such as model.d_model
+    parsed_leaves = dict(_compared_leaves(parsed, is_fit))
+    saved_leaves = dict(_compared_leaves(config, is_fit))
     changed = [
         key
         for key in sorted(parsed_leaves.keys() & saved_leaves.keys())
@@ -238,16 +252,20 @@ def changed_arguments(config: Config, parsed: Config) -> list[str]:
 
     Lengths, output paths, and arguments of the machine do not count: with other ones the run of
     the checkpoint can go on.
+
+    Args:
+        config: the configuration of the checkpoint, with keys such as trainer.callbacks.
+        parsed: the configuration of the command, with the trainer's arguments under "trainer".
     """
+    trainer_arguments = {f"trainer.{key}": value for key, value in parsed["trainer"].items()}
+    parsed = {key: value for key, value in parsed.items() if key != "trainer"} | trainer_arguments
     before, now = (
         c | {"trainer.callbacks": [_without_output_paths(spec) for spec in _callback_specs(c)]}
-        for c in (
-            config,
-            {k: v for k, v in parsed.items() if k != "trainer"}
-            | {f"trainer.{k}": v for k, v in parsed["trainer"].items()},
-        )
+        for c in (config, parsed)
     )
-    saved_leaves, parsed_leaves = (dict(_compared_leaves(c, True)) for c in (before, now))
+    # values by dotted key, such as model.d_model
+    saved_leaves = dict(_compared_leaves(before, is_fit=True))
+    parsed_leaves = dict(_compared_leaves(now, is_fit=True))
     changed = {
         key
         for key in saved_leaves.keys() | parsed_leaves.keys()
@@ -255,8 +273,10 @@ def changed_arguments(config: Config, parsed: Config) -> list[str]:
         or key not in parsed_leaves
         or saved_leaves[key] != parsed_leaves[key]
     }
-    classes = [[spec["class_path"] for spec in _callback_specs(c)] for c in (before, now)]
-    if classes[0] != classes[1]:
+    # the order of the callbacks counts too
+    saved_classes = [spec["class_path"] for spec in _callback_specs(before)]
+    parsed_classes = [spec["class_path"] for spec in _callback_specs(now)]
+    if saved_classes != parsed_classes:
         changed.add("trainer.callbacks")
     return sorted(changed)
 

@@ -42,7 +42,11 @@ FILE_KEYS = (
 
 
 def split_trust_flags(argv: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Return the arguments without `--trust`, and its packages: `--trust=a,b --trust c`."""
+    """Return the arguments without `--trust`, and its packages: `--trust=a,b --trust c`.
+
+    Raises:
+        UsageError: a value is not the name of a package.
+    """
     other_words, package_names = [], []
     remaining = iter(argv)
     for word in remaining:
@@ -64,17 +68,15 @@ def find_dotted_names(config_values: Iterable[ConfigValue]) -> set[str]:
 
     File names are excluded: `--ckpt_path=model.ckpt` must not allow an import of model.py.
     """
-    dotted_names, pending = (
-        set(),
-        [config_value.node for config_value in config_values if config_value.key not in FILE_KEYS],
-    )
+    dotted_names: set[str] = set()
+    # YAML nodes that are not yet searched
+    pending = [value.node for value in config_values if value.key not in FILE_KEYS]
     while pending:
         node = pending.pop()
         if isinstance(node, yaml.ScalarNode):
             name = str(node.value)
-            dotted_names.update(
-                [name] if DOTTED_PATH.fullmatch(name) and not os.path.lexists(name) else []
-            )
+            if DOTTED_PATH.fullmatch(name) and not os.path.lexists(name):
+                dotted_names.add(name)
         elif isinstance(node, yaml.SequenceNode):
             pending += node.value
         elif isinstance(node, yaml.MappingNode):
@@ -95,26 +97,28 @@ class TrustPolicy:
         self.trusted_paths, self.named_paths = tuple(trusted_paths), frozenset(named_paths)
 
     def is_admitted(self, path: str) -> bool:
-        """Return whether the class may be imported."""
-        if path in self.named_paths or any(
-            f"{path}.".startswith(f"{t}.") for t in self.trusted_paths
-        ):
+        """Return whether the class at a dotted path may be imported.
+
+        Admitted are paths that the user named, classes below a trusted path, and classes that are
+        defined in TRUSTED_PACKAGES.
+        """
+        # The dot at the end keeps a trusted "mine" from admitting "mine_too.Net".
+        is_trusted = any(f"{path}.".startswith(f"{trusted}.") for trusted in self.trusted_paths)
+        if path in self.named_paths or is_trusted:
             return True
         if "." not in path:  # the parser finds it among the imported classes
             return path.isidentifier()
-        if not DOTTED_PATH.fullmatch(path) or not path.startswith(
-            tuple(f"{h}." for h in TRUSTED_PACKAGES)
-        ):
+        package_prefixes = tuple(f"{package}." for package in TRUSTED_PACKAGES)
+        if not DOTTED_PATH.fullmatch(path) or not path.startswith(package_prefixes):
             return False
         module, _, name = path.rpartition(".")
         try:
             imported = getattr(import_module(module), name)
         except (ImportError, AttributeError):
             return False  # `ravine.cli.main.sys.exit`, whose dots a parser would follow
+        # A module may also hold classes that it imports from elsewhere.
         defining_module = f"{getattr(imported, '__module__', '')}."
-        return isinstance(imported, type) and defining_module.startswith(
-            tuple(f"{h}." for h in TRUSTED_PACKAGES)
-        )
+        return isinstance(imported, type) and defining_module.startswith(package_prefixes)
 
     def check_config(
         self, config: dict[str, Any], source: str, with_callbacks: bool = True
@@ -127,6 +131,8 @@ class TrustPolicy:
             with_callbacks: whether the callbacks are needed; callbacks that are not admitted are
                 never imported.
         """
+        # Of callbacks only the class is checked here; `check_callback` checks the arguments of
+        # those that are used.
         callbacks = (config.get("trainer.callbacks") or []) if with_callbacks else []
         for key, value in (("model", config.get("model")), ("data", config.get("data"))):
             for path in iter_imported_names(value, self, is_class_path=True):
@@ -142,7 +148,12 @@ class TrustPolicy:
             self.require_admitted(path, f"trainer.callbacks in {source}")
 
     def require_admitted(self, path: Any, location: str) -> None:
-        """Raise an error if the class is not admitted."""
+        """Raise an error if the class is not admitted.
+
+        Args:
+            path: the dotted path of the class; in a malformed checkpoint any value.
+            location: the key and the checkpoint, for errors.
+        """
         if isinstance(path, str) and self.is_admitted(path):
             return
         if not DOTTED_PATH.fullmatch(str(path)):
@@ -170,8 +181,10 @@ def iter_imported_names(
 ) -> Iterator[Any]:
     """Yield the names that the parser imports for a saved value: class paths and function names.
 
+    A malformed checkpoint may have any value in the place of a name; it is yielded too.
+
     Args:
-        value: a class specification, or any value.
+        value: a class specification (a mapping with a `class_path`), or any value.
         trust: an admitted class is imported, to see which of its arguments accept a name.
         is_class_path: whether a text is itself a class path.
     """
@@ -184,16 +197,16 @@ def iter_imported_names(
     elif isinstance(value, dict) and "class_path" in value:
         path = value["class_path"]
         yield path
-        yield from (
-            f"{key}." for key in value if key not in CLASS_SPEC_KEYS
-        )  # dotted keys such as init_args.optimizer
-        hints = _argument_hints(path) if isinstance(path, str) and trust.is_admitted(path) else {}
-        for section in CLASS_SPEC_KEYS[1:]:
+        # The parser also reads dotted keys such as init_args.optimizer. They are no valid names,
+        # so they are rejected.
+        yield from (f"{key}." for key in value if key not in CLASS_SPEC_KEYS)
+        is_importable = isinstance(path, str) and trust.is_admitted(path)
+        hints = _argument_hints(path) if is_importable else {}  # None: not readable
+        for section in ("init_args", "dict_kwargs"):
             arguments = value.get(section) or {}
             for key, item in arguments.items() if isinstance(arguments, dict) else ():
-                yield from _names_in_texts(
-                    item, UNKNOWN_HINT if hints is None else hints.get(key), trust
-                )
+                hint = UNKNOWN_HINT if hints is None else hints.get(key)
+                yield from _names_in_texts(item, hint, trust)
                 yield from iter_imported_names(item, trust)
     elif isinstance(value, dict):
         for item in value.values():
@@ -205,38 +218,44 @@ def _names_in_texts(value: Any, hint: Any, trust: TrustPolicy, level: int = 0) -
 
     The parser reads a text as YAML. For a class it also reads the file that the text names. Both
     may contain a `class_path`. A text for a class or function may be a dotted import path.
+
+    Args:
+        value: the saved value of an argument.
+        hint: the type hint of the argument; None if it has none.
+        trust: passed to `iter_imported_names`.
+        level: the depth of this value below the argument.
     """
     hint = UNKNOWN_HINT if hint is None else hint
-    if level > presets.MAX_CONFIG_LEVELS or (
-        not (by_name := _accepts_name(hint)) and not _accepts_class_spec(hint)
-    ):
+    accepts_name = _accepts_name(hint)
+    if not accepts_name and not _accepts_class_spec(hint):
+        return
+    if level > presets.MAX_CONFIG_LEVELS:
         return
     if isinstance(value, str):
-        text = _load_named_file(value) if by_name else value
+        text = _load_named_file(value) if accepts_name else value  # `value` itself if no file
         parsed = _parse_container(text) if text is not None else value
-        if text is None:
+        if text is None:  # a file that is too large to search: no valid name, so it is rejected
             yield value
         elif isinstance(parsed, dict | list):
             yield from iter_imported_names(parsed, trust)
             yield from _names_in_texts(parsed, hint, trust, level + 1)
-        elif by_name and "." in parsed and _may_be_import_path(parsed):
+        elif accepts_name and "." in parsed and _may_be_import_path(parsed):
             yield parsed
     elif isinstance(value, list):
         inner_hint = typehints.element_type(hint) if typehints.accepts_list(hint) else hint
         for item in value:
             yield from _names_in_texts(item, inner_hint, trust, level + 1)
     elif isinstance(value, dict) and "class_path" not in value:
-        records = [
-            candidate
-            for candidate, _ in typehints.configurable_classes(hint)
-            if is_dataclass(candidate)
-        ]
-        fields = _inherited_hints(records[0]) if records else {}
-        of_values = [
+        classes = [candidate for candidate, _ in typehints.configurable_classes(hint)]
+        dataclasses = [candidate for candidate in classes if is_dataclass(candidate)]
+        field_hints = _inherited_hints(dataclasses[0]) if dataclasses else {}  # also of its bases
+        # the second argument of a mapping type: dict[str, Net]
+        mapping_hints = [
             get_args(m)[-1] for m in typehints.union_members(hint) if len(get_args(m)) == 2
         ]
+        item_hint = mapping_hints[0] if mapping_hints else hint
         for key, item in value.items():
-            inner_hint = (fields or {}).get(key) or (of_values[0] if of_values else hint)
+            inner_hint = (field_hints or {}).get(key) or item_hint
             yield from _names_in_texts(item, inner_hint, trust, level + 1)
 
 

@@ -43,6 +43,10 @@ def configurable_classes(hint: Any, num_supplied: int = 0) -> list[tuple[type, i
 
     Supplied arguments are passed by the code: an optimizer as ``Callable[[Iterable], Optimizer]``
     gets its parameters later, so the number is 1.
+
+    Args:
+        hint: the type hint of an argument.
+        num_supplied: the number for classes that ``hint`` names directly.
     """
     choices = []
     for member in union_members(hint):
@@ -79,8 +83,10 @@ def describe(hint: Any) -> list[str]:
             element_texts = [
                 " or ".join(describe(hint_arg)) for hint_arg in hint_args if hint_arg is not ...
             ]
-            ellipsis_text = ["..."] if origin is not tuple or ... in hint_args else []
-            descriptions.append(f"[{', '.join(element_texts + ellipsis_text)}]")
+            # only tuple[int, str] has a fixed length
+            if origin is not tuple or ... in hint_args:
+                element_texts.append("...")
+            descriptions.append(f"[{', '.join(element_texts)}]")
         elif dataclasses.is_dataclass(member):
             fields = ", ".join(field.name for field in dataclasses.fields(member))
             descriptions.append(f"{{{fields}}}")

@@ -354,6 +354,7 @@ def log_fast(self: L.LightningModule, name: str, value: Any, *args: Any, **optio
         and metric is not None
         and kept_options == options
         and value.ndim == 0
+        # without a given batch size, Lightning's method finds it in the batch for the epoch's mean
         and not (metric.meta.on_epoch and options.get("batch_size") is None)
         and self.trainer._logger_connector._first_loop_iter is False  # not the first micro-batch
     ):
