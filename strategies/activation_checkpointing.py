@@ -118,6 +118,7 @@ def _checkpointed_forward(
     changing_buffers: dict[bool, list[BufferRef]] = {}
 
     def checkpointed(*args: Any, **kwargs: Any) -> Any:
+        """Run the forward; with gradients enabled save only what the mode saves."""
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         if torch.compiler.is_compiling():  # the compiled recomputation excludes buffer updates

@@ -300,7 +300,8 @@ def ring_attention_backward(
     # gradients of query, key and value
     results = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     add_pending: Callable[[], None] | None = None  # adds the gradients that another rank is sending
-    for ring_slice in ring_slices(key, BACKWARD_HEAD_GROUPS.get(ring.num_ranks, 4)):
+    num_groups = BACKWARD_HEAD_GROUPS.get(ring.num_ranks, 4)
+    for ring_slice in ring_slices(key, num_groups):  # slices of batch and heads
         local_kv = _pack_kv(key[ring_slice], value[ring_slice], key.dtype)
         block_kv = local_kv  # keys and values of the rank of this step
         inputs = [tensor[ring_slice] for tensor in (d_out, query, out, lse)]

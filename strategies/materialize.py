@@ -50,6 +50,8 @@ def materialize_params(
 ) -> dict[int, nn.Parameter]:
     """Replace every deferred parameter on the meta device by this rank's shard of its values.
 
+    The values of a deferred parameter are drawn or read only here, after sharding.
+
     Args:
         module: the LightningModule, sharded or not.
         values: the result of `collect_deferred_values` before sharding; the same on every rank.
@@ -84,7 +86,7 @@ def materialize_params(
                 stride=parameter.stride(),
             )
         new_params[id(parameter)] = nn.Parameter(new_value, parameter.requires_grad)
-    for submodule in module.modules():
+    for submodule in module.modules():  # modules that share a parameter get the same new one
         for name, parameter in submodule._parameters.items():
             if parameter is not None and id(parameter) in new_params:
                 submodule._parameters[name] = new_params[id(parameter)]

@@ -162,7 +162,8 @@ def meta_placeholder(
 def full_net(pipeline: Any) -> Iterator[None]:
     """Show the full net in the context, with placeholders for modules of other ranks.
 
-    The placeholder parameters have the attribute `is_remote`.
+    A Pipeline has removed these modules from its net, and keeps the placeholders. The placeholder
+    parameters have the attribute `is_remote`.
     """
     net, local_blocks = pipeline.net, dict(pipeline.net.blocks)
     # assigned as a whole, to have the blocks in the order of the full net

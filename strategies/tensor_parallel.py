@@ -237,7 +237,7 @@ def _check_divisible(net: nn.Module, name: str, style: str, num_ranks: int) -> N
             f"use MeshStrategy(tp={nearest})",
             flag=f"--trainer.strategy.tp={nearest}",
         )
-    for leaf, parameter in module.named_parameters(recurse=False):
+    for leaf, parameter in module.named_parameters(recurse=False):  # the bias, adapters
         if style == "colwise" and parameter.ndim and parameter.shape[0] % num_ranks:
             raise UsageError(
                 f"tp={num_ranks} does not divide the {parameter.shape[0]} rows of {name}.{leaf}",

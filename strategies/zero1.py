@@ -449,6 +449,7 @@ class Zero1Reducer:
         original_step = optimizer.step
 
         def step(stepped: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+            """Step the parameters that this rank owns, and all-gather all parameters."""
             loss = None
             if closure is not None:
                 with torch.enable_grad():
@@ -515,7 +516,7 @@ class Zero1Reducer:
     def _build_param_plan(self, parameters: list[Tensor]) -> list[dict[int, list[ParamMessage]]]:
         """Return the messages of each owner, for each bucket of parameters.
 
-        The result is kept, because building it takes longer than a step of a small net.
+        The result is kept for later steps with the same parameters.
         """
         key = tuple(map(id, parameters))
         if key not in self._param_plans:

@@ -326,7 +326,7 @@ class CompositeOptimizer(Optimizer):
         for owner, saved_group, group in zip(self._group_owners, saved_groups, groups, strict=True):
             if "whole" in packed_states[owner].extra:
                 continue  # the member's state is not by parameter
-            shards = vars(self.optimizers[owner]).get("_shards")  # under ZeRO-1
+            shards = vars(self.optimizers[owner]).get("_shard_stepper")  # under ZeRO-1
             for number, p in zip(saved_group["params"], group["params"], strict=True):
                 is_on_this_rank = shards is None or shards.keeps_state_of(p)
                 if number not in state and id(p) not in ids_without_state and is_on_this_rank:

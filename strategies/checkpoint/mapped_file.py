@@ -39,14 +39,10 @@ def load_mapped(file: IO[bytes], sections: Collection[str]) -> Any:
         UnmappableFileError: a tensor or object is not plain, or memory cannot be mapped.
     """
     with zipfile.ZipFile(file) as table:
-        byteorder_records = [
-            name for name in table.namelist() if name.partition("/")[2] == "byteorder"
-        ]
-        if (
-            byteorder_records
-            and table.read(byteorder_records[0]).decode(errors="replace") != sys.byteorder
-        ):
-            raise UnmappableFileError("it was written on a machine with another byte order")
+        for name in table.namelist():
+            is_byte_order = name.partition("/")[2] == "byteorder"
+            if is_byte_order and table.read(name).decode(errors="replace") != sys.byteorder:
+                raise UnmappableFileError("it was written on a machine with another byte order")
     file.seek(0)
     try:
         tree = torch.load(file, "meta", weights_only=True)
@@ -59,6 +55,7 @@ def load_mapped(file: IO[bytes], sections: Collection[str]) -> Any:
     tree = _TensorMapper(pages).map_tree(tree)
     if not isinstance(tree, dict):
         return copy.deepcopy(tree)
+    # one deepcopy, so that sections that share a tensor share its copy
     copied = copy.deepcopy({key: value for key, value in tree.items() if key not in sections})
     for key, value in copied.items():
         tree[key] = value
@@ -72,9 +69,13 @@ class _TensorMapper:
         self.pages = pages
         self.storages: dict[tuple[int, int], torch.UntypedStorage] = {}
         self.mapped_containers: dict[int, Any] = {}  # by id: a container may occur twice
+        self.replaced_tuples: list[tuple[Any, ...]] = []  # kept, so that no id is used again
 
     def map_tree(self, value: Any) -> Any:
-        """Replace the meta tensors of a value; dicts and lists are changed in place."""
+        """Return a value with views of the mapped pages in place of its meta tensors.
+
+        Dicts and lists are changed in place. A container that occurs twice stays one object.
+        """
         value_type = type(value)
         if isinstance(value, Tensor):
             return self.map_tensor(value)
@@ -92,21 +93,27 @@ class _TensorMapper:
             self.mapped_containers[id(value)] = value
             value[:] = [self.map_tree(item) for item in value]
         elif value_type is tuple:
-            original, value = value, tuple(self.map_tree(item) for item in value)
-            self.mapped_containers[id(original)] = value
-            self.mapped_containers[-id(original)] = original  # keeps its id from being reused
+            mapped_tuple = tuple(self.map_tree(item) for item in value)
+            self.mapped_containers[id(value)] = mapped_tuple
+            self.replaced_tuples.append(value)
+            return mapped_tuple
         elif value_type is not set or any(isinstance(item, Tensor) for item in value):
             raise UnmappableFileError(f"it holds a {value_type.__name__}")
         return value
 
     def map_tensor(self, like: Tensor) -> Tensor:
-        """Return the view of the mapped pages for a meta tensor."""
+        """Return a view of the mapped pages with shape, strides and dtype of a meta tensor.
+
+        Raises:
+            UnmappableFileError: the tensor is not plain (sparse, quantized, a subclass).
+        """
         is_strided = type(like) in (Tensor, nn.Parameter) and like.layout == torch.strided
         if not is_strided or like.is_quantized or like.is_conj() or like.is_neg():
             raise UnmappableFileError(
                 f"it holds a {type(like).__name__} that is not a plain tensor"
             )
         storage = like.untyped_storage()
+        # torch.load sets the offset of the storage in the file
         start = getattr(storage, "_checkpoint_offset", None)
         if start is None:
             raise UnmappableFileError(

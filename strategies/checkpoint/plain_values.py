@@ -26,16 +26,17 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, numpy.generic):
         return value.item()
     for plain_type in (bool, int, float, str, bytes):
-        if isinstance(value, plain_type):
+        if isinstance(value, plain_type):  # of a subclass
             return plain_type.__new__(plain_type, value)  # type: ignore[call-overload]  # also for an enum
     if isinstance(value, Mapping):
         return {to_plain(key): to_plain(item) for key, item in value.items()}
     for plain_type in (list, tuple, set, frozenset):
         if isinstance(value, plain_type):
             items = [to_plain(item) for item in value]
-            return (
-                items if plain_type is list else tuple(items) if plain_type is tuple else set(items)
-            )
+            if plain_type is list:
+                return items
+            # a frozenset becomes a set
+            return tuple(items) if plain_type is tuple else set(items)
     return value
 
 

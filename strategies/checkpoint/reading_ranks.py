@@ -43,6 +43,8 @@ class ReadingRanks:
     ) -> None:
         """Raise the first problem of any rank on all ranks; return if there is none.
 
+        Every rank calls it.
+
         Args:
             problem: the problem that this rank found, or the error itself, or None.
             make_error: makes the error for a problem; called on rank 0 only, because it may read
@@ -57,7 +59,8 @@ class ReadingRanks:
         if first is None:
             return
         if isinstance(first, str):
-            first = self.gather_values(make_error(first) if self.rank == 0 else None)[0]
+            rank_zero_error = make_error(first) if self.rank == 0 else None
+            first = self.gather_values(rank_zero_error)[0]
         raise first
 
     def assign_parts(
@@ -75,14 +78,15 @@ class ReadingRanks:
         """
         reports = self.gather_values((file_identity, is_verified))
         same_file_ranks = [
-            rank
-            for rank, (other_identity, _) in enumerate(reports)
-            if other_identity == file_identity
+            rank for rank, (identity, _) in enumerate(reports) if identity == file_identity
         ]
-        if any(reports[rank][1] for rank in same_file_ranks):
+        if any(verified for identity, verified in reports if identity == file_identity):
             return []
         names = sorted(sizes)
-        ranks = assign_balanced([sizes[name] for name in names], [0] * len(same_file_ranks))
+        # by index in same_file_ranks, balanced by bytes
+        indices = assign_balanced([sizes[name] for name in names], [0] * len(same_file_ranks))
         return [
-            n for n, rank in zip(names, ranks, strict=True) if same_file_ranks[rank] == self.rank
+            name
+            for name, index in zip(names, indices, strict=True)
+            if same_file_ranks[index] == self.rank
         ]

@@ -57,7 +57,7 @@ def load_plain(
 
     Args:
         content: the stream.
-        is_allowed: whether a name may occur.
+        is_allowed: whether the name of a class or function may occur.
         resolve_persistent_id: called with each persistent id; None: they are not allowed.
 
     Raises:
@@ -67,7 +67,7 @@ def load_plain(
         unpickler = _PlainUnpickler(content, is_allowed, resolve_persistent_id)
         value = unpickler.load()
         check_tree_size([value, unpickler.states])
-    except UnsafePickle:
+    except UnsafePickle:  # a subclass of UnpicklingError, which is caught below
         raise
     except (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError) as error:
         raise UnsafePickle(f"the stream is damaged ({type(error).__name__})") from None
@@ -83,21 +83,23 @@ def check_tree_size(
     """Raise UnsafePickle if a value contains itself, is nested too deep or is too large.
 
     The size counts shared objects at each reference. The time is linear in the number of distinct
-    objects.
+    objects. It is a depth-first search without recursion: a node is visited before its children,
+    and again after them.
     """
     sizes: dict[int, tuple[int, int]] = {}  # by id: values in the tree, levels
-    ancestors: set[int] = set()
-    todo: list[tuple[Any, bool]] = [(value, False)]
+    ancestors: set[int] = set()  # ids of the nodes above the current one
+    todo: list[tuple[Any, bool]] = [(value, False)]  # a node, and whether its children are done
     while todo:
-        node, is_finished = todo.pop()
+        node, has_visited_children = todo.pop()
         if id(node) in sizes:
             continue
         children = _children(node)
-        if is_finished:
+        if has_visited_children:
             ancestors.discard(id(node))
             child_sizes = [sizes[id(child)] for child in children if not _is_scalar(child)]
-            count = 1 + len(children) - len(child_sizes) + sum(child[0] for child in child_sizes)
-            depth = 1 + max((child[1] for child in child_sizes), default=0)
+            num_scalars = len(children) - len(child_sizes)
+            count = 1 + num_scalars + sum(child_count for child_count, _ in child_sizes)
+            depth = 1 + max((child_depth for _, child_depth in child_sizes), default=0)
             if count > max_values:
                 raise UnsafePickle(f"it unfolds to more than {max_values:,} values")
             if depth > max_levels:

@@ -24,7 +24,7 @@ MAX_WEIGHT = 2.0**64  # its square, and so a norm of such weights, is infinite i
 
 
 def save_on_all_ranks(trainer: L.Trainer, path: str | Path) -> None:
-    """Save a checkpoint; called on all ranks.
+    """Save a checkpoint; called on all ranks, which all succeed or all raise.
 
     If the writer fails in `trainer.save_checkpoint`, the other ranks wait at a barrier until a
     timeout. Here all ranks raise the writer's error.
@@ -34,7 +34,8 @@ def save_on_all_ranks(trainer: L.Trainer, path: str | Path) -> None:
         trainer.save_checkpoint(path, weights_only=False)
     except Exception as problem:
         error = problem
-        trainer.strategy.barrier("failed save")  # matches the barrier that ends a save elsewhere
+        # trainer.save_checkpoint ends with a barrier, at which ranks without an error wait
+        trainer.strategy.barrier("failed save")
     if not trainer.strategy.reduce_boolean_decision(error is None):
         text = trainer.strategy.broadcast(
             str(error or "another rank could not save the checkpoint")
@@ -67,11 +68,17 @@ def restore_saving_hooks(module: L.LightningModule, callback: L.Callback) -> Non
 def _defer_hook(
     trainer: L.Trainer, module: L.LightningModule, callback: L.Callback, name: str
 ) -> None:
+    """Run the hook `name` of a callback after the module's hook of this name.
+
+    The callback's attribute is replaced by a function that does nothing in this trainer.
+    """
     pending = _pending_hooks(trainer, module, name)
-    if callback in pending or getattr(type(callback), name) is getattr(L.Callback, name):
+    is_overridden = getattr(type(callback), name) is not getattr(L.Callback, name)
+    if callback in pending or not is_overridden:
         return
     hook = getattr(callback, name)
-    hook = getattr(hook, "deferred", hook)  # a failed fit has no teardown
+    # a fit that failed has no teardown, and leaves its skip_in_this_trainer
+    hook = getattr(hook, "deferred", hook)
 
     def skip_in_this_trainer(other: L.Trainer, *args: Any) -> None:
         if other is not trainer:
@@ -148,25 +155,19 @@ def first_non_finite(tensors: Iterable[tuple[str, Tensor]], limit: float = math.
 
     Of a sharded tensor, this rank's shard is checked. If all are finite, there is one device sync.
     """
-    local_tensors = [
-        (name, t.to_local() if isinstance(t, DTensor) else t)
-        for name, t in tensors
-        if t.is_floating_point() and t.element_size() > 1  # torch has no norm for 8 bits
-    ]
-    local_tensors = [
-        (name, local_tensor) for name, local_tensor in local_tensors if local_tensor.numel()
-    ]
-    norms = [  # the norm of a tensor with a NaN is NaN
-        torch.linalg.vector_norm(local_tensor.detach(), math.inf)
-        for _, local_tensor in local_tensors
-    ]
-    finite_flags = [norm < limit for norm in norms]
-    if not finite_flags or bool(
-        torch.stack([is_finite.to(finite_flags[0].device) for is_finite in finite_flags]).all()
-    ):
+    names: list[str] = []
+    finite_flags: list[Tensor] = []
+    for name, tensor in tensors:
+        if not tensor.is_floating_point() or tensor.element_size() == 1:
+            continue  # torch has no norm for floating point numbers of 8 bits
+        local_tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if local_tensor.numel():
+            max_abs = torch.linalg.vector_norm(local_tensor.detach(), math.inf)
+            names.append(name)
+            finite_flags.append(max_abs < limit)  # false for NaN, too
+    if not finite_flags:
         return None
-    return next(
-        name
-        for (name, _), is_finite in zip(local_tensors, finite_flags, strict=True)
-        if not is_finite
-    )
+    device = finite_flags[0].device
+    if bool(torch.stack([flag.to(device) for flag in finite_flags]).all()):  # the device sync
+        return None
+    return next(name for name, flag in zip(names, finite_flags, strict=True) if not flag)

@@ -58,41 +58,46 @@ from .staging_folder import StagingFolder, replace_folder
 def save_sharded(checkpoint: dict[str, Any], path: Path) -> None:
     """Write a checkpoint of which each rank has its shards; every rank calls it.
 
-    If one rank fails, all ranks raise, and an earlier checkpoint at `path` is not changed.
+    The folder is written under a temporary name, and then renamed. If one rank fails, all ranks
+    raise, and an earlier checkpoint at `path` is not changed.
+
+    Args:
+        checkpoint: the checkpoint, with this rank's shards as DTensors.
+        path: the folder.
     """
     rank = dist.get_rank()
     tensors, unsharded = split_tensors(checkpoint)
     with StagingFolder(path, rank) as (staging, error):
         _broadcast_error(error)
-        alias_keys = _alias_keys(tensors)
-        writer = _AliasingWriter(
-            staging, {k: v for rank_value in _all_gather(alias_keys) for k, v in rank_value.items()}
-        )
+        alias_keys = _alias_keys(tensors)  # further names of tensors, which are written once
+        alias_keys_of_all_ranks: dict[str, str] = {}
+        for rank_alias_keys in _all_gather(alias_keys):
+            alias_keys_of_all_ranks |= rank_alias_keys
         tensors_by_key = {
             encode_path(tensor_path): tensor for tensor_path, tensor in tensors.items()
         }
         try:
             save(
                 {k: v for k, v in tensors_by_key.items() if k not in alias_keys},
-                storage_writer=writer,
+                storage_writer=_AliasingWriter(staging, alias_keys_of_all_ranks),
             )
         except CheckpointException as problem:  # on all ranks; not a subclass of Exception
             raise _os_error_of(problem) from problem
         states_by_rank = _all_gather(_non_tensor_states(unsharded))
+        own_checksums = {file.name: file_checksum(file) for file in staging.glob(f"__{rank}_*")}
+        checksums_by_rank = _all_gather(own_checksums)
         error = None
-        checksums_by_rank = _all_gather(
-            {f.name: file_checksum(f) for f in staging.glob(f"__{rank}_*")}
-        )
         if rank == 0:
             try:
-                for tensor_path, value in (
-                    pair for rank_value in states_by_rank for pair in rank_value.items()
-                ):
-                    set_nested(unsharded, tensor_path, value)
+                for rank_states in states_by_rank:
+                    for tensor_path, value in rank_states.items():
+                        set_nested(unsharded, tensor_path, value)
                 with (staging / META_FILE).open("wb") as file:
                     torch.save(unsharded, file)
-                files = {n: s for rank_value in checksums_by_rank for n, s in rank_value.items()}
-                _save_manifest(staging, files)
+                checksums: dict[str, list[int]] = {}
+                for rank_checksums in checksums_by_rank:
+                    checksums |= rank_checksums
+                _save_manifest(staging, checksums)
                 replace_folder(staging, path)
             except OSError as problem:
                 error = problem
@@ -170,11 +175,16 @@ def _save_manifest(staging: Path, files: dict[str, list[int]]) -> None:
 
 
 def split_tensors(checkpoint: dict[str, Any]) -> tuple[dict[TensorPath, Tensor], dict[str, Any]]:
-    """Split a checkpoint into the tensors of SHARDED_KEYS, by their path, and the rest."""
+    """Split a checkpoint into the tensors of its large sections, by their path, and the rest.
+
+    The sections are those of SHARDED_KEYS: weights, optimizer states, averaged weights. A path is
+    the sequence of keys and indices, e.g. ("state_dict", "net.weight").
+    """
     tensors: dict[TensorPath, Tensor] = {}
     first_by_id: dict[int, Tensor] = {}  # a tensor with several names stays one object
 
     def remove_tensors(value: Any, tensor_path: TensorPath) -> Any:
+        """Put the tensors of a value into `tensors`, and return the rest."""
         if isinstance(value, dict):
             remaining = {k: remove_tensors(v, (*tensor_path, k)) for k, v in value.items()}
             return {k: v for k, v in remaining.items() if (*tensor_path, k) not in tensors}
@@ -215,18 +225,23 @@ def load_sharded(path: Path, tensors: dict[TensorPath, Tensor]) -> None:
     Only the needed rows of each chunk are read, at most MAX_MESSAGE_BYTES at a time. A tensor with
     two names is read once.
 
+    Args:
+        path: the folder.
+        tensors: the tensors to fill, by their path in the checkpoint.
+
     Raises:
         CheckpointError: the files do not match the index.
     """
     try:
-        stored_tensors, loaded = list_stored_tensors(path), set()
+        stored_tensors = list_stored_tensors(path)
+        loaded_keys = set()  # memory and stored location of the tensors loaded so far
         for tensor_path, tensor in tensors.items():
             stored_tensor = stored_tensors[tensor_path]
             local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
             load_key = (local.data_ptr(), tuple(local.shape), stored_tensor.location)
-            if not local.numel() or load_key in loaded:
+            if not local.numel() or load_key in loaded_keys:
                 continue
-            loaded.add(load_key)
+            loaded_keys.add(load_key)
             if tensor.shape != stored_tensor.entry.size:
                 raise UsageError(f"{encode_path(tensor_path)[:40]} has another shape")
             for chunk, info in stored_tensor.chunks:
@@ -247,12 +262,25 @@ def _load_chunk(
     local: Tensor,
     indices: ShardIndices,
 ) -> None:
-    """Copy a chunk of a tensor into `local`, this rank's shard, given by `indices`."""
+    """Copy the part of a stored chunk that belongs to this rank's shard into the shard.
+
+    Args:
+        path: the folder.
+        info: file, offset and length in bytes of the chunk, which is a file of torch.save.
+        chunk: offsets and sizes of the chunk in the full tensor.
+        dtype: the dtype of the tensor.
+        local: this rank's shard.
+        indices: the indices of the shard in the full tensor.
+
+    Raises:
+        UsageError: the file has another tensor.
+    """
+    # for each dimension the ranges of the shard within the chunk
     chunk_indices = [
         _intersect_ranges(ranges, start, size)
         for ranges, start, size in zip(indices, chunk.offsets, chunk.sizes, strict=True)
     ]
-    if not all(chunk_indices):
+    if not all(chunk_indices):  # no overlap
         return
     with Path(path, info.relative_path).open("rb") as file:
         window = zip_archive.FileWindow(file, info.offset, info.length)
@@ -274,37 +302,35 @@ def _load_chunk(
             and not stored_tensor.is_conj()
         )
         if not is_dense or record.length < stored_tensor.numel() * dtype.itemsize:
-            window.seek(0)
+            window.seek(0)  # its rows cannot be read separately
             stored_tensor = torch.load(window, "cpu", weights_only=True)  # type: ignore[arg-type]
             for source, target in shard_blocks(chunk_indices):
                 local[target] = stored_tensor[source].to(local.device)
             return
-        for first, last, rows_tensor in _load_rows(
-            record, chunk.sizes, dtype, chunk_indices[0] if chunk_indices else []
-        ):
-            row_indices = (
-                [_intersect_ranges(chunk_indices[0], first, last - first), *chunk_indices[1:]]
-                if chunk_indices
-                else []
-            )
-            for source, target in shard_blocks(row_indices):
+        row_ranges = chunk_indices[0] if chunk_indices else []  # a scalar has no dimensions
+        for first, last, rows_tensor in _load_rows(record, chunk.sizes, dtype, row_ranges):
+            piece_indices = list(chunk_indices)
+            if chunk_indices:
+                piece_indices[0] = _intersect_ranges(row_ranges, first, last - first)
+            for source, target in shard_blocks(piece_indices):
                 local[target] = rows_tensor[source].to(local.device)
 
 
 def _intersect_ranges(ranges: list[IndexRange], start: int, size: int) -> list[IndexRange]:
-    """Intersect index ranges with [start, start + size), relative to `start`."""
+    """Intersect index ranges of a shard with the range [start, start + size) of global indices.
+
+    In the result `global_start` is relative to `start`.
+    """
     intersection = []
     for index_range in ranges:
-        first, last = (
-            max(index_range.global_start, start),
-            min(index_range.global_start + index_range.length, start + size),
-        )
-        if first < last:
+        first = max(index_range.global_start, start)
+        end = min(index_range.global_start + index_range.length, start + size)
+        if first < end:
             intersection.append(
                 IndexRange(
-                    first - start,
-                    index_range.local_start + first - index_range.global_start,
-                    last - first,
+                    global_start=first - start,
+                    local_start=index_range.local_start + first - index_range.global_start,
+                    length=end - first,
                 )
             )
     return intersection
@@ -316,14 +342,23 @@ def _load_rows(
     dtype: torch.dtype,
     wanted_ranges: list[IndexRange],
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield start row, end row and values of pieces of a dense tensor with the wanted rows."""
+    """Yield the wanted rows of a stored tensor, in pieces of at most MAX_MESSAGE_BYTES.
+
+    Args:
+        record: the elements of the dense tensor, as a file.
+        sizes: the shape of the tensor; a scalar is one row.
+        dtype: its dtype.
+        wanted_ranges: the wanted rows, by `global_start` and `length`.
+
+    Yields:
+        first row, end row (exclusive) and values of a piece.
+    """
     row_bytes = math.prod(sizes[1:]) * dtype.itemsize
-    step = max(1, MAX_MESSAGE_BYTES // max(1, row_bytes))
+    rows_per_piece = max(1, MAX_MESSAGE_BYTES // max(1, row_bytes))
     for index_range in wanted_ranges if sizes else [IndexRange(0, 0, 1)]:
-        for first in range(
-            index_range.global_start, index_range.global_start + index_range.length, step
-        ):
-            last = min(first + step, index_range.global_start + index_range.length)
+        end = index_range.global_start + index_range.length
+        for first in range(index_range.global_start, end, rows_per_piece):
+            last = min(first + rows_per_piece, end)
             content = bytearray((last - first) * row_bytes)
             record.seek(first * row_bytes)
             if record.readinto(content) != len(content):
@@ -358,14 +393,19 @@ def load_unsharded(path: Path) -> dict[str, Any]:
 
 
 def load_full(path: Path) -> dict[str, Any]:
-    """Load the full checkpoint, with the content that a single file would have."""
+    """Load the full checkpoint from a folder, with the content that a single file would have.
+
+    Raises:
+        CheckpointError: the files do not fit together.
+    """
     checkpoint = load_unsharded(path)
+    # a tensor with several names has one location, and stays one tensor
     tensors_by_location: dict[tuple[Any, ...], Tensor] = {}
     tensors = {}
     for tensor_path, stored_tensor in list_stored_tensors(path).items():
         tensors[tensor_path] = tensors_by_location.setdefault(
             (stored_tensor.location, stored_tensor.entry.size),
-            empty_like_entry(stored_tensor.entry, None),
+            empty_like_entry(stored_tensor.entry, parameter=None),
         )
     load_sharded(path, tensors)
     try:

@@ -48,6 +48,11 @@ class StagingFolder:
         return self.folder, error
 
     def _create(self) -> None:
+        """Create and lock the temporary folder; called on rank 0.
+
+        Raises:
+            OSError: a folder that is not a checkpoint exists at the target, or cannot be created.
+        """
         if (
             self.path.is_dir()
             and not self.path.is_symlink()
@@ -62,6 +67,7 @@ class StagingFolder:
             self.folder = candidate
             with suppress(BlockingIOError, FileNotFoundError):  # another writer is removing it
                 candidate_lock = _lock_folder(candidate)
+                # whether the locked folder is still there, under this name
                 if candidate.is_dir() and os.path.samestat(
                     os.fstat(candidate_lock), candidate.stat()
                 ):

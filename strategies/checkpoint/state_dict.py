@@ -49,33 +49,38 @@ def gather_model_state(
 ) -> dict[str, Any]:
     """Return the module's state_dict: this rank's shards, or all tensors on rank 0 (else empty).
 
-    A tensor with several names is gathered once; the result has it under each name.
+    Every rank calls it. A tensor with several names is gathered once; the result has it under each
+    name.
+
+    Args:
+        module: the LightningModule.
+        is_distributed: whether each rank gets its shards, on the CPU, to write them to a folder.
+        stages: the stages of a pipeline; None without a pipeline.
     """
     state = get_model_state_dict(module, options=StateDictOptions(cpu_offload=is_distributed))
     first_names = _shared_tensor_names(module, state)
-    if is_distributed:
-        return {name: state[first_names.get(name, name)] for name in state}
-    collecting_ranks, tensors_by_name = _collecting_ranks(stages), {}
-    for name, value in state.items():
-        if name not in first_names:
-            tensors_by_name[name] = _collect_value(value, collecting_ranks)
     first_name_of = {name: first_names.get(name, name) for name in state}
+    if is_distributed:
+        return {name: state[first_name] for name, first_name in first_name_of.items()}
+    collecting_ranks = _collecting_ranks(stages)  # the first rank of each stage
+    tensors_by_name = {
+        name: _collect_value(value, collecting_ranks)
+        for name, value in state.items()
+        if name not in first_names
+    }
     if stages is not None and dist.get_rank() in collecting_ranks:
-        message, tensors_by_name, first_name_of = (tensors_by_name, first_name_of), {}, {}
-        for tensors, names in gather_trees_to_first_rank(
-            message, stages.group, _comm_device(module)
-        ):
-            tensors_by_name |= {
-                name: value for name, value in tensors.items() if name not in tensors_by_name
-            }
-            first_name_of |= {
-                name: first for name, first in names.items() if name not in first_name_of
-            }
-    return (
-        {name: tensors_by_name[first] for name, first in first_name_of.items()}
-        if dist.get_rank() == 0
-        else {}
-    )
+        trees = gather_trees_to_first_rank(
+            (tensors_by_name, first_name_of), stages.group, _comm_device(module)
+        )
+        tensors_by_name, first_name_of = {}, {}
+        for stage_tensors, stage_first_names in trees:  # of several stages the first one counts
+            for name, tensor in stage_tensors.items():
+                tensors_by_name.setdefault(name, tensor)
+            for name, first_name in stage_first_names.items():
+                first_name_of.setdefault(name, first_name)
+    if dist.get_rank() != 0:
+        return {}
+    return {name: tensors_by_name[first_name] for name, first_name in first_name_of.items()}
 
 
 def gather_stages(
@@ -145,33 +150,40 @@ def gather_optimizer_state(
     stages: StageNames | None,
     is_owned: TensorPredicate = lambda parameter: True,
 ) -> dict[str, Any]:
-    """Return the optimizer's state_dict: this rank's shards, or all state on rank 0.
+    """Return the optimizer's state_dict: this rank's shards, or all state on rank 0 (else empty).
 
-    If parameters have owners (ZeRO-1, optimizers that need full tensors), the ranks of
-    `owner_group` keep the state of different parameters. `is_owned` is false for parameters of
-    other ranks.
+    Every rank calls it. Parameters are indexed by the order of `named_parameters()` of the full
+    net.
+
+    Args:
+        module: the LightningModule.
+        optimizer: the optimizer.
+        is_distributed: whether each rank gets its shards, to write them to a folder.
+        owner_group: the ranks that have the state of different parameters (ZeRO-1, optimizers
+            that need full tensors); None if parameters have no owners.
+        stages: the stages of a pipeline; None without a pipeline.
+        is_owned: whether this rank has the state of a parameter.
     """
     indices = param_indices(module, stages)
     state_dict = optimizer.state_dict()
-    ids = {}
+    index_of = {}  # by the number that the optimizer gives to a parameter
     for group, own_group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
-        ids |= {i: indices[p] for i, p in zip(group["params"], own_group["params"], strict=True)}
-        group["params"] = [ids[i] for i in group["params"]]
-    state = {ids[i]: values for i, values in state_dict["state"].items()}
-    rank = dist.get_rank()
-    if stages is not None:
-        groups = _all_gather(
-            [group["params"] for group in state_dict["param_groups"]], stages.group
-        )
+        for number, parameter in zip(group["params"], own_group["params"], strict=True):
+            index_of[number] = indices[parameter]
+        group["params"] = [index_of[number] for number in group["params"]]
+    state = {index_of[number]: values for number, values in state_dict["state"].items()}
+    if stages is not None:  # a param group of the full net has parameters of all stages
+        local_groups = [group["params"] for group in state_dict["param_groups"]]
+        groups_by_stage = _all_gather(local_groups, stages.group)
         for i, group in enumerate(state_dict["param_groups"]):
-            group["params"] = sorted({number for item in groups for number in item[i]})
+            group["params"] = sorted({index for groups in groups_by_stage for index in groups[i]})
+    rank = dist.get_rank()
     if not is_distributed:
-        collecting_ranks = sending_ranks = _collecting_ranks(stages)
-        ranks = [] if owner_group is None else dist.get_process_group_ranks(owner_group)
-        if ranks:  # each rank of owner_group has the state of different parameters
-            sending_ranks = [
-                first + item - ranks[0] for first in collecting_ranks for item in ranks
-            ]
+        collecting_ranks = sending_ranks = _collecting_ranks(stages)  # first rank of each stage
+        owner_ranks = [] if owner_group is None else dist.get_process_group_ranks(owner_group)
+        if owner_ranks:  # of each stage, in the same places as in this stage
+            offsets = [owner_rank - owner_ranks[0] for owner_rank in owner_ranks]
+            sending_ranks = [first + offset for first in collecting_ranks for offset in offsets]
 
         def collect_tensor(tensor: Tensor) -> Tensor:
             return _collect_value(tensor, sending_ranks)  # every rank of its mesh must call it
@@ -180,13 +192,11 @@ def gather_optimizer_state(
         if "members" in state_dict:  # other state of member optimizers, equal on all ranks
             state_dict["members"] = tree_map_only(Tensor, collect_tensor, state_dict["members"])
         device = _comm_device(module)
-        if ranks and rank not in collecting_ranks:  # sharded state is on collecting ranks already
-            state = {
-                indices[p]: state[indices[p]]
-                for p in indices
-                if indices[p] in state and is_owned(p)
-            }
-        if owner_group is not None and ranks[0] in collecting_ranks:
+        if owner_ranks and rank not in collecting_ranks:
+            # sharded state is on the collecting ranks already: only owned state is sent
+            owned_indices = {index for p, index in indices.items() if is_owned(p)}
+            state = {index: values for index, values in state.items() if index in owned_indices}
+        if owner_group is not None and owner_ranks[0] in collecting_ranks:
             state = _merge_states(gather_trees_to_first_rank(state, owner_group, device))
         if stages is not None and rank in collecting_ranks:
             state = _merge_states(gather_trees_to_first_rank(state, stages.group, device))
@@ -208,21 +218,31 @@ def load_full_state(
 ) -> None:
     """Load weights and optimizer states from a checkpoint with full tensors.
 
-    If `is_unsharded(parameter)`, the owner of the parameter keeps its full state.
+    Args:
+        module: the LightningModule; of a full weight only this rank's shard is copied.
+        optimizers: its optimizers.
+        checkpoint: the checkpoint; its tensors may be views of a mapped file.
+        is_owned: whether this rank keeps the state of a parameter.
+        stages: the stages of a pipeline; None without a pipeline.
+        is_unsharded: whether the owner of a sharded parameter keeps its full state.
+
+    Raises:
+        CheckpointError: the kinds of the weights, or the optimizers, are not those of the
+            checkpoint.
     """
-    state, module_state = checkpoint["state_dict"], module.state_dict()
-    if stages is not None:
-        state = {name: value for name, value in state.items() if name in module_state}
-    check_dtype_kinds(module, module_state, state)
-    distributed = {
-        name: _copy_shard(module_state.get(name), value) for name, value in state.items()
+    weights, module_state = checkpoint["state_dict"], module.state_dict()
+    if stages is not None:  # a stage has some of the weights
+        weights = {name: value for name, value in weights.items() if name in module_state}
+    check_dtype_kinds(module, module_state, weights)
+    loaded_weights = {
+        name: _copy_shard(module_state.get(name), value) for name, value in weights.items()
     }
-    module.load_state_dict(distributed, strict=module.strict_loading)  # type: ignore[arg-type]
-    states = checkpoint.get("optimizer_states", []) if optimizers else []
-    _check_optimizer_count(optimizers, states)
+    module.load_state_dict(loaded_weights, strict=module.strict_loading)  # type: ignore[arg-type]
+    saved_states = checkpoint.get("optimizer_states", []) if optimizers else []
+    _check_optimizer_count(optimizers, saved_states)
     indices = param_indices(module, stages) if stages else None
-    for optimizer, state in zip(optimizers, states, strict=True):
-        _load_optimizer(optimizer, state, is_owned, indices, is_unsharded, is_mapped=True)
+    for optimizer, saved in zip(optimizers, saved_states, strict=True):
+        _load_optimizer(optimizer, saved, is_owned, indices, is_unsharded, is_mapped=True)
 
 
 @torch.no_grad()
@@ -251,47 +271,56 @@ def load_sharded_state(
 ) -> dict[str, Any]:
     """Load weights and optimizer states from a folder; each rank reads its shards.
 
+    Args:
+        module: the LightningModule.
+        optimizers: its optimizers; without any their states are not read.
+        path: the folder.
+        is_owned: whether this rank keeps the state of a parameter.
+        stages: the stages of a pipeline; None without a pipeline.
+        is_unsharded: whether the owner of a sharded parameter keeps its full state.
+
     Returns:
         the rest of the checkpoint.
     """
     checkpoint = sharded.load_unsharded(path)
     indices = param_indices(module, stages)
-    parameters = {number: p for p, number in indices.items() if is_owned(p)}
-    params_by_name = dict(module.named_parameters())
     entries = dict(sharded_index.iter_tensor_entries(path))
-    dtypes = {
-        str(tensor_path[1]): e.properties.dtype
-        for tensor_path, e in entries.items()
+    weight_dtypes = {
+        str(tensor_path[1]): entry.properties.dtype
+        for tensor_path, entry in entries.items()
         if tensor_path[0] == "state_dict"
     }
-    check_dtype_kinds(module, module.state_dict(), dtypes)
-    tensors: dict[sharded_index.TensorPath, Tensor] = {
+    check_dtype_kinds(module, module.state_dict(), weight_dtypes)
+    tensors: dict[sharded_index.TensorPath, Tensor] = {  # weights are loaded in place
         ("state_dict", name): value
         for name, value in module.state_dict().items()
         if isinstance(value, Tensor) and ("state_dict", name) in entries
     }
+    owned_params = {index: p for p, index in indices.items() if is_owned(p)}
+    params_by_name = dict(module.named_parameters())
     for tensor_path, entry in entries.items():
-        if tensor_path[0] == "optimizer_states":
-            if optimizers and tensor_path[2] != "state":
+        section = tensor_path[0]
+        if section == "optimizer_states" and optimizers:
+            # ("optimizer_states", optimizer, "state", index of the parameter, name, ...)
+            if tensor_path[2] != "state":
                 tensors[tensor_path] = sharded.empty_like_entry(entry, None)
-            elif optimizers and tensor_path[3] in parameters:
-                parameter = parameters[int(tensor_path[3])]
+            elif tensor_path[3] in owned_params:
+                parameter = owned_params[int(tensor_path[3])]
                 tensors[tensor_path] = sharded.empty_like_entry(
                     entry, None if is_unsharded(parameter) else parameter
                 )
-        elif tensor_path[0] != "state_dict" and (
-            stages is None or tensor_path[-1] in params_by_name
-        ):
-            tensors[tensor_path] = sharded.empty_like_entry(
-                entry, params_by_name.get(str(tensor_path[-1]))
-            )
+        elif section not in ("state_dict", "optimizer_states"):  # e.g. ("ema", ..., name)
+            name = tensor_path[-1]
+            if stages is None or name in params_by_name:
+                parameter = params_by_name.get(str(name))
+                tensors[tensor_path] = sharded.empty_like_entry(entry, parameter)
     sharded.load_sharded(path, tensors)
     for tensor_path, tensor in tensors.items():
         sharded.set_nested(checkpoint, tensor_path, tensor)
-    states = checkpoint.pop("optimizer_states", []) if optimizers else []
-    _check_optimizer_count(optimizers, states)
-    for optimizer, state in zip(optimizers, states, strict=True):
-        _load_optimizer(optimizer, state, is_owned, indices if stages else None, is_unsharded)
+    saved_states = checkpoint.pop("optimizer_states", []) if optimizers else []
+    _check_optimizer_count(optimizers, saved_states)
+    for optimizer, saved in zip(optimizers, saved_states, strict=True):
+        _load_optimizer(optimizer, saved, is_owned, indices if stages else None, is_unsharded)
     return checkpoint
 
 
@@ -315,9 +344,9 @@ def shape_mismatches(
     """Describe how the weights of a checkpoint differ from those of a module; empty if equal.
 
     Args:
-        module_shapes: shapes of the full net, equal on all ranks, so that all or none raise
-        checkpoint_shapes: shapes of the checkpoint
-        strict: whether missing and unexpected names count as differences
+        module_shapes: shapes of the full net, equal on all ranks, so that all or none raise.
+        checkpoint_shapes: shapes of the checkpoint.
+        strict: whether missing and unexpected names count as differences.
     """
     mismatches = [
         f"{name} is {module_shapes[name]} in the module and {checkpoint_shapes[name]} in the "
@@ -384,9 +413,18 @@ def _load_optimizer(
 ) -> None:
     """Load an optimizer state; tensors with the shape of their parameter are sharded like it.
 
-    Param groups have the same order with every layout. A pipeline stage has some parameters of each
-    group, found by their `indices`. Tensors of a mapped file (`is_mapped`) are copied, because
-    views of it must not outlive the loading.
+    Args:
+        optimizer: the optimizer.
+        saved: its state_dict in the checkpoint; param groups have the same order with every layout.
+        is_owned: whether this rank keeps the state of a parameter.
+        indices: index of each parameter in `saved`; None: the order of the param groups. A
+            pipeline stage has some parameters of each group.
+        is_unsharded: whether the owner of a sharded parameter keeps its full state.
+        is_mapped: whether tensors are views of a mapped file; they are copied, because views must
+            not outlive the loading.
+
+    Raises:
+        CheckpointError: the number of param groups differs.
     """
     groups = [group["params"] for group in optimizer.param_groups]
     saved_groups = [group["params"] for group in saved["param_groups"]]
@@ -397,35 +435,16 @@ def _load_optimizer(
             hint="build the optimizer as the run did, or train without ckpt_path",
         )
     parameters = [p for group_params in groups for p in group_params]
-    ids = [i for saved_group in saved_groups for i in saved_group]
-    if indices is not None:
-        ids = [indices[p] for p in parameters]
-
-    def distribute(parameter: Tensor, value: Any) -> Any:
-        if isinstance(value, DTensor):
-            return value
-        if not isinstance(value, Tensor):
-            return _clone_tensors(value) if is_mapped else value
-        if (
-            value.shape != parameter.shape
-            or not isinstance(parameter, DTensor)
-            or is_unsharded(parameter)
-        ):
-            return value.clone() if is_mapped else value
-        shard = local_shard(value, parameter)
-        shard = shard.clone() if shard.device == parameter.device else shard.to(parameter.device)
-        return DTensor.from_local(
-            shard.contiguous(),
-            parameter.device_mesh,
-            parameter.placements,
-            run_check=False,
-            shape=parameter.shape,
-            stride=parameter.stride(),
-        )
-
-    index_by_param = dict(zip(parameters, ids, strict=True))
+    if indices is None:
+        saved_indices = [i for saved_group in saved_groups for i in saved_group]
+    else:
+        saved_indices = [indices[p] for p in parameters]
+    index_by_param = dict(zip(parameters, saved_indices, strict=True))
     state = {
-        i: {key: distribute(p, value) for key, value in saved["state"].get(i, {}).items()}
+        i: {
+            key: _shard_state_value(p, value, is_unsharded(p), is_mapped)
+            for key, value in saved["state"].get(i, {}).items()
+        }
         for p, i in index_by_param.items()
         if is_owned(p)
     }
@@ -440,6 +459,30 @@ def _load_optimizer(
     if is_mapped:
         extra_state = _clone_tensors(extra_state)
     optimizer.load_state_dict({**extra_state, "param_groups": settings, "state": state})
+
+
+def _shard_state_value(parameter: Tensor, value: Any, is_unsharded: bool, is_mapped: bool) -> Any:
+    """Return a value of a parameter's optimizer state as the optimizer is to keep it.
+
+    A tensor of the shape of a sharded parameter becomes a DTensor, unless `is_unsharded`. Tensors
+    are copied if `is_mapped`.
+    """
+    if isinstance(value, DTensor):
+        return value
+    if not isinstance(value, Tensor):
+        return _clone_tensors(value) if is_mapped else value
+    if value.shape != parameter.shape or not isinstance(parameter, DTensor) or is_unsharded:
+        return value.clone() if is_mapped else value
+    shard = local_shard(value, parameter)
+    shard = shard.clone() if shard.device == parameter.device else shard.to(parameter.device)
+    return DTensor.from_local(
+        shard.contiguous(),
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
 
 
 def _clone_tensors(tree: Any) -> Any:
@@ -460,16 +503,19 @@ def to_checkpoint(
 ) -> dict[str, Tensor]:
     """Copy weights for a checkpoint, full or sharded like its state_dict; every rank calls it.
 
-    The full value of a sharded weight is on the first rank of its mesh only.
-
     Args:
-        state: the checkpoint's state_dict.
+        state: the checkpoint's state_dict; if it has a DTensor, the checkpoint is sharded.
         weights: the weights by name.
         live: whether shards are returned without a copy; the caller must not change the weights
             before they are written.
-        stages: the stages of a pipeline; the result is then on rank 0 only.
+        stages: the stages of a pipeline; None without a pipeline.
+
+    Returns:
+        copies by name. The full value of a sharded weight is on the first rank of its mesh only,
+        and with `stages` all values are on rank 0 only.
     """
-    if any(isinstance(value, DTensor) for value in state.values()):
+    is_sharded = any(isinstance(value, DTensor) for value in state.values())
+    if is_sharded:
         return {name: w.detach() if live else w.detach().clone() for name, w in weights.items()}
     values = {}
     for name, weight in weights.items():
@@ -493,12 +539,19 @@ def update_state_dict(
 ) -> None:
     """Replace weights in a checkpoint's state_dict, full or sharded; every rank calls it.
 
-    A shared weight is set under each of its names. See `to_checkpoint` for the arguments.
+    A shared weight is set under each of its names.
+
+    Args:
+        state: the checkpoint's state_dict, which is changed.
+        weights: the new weights by name.
+        module: the module of the weights.
+        live: see `to_checkpoint`.
+        stages: see `to_checkpoint`.
     """
-    owned: dict[int, list[str]] = {}
+    names_by_id: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        owned.setdefault(id(parameter), []).append(name)
-    aliases = {name: names for names in owned.values() for name in names}
+        names_by_id.setdefault(id(parameter), []).append(name)
+    aliases = {name: names for names in names_by_id.values() for name in names}
     for name, value in to_checkpoint(state, weights, live, stages).items():
         for alias in aliases.get(name, [name]):
             if alias in state:  # only one rank has the full weights

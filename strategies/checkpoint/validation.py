@@ -26,7 +26,11 @@ StateShapes = list[dict[str, dict[str, list[int]]]]  # by optimizer, parameter a
 
 
 def find_malformed_section(checkpoint: Any) -> str | None:
-    """Describe the first section with a wrong type; None if all types are right."""
+    """Describe the first section of a checkpoint with a wrong type; None if all types are right.
+
+    Args:
+        checkpoint: the content of a file; anything other than a mapping has no sections.
+    """
     if not isinstance(checkpoint, Mapping):
         return None
     for name, expected_type in SECTION_TYPES.items():
@@ -128,15 +132,11 @@ def dtype_kind_mismatches(
     """
     mismatches = []
     for name in sorted(module_dtypes.keys() & checkpoint_dtypes.keys()):
-        module_dtype, checkpoint_dtype = (
-            _dtype_of(module_dtypes[name]),
-            _dtype_of(checkpoint_dtypes[name]),
-        )
-        if (
-            module_dtype is not None
-            and checkpoint_dtype is not None
-            and _dtype_kind(module_dtype) != _dtype_kind(checkpoint_dtype)
-        ):
+        module_dtype = _dtype_of(module_dtypes[name])
+        checkpoint_dtype = _dtype_of(checkpoint_dtypes[name])
+        if module_dtype is None or checkpoint_dtype is None:  # not a tensor
+            continue
+        if _dtype_kind(module_dtype) != _dtype_kind(checkpoint_dtype):
             mismatches.append(
                 f"{name} is {module_dtype} in the module and {checkpoint_dtype} in the checkpoint"
             )
@@ -166,18 +166,28 @@ def optimizer_state_shapes(states: Iterable[Any]) -> StateShapes:
 def optimizer_state_kinds(states: Iterable[Any]) -> StateDtypeKinds:
     """Return the kinds of optimizer state tensors that are not real, which a checkpoint records.
 
-    Scalars are left out, because counters may be integer or real.
+    The kinds are "complex" and "whole" (integer). Scalars are left out, because counters may be
+    integer or real.
+
+    Args:
+        states: the `optimizer_states` of a checkpoint.
+
+    Returns:
+        for each optimizer the kinds by index of the parameter and name of the entry.
     """
     records: StateDtypeKinds = []
     for state in states:
         kinds_by_param = {}
         for number, values in state.get("state", {}).items():
+            if not isinstance(values, Mapping):
+                continue
             entry_kinds = {
                 str(key): _dtype_kind(value.dtype)
-                for key, value in (values.items() if isinstance(values, Mapping) else ())
+                for key, value in values.items()
                 if _is_tensor(value) and value.ndim and _dtype_kind(value.dtype) != "real"
             }
-            kinds_by_param |= {str(number): entry_kinds} if entry_kinds else {}
+            if entry_kinds:
+                kinds_by_param[str(number)] = entry_kinds
         records.append(kinds_by_param)
     return records
 
@@ -185,7 +195,10 @@ def optimizer_state_kinds(states: Iterable[Any]) -> StateDtypeKinds:
 def find_changed_kinds(states: list[Any], recorded: Any, param_names: list[str]) -> str:
     """Describe optimizer states whose kind differs from `recorded`; empty if there are none.
 
-    `recorded` is the result of `optimizer_state_kinds` when the checkpoint was written, or None.
+    Args:
+        states: the checkpoint's `optimizer_states`.
+        recorded: the result of `optimizer_state_kinds` when the checkpoint was written, or None.
+        param_names: names of the module's parameters, by index.
     """
     if recorded is None:
         return ""
@@ -193,10 +206,10 @@ def find_changed_kinds(states: list[Any], recorded: Any, param_names: list[str])
     for before, after in zip(recorded, optimizer_state_kinds(states), strict=False):
         for number in before.keys() | after.keys():
             old, new = before.get(number, {}), after.get(number, {})
-            changes += [
-                f"{key} of {_param_name(number, param_names)} has {new.get(key, 'real')} numbers "
-                "in the "
-                f"optimizer state, and was saved with {old.get(key, 'real')} ones"
+            name = _param_name(number, param_names)
+            changes += [  # real numbers are not recorded
+                f"{key} of {name} has {new.get(key, 'real')} numbers in the optimizer state, and "
+                f"was saved with {old.get(key, 'real')} ones"
                 for key in sorted(old.keys() | new.keys())
                 if old.get(key) != new.get(key)
             ]
@@ -219,7 +232,8 @@ def find_damaged_states(
         param_names: names of the module's parameters, by index.
     """
     if recorded is None:
-        return "it has no optimizer state, after a step was taken" if steps and not states else ""
+        has_lost_all_states = steps > 0 and not states
+        return "it has no optimizer state, after a step was taken" if has_lost_all_states else ""
     current_shapes = optimizer_state_shapes(states)
     if len(current_shapes) < len(recorded):
         return (

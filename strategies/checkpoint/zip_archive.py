@@ -79,6 +79,7 @@ def validate_zip_entries(archive: zipfile.ZipFile, size: int) -> None:
     """
     entries = archive.infolist()
     names = [entry.filename for entry in entries]
+    # bit 0 of the flags: encrypted
     if any(e.compress_type != zipfile.ZIP_STORED or e.flag_bits & 1 for e in entries):
         raise DamagedArchiveError(
             "its records are compressed or encrypted, and torch.save's are not"
@@ -89,6 +90,7 @@ def validate_zip_entries(archive: zipfile.ZipFile, size: int) -> None:
         raise DamagedArchiveError("its records overlap")
     if len({name.lower() for name in names}) != len(names):  # torch ignores case
         raise DamagedArchiveError("two of its records have one name")
+    # torch.save puts all records into one folder
     if len({name.partition("/")[0] for name in names}) != 1:
         raise DamagedArchiveError("its records are of more than one archive")
 
@@ -141,29 +143,34 @@ def open_tensor_record(archive: zipfile.ZipFile, file: "FileWindow") -> "FileWin
 def validate_pickled_tensors(archive: zipfile.ZipFile, size: int) -> None:
     """Compare the tensors of the pickle with the records of the archive.
 
+    Args:
+        archive: the open archive of torch.save.
+        size: size of the file, in bytes.
+
     Raises:
         UnsafePickle: the pickle is damaged or too large.
         DamagedArchiveError: a tensor reaches beyond its record.
     """
-    lengths = {entry.filename: entry.file_size for entry in archive.infolist()}
-    (name,) = [item for item in lengths if item.partition("/")[2] == "data.pkl"]
-    folder = name.removesuffix("data.pkl") + "data/"
-    content = archive.read(name)
-    records: list[CallRecord] = []
+    record_sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
+    (pickle_name,) = [name for name in record_sizes if name.partition("/")[2] == "data.pkl"]
+    data_folder = pickle_name.removesuffix("data.pkl") + "data/"
 
-    def resolve_storage(pid: Any) -> Any:
-        match pid:
+    def resolve_storage(persistent_id: Any) -> Any:
+        """Return the record of a storage: its class, and its number of elements."""
+        match persistent_id:
+            # the fourth item is the device
             case ("storage", GlobalName() as kind, str() as key, str(), int() as count):
-                width = STORAGE_ITEM_SIZES.get(kind.name)
+                item_size = STORAGE_ITEM_SIZES.get(kind.name)
             case _:
                 raise UnsafePickle("it refers to an object that is not a storage")
-        record_bytes = lengths.get(folder + key)
-        if width is None or record_bytes is None or not 0 <= count * width <= record_bytes:
+        record_size = record_sizes.get(data_folder + key)
+        if item_size is None or record_size is None or not 0 <= count * item_size <= record_size:
             raise DamagedArchiveError(f"storage {key[:20]!r} is larger than its record, or missing")
         return CallRecord(kind, (count,))
 
-    tree = safe_pickle.load_plain(content, lambda _: True, resolve_storage)
-    total = 0
+    # every name is allowed, because load_plain calls none of them
+    tree = safe_pickle.load_plain(archive.read(pickle_name), lambda _: True, resolve_storage)
+    total_bytes = 0
     todo, visited = [tree], set()
     while todo:
         item = todo.pop()
@@ -171,33 +178,41 @@ def validate_pickled_tensors(archive: zipfile.ZipFile, size: int) -> None:
             continue
         visited.add(id(item))
         if isinstance(item, CallRecord):
-            records.append(item)
             if item.name.name in TENSOR_BUILDERS:
-                total += _tensor_bytes(item.arguments)
+                total_bytes += _tensor_bytes(item.arguments)
             todo += [item.arguments, item.state, item.items]
         elif isinstance(item, dict):
             todo += item.values()
         elif isinstance(item, list | tuple | set):
             todo += item
-    if total > 4 * size + MAX_EXTRA_BYTES:
+    if total_bytes > 4 * size + MAX_EXTRA_BYTES:  # tensors may share a storage
         raise DamagedArchiveError("its tensors are larger than the file")
 
 
 def _tensor_bytes(arguments: tuple[Any, ...]) -> int:
-    """Return the bytes of a tensor's elements, which can exceed those of its storage."""
+    """Return the bytes of a tensor's elements, which can exceed those of its storage.
+
+    Args:
+        arguments: arguments of torch's function that builds the tensor: storage, offset in
+            elements, shape, strides, and others.
+
+    Raises:
+        DamagedArchiveError: they are not valid, or the tensor reaches beyond its storage.
+    """
     match arguments:
         case (CallRecord(arguments=(count,)) as storage, int() as offset,
               tuple() | CallRecord() as size,
               tuple() as stride, *_):  # fmt: skip
-            size = size.arguments[0] if isinstance(size, CallRecord) else size
+            size = size.arguments[0] if isinstance(size, CallRecord) else size  # torch.Size(size)
         case _:
             raise DamagedArchiveError("a tensor has no storage")
     numbers = [*size, *stride, offset]
     if len(size) != len(stride) or not all(type(n) is int and n >= 0 for n in numbers):
         raise DamagedArchiveError("the shape of a tensor is not valid")
-    width = STORAGE_ITEM_SIZES[storage.name.name]
+    item_size = STORAGE_ITEM_SIZES[storage.name.name]
+    # the number of elements of an untyped storage is not known here
     if storage.name.name != "UntypedStorage" and math.prod(size):
-        last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-        if last >= count:
+        last_element = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+        if last_element >= count:
             raise DamagedArchiveError("a tensor reaches beyond its storage")
-    return math.prod(size) * width
+    return math.prod(size) * item_size

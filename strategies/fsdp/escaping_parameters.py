@@ -18,7 +18,7 @@ from .torch_attributes import fsdp_param_groups
 def record_output_nodes(state: Any, register_hook: Callable[[Any], Any], output: Any) -> Any:
     """Register FSDP2's pre-backward hook, and record the autograd nodes of a unit's outputs."""
     output = register_hook(output)
-    gather = state._gather
+    gather = state._gather_on_use
     if gather.should_search_graph and torch.is_grad_enabled():
         leaves = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
         nodes = {leaf.grad_fn for leaf in leaves if leaf.grad_fn is not None}
@@ -27,13 +27,15 @@ def record_output_nodes(state: Any, register_hook: Callable[[Any], Any], output:
     return output
 
 
-def find_escaping_groups(loss: Tensor, groups: list[Any], outputs: dict[Any, set[Any]]) -> set[Any]:
+def find_escaping_groups(
+    loss: Tensor, groups: list[Any], output_nodes: dict[Any, set[Any]]
+) -> set[Any]:
     """Return the groups whose parameters reach the loss without passing an output of their unit.
 
     Args:
         loss: the tensor at which the backward pass begins.
-        groups: all FSDP2 param groups.
-        outputs: the autograd nodes of the unit's outputs, by group.
+        groups: all FSDP2 param groups; a unit has one or more.
+        output_nodes: the autograd nodes of the outputs of the unit of each group.
     """
     group_by_param_id = {
         id(p._unsharded_param): group
@@ -42,13 +44,32 @@ def find_escaping_groups(loss: Tensor, groups: list[Any], outputs: dict[Any, set
         if hasattr(p, "_unsharded_param")
     }
     root = loss.grad_fn
-    leaves: dict[Any, list[Any]] = {}  # nodes of parameters, by group
+    readers, leaves_by_group = _search_graph(root, group_by_param_id)
+    escaping_groups: set[Any] = set()
+    for group, leaves in leaves_by_group.items():
+        # from all parameters of the group at once: a search for each would take quadratic time
+        if _reaches_root(leaves, root, readers, output_nodes.get(group, set())):
+            escaping_groups.add(group)
+    return escaping_groups
+
+
+def _search_graph(
+    root: Any, group_by_param_id: dict[int, Any]
+) -> tuple[dict[Any, list[Any]], dict[Any, list[Any]]]:
+    """Visit all nodes of an autograd graph.
+
+    Returns:
+        the nodes that read the output of each node, and the nodes of the parameters of each group.
+    """
     readers: dict[Any, list[Any]] = {root: []}
+    leaves_by_group: dict[Any, list[Any]] = {}
     stack = [root]
     while stack:
         node = stack.pop()
-        if (group := group_by_param_id.get(id(getattr(node, "variable", None)))) is not None:
-            leaves.setdefault(group, []).append(node)
+        # the node that accumulates the gradient of a parameter has it as `variable`
+        group = group_by_param_id.get(id(getattr(node, "variable", None)))
+        if group is not None:
+            leaves_by_group.setdefault(group, []).append(node)
         for source, _ in node.next_functions if node is not None else ():
             if source is None:
                 continue
@@ -56,19 +77,23 @@ def find_escaping_groups(loss: Tensor, groups: list[Any], outputs: dict[Any, set
                 readers[source] = []
                 stack.append(source)
             readers[source].append(node)
-    escaping_groups: set[Any] = set()
-    for group, stack in leaves.items():  # one search per group; one per leaf would be quadratic
-        output_nodes, visited = outputs.get(group, set()), set(stack)
-        while stack:
-            node = stack.pop()
-            if node is root:
-                escaping_groups.add(group)
-                break
-            unvisited = [
-                reader
-                for reader in readers[node]
-                if reader not in visited and reader not in output_nodes
-            ]
-            visited.update(unvisited)
-            stack += unvisited
-    return escaping_groups
+    return readers, leaves_by_group
+
+
+def _reaches_root(
+    leaves: list[Any], root: Any, readers: dict[Any, list[Any]], excluded_nodes: set[Any]
+) -> bool:
+    """Whether a path leads from any of the leaves to the root without the excluded nodes."""
+    stack, visited = list(leaves), set(leaves)
+    while stack:
+        node = stack.pop()
+        if node is root:
+            return True
+        unvisited = [
+            reader
+            for reader in readers[node]
+            if reader not in visited and reader not in excluded_nodes
+        ]
+        visited.update(unvisited)
+        stack += unvisited
+    return False

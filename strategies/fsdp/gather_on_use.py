@@ -21,12 +21,16 @@ from ravine.errors import UsageError
 from ..parallel_module import fsdp_units
 from .escaping_parameters import find_escaping_groups, record_output_nodes
 from .gathered_writes import write_back_group
-from .sharded_parameter import ShardedParameter, as_sharded_parameter, attach_hooks
+from .sharded_parameter import (
+    GatherInfo,
+    ShardedParameter,
+    as_sharded_parameter,
+    attach_hooks,
+)
 from .torch_attributes import fsdp_param_groups
 
-CHECK_WRITES_EVERY = (
-    50  # backward passes between searches for lost `p.data` writes (half precision)
-)
+# backward passes between searches for lost `p.data` writes (half precision)
+CHECK_WRITES_EVERY = 50
 
 
 class GatherOnUse:
@@ -51,7 +55,10 @@ class GatherOnUse:
         self.escaping_groups: dict[Any, None] = {}
 
     def install(self) -> None:
-        """Apply the rules of ShardedParameter to the sharded parameters of all units."""
+        """Apply the rules of ShardedParameter to the sharded parameters of all units.
+
+        It replaces methods of FSDP2's objects; a second call, in a later fit, does so only once.
+        """
         states: list[Any] = [unit._get_fsdp_state() for unit in fsdp_units(self.module)]
         inner_states = [
             submodule._get_fsdp_state()
@@ -64,22 +71,21 @@ class GatherOnUse:
                 state._lazy_init()  # otherwise the first unit that runs would become the root
         self.param_groups = [group for state in states for group in fsdp_param_groups(state)]
         for group in self.param_groups:
-            for parameter in group.fsdp_params:
-                if "_setattr_on_modules" not in vars(parameter):
-                    parameter._setattr_on_modules = partial(_set_on_modules, parameter)
-                sharded = parameter.sharded_param
+            for fsdp_param in group.fsdp_params:
+                if "_setattr_on_modules" not in vars(fsdp_param):
+                    fsdp_param._setattr_on_modules = partial(_set_on_modules, fsdp_param)
+                sharded = fsdp_param.sharded_param
                 if isinstance(as_sharded_parameter(sharded), ShardedParameter):
-                    sharded._gather = (self, group, parameter)
+                    sharded._gather_info = GatherInfo(self, group, fsdp_param)
             if "post_forward" not in vars(group):
                 group.post_forward = partial(self._post_forward, group, group.post_forward)
         for state in states:
-            is_installed = hasattr(state, "_gather")
-            state._gather = self
-            if not is_installed:
+            is_first_install = not hasattr(state, "_gather_on_use")
+            state._gather_on_use = self  # read by the replaced methods
+            if is_first_install:
                 state._register_pre_backward_hook = partial(
                     record_output_nodes, state, state._register_pre_backward_hook
                 )
-            if not is_installed:
                 state._root_post_backward_final_callback = _keep_gathered_in_step(state)
 
     def attach_original_attributes(
@@ -88,12 +94,13 @@ class GatherOnUse:
         """Attach hooks and attributes of the parameters from before sharding, by name."""
         for name, parameter in self.module.named_parameters():
             param_attributes = attributes.get(name, {})
-            if not hasattr(parameter, "_gather") or (name not in hooks and not param_attributes):
+            gather_info: GatherInfo | None = getattr(parameter, "_gather_info", None)
+            if gather_info is None or (name not in hooks and not param_attributes):
                 continue
-            gather_info: Any = parameter._gather  # pyright: ignore[reportAttributeAccessIssue]
-            attach_hooks(gather_info[2], hooks.get(name, OrderedDict())).attributes.update(
-                param_attributes
+            original_attributes = attach_hooks(
+                gather_info.fsdp_param, hooks.get(name, OrderedDict())
             )
+            original_attributes.attributes.update(param_attributes)
 
     def hold_group(self, group: Any) -> None:
         """Gather a group until the end of the backward pass, and do not reduce its gradients."""
@@ -104,17 +111,22 @@ class GatherOnUse:
         self.held_groups[group] = None
 
     def wrap_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap a step: release groups of earlier steps, and write back changed parameters.
+        """Return a step that also releases gathered groups and writes back changed parameters.
+
+        Before the step, groups that earlier steps have gathered are released. After it, writes into
+        gathered parameters are copied to the shards.
 
         Raises:
             UsageError: some gradients would not be reduced, or some writes would be lost.
         """
 
         def run_step(*args: Any) -> Any:
+            """Run `step`, and then copy writes into gathered parameters to the shards."""
             if not self.is_in_backward:
-                self.release_groups()
+                self.release_groups()  # of earlier steps
                 self.output_nodes.clear()
-            was_in_step, self.is_in_step = self.is_in_step, True
+            was_in_step = self.is_in_step  # true if a step calls another one
+            self.is_in_step = True
             try:
                 result = step(*args)
                 self._check_reduced()
@@ -122,6 +134,7 @@ class GatherOnUse:
                 return result
             finally:
                 self.is_in_step = was_in_step
+                # with gradients enabled the backward pass needs the gathered groups
                 if not torch.is_grad_enabled():
                     self.release_groups()
 
@@ -262,18 +275,26 @@ def _have_gradients(groups: list[Any]) -> bool:
 
 
 def _keep_gathered_in_step(state: Any) -> Callable[[], None]:
-    """Keep units gathered after a backward pass within a step (e.g. of a gradient penalty)."""
+    """Return a callback that keeps units gathered after a backward pass within a step.
+
+    The step (e.g. with a gradient penalty) may use the parameters again after that backward pass.
+    The callback replaces the one that FSDP2 calls at the end of each backward pass.
+
+    Args:
+        state: the FSDP2 state of a unit.
+    """
     original_callback = state._root_post_backward_final_callback
 
     def final_callback() -> None:
         original_callback()
-        gather = state._gather
+        gather = state._gather_on_use
         if gather.is_in_step and not gather.is_in_backward:
             groups = [
-                g
+                group
                 for other_state in state._state_ctx.all_states
-                for g in fsdp_param_groups(other_state)
+                for group in fsdp_param_groups(other_state)
             ]
+            # with manual optimization, gradients show that the step has called loss.backward()
             if gather.module.automatic_optimization or not _have_gradients(groups):
                 for group in groups:
                     gather.hold_group(group)

@@ -21,6 +21,10 @@ class _GroupRows:
     """Views of the rows of a group's gathered parameters that belong to this rank's shards."""
 
     def __init__(self, group: Any) -> None:
+        """Make the views for the gathered parameters of an FSDP2 param group.
+
+        Parameters that are not sharded by rows, and those without a row on this rank, are left out.
+        """
         num_ranks, rank = group.mesh_info.shard_mesh_size, group.mesh_info.shard_mesh_rank
         self.parameters = [
             p
@@ -29,17 +33,19 @@ class _GroupRows:
             and p.fsdp_placement.dim == 0
             and p.sharded_param.to_local().numel()
         ]
-        self.copies, self.shards = [], []
+        self.copies: list[Tensor] = []  # this rank's rows of the gathered parameters
+        self.shards: list[Tensor] = []
         for p in self.parameters:
             shard = p.sharded_param.to_local().detach()
-            first = -(-p._unsharded_param.shape[0] // num_ranks) * rank
-            self.copies.append(_gathered_memory(p).narrow(0, first, shard.shape[0]))
+            rows_per_rank = -(-p._unsharded_param.shape[0] // num_ranks)  # rounded up
+            first_row = rows_per_rank * rank
+            self.copies.append(_gathered_memory(p).narrow(0, first_row, shard.shape[0]))
             self.shards.append(shard)
         self.has_same_dtypes = all(
             c.dtype == s.dtype for c, s in zip(self.copies, self.shards, strict=True)
         )
         self.versions: list[int] = []
-        self.versions_changed()
+        self.versions_changed()  # stores the current versions
 
     def versions_changed(self) -> bool:
         """Whether an operation wrote into a gathered parameter since the last call.
@@ -64,20 +70,28 @@ def _gathered_memory(parameter: Any) -> Tensor:
 
 @torch.no_grad()
 def write_back_group(group: Any, refuse: Callable[[Any], None], compare_values: bool) -> None:
-    """Copy the rows of a group's gathered parameters to the shards, if they were written."""
+    """Copy this rank's rows of a group's gathered parameters to the shards.
+
+    Args:
+        group: an FSDP2 param group that is gathered.
+        refuse: raises the error for a parameter whose write would be lost; called if the gathered
+            copy was changed and has another dtype than the shard.
+        compare_values: whether such copies are compared by value, even if no version changed.
+    """
     rows: Any = vars(group).get("_written_rows")
     if rows is None or rows.is_stale():
         rows = group._written_rows = _GroupRows(group)
     for p in rows.parameters:
-        copy = p._unsharded_param
-        if copy.data_ptr() != p.all_gather_outputs[0].data_ptr():  # p.data = new
-            if not rows.has_same_dtypes or copy.shape != p._orig_size:
+        gathered_param = p._unsharded_param
+        # after `p.data = new` the memory is not FSDP2's: the values are copied there
+        if gathered_param.data_ptr() != p.all_gather_outputs[0].data_ptr():
+            if not rows.has_same_dtypes or gathered_param.shape != p._orig_size:
                 refuse(p)
             gathered = _gathered_memory(p)
             # `p.data = new` does not increment the version counter of a plain parameter either
             with grad_mode._unsafe_preserve_version_counter(p.all_gather_outputs[0]):
-                gathered.copy_(copy)
-            copy.data = gathered
+                gathered.copy_(gathered_param)
+            gathered_param.data = gathered
     if not rows.parameters:  # all of them are frozen
         return
     if rows.has_same_dtypes:

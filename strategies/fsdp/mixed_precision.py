@@ -91,16 +91,18 @@ class Fp32Weights:
                 layer.__dict__[name] = weight.float()
 
     def show_original(self, layer: nn.Module, inputs: Any, outputs: Any) -> None:
-        """Remove the attribute; what the forward wrote into it is written into the weight.
+        """Remove the fp32 copies after a forward, and write changes of a copy into the weight.
 
-        A write through `.data` leaves the version counter as it is, so that calls 1, 2, 4, 8, ...
-        compare the values, too.
+        A write through `.data` does not increment the version counter of a copy. So after the calls
+        1, 2, 4, 8, ... the values are compared as well.
         """
         self.num_calls += 1
-        compares_values = self.num_calls & (self.num_calls - 1) == 0
+        compares_values = self.num_calls & (self.num_calls - 1) == 0  # a power of two
         for name in self.names:
             weight, copy = layer._parameters.get(name), layer.__dict__.pop(name, None)
-            if weight is None or copy is None or not (copy._version or compares_values):
+            if weight is None or copy is None:
+                continue
+            if not copy._version and not compares_values:
                 continue
             with torch.no_grad():
                 rounded = copy.to(weight.dtype)
@@ -114,21 +116,22 @@ def uses_weights_in_matmul_only(layer: nn.Module) -> bool:
     Layers of torch do, unless parameters were replaced, as by weight_norm. A subclass does unless
     its own methods name a parameter. Classes with `only_matmul_weights = True` are not searched.
     """
-    classes = type(layer).__mro__
     if not isinstance(layer, MATMUL_LAYERS):
         return getattr(layer, "only_matmul_weights", False)
     names = {name for name, p in layer._parameters.items() if p is not None}
     if any(name.endswith(REPARAMETRIZED) for name in names):
         return False
-    forward = layer.__dict__.get("forward")
+    forward = layer.__dict__.get("forward")  # replaced on this object
     if forward is not None and getattr(forward, "__func__", None) is not _embedding_forward_fp32:
         return False
-    for owner in classes:
+    for owner in type(layer).__mro__:
         is_of_torch = owner.__module__.partition(".")[0] == "torch"
         if owner is object or is_of_torch or getattr(owner, "only_matmul_weights", False):
             continue
-        functions = (f for name, f in vars(owner).items() if name not in SETUP_METHODS)
-        for attribute in functions:
+        for name, attribute in vars(owner).items():
+            if name in SETUP_METHODS:
+                continue
+            # the function of a property, class method or decorated method
             function = getattr(attribute, "fget", None) or attribute
             function = inspect.unwrap(getattr(function, "__func__", function))
             used = _names_in(function.__code__) if isinstance(function, FunctionType) else set()

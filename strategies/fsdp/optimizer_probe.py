@@ -73,13 +73,14 @@ def probe_optimizer(optimizer: Optimizer) -> ProbeResult:
 
 
 def _probe_cases(optimizer: Optimizer) -> Iterator[tuple[int, Tensor]]:
-    """Yield a group index and its largest parameter, for each combination to be probed.
+    """Yield the index of a group and its largest parameter, for each case to be probed.
 
-    Combinations differ in settings of the group, number of axes or dtype.
+    Cases differ in settings of the group, number of axes or dtype.
     """
     cases: dict[Any, tuple[int, Tensor]] = {}
-    for number, group in enumerate(optimizer.param_groups):
+    for group_index, group in enumerate(optimizer.param_groups):
         settings = tuple(
+            # of a float only whether it is 0 counts: a factor of 0 disables a term
             (key, value == 0 if type(value) is float else repr(value)[:100])
             for key, value in sorted(group.items(), key=lambda item: str(item[0]))
             if key not in ("params", "param_names", "lr", "initial_lr", "max_lr", "min_lr")
@@ -88,26 +89,28 @@ def _probe_cases(optimizer: Optimizer) -> Iterator[tuple[int, Tensor]]:
             if not (parameter.is_floating_point() or parameter.is_complex()):
                 continue  # codes of quantized weights are not trained
             case = (settings, parameter.ndim, parameter.dtype)
-            largest = cases.setdefault(case, (number, parameter))
-            if parameter.numel() > largest[1].numel():
-                cases[case] = (number, parameter)
+            _, largest = cases.setdefault(case, (group_index, parameter))
+            if parameter.numel() > largest.numel():
+                cases[case] = (group_index, parameter)
     yield from cases.values()
 
 
 def _probe_case(
-    optimizer: Optimizer, number: int, example: Tensor, has_param_shape: StateShapeFlags
+    optimizer: Optimizer, group_index: int, example: Tensor, has_param_shape: StateShapeFlags
 ) -> tuple[UpdateKind, str]:
-    """Return kind and reason for a group and parameters like `example`.
+    """Return the update kind for a group and parameters like `example`, and why it is coupled.
 
-    Entries are added to `has_param_shape`.
+    Args:
+        optimizer: the optimizer, which is copied.
+        group_index: index of the param group whose settings are used.
+        example: a parameter with the number of axes and the dtype to be probed.
+        has_param_shape: flags of state entries; those of this case are added.
     """
     if needs_closure(optimizer):
         return "coupled", "computes the gradient of all parameters several times a step"
     if example.ndim == 0:
         return "elementwise", ""
-    large = example.numel() > 4096 or (example.ndim > 1 and max(example.shape) >= 128)
-    base_shape = (LARGE_SHAPES if large else SMALL_SHAPES)[min(example.ndim, 2)]
-    shape = (*base_shape[:2], *([3] * (example.ndim - 2)))
+    shape = _probe_shape(example)
     half = shape[0] // 2
     with _preserve_rng_states():
         generator = torch.Generator().manual_seed(0)
@@ -117,16 +120,15 @@ def _probe_case(
             numbers[half:] *= 30  # the halves differ in norm
             return numbers.to(example.dtype)
 
+        # two parameters, each with a gradient for each step
         values, gradients = draw_values(), [draw_values() * scale for scale in GRADIENT_SCALES]
-        other, other_gradients = (
-            draw_values(),
-            [draw_values() * scale / 7 for scale in GRADIENT_SCALES],
-        )
+        other_values = draw_values()
+        other_gradients = [draw_values() * scale / 7 for scale in GRADIENT_SCALES]
 
         new_flags: StateShapeFlags = {}
 
         def run_trial(*tensors: tuple[Tensor, list[Tensor]]) -> list[Any]:
-            return _run_steps(optimizer, number, tensors, new_flags)
+            return _run_steps(optimizer, group_index, tensors, new_flags)
 
         try:
             (full_result,) = run_trial((values, gradients))
@@ -135,6 +137,7 @@ def _probe_case(
         except Exception as error:
             error_text = " ".join(str(error).split())[:150]
             return "coupled", f"failed in a trial ({type(error).__name__}: {error_text})"
+        # copied here, because trials on halves add other flags to new_flags
         has_param_shape |= new_flags
         try:
             half_results = [
@@ -145,8 +148,8 @@ def _probe_case(
                 return "elementwise", ""
         except Exception:  # it does not accept tensors of this shape
             pass
-        joint_results = run_trial((values, gradients), (other, other_gradients))
-        separate_results = [full_result, *run_trial((other, other_gradients))]
+        joint_results = run_trial((values, gradients), (other_values, other_gradients))
+        separate_results = [full_result, *run_trial((other_values, other_gradients))]
         if all(
             _is_equal(joint, separate, compare_counts=False)
             for joint, separate in zip(joint_results, separate_results, strict=True)
@@ -155,15 +158,33 @@ def _probe_case(
     return "coupled", "computes the update of a parameter from other parameters, too"
 
 
+def _probe_shape(example: Tensor) -> tuple[int, ...]:
+    """Return the shape of the tensors with which parameters like `example` are probed."""
+    is_large = example.numel() > 4096 or (example.ndim > 1 and max(example.shape) >= 128)
+    base_shape = (LARGE_SHAPES if is_large else SMALL_SHAPES)[min(example.ndim, 2)]
+    return (*base_shape, *([3] * (example.ndim - 2)))
+
+
 def _run_steps(
     optimizer: Optimizer,
-    number: int,
+    group_index: int,
     tensors: tuple[tuple[Tensor, list[Tensor]], ...],
     has_param_shape: StateShapeFlags,
 ) -> list[Any]:
-    """Step a copy of the optimizer; return weights, state and settings for each tensor."""
+    """Step a copy of the optimizer on some parameters.
+
+    Args:
+        optimizer: the optimizer to be copied.
+        group_index: index of its param group whose settings are used.
+        tensors: for each parameter its values, and its gradient in each step.
+        has_param_shape: flags of state entries; those of the first parameter are added.
+
+    Returns:
+        for each parameter its weights, its state in each nested optimizer, and the settings.
+    """
     parameters = [nn.Parameter(values.clone()) for values, _ in tensors]
-    trial = _copy_optimizer(optimizer, number, parameters)
+    trial = _copy_optimizer(optimizer, group_index, parameters)
+    # the same random numbers in each trial
     torch.default_generator.manual_seed(0)
     random.seed(0)
     numpy.random.seed(0)
@@ -193,7 +214,14 @@ class _StateOutsideParamsError(Exception):
 
 
 def _record_saved_shapes(trial: Any, parameter: Tensor, has_param_shape: StateShapeFlags) -> None:
-    """Record which saved entries have the parameter's shape.
+    """Record in `has_param_shape` which entries of an optimizer's state have a parameter's shape.
+
+    The keys are the number of axes of the parameter, and the path of the entry in its state.
+
+    Args:
+        trial: the optimizer after its steps; the parameter is its first one.
+        parameter: the parameter.
+        has_param_shape: the flags, updated in place.
 
     Raises:
         _StateOutsideParamsError: an entry with several elements belongs to no parameter.
@@ -209,38 +237,49 @@ def _record_saved_shapes(trial: Any, parameter: Tensor, has_param_shape: StateSh
         for x in tree_flatten((non_param_state, other_entries))[0]
     ):
         raise _StateOutsideParamsError
-    for path, leaf in tree_flatten_with_path(state.get(0, {}))[0]:
+    for path, leaf in tree_flatten_with_path(state.get(0, {}))[0]:  # 0: index of the parameter
         if isinstance(leaf, Tensor):
             has_param_shape[parameter.ndim, keystr(path)] = leaf.shape == parameter.shape
 
 
-def _copy_optimizer(optimizer: Optimizer, number: int, parameters: list[nn.Parameter]) -> Any:
-    """Copy an optimizer with one group and other parameters, without copying the real ones."""
+def _copy_optimizer(optimizer: Optimizer, group_index: int, parameters: list[nn.Parameter]) -> Any:
+    """Copy an optimizer with one of its param groups, which gets other parameters.
+
+    The memory of the real parameters is not copied. Optimizers in attributes (a composite one, a
+    wrapper) are copied as well.
+
+    Args:
+        optimizer: the optimizer.
+        group_index: index of the group that the copy keeps.
+        parameters: the parameters of the copy.
+    """
+    originals = list(iter_nested_optimizers(optimizer))
+    duplicates = [object.__new__(type(original)) for original in originals]
+    pairs = list(zip(originals, duplicates, strict=True))
+    # for deepcopy: objects by the id of the object that they replace
     memo: dict[int, Any] = {}
-    old = list(iter_nested_optimizers(optimizer))
-    for original in old:
+    for original in originals:
         for group in original.param_groups:
             memo |= dict.fromkeys(map(id, group["params"]), parameters[0])
-    new = [object.__new__(type(original)) for original in old]
-    memo |= {id(original): duplicate for original, duplicate in zip(old, new, strict=True)}
-    for original, duplicate in zip(old, new, strict=True):
+    memo |= {id(original): duplicate for original, duplicate in pairs}
+    for original, duplicate in pairs:
         attributes = {  # without methods that were replaced on this instance
             k: v
             for k, v in vars(original).items()
             if not (callable(v) and hasattr(type(original), k))
         }
-        hooks = {k: OrderedDict() for k, v in attributes.items() if k.startswith("_optimizer_")}
-        duplicate.__dict__ = copy.deepcopy({**attributes, **hooks}, memo)
-    for original, duplicate in zip(old, new, strict=True):
-        _keep_only_group(duplicate, number, parameters)
+        no_hooks = {k: OrderedDict() for k in attributes if k.startswith("_optimizer_")}
+        duplicate.__dict__ = copy.deepcopy({**attributes, **no_hooks}, memo)
+    for original, duplicate in pairs:
+        _keep_only_group(duplicate, group_index, parameters)
         _init_trial_state(original, duplicate, parameters)
-    return new[0]
+    return duplicates[0]
 
 
-def _keep_only_group(optimizer: Any, number: int, parameters: list[nn.Parameter]) -> None:
+def _keep_only_group(optimizer: Any, group_index: int, parameters: list[nn.Parameter]) -> None:
     groups = optimizer.param_groups
-    if len(groups) > number:
-        groups[:] = [groups[number]]
+    if len(groups) > group_index:
+        groups[:] = [groups[group_index]]
     for group in groups:
         group["params"] = list(parameters)
         initial_rate = group.get("initial_lr", getattr(optimizer, "defaults", {}).get("lr"))
@@ -269,24 +308,29 @@ def _first_value(value: Tensor) -> Any:
 
 
 def _halves_equal_full(full: Any, halves: list[Any]) -> bool:
-    """Whether the concatenated halves equal the full result, and all other values are equal."""
+    """Whether steps on the halves of a tensor gave the same result as steps on the full tensor.
+
+    Tensors of the shape of the weights equal the concatenated halves, all other values are equal.
+
+    Args:
+        full: the result of `_run_steps` for the full tensor.
+        halves: the results for its first and second half of rows.
+    """
     leaves, spec = tree_flatten(full)
     flat_halves = [tree_flatten(half) for half in halves]
-    if any(other_spec != spec for _, other_spec in flat_halves):
+    if any(half_spec != spec for _, half_spec in flat_halves):
         return False
-    shape = leaves[0].shape  # the weights come first
-    for leaf, *half_leaves in zip(
-        leaves, *(half_tree for half_tree, _ in flat_halves), strict=True
-    ):
-        if isinstance(leaf, Tensor) and leaf.shape == shape:
-            if any(not isinstance(p, Tensor) or p.ndim != leaf.ndim for p in half_leaves):
-                return False
-            rows = (
-                torch.cat(half_leaves)
-                if all(p.shape[1:] == shape[1:] for p in half_leaves)
-                else None
+    weights_shape = leaves[0].shape  # the weights come first
+    leaves_of_halves = [half_leaves for half_leaves, _ in flat_halves]
+    for leaf, *half_leaves in zip(leaves, *leaves_of_halves, strict=True):
+        if isinstance(leaf, Tensor) and leaf.shape == weights_shape:
+            can_concatenate = all(
+                isinstance(half_leaf, Tensor)
+                and half_leaf.ndim == leaf.ndim
+                and half_leaf.shape[1:] == weights_shape[1:]
+                for half_leaf in half_leaves
             )
-            if rows is None or not _is_equal(leaf, rows):
+            if not can_concatenate or not _is_equal(leaf, torch.cat(half_leaves)):
                 return False
         elif not all(_is_equal(leaf, half_leaf) for half_leaf in half_leaves):
             return False

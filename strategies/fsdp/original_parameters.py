@@ -28,17 +28,20 @@ class OriginalParameters:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        """Record the name of each parameter by its id.
+        """Record the name, hooks and attributes of each parameter before sharding.
 
         Raises:
             UsageError: a parameter has a post-accumulate hook, or a tensor is a view of one.
         """
         self.module = module
+        # of the original parameters; weak, so that their memory is freed
         self._names_by_id: dict[int, str] = {}
         self._refs_by_id: dict[int, weakref.ref[Tensor]] = {}
         self.hooks_by_name: dict[str, Any] = {}  # of Tensor.register_hook
         self.attributes_by_name: dict[str, dict[str, Any]] = {}  # set by the module's code
+        # tensors that are views of a whole parameter, with its name
         self._aliases_by_id: dict[int, tuple[weakref.ref[Tensor], str]] = {}
+        self._sharded_params: dict[str, Tensor] = {}  # by name; set after sharding
         for name, parameter in module.named_parameters():
             if isinstance(parameter, DTensor):  # sharded by an earlier fit: it is not replaced
                 continue
@@ -57,7 +60,6 @@ class OriginalParameters:
                     'use Trainer(strategy="ddp")',
                     flag="--trainer.strategy=ddp",
                 )
-        self._sharded_params: dict[str, Tensor] = {}
         for alias_path, tensor, name in find_param_views(module):
             parameter = dict(module.named_parameters())[name]
             if tensor.shape != parameter.shape or tensor.stride() != parameter.stride():
@@ -84,7 +86,10 @@ class OriginalParameters:
         return None if sharded is tensor else sharded
 
     def update_references(self) -> None:
-        """Replace references in attributes, lists and dicts of the modules."""
+        """Replace original parameters by the sharded ones in attributes of the modules.
+
+        Lists, tuples and dicts in attributes are searched as well. Called after sharding.
+        """
         self._sharded_params = dict(self.module.named_parameters())
         # drop weak references to kept parameters: torch does not move a tensor that has one
         for parameter in self._sharded_params.values():
@@ -118,32 +123,38 @@ class OriginalParameters:
                     if any(self.find_replacement(p) is not None for p in optimizer_params):
                         yield optimizer
 
-    def _replace_in_container(self, value: Any, depth: int) -> Any:
+    def _replace_in_container(self, container: Any, depth: int) -> Any:
+        """Replace original parameters in a list, tuple or dict, and return it.
+
+        A list or dict is changed in place, and a tuple is built anew. `depth` is how many levels of
+        nested containers are searched.
+        """
         if depth == 0:
-            return value
-        pairs = list(value.items() if isinstance(value, dict) else enumerate(value))
-        changed = {}
+            return container
+        is_dict = isinstance(container, dict)
+        pairs = list(container.items() if is_dict else enumerate(container))
+        new_items = {}  # by key or index
         for key, item in pairs:
             if isinstance(item, Tensor):
                 sharded = self.find_replacement(item)
                 if sharded is not None:
-                    changed[key] = sharded
+                    new_items[key] = sharded
             elif type(item) in (list, tuple, dict):
-                new = self._replace_in_container(item, depth - 1)
-                if new is not item:
-                    changed[key] = new
-        if not changed:
-            return value
-        if isinstance(value, list | dict):
-            for key, new in changed.items():
-                value[key] = new
-            return value
-        rebuilt = [changed.get(key, item) for key, item in pairs]
-        build = getattr(value, "_make", type(value))  # of a NamedTuple
+                new_item = self._replace_in_container(item, depth - 1)
+                if new_item is not item:
+                    new_items[key] = new_item
+        if not new_items:
+            return container
+        if isinstance(container, list | dict):
+            for key, new_item in new_items.items():
+                container[key] = new_item
+            return container
+        rebuilt = [new_items.get(index, item) for index, item in pairs]
+        build = getattr(container, "_make", type(container))  # `_make` of a NamedTuple
         return build(rebuilt)
 
     def update_optimizer(self, optimizer: Optimizer) -> None:
-        """Replace an optimizer's original parameters by the sharded ones.
+        """Replace an optimizer's original parameters by the sharded ones, in groups and state.
 
         Raises:
             UsageError: the optimizer has a tensor that is no parameter of the module.
@@ -152,6 +163,7 @@ class OriginalParameters:
         param_ids = {id(p) for p in self._sharded_params.values()}
         for nested in iter_nested_optimizers(optimizer):
             for group in nested.param_groups:
+                # updated already, e.g. as the group of an optimizer that this one wraps
                 if all(id(p) in param_ids for p in group["params"]):
                     continue
                 group["params"] = [
@@ -187,13 +199,17 @@ class OriginalParameters:
 
 
 def find_param_views(module: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
-    """Yield buffers and attributes that share memory with a parameter, with its name."""
+    """Yield the buffers and attributes of modules that share memory with a parameter.
+
+    Yields:
+        the path of the attribute, its tensor, and the name of the parameter.
+    """
     named_params = [(name, p) for name, p in module.named_parameters() if _memory_extent(p)]
     storage_addresses = {p.untyped_storage().data_ptr() for _, p in named_params}
     for prefix, submodule in module.named_modules():
         own_param_ids = {id(p) for p in submodule._parameters.values()}
-        values = {**vars(submodule), **submodule._buffers}
-        for key, value in values.items():
+        attributes = {**vars(submodule), **submodule._buffers}
+        for key, value in attributes.items():
             if key in ("_parameters", "_modules", "_buffers") or isinstance(value, nn.Module):
                 continue
             for tensor in _iter_tensors(value, MAX_CONTAINER_DEPTH):
@@ -228,12 +244,13 @@ def check_no_shared_memory(module: nn.Module) -> None:
     Raises:
         UsageError: names two such parameters.
     """
-    extents_by_address: dict[int, list[tuple[str, tuple[int, int, int]]]] = {}
+    extents_by_address: dict[int, list[tuple[str, MemoryExtent]]] = {}  # with parameter names
     for name, parameter in module.named_parameters():
-        extent = _memory_extent(parameter)
+        extent = _memory_extent(parameter)  # address of the storage, first and last byte
         if extent is None:
             continue
-        same_storage = extents_by_address.setdefault(extent[0], [])
+        address, *_ = extent
+        same_storage = extents_by_address.setdefault(address, [])
         for other, known_extent in same_storage:
             if extents_overlap(extent, known_extent):
                 raise UsageError(

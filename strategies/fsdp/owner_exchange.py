@@ -65,16 +65,22 @@ def _exchange_sizes(
 def gather_to_owners(pairs: list[tuple[Any, Tensor]], owner: dict[int, int]) -> list[Any]:
     """Gather full tensors on the owners of their parameters; None on other ranks.
 
-    There is one all-to-all per dtype: a rank sends its rows to the owner of each tensor.
+    Every rank calls it. There is one all-to-all per dtype: a rank sends its rows to the owner of
+    each tensor.
+
+    Args:
+        pairs: sharded parameters, and this rank's rows of a tensor of the same shape (the
+            parameter itself or its gradient).
+        owner: the owner's rank in the shard group, by the id of the parameter.
     """
     full_tensors: list[Any] = [None] * len(pairs)
     for group, indices in _iter_message_groups(pairs):
-        if group is None:
+        if group is None:  # replicated
             for index in indices:
                 full_tensors[index] = pairs[index][1].clone()
             continue
         num_ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-        sizes = _exchange_sizes(pairs, indices, owner, num_ranks)
+        sizes = _exchange_sizes(pairs, indices, owner, num_ranks)  # [owner][holder][tensor]
         by_owner = [[i for i in indices if owner[id(pairs[i][0])] == r] for r in range(num_ranks)]
         send = torch.cat(
             [pairs[i][1].reshape(-1) for owned_indices in by_owner for i in owned_indices]
@@ -83,33 +89,42 @@ def gather_to_owners(pairs: list[tuple[Any, Tensor]], owner: dict[int, int]) -> 
         receive_sizes = [sum(sizes[rank][r]) for r in range(num_ranks)]
         received = send.new_empty(sum(receive_sizes))
         dist.all_to_all_single(received, send, receive_sizes, send_sizes, group=group)
-        chunks_by_rank = [
+        # the rows of each owned tensor, from each rank
+        rows_by_rank = [
             chunk.split(sizes[rank][r]) if by_owner[rank] else []
             for r, chunk in enumerate(received.split(receive_sizes))
         ]
         for number, i in enumerate(by_owner[rank]):
-            full = torch.cat([chunks[number] for chunks in chunks_by_rank])
+            full = torch.cat([rows[number] for rows in rows_by_rank])
             full_tensors[i] = full.view(pairs[i][0].shape)
     return full_tensors
 
 
 @torch.no_grad()
 def scatter_from_owners(pairs: list[tuple[Any, Tensor]], owner: dict[int, int]) -> None:
-    """Scatter the rows of the owners' full tensors into the shards of the parameters."""
+    """Scatter the rows of the owners' full tensors into the shards of the parameters.
+
+    Every rank calls it.
+
+    Args:
+        pairs: sharded parameters, and their full values; on a rank that is not the owner any
+            tensor of the dtype.
+        owner: the owner's rank in the shard group, by the id of the parameter.
+    """
     for group, indices in _iter_message_groups(pairs):
-        if group is None:
+        if group is None:  # replicated
             for index in indices:
                 pairs[index][0]._local_tensor.copy_(pairs[index][1])
             continue
         num_ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-        sizes = _exchange_sizes(pairs, indices, owner, num_ranks)
+        sizes = _exchange_sizes(pairs, indices, owner, num_ranks)  # [owner][holder][tensor]
         by_owner = [[i for i in indices if owner[id(pairs[i][0])] == r] for r in range(num_ranks)]
         send_chunks = []
         for holder in range(num_ranks):
             for i in by_owner[rank]:
                 p, full = pairs[i]
-                chunk = -(-p.shape[0] // num_ranks)
-                rows = full[holder * chunk : holder * chunk + _num_rows(p, num_ranks, holder)]
+                first_row = holder * -(-p.shape[0] // num_ranks)  # rows per rank, rounded up
+                rows = full[first_row : first_row + _num_rows(p, num_ranks, holder)]
                 send_chunks.append(rows.reshape(-1))
         empty = pairs[indices[0]][0]._local_tensor.new_empty(0)
         send = torch.cat(send_chunks) if send_chunks else empty

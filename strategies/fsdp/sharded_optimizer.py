@@ -76,23 +76,27 @@ def check_members_not_coupled(optimizer: Optimizer) -> None:
         UsageError: see `check_not_coupled`.
     """
     for member in member_optimizers(optimizer):
-        if "_measured" not in vars(member) and not supports_dtensor(member):
+        if "_is_probed" not in vars(member) and not supports_dtensor(member):
             check_not_coupled(member, probe_on_all_ranks(member))
-            vars(member)["_measured"] = True
+            vars(member)["_is_probed"] = True
 
 
 def shard_optimizer_steps(optimizer: Optimizer) -> None:
     """Make an optimizer, or each member of a composite one, step sharded parameters.
 
+    Its methods are replaced: by those of LocalShardStepper if it is elementwise, of OwnerStepper if
+    it steps each tensor separately. Every rank calls it.
+
     Raises:
         UsageError: for a coupled optimizer.
     """
     for member in member_optimizers(optimizer):
-        if "_shards" in vars(member) or supports_dtensor(member):
+        if "_shard_stepper" in vars(member) or supports_dtensor(member):
             continue
-        sharded_params = [p for group in member.param_groups for p in group["params"]]
-        sharded_params = [p for p in sharded_params if isinstance(p, DTensor)]
-        result = ProbeResult("elementwise")
+        sharded_params = [
+            p for group in member.param_groups for p in group["params"] if isinstance(p, DTensor)
+        ]
+        result = ProbeResult("elementwise")  # on one rank a shard is the full tensor
         if any(p.device_mesh.size() > 1 for p in sharded_params):
             result = probe_on_all_ranks(member)
             check_not_coupled(member, result)
@@ -102,7 +106,7 @@ def shard_optimizer_steps(optimizer: Optimizer) -> None:
         elif sharded_params:
             LocalShardStepper(member, result.has_param_shape).replace_methods()
         else:
-            vars(member)["_shards"] = None
+            vars(member)["_shard_stepper"] = None
 
 
 def copy_methods_to_wrapper(optimizer: Optimizer, wrapper: Any) -> None:
@@ -116,7 +120,7 @@ def owns_parameter(optimizers: list[Optimizer], parameter: Tensor) -> bool | Non
     """Whether this rank keeps the full state of a parameter; None if each rank has a shard."""
     for optimizer in optimizers:
         for member in member_optimizers(optimizer):
-            stepper = vars(member).get("_shards")
+            stepper = vars(member).get("_shard_stepper")
             if isinstance(stepper, OwnerStepper) and id(parameter) in stepper.owner_by_id:
                 return stepper.owner_by_id[id(parameter)] == stepper.rank_in_shard_group(parameter)
     return None
@@ -149,46 +153,52 @@ class _PlainTensorStepper:
 
     def replace_methods(self) -> None:
         """Replace step, state_dict, load_state_dict and the optimizer's own public methods."""
-        optimizer = self.optimizer
-        vars(optimizer)["_shards"] = self
-        for nested in iter_nested_optimizers(
-            optimizer
-        ):  # state from the constructor (torch's Adagrad)
-            for p in [p for p in nested.state if isinstance(p, DTensor)]:
-                values = self.state_to_plain(nested.state[p], p)
-                if self.keeps_state_of(p):
-                    nested.state[p] = values
-                else:
-                    del nested.state[p]
-        method_names = {"step", "state_dict", "load_state_dict"}
-        for base_class in type(optimizer).__mro__:
-            if base_class is Optimizer:
-                break
-            method_names |= {
-                k for k, v in vars(base_class).items() if callable(v) and not k.startswith("_")
-            }
-        method_names -= {"zero_grad", "add_param_group", "profile_hook_step"}
-        method_names -= {
-            n
-            for n in method_names
-            if n.startswith("register_") or isinstance(getattr(type(optimizer), n, None), type)
-        }
+        vars(self.optimizer)["_shard_stepper"] = self
+        self._convert_initial_state()
         replacements = {
             "step": self._run_step,
             "state_dict": self._run_state_dict,
             "load_state_dict": self._run_load_state_dict,
         }
-        for name in method_names:
-            method = getattr(optimizer, name)
-            setattr(
-                optimizer,
-                name,
-                self._make_method(name, method, replacements.get(name, self._run_method)),
-            )
+        for name in self._find_method_names() | replacements.keys():
+            original = getattr(self.optimizer, name)
+            replacement = replacements.get(name, self._run_method)
+            setattr(self.optimizer, name, self._make_method(name, original, replacement))
+
+    def _convert_initial_state(self) -> None:
+        """Make plain tensors of the state that a constructor has created (torch's Adagrad)."""
+        for nested in iter_nested_optimizers(self.optimizer):
+            for p in [p for p in nested.state if isinstance(p, DTensor)]:
+                values = self.state_to_plain(nested.state[p], p)  # every rank must call it
+                if self.keeps_state_of(p):
+                    nested.state[p] = values
+                else:
+                    del nested.state[p]
+
+    def _find_method_names(self) -> set[str]:
+        """Return the names of public methods that the optimizer's class defines, not torch's."""
+        optimizer_class = type(self.optimizer)
+        method_names = set()
+        for base_class in optimizer_class.__mro__:
+            if base_class is Optimizer:
+                break
+            method_names |= {
+                k for k, v in vars(base_class).items() if callable(v) and not k.startswith("_")
+            }
+        # these do not use the values of parameters
+        method_names -= {"zero_grad", "add_param_group", "profile_hook_step"}
+        return {
+            name
+            for name in method_names
+            if not name.startswith("register_")
+            and not isinstance(getattr(optimizer_class, name, None), type)  # a nested class
+        }
 
     def _make_method(
         self, name: str, original: Callable[..., Any], replacement: Callable[..., Any]
     ) -> Any:
+        """Return a method that calls `replacement`; within another replaced method `original`."""
+
         def method(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
             return (
                 replacement(original, *args, **kwargs)
@@ -207,20 +217,24 @@ class _PlainTensorStepper:
             return original(*args, **kwargs)
 
     def _run_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the original `step` on plain tensors; the closure runs on the module's parameters."""
         closure = kwargs.pop("closure", args[0] if args else None)
-        loss, is_first_call = None, [True]
+        loss = None
         if closure is not None:
             with torch.enable_grad():
-                loss = closure()
+                loss = closure()  # before the parameters are replaced by plain tensors
+        is_first_call = True
 
         def reuse_first_loss() -> Any:
-            if is_first_call and is_first_call.pop():
-                return loss  # computed before the parameters were swapped
+            nonlocal is_first_call
+            if is_first_call:
+                is_first_call = False
+                return loss
             with self.with_module_params(), torch.enable_grad():
                 return closure()  # pyright: ignore[reportOptionalCall]
 
         with self.with_plain_params(step=True) as has_params:
-            if not has_params:
+            if not has_params:  # other ranks own all parameters
                 return loss
             result = original(**kwargs) if closure is None else original(reuse_first_loss, **kwargs)
             return loss if result is None else result
@@ -262,7 +276,12 @@ class _PlainTensorStepper:
         return True
 
     def swap_in_plain(self, step: bool, use_placeholders: bool) -> bool:
-        """Replace DTensors by plain tensors in groups and state."""
+        """Replace DTensors by plain tensors in groups and state; return whether there are any.
+
+        Args:
+            step: whether the plain tensors also get gradients.
+            use_placeholders: whether their values are not needed.
+        """
         raise NotImplementedError
 
     def restore_module_params(self) -> None:
@@ -291,10 +310,13 @@ class _PlainTensorStepper:
                         yield p
 
     def _replace_params(self, should_keep: Callable[[Any], bool]) -> bool:
-        """Replace parameters in groups and state; drop those that `should_keep` rejects."""
+        """Replace parameters by plain tensors in groups and state; return whether any are left.
+
+        Parameters for which `should_keep` is false are removed from their group.
+        """
         self._original_groups = []
         has_params = False
-        visited: set[int] = set()
+        visited: set[int] = set()  # ids: a wrapper may share groups and state
         for nested in iter_nested_optimizers(self.optimizer):
             for group in nested.param_groups:
                 if id(group) in visited:
@@ -307,20 +329,23 @@ class _PlainTensorStepper:
                 has_params |= bool(group["params"])
             if id(nested.state) not in visited:
                 visited.add(id(nested.state))
-                self._replace_state_keys(nested.state, {id(p): q for p, q in self._param_pairs})
+                plain_by_param_id = {id(p): plain for p, plain in self._param_pairs}
+                self._replace_state_keys(nested.state, plain_by_param_id)
         return has_params
 
     def _restore_params(self) -> None:
+        """Undo `_replace_params`: put the module's parameters into groups and state."""
         for group, parameters in self._original_groups:
             group["params"] = parameters
+        restored_ids = {id(parameters) for _, parameters in self._original_groups}
+        params_by_plain_id: dict[int, Any] = {id(plain): p for p, plain in self._param_pairs}
         visited: set[int] = set()
-        restored = {id(parameters) for _, parameters in self._original_groups}
-        params_by_plain_id: dict[int, Any] = {id(q): p for p, q in self._param_pairs}
         for nested in iter_nested_optimizers(self.optimizer):
-            for group in nested.param_groups:  # load_state_dict creates new groups
-                new = id(group["params"]) not in restored
-                if new and any(id(q) in params_by_plain_id for q in group["params"]):
-                    group["params"] = [params_by_plain_id.get(id(q), q) for q in group["params"]]
+            for group in nested.param_groups:
+                # load_state_dict creates new groups, with the plain tensors
+                is_new = id(group["params"]) not in restored_ids
+                if is_new and any(id(p) in params_by_plain_id for p in group["params"]):
+                    group["params"] = [params_by_plain_id.get(id(p), p) for p in group["params"]]
             if id(nested.state) not in visited:
                 visited.add(id(nested.state))
                 self._replace_state_keys(nested.state, params_by_plain_id)
@@ -356,18 +381,24 @@ class LocalShardStepper(_PlainTensorStepper):
         self.has_param_shape = has_param_shape
 
     def swap_in_plain(self, step: bool, use_placeholders: bool) -> bool:
-        """Replace parameters by their local rows, which share memory."""
+        """Replace parameters by their local rows, plain tensors that share memory.
+
+        Args:
+            step: whether the rows also get the local gradients.
+            use_placeholders: not used, because local rows need no memory.
+        """
         self._param_pairs = []
         with torch._C.DisableTorchFunctionSubclass():  # attributes of sharded parameters are slow
             for p in self._iter_sharded_params():
                 rows, requires_grad = p._local_tensor, p.requires_grad
-                plain = self.plain_params.get(id(p))
+                plain = self.plain_params.get(id(p))  # of an earlier call
                 if (
                     plain is None
-                    or plain.data_ptr() != rows.data_ptr()
+                    or plain.data_ptr() != rows.data_ptr()  # the shard got other memory
                     or plain.shape != rows.shape
                 ):
-                    plain = self.plain_params[id(p)] = nn.Parameter(rows.detach(), requires_grad)
+                    plain = nn.Parameter(rows.detach(), requires_grad)
+                    self.plain_params[id(p)] = plain
                 elif plain.requires_grad != requires_grad:
                     plain.requires_grad = requires_grad
                 if step and (gradient := p.grad) is not None:
@@ -416,16 +447,29 @@ class LocalShardStepper(_PlainTensorStepper):
         self,
         state: Any,
         parameter: DTensor,
-        change: Callable[..., Tensor],
+        change: Callable[[Tensor, DTensor, bool], Tensor],
         require_known: bool = False,
     ) -> Any:
+        """Replace the tensors in the state of one parameter by `change(tensor, parameter, flag)`.
+
+        Args:
+            state: the state of the parameter: tensors and other values.
+            parameter: the parameter.
+            change: its third argument is whether the tensor has the shape of the parameter.
+            require_known: whether each tensor must have occurred in the probe of the optimizer.
+
+        Raises:
+            CheckpointError: with `require_known`, a tensor did not occur.
+        """
         num_axes = parameter.ndim
 
         def map_leaf(path: Any, leaf: Any) -> Any:
+            """Change a tensor of the state; `path` is its path in the state."""
             if not isinstance(leaf, Tensor):
                 return leaf
             is_param_shaped = self.has_param_shape.get((num_axes, keystr(path)))
-            # the condition is the same on all ranks
+            # a tensor with another number of axes has not the shape of the parameter; the numbers
+            # of axes are the same on all ranks, so all or none raise
             if is_param_shaped is None and require_known and leaf.ndim == num_axes:
                 raise CheckpointError(
                     f"{type(self.optimizer).__name__} keeps{keystr(path)} in its state, which it "
@@ -435,9 +479,8 @@ class LocalShardStepper(_PlainTensorStepper):
                     flag="--trainer.strategy=ddp",
                     exit_status=1,
                 )
-            return change(
-                leaf, parameter, bool(is_param_shaped) if is_param_shaped is not None else True
-            )
+            # without a flag the shapes decide
+            return change(leaf, parameter, True if is_param_shaped is None else is_param_shaped)
 
         return tree_map_with_path(map_leaf, state)
 
@@ -476,15 +519,15 @@ class OwnerStepper(_PlainTensorStepper):
         A checkpoint has the param group settings of rank 0. Their step counters advance only if
         rank 0 steps a parameter of each group.
         """
-        load: dict[int, list[int]] = {}
+        load: dict[int, list[int]] = {}  # elements on each rank, by the number of ranks
         for group in self.optimizer.param_groups:
-            params_by_num_ranks: dict[int, list[DTensor]] = {}  # by the number of ranks
+            params_by_num_ranks: dict[int, list[DTensor]] = {}  # by the size of the shard group
             for p in group["params"]:
-                if isinstance(p, DTensor) and id(p) not in self.owner_by_id:
-                    num_ranks = (
-                        dist.get_world_size(shard_group(p)) if sharded_axis(p) is not None else 1
-                    )
-                    params_by_num_ranks.setdefault(num_ranks, []).append(p)
+                if not isinstance(p, DTensor) or id(p) in self.owner_by_id:
+                    continue
+                is_sharded = sharded_axis(p) is not None
+                num_ranks = dist.get_world_size(shard_group(p)) if is_sharded else 1
+                params_by_num_ranks.setdefault(num_ranks, []).append(p)
             for num_ranks, parameters in params_by_num_ranks.items():
                 loads = load.setdefault(num_ranks, [0] * num_ranks)
                 first, *others = sorted(parameters, key=lambda p: p.numel())
@@ -504,36 +547,39 @@ class OwnerStepper(_PlainTensorStepper):
         return self.owner_by_id[id(parameter)] == self.rank_in_shard_group(parameter)
 
     def swap_in_plain(self, step: bool, use_placeholders: bool) -> bool:
-        """Put full tensors into the groups of their owners.
+        """Put full tensors into the groups of their owners, and return whether there are any.
 
-        Other ranks get no tensor, or an empty one that keeps the indices (`use_placeholders`).
+        Args:
+            step: whether the full tensors also get their full gradients.
+            use_placeholders: put tensors without values into the groups of all ranks, which keep
+                the indices of parameters in a state_dict; nothing is sent.
         """
         self._assign_owners()
         self._param_pairs = []
         parameters = list(self._iter_sharded_params())
-        values: dict[int, Tensor] = {}
+        values: dict[int, Tensor] = {}  # by id of the parameter
         grads: dict[int, Tensor] = {}
         if not use_placeholders:
-            local_tensors = [(p, p._local_tensor) for p in parameters]
+            local_values = [(p, p._local_tensor) for p in parameters]
             with_grad = [(p, p.grad) for p in parameters if step and p.grad is not None]
-            local_tensors += [(p, _local_gradient(p, gradient)) for p, gradient in with_grad]
-            full_tensors = gather_to_owners(local_tensors, self.owner_by_id)
-            values = dict(zip(map(id, parameters), full_tensors, strict=False))
-            grad_ids = (id(p) for p, _ in with_grad)
-            grads = dict(zip(grad_ids, full_tensors[len(parameters) :], strict=True))
+            local_grads = [(p, _local_gradient(p, gradient)) for p, gradient in with_grad]
+            # together, to send fewer messages
+            full_tensors = gather_to_owners(local_values + local_grads, self.owner_by_id)
+            full_values = full_tensors[: len(parameters)]
+            full_grads = full_tensors[len(parameters) :]
+            values = {id(p): full for p, full in zip(parameters, full_values, strict=True)}
+            grads = {id(p): full for (p, _), full in zip(with_grad, full_grads, strict=True)}
         for p in parameters:
             full_param = self.plain_params.get(id(p))
             if full_param is None:
-                full_param = self.plain_params[id(p)] = nn.Parameter(
-                    p._local_tensor.new_empty(0), False
-                )
-            if self.keeps_state_of(p):
-                if not use_placeholders:
-                    full_param.data = values[id(p)]
-                    if id(p) in grads:
-                        full_param.grad = grads[id(p)]
-                else:
-                    full_param.data = p._local_tensor.new_empty(p.shape)
+                full_param = nn.Parameter(p._local_tensor.new_empty(0), False)
+                self.plain_params[id(p)] = full_param
+            if self.keeps_state_of(p) and use_placeholders:
+                full_param.data = p._local_tensor.new_empty(p.shape)
+            elif self.keeps_state_of(p):
+                full_param.data = values[id(p)]
+                if id(p) in grads:
+                    full_param.grad = grads[id(p)]
             full_param.requires_grad = p.requires_grad
             self._param_pairs.append((p, full_param))
         self._has_values = not use_placeholders

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -86,6 +86,20 @@ _METADATA_METHODS = {
 }  # fmt: skip
 
 
+class GatherInfo(NamedTuple):
+    """What gathers a sharded parameter; the attribute `_gather_info` of the parameter.
+
+    Args:
+        gatherer: the GatherOnUse of the module (gather_on_use.py).
+        group: FSDP2's param group, which is gathered as a whole.
+        fsdp_param: FSDP2's object of this parameter.
+    """
+
+    gatherer: Any
+    group: Any
+    fsdp_param: Any
+
+
 class ShardedParameter(DTensor):
     """A DTensor with the rules of this file; the class of FSDP2's sharded parameters."""
 
@@ -95,14 +109,20 @@ class ShardedParameter(DTensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Apply a torch function or property to arguments of which some are of this class."""
+        """Apply a torch function or property to arguments of which some are of this class.
+
+        torch calls it in place of each function. Attributes and metadata are those of a DTensor;
+        for other functions see `_apply_operation`.
+        """
         with _without_torch_function():
             if func in _FAST_PATH:
+                # `p.grad = plain`: the gradient of a sharded parameter must be a DTensor
                 if type(args[-1]) is Tensor and func == _SET_GRAD and isinstance(args[0], DTensor):
                     args = (args[0], _distribute_like(args[1], args[0]))
                 return func(*args)
             kwargs = kwargs or {}
             name = getattr(func, "__name__", "")
+            # not only `is`, because each access of `__set__` makes a new object
             if func is _SET_DATA or (name == "__set__" and func == _SET_DATA):
                 return _assign_data(args[0], args[1])
             if name in ("__get__", "__set__", "__delete__") and func not in _COMPUTED_ATTRS:
@@ -110,7 +130,7 @@ class ShardedParameter(DTensor):
                 return as_sharded_parameter(value) if func in (_GET_DATA, _GET_GRAD) else value
             if func in _METADATA_METHODS:
                 return func(*args, **kwargs)
-            if func in _HOOK_REGISTRATION and hasattr(args[0], "_gather"):
+            if func in _HOOK_REGISTRATION and hasattr(args[0], "_gather_info"):
                 return _HOOK_REGISTRATION[func](*args, **kwargs)
             return _apply_operation(func, name, args, kwargs)
 
@@ -133,7 +153,15 @@ def _distribute_like(full: Tensor, like: DTensor) -> Tensor:
 
 
 def _assign_data(parameter: Tensor, value: Tensor) -> None:
-    """Do `parameter.data = value` by a copy, because FSDP2 keeps its own storage."""
+    """Do `parameter.data = value` by a copy into the shard, because FSDP2 keeps its own storage.
+
+    Args:
+        parameter: a sharded parameter.
+        value: a full tensor, the same on all ranks, or a DTensor.
+
+    Raises:
+        UsageError: the shapes differ.
+    """
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     if isinstance(parameter, DTensor) and value.shape == parameter.shape:
         mesh, placements = parameter.device_mesh, parameter.placements
@@ -154,12 +182,25 @@ def _assign_data(parameter: Tensor, value: Tensor) -> None:
 
 
 def _apply_operation(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Apply an operation by the rules of this file, and return its result."""
+    """Apply an operation with sharded arguments by the first rule that fits.
+
+    1. In place, into a plain tensor: with gathered arguments.
+    2. Recorded by autograd, with a trainable parameter: with gathered parameters, whose gradients
+       FSDP2 reduces; only within a step, or if other arguments are plain tensors.
+    3. Random: on gathered copies, with the values of rank 0.
+    4. On the shards, if torch has a rule for it; else on gathered copies.
+
+    Args:
+        func: the torch function.
+        name: its name; a trailing underscore marks an in-place operation.
+        args: its arguments.
+        kwargs: its keyword arguments.
+    """
     if name == "__iter__":
         return iter(_apply_operation(Tensor.unbind, "unbind", args, kwargs))
     args, kwargs = tree_map_only(GatheredView, GatheredView.to_plain, (args, kwargs))
     is_in_place = _is_in_place(name, args, kwargs)
-    target = _find_target(args, kwargs)
+    target = _find_target(args, kwargs)  # into which an in-place operation writes
     if is_in_place and not isinstance(target, DTensor):
         args, kwargs = tree_map_only(DTensor, lambda t: t.full_tensor(), (args, kwargs))
         return func(*args, **kwargs)
@@ -185,13 +226,14 @@ def _apply_operation(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[s
         return _apply_on_copies(func, args, kwargs, is_random=name in _RANDOM_FUNCTIONS)
     try:
         if is_in_place and not name.startswith("_foreach"):
-            replicated_args = _replicate_tensors((args, kwargs), target.device_mesh)
-            return func(*replicated_args[0], **replicated_args[1])
+            new_args, new_kwargs = _replicate_tensors((args, kwargs), target.device_mesh)
+            return func(*new_args, **new_kwargs)
         result = func(*args, **kwargs)
     except (NotImplementedError, RuntimeError):  # torch has no rule for shards
         if is_refused:
             raise
         return _apply_on_copies(func, args, kwargs)
+    # a view must share the memory of the shards, or writes to it would be lost
     if name in _VIEW_FUNCTIONS and not _results_share_memory(result, args[0]):
         return _apply_on_copies(func, args, kwargs)
     return result if is_in_place else tree_map_only(DTensor, _to_usable_result, result)
@@ -267,31 +309,34 @@ class GatheredView(Tensor):
         for copy in copies:
             if _storage_id(tensor) == _storage_id(copy.full):
                 view = tensor.detach().as_subclass(cls)
-                vars(view)["_copy"] = copy
+                vars(view)["_gathered_copy"] = copy
                 return view
         return tensor
 
     def to_plain(self) -> Tensor:
         """Return the view as a plain tensor, updated from the shards."""
-        vars(self)["_copy"].update()
+        vars(self)["_gathered_copy"].update()
         return self.as_subclass(Tensor)
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Apply a function with plain tensors instead of views, and copy writes to the shards."""
+        """Apply a function with plain tensors instead of views, and copy writes to the shards.
+
+        torch calls it in place of each function with an argument of this class.
+        """
         with _without_torch_function():
-            kwargs = {} if kwargs is None else kwargs
-            leaves = tree_flatten((args, kwargs))[0]
-            views = [vars(leaf)["_copy"] for leaf in leaves if isinstance(leaf, GatheredView)]
-            copies = list(dict.fromkeys(views))
-            plain: Any = tree_map_only(GatheredView, GatheredView.to_plain, (args, kwargs))
-            args, kwargs = plain[0], dict(plain[1])
+            leaves, _ = tree_flatten((args, kwargs))
+            views = [leaf for leaf in leaves if isinstance(leaf, GatheredView)]
+            copies = list(dict.fromkeys(vars(view)["_gathered_copy"] for view in views))
+            plain: Any = tree_map_only(GatheredView, GatheredView.to_plain, (args, kwargs or {}))
+            plain_args, plain_kwargs = plain
             if any(isinstance(leaf, ShardedParameter) for leaf in leaves):
-                result = _apply_operation(func, getattr(func, "__name__", ""), args, kwargs)
+                name = getattr(func, "__name__", "")
+                result = _apply_operation(func, name, plain_args, plain_kwargs)
             else:
-                result = func(*args, **kwargs)
+                result = func(*plain_args, **plain_kwargs)
             for copy in copies:
                 copy.write_back()
             return tree_map_only(
@@ -302,8 +347,15 @@ class GatheredView(Tensor):
 def _apply_on_copies(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], is_random: bool = False
 ) -> Any:
-    """Apply a function to gathered copies, and copy its writes to the shards."""
-    copies: dict[int, _GatheredCopy] = {}
+    """Apply a function to gathered copies of its sharded arguments, and copy writes to the shards.
+
+    Args:
+        func: the torch function.
+        args: its arguments.
+        kwargs: its keyword arguments.
+        is_random: whether all ranks get the result, or the writes, of rank 0.
+    """
+    copies: dict[int, _GatheredCopy] = {}  # by the id of the sharded tensor
 
     def gathered_copy(tensor: DTensor) -> Tensor:
         if torch.is_grad_enabled() and tensor.grad_fn is not None:
@@ -316,11 +368,11 @@ def _apply_on_copies(
     args, kwargs = tree_map_only(DTensor, gathered_copy, (args, kwargs))
     result = func(*args, **kwargs)
     written_copies = [copy for copy in copies.values() if copy.is_written]
-    if is_random:
-        random_results = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
-        _broadcast_from_rank_zero(
-            [*(copy.full for copy in written_copies), *([] if written_copies else random_results)]
-        )
+    if is_random and written_copies:
+        _broadcast_from_rank_zero([copy.full for copy in written_copies])
+    elif is_random:
+        results = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
+        _broadcast_from_rank_zero(results)
     for copy in copies.values():
         copy.write_back()
     for leaf in leaves:  # an in-place operation returns its argument
@@ -362,7 +414,7 @@ def _is_in_step(tree: Any) -> bool:
 def _has_trained_param(tree: Any) -> bool:
     """Whether the arguments contain a trainable sharded parameter."""
     return any(
-        isinstance(leaf, ShardedParameter) and leaf.requires_grad and hasattr(leaf, "_gather")
+        isinstance(leaf, ShardedParameter) and leaf.requires_grad and hasattr(leaf, "_gather_info")
         for leaf in tree_flatten(tree)[0]
     )
 
@@ -370,16 +422,16 @@ def _has_trained_param(tree: Any) -> bool:
 def _iter_gatherers(tree: Any) -> Iterator[Any]:
     """Yield the GatherOnUse objects (gather_on_use.py) of the sharded parameters."""
     for leaf in tree_flatten(tree)[0]:
-        if isinstance(leaf, ShardedParameter) and hasattr(leaf, "_gather"):
-            yield leaf._gather[0]  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(leaf, ShardedParameter) and hasattr(leaf, "_gather_info"):
+            yield cast(Any, leaf)._gather_info.gatherer
 
 
 def _gather_tensor(tensor: DTensor) -> Tensor:
     """Return the full tensor; for a trainable parameter the one whose gradient FSDP2 reduces."""
-    if isinstance(tensor, ShardedParameter) and tensor.requires_grad and hasattr(tensor, "_gather"):
-        gather, group, parameter = tensor._gather  # pyright: ignore[reportAttributeAccessIssue]
-        gather.hold_group(group)
-        return parameter._unsharded_param
+    info = getattr(tensor, "_gather_info", None) if isinstance(tensor, ShardedParameter) else None
+    if info is not None and tensor.requires_grad:
+        info.gatherer.hold_group(info.group)
+        return info.fsdp_param._unsharded_param
     return tensor.full_tensor()
 
 
@@ -396,7 +448,7 @@ def _replicate_tensors(tree: Any, mesh: DeviceMesh) -> Any:
 
 def _register_gradient_hook(sharded: Any, hook: Callable[[Tensor], Any]) -> RemovableHandle:
     """Do `Tensor.register_hook` on the gathered parameter: the hook gets full gradients."""
-    hooks = attach_hooks(sharded._gather[2], OrderedDict()).hooks
+    hooks = attach_hooks(sharded._gather_info.fsdp_param, OrderedDict()).hooks
     handle = RemovableHandle(hooks)
     hooks[handle.id] = hook
     return handle
@@ -443,9 +495,9 @@ class _OriginalAttributes:
 
 def attach_hooks(parameter: Any, hooks: OrderedDict[int, Any]) -> _OriginalAttributes:
     """Register hooks on an FSDP2 parameter for whenever it is gathered."""
-    original_attributes = vars(parameter).get("_kept")
+    original_attributes = vars(parameter).get("_original_attributes")
     if original_attributes is None:
-        original_attributes = parameter._kept = _OriginalAttributes(hooks)
+        original_attributes = parameter._original_attributes = _OriginalAttributes(hooks)
         parameter.to_unsharded = partial(original_attributes, parameter.to_unsharded, parameter)
         if parameter.sharded_state.name == "UNSHARDED":
             original_attributes(lambda: None, parameter)

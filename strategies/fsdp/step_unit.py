@@ -47,12 +47,13 @@ class StepUnit(nn.Module):
 
     @_disable_compile
     def _gather_members(self, member: nn.Module) -> None:
-        """Gather for a call outside of a step: sampling, prediction, user code.
+        """Gather all members before a call of one outside of a step: sampling, user code.
 
         Raises:
             RunError: gradients are enabled.
         """
-        if torch._C._current_graph_task_id() >= 0:  # recomputed within a backward pass
+        is_in_backward = torch._C._current_graph_task_id() >= 0
+        if is_in_backward:  # activation checkpointing recomputes the call
             return
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.members.parameters()):
             raise RunError(

@@ -67,6 +67,7 @@ def check_fsdp_attributes(module: nn.Module) -> None:
 
 
 def _find_missing_attrs(module: nn.Module) -> Iterator[str]:
+    """Yield the missing attributes of torch's functions, and of the objects of each FSDP unit."""
     for owner, (holder, name) in REQUIRED_FUNCTIONS.items():
         if not hasattr(holder, name):
             yield f"{owner}.{name}"
@@ -75,7 +76,7 @@ def _find_missing_attrs(module: nn.Module) -> Iterator[str]:
         state: Any = unit._get_fsdp_state()
         yield from _missing_attrs_of(state, FSDP_STATE_ATTRS)
         yield from _missing_attrs_of(state._state_ctx, ("all_states",))
-        if not hasattr(state, "_fsdp_param_groups"):  # torch 2.11
+        if not hasattr(state, "_fsdp_param_groups"):  # torch 2.11 has one group
             yield from _missing_attrs_of(state, ("_fsdp_param_group",))
         for group in fsdp_param_groups(state):
             yield from _missing_attrs_of(group, PARAM_GROUP_ATTRS)
