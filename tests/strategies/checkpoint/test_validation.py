@@ -256,7 +256,7 @@ def test_a_full_disk_recommends_only_an_existing_checkpoint(tmp_path, monkeypatc
 def test_a_disk_that_fills_while_logging_does_the_same(tmp_path):
     error = OSError(errno.ENOSPC, "No space left on device", "metrics.csv")
     said = error_report.message_of(error, ["fit"])
-    assert "no checkpoint was written" in said
+    assert "no checkpoint was saved" in said
     assert "--ckpt_path" not in said
     error.checkpoint = "runs/x/version_0/checkpoints/step=000004.ckpt"
     assert f"go on with --ckpt_path={error.checkpoint}" in error_report.message_of(error, ["fit"])
