@@ -31,6 +31,7 @@ PROJECT_PAGES = {
 }
 README_SECTIONS = ("Results", "Supported combinations")
 LANGUAGES = {".py": "python", ".sh": "bash", ".yaml": "yaml", ".jsonl": "json"}
+FILE_LABEL = re.compile(r"\[(?:docs/)?[\w/]+\.md\]\(([^)#\s]+\.md)([^)]*)\)")
 PREVIEW = 200  # lines of a file of rows, such as .jsonl
 CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.DOTALL)
 REMOTE = re.compile(r"""<(?:script|img|iframe)[^>]*src=["']?https?:|<link[^>]*href=["']?https?:""")
@@ -61,6 +62,16 @@ def rewrite_links(text: str, source: Path, page: str, repository: str | None) ->
 
     parts = CODE.split(text)  # code stands at the odd places
     return "".join(p if i % 2 else LINK.sub(rewrite, p) for i, p in enumerate(parts))
+
+
+def name_links(text: str, page: str, titles: dict[str, str]) -> str:
+    """Replace the text of a link that is the name of a file by the title of the page."""
+
+    def rename(link: re.Match[str]) -> str:
+        title = titles.get(os.path.normpath(Path(page).parent / link[1]))
+        return f"[{title}]({link[1]}{link[2]})" if title else link[0]
+
+    return FILE_LABEL.sub(rename, text)
 
 
 def project_page(name: str) -> str:
@@ -140,6 +151,8 @@ def stage(folder: Path, repository: str | None = None) -> None:
         sources[name], texts[name] = ROOT / source, project_page(source)
     for name, text in texts.items():
         texts[name] = rewrite_links(text, sources[name], name, repository)
+    titles = {name: text.partition("\n")[0].removeprefix("# ") for name, text in texts.items()}
+    texts = {name: name_links(text, name, titles) for name, text in texts.items()}
     texts |= {name: write() for name, write in API_PAGES.items()}
     for name, text in texts.copy().items():
         for target, _ in LINK.findall(CODE.sub("", text)):

@@ -97,6 +97,15 @@ def test_links_to_source_files_lead_to_the_repository_if_there_is_one() -> None:
     )
 
 
+def test_a_link_that_shows_the_name_of_a_file_shows_the_title_of_its_page(pages: Path) -> None:
+    titles = {"runs.md": "Runs"}
+    for shown, kept in (("runs.md", "Runs"), ("docs/runs.md", "Runs"), ("this", "this")):
+        assert SITE.name_links(f"[{shown}](runs.md#a)", "x.md", titles) == f"[{kept}](runs.md#a)"
+    for page in pages.glob("*.md"):
+        assert page.read_text().startswith("# ")
+        assert re.findall(r"\[[\w/]+\.md\]", SITE.CODE.sub("", page.read_text())) == []
+
+
 def test_the_site_names_no_font_or_script_of_the_network() -> None:
     assert CONFIG["theme"]["font"] is False
     assert not {"extra_javascript", "extra_css"} & set(CONFIG)
