@@ -35,8 +35,10 @@ class PromptBatch(NamedTuple):
 class PromptDataModule(BaseDataModule):
     """Batches of prompts for reinforcement learning.
 
-    data = PromptDataModule("plays.txt", prompt_length=256, batch_size=64)
-    data = PromptDataModule("questions.jsonl", corpus_path="plays.txt")
+    Example:
+
+        data = PromptDataModule("plays.txt", prompt_length=256, batch_size=64)
+        data = PromptDataModule("questions.jsonl", corpus_path="plays.txt")
     """
 
     def __init__(

@@ -45,8 +45,10 @@ def python_docs_text() -> Iterator[str]:
 class TextDataModule(BaseDataModule):
     """Text as batches (inputs, targets), both int64 (b t); targets are shifted by one token.
 
-    data = TextDataModule("my.txt", context_length=128, batch_size=64)
-    Trainer(max_steps=500).fit(LanguageModel(num_layers=2, d_model=64), datamodule=data)
+    Example:
+
+        data = TextDataModule("my.txt", context_length=128, batch_size=64)
+        Trainer(max_steps=500).fit(LanguageModel(num_layers=2, d_model=64), datamodule=data)
     """
 
     def __init__(

@@ -21,8 +21,10 @@ from .tokenizers import ENDOFTEXT, WORD_END, SpecialTokenMode, Tokenizer
 class FileTokenizer(Tokenizer):
     """Hugging Face tokenizer of the tokenizers library, from the text of its tokenizer.json.
 
-    tokenizer = FileTokenizer.from_file("my/tokenizer.json")
-    tokenizer = FileTokenizer.from_merges(vocab, merges, ["<|endoftext|>"])
+    Example:
+
+        tokenizer = FileTokenizer.from_file("my/tokenizer.json")
+        tokenizer = FileTokenizer.from_merges(vocab, merges, ["<|endoftext|>"])
     """
 
     tokenizer_type = "file"

@@ -217,8 +217,10 @@ def code_points(text: str) -> np.ndarray:
 class CharTokenizer(Tokenizer):
     """Character tokenizer; the vocabulary is the sorted set of the characters of a text.
 
-    tokenizer = CharTokenizer("hello")
-    tokenizer.decode(tokenizer.encode("hole"))  # "hole"
+    Example:
+
+        tokenizer = CharTokenizer("hello")
+        tokenizer.decode(tokenizer.encode("hole"))  # "hole"
     """
 
     tokenizer_type = "characters"

@@ -223,7 +223,7 @@ class ImageClassifier(TaskModule):
 class ClassifierFeatures(nn.Module):
     """Feature extractor from a trained classifier: bytes (b c y x) -> features (b d).
 
-    FrechetDistance(extractor=ClassifierFeatures("step=000600.ckpt"))
+        FrechetDistance(extractor=ClassifierFeatures("step=000600.ckpt"))
 
     `name`, such as mnist_cnn, is part of the logged metric's name.
 

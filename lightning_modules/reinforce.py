@@ -57,8 +57,8 @@ from .task_module import TaskModule
 class Reinforce(TaskModule):
     """Language model trained by policy gradient; batches are `PromptBatch`.
 
-    model = Reinforce("runs/reinforce/base", rewards=[CharacterFraction("eE", weight=-1)])
-    Trainer(max_steps=75).fit(model, datamodule=PromptDataModule(prompt_length=256))
+        model = Reinforce("runs/reinforce/base", rewards=[CharacterFraction("eE", weight=-1)])
+        Trainer(max_steps=75).fit(model, datamodule=PromptDataModule(prompt_length=256))
 
     Args:
         base_checkpoint: checkpoint of the base language model, or its run's folder.

@@ -38,8 +38,10 @@ UNFINISHED_REDUCTION_TEXT = "Expected to have finished reduction in the prior it
 class DataParallelInfo(NamedTuple):
     """Data-parallel rank and size, and micro-batches per optimizer step; default: one process.
 
-    info = DataParallelInfo.from_trainer(trainer)
-    local_batch = batch[info.dp_rank :: info.dp_size]
+    Example:
+
+        info = DataParallelInfo.from_trainer(trainer)
+        local_batch = batch[info.dp_rank :: info.dp_size]
     """
 
     dp_rank: int = 0

@@ -47,7 +47,7 @@ CHECK_AFTER_BATCHES = 10  # every adapter must be called within these micro-batc
 class LoRA(Transform):
     """Freeze the module and train low-rank adapters (LoRA) of the selected layers.
 
-    lightning fit --config gpt2/finetune --trainer.callbacks+=LoRA --trainer.callbacks.rank=8
+        lightning fit --config gpt2/finetune --trainer.callbacks+=LoRA --trainer.callbacks.rank=8
 
     In a script: `LoRA(["attention.*", "mlp.*"], rank=8)`. `Pretrained` reads the base weights from
     a file. With `Quantization` the frozen weights take 4 or 8 bits (QLoRA).

@@ -36,7 +36,7 @@ MAX_LISTED = 5  # most layers in the table of errors
 class Quantization(Transform):
     """Quantize and freeze the selected Linear layers; other parameters may be trained.
 
-    lightning fit --config gpt2/lora --trainer.callbacks+=Quantization
+        lightning fit --config gpt2/lora --trainer.callbacks+=Quantization
 
     With `LoRA`, in any order, this is QLoRA: quantized weights and adapters in float32. To measure
     the quantization loss: `lightning validate --ckpt_path=FILE --trainer.callbacks+=Quantization`.

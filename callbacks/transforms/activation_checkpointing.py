@@ -12,7 +12,7 @@ from .base import Transform
 class ActivationCheckpointing(Transform):
     """Activation checkpointing: each block keeps its input and recomputes the rest in backward.
 
-    lightning fit --config gpt2/124m --trainer.callbacks+=ActivationCheckpointing
+        lightning fit --config gpt2/124m --trainer.callbacks+=ActivationCheckpointing
 
     Args:
         mode: `full` keeps the least memory and costs a third more compute; `selective` also keeps

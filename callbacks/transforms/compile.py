@@ -20,7 +20,7 @@ from .base import Transform
 class Compile(Transform):
     """Compile a module's children, or their blocks, with torch.compile for static shapes.
 
-    lightning fit --config gpt2/124m --trainer.callbacks+=Compile
+        lightning fit --config gpt2/124m --trainer.callbacks+=Compile
 
     Args:
         mode: reduce-overhead captures CUDA graphs, for small nets whose kernel launches take longer

@@ -24,7 +24,7 @@ from .base import Transform, materialize_module
 class Pretrained(Transform):
     """Load pretrained weights from a checkpoint, or by the module's `load_pretrained(path)`.
 
-    lightning fit --config gpt2/finetune --trainer.callbacks.path=gpt2
+        lightning fit --config gpt2/finetune --trainer.callbacks.path=gpt2
 
     Any module can load a checkpoint (.ckpt). A checkpoint to resume or evaluate is loaded later and
     overrides these weights.

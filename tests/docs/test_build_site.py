@@ -18,6 +18,7 @@ from ravine.cli.main import main
 
 ROOT = DOCS.parent
 NEW_PAGES = ["index", "best_checkpoint", "early_stopping", "loggers", "seeds", "print_config"]
+NOT_INDENTED = re.compile(r"# |lightning |(?:def|class|from) \w+[ (:]|\w+ = ")  # an example
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)")
 
 
@@ -73,7 +74,9 @@ def test_every_public_name_of_a_package_is_on_its_page_with_a_docstring(
         documented = getattr(importlib.import_module(home), attribute)
         assert documented is getattr(package, name)
         if inspect.isclass(documented):
-            assert documented.__doc__, path
+            paragraphs = inspect.cleandoc(documented.__doc__ or "").split("\n\n")
+            assert paragraphs[0], path
+            assert [p for p in paragraphs if NOT_INDENTED.match(p)] == [], path
 
 
 def test_every_relative_link_of_the_site_is_a_page_or_a_figure(pages: Path) -> None:

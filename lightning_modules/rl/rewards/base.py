@@ -91,8 +91,8 @@ class RewardInputs:
 class Reward(ABC):
     """Base class of a reward term; a subclass implements `score`.
 
-    class Length(Reward):
-        def score(self, inputs): return [len(text) / 256 for text in inputs.texts]
+        class Length(Reward):
+            def score(self, inputs): return [len(text) / 256 for text in inputs.texts]
 
     Args:
         weight: weight of the term in the sum; 0 logs it only.

@@ -17,9 +17,9 @@ VARIADIC_KINDS = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONA
 class RewardFunction(Reward):
     """Reward term from a function; its arguments are passed by name.
 
-    # my_file.py
-    def reward(texts, answer):                    # answer: a column of the data
-        return [float(a in text) for text, a in zip(texts, answer)]
+        # my_file.py
+        def reward(texts, answer):                    # answer: a column of the data
+            return [float(a in text) for text, a in zip(texts, answer)]
 
     Available are texts, prompts, tokens, mask, logprobs and the columns of the data;
     `**rest` receives all of them. A function written for TRL, `def reward(completions, **kwargs)`,
