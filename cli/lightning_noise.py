@@ -8,6 +8,7 @@ SILENCED_LOG_PREFIXES = (  # prefixes of messages of Lightning's logger
     "GPU available:",  # the trainer prints the device in one line
     "TPU available:",
     "Using bfloat16 Automatic Mixed Precision",  # and the precision
+    "-" * 100 + "\ndistributed_backend=",  # a banner; the trainer prints the number of ranks
     "Restoring states from the checkpoint",  # a second message follows after the restore
 )
 SILENCED_WARNINGS = (  # prefixes, as regular expressions

@@ -377,6 +377,7 @@ class Diffusion(TaskModule):
             self.sampler_config,
             example_images,
             self.num_classes,
+            self._resolve_class_names() if self.num_classes else (),
         )
 
     def export(self, folder: str, format: Literal["safetensors"] = "safetensors") -> str:

@@ -36,6 +36,15 @@ class HasProgressMetrics(Protocol):
         ...
 
 
+class HasPlottedMetrics(Protocol):
+    """MetricPlot adds these metrics to its list, such as those of the module's rewards."""
+
+    @property
+    def plotted_metrics(self) -> tuple[str, ...]:
+        """Names of logged metrics."""
+        ...
+
+
 class CountsFlops(Protocol):
     """Throughput logs the model FLOPs utilization (MFU)."""
 

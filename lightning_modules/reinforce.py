@@ -218,6 +218,11 @@ class Reinforce(TaskModule):
         with self.trainer.precision_plugin.forward_context():  # Lightning calls hooks without it
             return self._make_rollout(batch)
 
+    @property
+    def plotted_metrics(self) -> tuple[str, ...]:
+        """Names of the metric of each reward."""
+        return tuple(f"train/{reward.name}" for reward in self.rewards)
+
     def training_step(self, rollout: Rollout, index: int) -> Tensor:
         """Policy-gradient loss of a rollout."""
         self._stopwatch.start("update")

@@ -24,6 +24,7 @@ from .progress import count_total_steps, get_log_interval
 Curve = list[tuple[int, float | Tensor]]
 MAX_POINTS = 2000  # maximum of points in a curve; beyond that every second one is dropped
 NUM_COLUMNS = 3  # panels in a row
+NOT_PLOTTED = ("time/", "lr")  # prefixes of metrics that are plotted on request only
 
 
 class RecordedCurves(OptimizerStepCallback, ABC):
@@ -170,8 +171,9 @@ class MetricPlot(RecordedCurves):
     Example: `Trainer(callbacks=[MetricPlot(["train/reward", "train/kl", "val/reward"])])`.
 
     Args:
-        metrics: names as the module logs them. Names that begin with val/ are read at validations,
-            all others every log interval. By default all that begin with train/.
+        metrics: names as the module logs them. Names that begin with val/ or val_ are read at
+            validations, all others every log interval. By default all, without seconds and learning
+            rates. The module's `plotted_metrics` are added, such as those of its rewards.
     """
 
     def __init__(self, metrics: Sequence[str] | None = None) -> None:
@@ -215,27 +217,31 @@ class MetricPlot(RecordedCurves):
         if not is_log_step and not (is_first_step and self.is_new_run):
             return
         metrics = trainer.callback_metrics
-        if self.metrics is None:
-            names = [name for name in metrics if name.startswith("train/")]
-        else:
-            names = [name for name in self.metrics if not name.startswith("val/")]
-        for name in names:
-            if name in metrics:
+        for name in self._select_metrics(metrics, pl_module):
+            if not is_validation_metric(name):
                 self.add_point(name, metrics[name])  # on its device: no synchronization
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the requested metrics of a validation."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             metrics = trainer.callback_metrics
-            for name in [n for n in self.metrics or () if n[:4] == "val/" and n in metrics]:
-                self.add_point(name, metrics[name])
+            for name in self._select_metrics(metrics, pl_module):
+                if is_validation_metric(name):
+                    self.add_point(name, metrics[name])
+
+    def _select_metrics(self, metrics: dict[str, Any], module: L.LightningModule) -> list[str]:
+        """Return the logged metrics to plot: the given ones and those of the module."""
+        if self.metrics is None:
+            return [n for n in metrics if not n.startswith(NOT_PLOTTED)]
+        wanted = dict.fromkeys([*self.metrics, *getattr(module, "plotted_metrics", ())])
+        return [name for name in wanted if name in metrics]
 
     def _check_metrics_logged(self, metrics: dict[str, Any], module: L.LightningModule) -> None:
         """Raise UsageError if none of the requested training metrics is in `metrics`.
 
         If only some are missing, print their names. `metrics` has the logged values by name.
         """
-        requested = [name for name in self.metrics or () if not name.startswith("val/")]
+        requested = [name for name in self.metrics or () if not is_validation_metric(name)]
         missing = [name for name in requested if name not in metrics]
         if missing and missing == requested:
             logged = sorted(metrics)
@@ -252,6 +258,25 @@ class MetricPlot(RecordedCurves):
             module.print(f"MetricPlot: {type(module).__name__} does not log {', '.join(missing)}")
 
 
+def is_validation_metric(name: str) -> bool:
+    """Whether a metric is logged by validations: "val/loss", "val_loss"."""
+    return name.startswith(("val/", "val_"))
+
+
+def set_plain_ticks(axes: Any, values: Sequence[float]) -> None:
+    """Use a log scale for a range of more than 3:1 of positive values; label ticks as 0.5, 1, 2."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    positive = [value for value in values if value > 0]
+    ratio = max(positive) / min(positive) if positive else 1
+    if ratio > 3:
+        axes.set_yscale("log")
+        parts = (1, 1.5, 2, 3, 4, 6) if ratio < 20 else (1, 2, 5) if ratio < 1000 else (1,)
+        axes.yaxis.set_major_locator(LogLocator(subs=parts))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
 def save_loss_plot(curves: dict[str, Any], path: Path, label: str, interval: int) -> None:
     """Draw the training and validation loss over the optimizer steps to a PNG file.
 
@@ -266,9 +291,7 @@ def save_loss_plot(curves: dict[str, Any], path: Path, label: str, interval: int
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="optimizer step", ylabel=label, title=path.parent.as_posix())
-    values = [value for curve in curves.values() for _, value in curve if value > 0]
-    if values and max(values) > 3 * min(values):
-        axes.set_yscale("log")
+    set_plain_ticks(axes, [value for curve in curves.values() for _, value in curve])
     if curves["train"]:
         steps, losses = zip(*curves["train"], strict=True)
         averaging = f"mean of {interval} steps" if interval > 1 else "each step"
@@ -302,9 +325,10 @@ def save_metric_plot(curves: dict[str, Any], path: Path) -> None:
         axes = figure.add_subplot(num_rows, NUM_COLUMNS, index, title=name)
         steps, values = zip(*curve, strict=True)
         # validations are few, so that their points get a marker
-        axes.plot(steps, values, "o-" if name.startswith("val/") else "-", ms=3, lw=1.2)
+        axes.plot(steps, values, "o-" if is_validation_metric(name) else "-", ms=3, lw=1.2)
         axes.grid(alpha=0.3)
         axes.title.set_fontsize(9)
         axes.tick_params(labelsize=7)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # steps are integers
     FigureCanvasAgg(figure).print_png(path)

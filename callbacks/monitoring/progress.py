@@ -1,4 +1,4 @@
-"""ProgressBar: show loss, learning rate, tokens or samples per second, and the remaining time.
+"""ProgressBar: show loss, learning rate, tokens or samples per second, elapsed and total time.
 
 On a terminal it is a rich progress bar. Elsewhere (a file, a cluster's log) it is one plain line
 every log interval. A value is read from the device only when it is shown, because each read makes
@@ -25,6 +25,7 @@ from ..stock_callbacks.gradient_accumulation import (
     find_accumulation_scheduler,
 )
 
+MAX_NUMBERS = 4  # metrics on a line of the terminal
 MIN_REDRAW_S = 0.3  # seconds between two drawings of the bar; a drawing takes two milliseconds
 
 
@@ -144,8 +145,11 @@ class ProgressBar(OptimizerStepCallback, LightningProgressBar):
             self._stop_bar()
         elif self.enabled and not trainer.sanity_checking:
             values = {k: float(v) for k, v in trainer.callback_metrics.items() if k[:3] == "val"}
-            if values:
-                self.print(self._step_label(), *(f" {name} {x:.4g}" for name, x in values.items()))
+            words = [f" {name} {x:.4g}" for name, x in values.items()]
+            label = self._step_label()
+            for start in range(0, len(words), MAX_NUMBERS):
+                self.print(label, *words[start : start + MAX_NUMBERS])
+                label = " " * len(label)
             # the throughput excludes validation
             self.last_reading = Reading(self.step, time.perf_counter())
 
@@ -209,7 +213,7 @@ class ProgressBar(OptimizerStepCallback, LightningProgressBar):
     def _format_metrics(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any
     ) -> str:
-        """Format loss or `progress_metrics`, learning rate, recent throughput, remaining time.
+        """Format loss or `progress_metrics`, learning rate, throughput, elapsed and total time.
 
         Args:
             outputs: result of the training step on the last micro-batch of the optimizer step.
@@ -219,6 +223,7 @@ class ProgressBar(OptimizerStepCallback, LightningProgressBar):
         num_micro_batches = trainer.accumulate_grad_batches  # of an optimizer step
         metrics = trainer.callback_metrics
         shown_names = [n for n in getattr(module, "progress_metrics", ()) if n in metrics]
+        shown_names = shown_names[: MAX_NUMBERS - 2]  # beside learning rate and throughput
         fields = [f"{name.split('/')[-1]} {float(metrics[name]):.4g}" for name in shown_names]
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor) and not fields:
@@ -232,9 +237,11 @@ class ProgressBar(OptimizerStepCallback, LightningProgressBar):
         recent_steps, recent_s = self.step - self.last_reading.step, now - self.last_reading.time_s
         units_per_s = units_per_step * recent_steps / max(recent_s, 1e-9)
         fields.append(f"{units_per_s:,.0f} {getattr(module, 'unit', 'samples')}/s")
+        elapsed_s, total_text = now - self.start_reading.time_s, ""
         if self.total_steps is not None:
-            all_steps, all_s = self.step - self.start_reading.step, now - self.start_reading.time_s
-            s_left = (self.total_steps - self.step) * all_s / max(all_steps, 1)
-            fields.append(f"{format_duration(s_left)} left")
+            num_steps = max(self.step - self.start_reading.step, 1)
+            total_s = elapsed_s * (1 + (self.total_steps - self.step) / num_steps)
+            total_text = f" of {format_duration(total_s)}"
+        fields.append(f"{format_duration(elapsed_s)}{total_text}")
         self.last_reading = Reading(self.step, now)
         return "  ".join(fields)

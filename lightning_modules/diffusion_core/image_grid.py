@@ -3,17 +3,19 @@
 Axes: n images, c y x; bytes 0..255, grayscale or RGB.
 """
 
+import math
 from pathlib import Path
 
 import torch
 from einops import rearrange
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ravine.errors import UsageError
 from ravine.files import atomic_write
 
 PADDING, BACKGROUND = 2, 255  # pixels between images, and their color
+FONT_SIZE, MAX_NAME = 14, 24  # of row names: pixels, characters
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 
 
@@ -22,7 +24,7 @@ class ImageGrid:
 
     model.generate(labels="0-9").save("digits.png")
 
-    `row_names` are the names of the rows, if each row is of one class.
+    `row_names` are the names of the rows, if each row is of one class; the grid shows them.
     """
 
     def __init__(self, images: Tensor, columns: int, row_names: tuple[str, ...] = ()) -> None:
@@ -30,7 +32,7 @@ class ImageGrid:
         self.images, self.columns, self.row_names = images.cpu(), columns, row_names
 
     def grid(self) -> Image.Image:
-        """Arrange all images in one, enlarged if they are small."""
+        """Arrange all images in one, enlarged if they are small, with the names of the rows."""
         _, c, y, x = self.images.shape
         num_missing = -len(self.images) % self.columns
         images = torch.cat((self.images, self.images.new_full((num_missing, c, y, x), BACKGROUND)))
@@ -38,7 +40,8 @@ class ImageGrid:
         images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)  # (n c Y X)
         images = torch.nn.functional.pad(images, (0, PADDING, 0, PADDING), value=BACKGROUND)
         sheet = rearrange(images, "(r k) c y x -> c (r y) (k x)", k=self.columns)
-        return to_pil(torch.nn.functional.pad(sheet, (PADDING, 0, PADDING, 0), value=BACKGROUND))
+        sheet = torch.nn.functional.pad(sheet, (PADDING, 0, PADDING, 0), value=BACKGROUND)
+        return add_row_names(to_pil(sheet), self.row_names)
 
     def save(self, path: str | Path) -> None:
         """Write the grid to a file atomically; the suffix determines the format."""
@@ -69,6 +72,26 @@ def get_pillow_format(path: str | Path) -> str:
             flag="--file=samples.png",
         )
     return FORMATS[suffix]
+
+
+def add_row_names(picture: Image.Image, names: tuple[str, ...]) -> Image.Image:
+    """Return the picture with a white margin on the left that names rows of equal height."""
+    if not names:
+        return picture
+    names = tuple(n if len(n) <= MAX_NAME else n[: MAX_NAME - 1] + "…" for n in names)
+    font = ImageFont.load_default(FONT_SIZE)
+    margin = math.ceil(max(font.getlength(name) for name in names)) + 4 * PADDING
+    labeled = Image.new(
+        picture.mode,
+        (picture.width + margin, picture.height),
+        "white",
+    )
+    labeled.paste(picture, (margin, 0))
+    draw, row_height = ImageDraw.Draw(labeled), (picture.height - PADDING) / len(names)
+    for row, name in enumerate(names):
+        position = margin - 2 * PADDING, PADDING + (row + 0.5) * row_height
+        draw.text(position, name, fill="black", font=font, anchor="rm")
+    return labeled
 
 
 def to_pil(image: Tensor) -> Image.Image:

@@ -29,9 +29,13 @@ NUM_POINTS = 11  # columns of a figure
 
 
 def _plot_image_sheet(
-    rows: Sequence[Tensor], titles: Sequence[str], row_names: Sequence[str]
+    rows: Sequence[Tensor],
+    titles: Sequence[str],
+    row_names: Sequence[str],
+    title: str,
+    x_label: str = "",
 ) -> "Figure":
-    """Plot rows of images, each (s c y x), with a title for each column and a name for each row."""
+    """Plot rows of images, each (s c y x), with column titles, row names and a title."""
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
     images = torch.stack(list(rows))  # (r s c y x)
@@ -39,7 +43,7 @@ def _plot_image_sheet(
     images = torch.nn.functional.pad(images, (1, 1, 1, 1), value=1.0)  # white between images
     sheet = rearrange(to_uint8(images).cpu(), "r s c y x -> (r y) (s x) c")
     sheet = sheet.squeeze(-1)  # matplotlib wants no axis of channels for grayscale images
-    figure = Figure(figsize=(len(titles), len(rows) + 0.4), layout="constrained", dpi=120)
+    figure = Figure(figsize=(len(titles), len(rows) + 0.7), layout="constrained", dpi=120)
     axis: Any = figure.subplots()  # one axis for all images: one for each takes minutes to lay out
     axis.imshow(sheet.numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     tick_positions = [(i + 0.5) * (width + 2) - 0.5 for i in range(len(titles))]
@@ -49,6 +53,8 @@ def _plot_image_sheet(
     )
     axis.tick_params(length=0, top=False, labeltop=True, labelbottom=False)
     axis.spines[:].set_visible(False)
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel(x_label, fontsize=8)
     return figure
 
 
@@ -80,7 +86,8 @@ def plot_reverse_process(denoise: DenoiseFn, timesteps: Timesteps, x: Tensor) ->
         rows += [torch.stack([noisy[b] for _, noisy, _ in selected])]  # (s c y x)
         rows += [torch.stack([estimate[b] for _, _, estimate in selected])]
         names += ["x(t)", "estimate"]
-    return _plot_image_sheet(rows, [f"t = {t:.0f}" for t, _, _ in selected], names)
+    title = "reverse process: x(t) from noise to image, and the estimate of x0 at each step"
+    return _plot_image_sheet(rows, [f"t = {t:.0f}" for t, _, _ in selected], names, title)
 
 
 @torch.no_grad()
@@ -96,14 +103,23 @@ def plot_x0_estimates(
     for b in range(len(x0)):
         rows += [torch.stack([x0[b], *(x[b] for x in row)]) for row in (noisy, estimates)]
         names += ["x(t)", "estimate"]
-    return _plot_image_sheet(rows, ["image", *(f"t = {time:.0f}" for time in t)], names)
+    titles = ["image", *(f"t = {time:.0f}" for time in t)]
+    title = "estimates of x0 in one step: x(t) is the image with increasing noise"
+    return _plot_image_sheet(rows, titles, names, title)
 
 
 @torch.no_grad()
 def plot_interpolation(
-    denoise: DenoiseFn, timesteps: Timesteps, first_noise: Tensor, second_noise: Tensor
+    denoise: DenoiseFn,
+    timesteps: Timesteps,
+    first_noise: Tensor,
+    second_noise: Tensor,
+    row_names: Sequence[str] = (),
 ) -> "Figure":
-    """Plot images of the noises between two noises (b c y x), along the great circle."""
+    """Plot images of the noises between two noises (b c y x), along the great circle.
+
+    By default the rows are named "pair 1", "pair 2", ...
+    """
     angles = torch.linspace(0, math.pi / 2, NUM_POINTS)
     rows = []
     for angle in angles.tolist():
@@ -111,8 +127,16 @@ def plot_interpolation(
         rows.append(ddim(denoise, x * timesteps.sigma[0].item(), timesteps, no_noise))
     sheet = rearrange(torch.stack(rows), "s b c y x -> b s c y x")
     return _plot_image_sheet(
-        list(sheet), [f"{angle / angles[-1]:.1f}" for angle in angles], [""] * len(first_noise)
+        list(sheet),
+        [f"{angle / angles[-1]:.1f}" for angle in angles],
+        row_names or [f"pair {number + 1}" for number in range(len(first_noise))],
+        "interpolation: images sampled from noises between two noises",
+        "position between the first noise (0.0) and the second noise (1.0)",
     )
+
+
+def _class_label(name: str) -> str:
+    return f"class {name}" if name.isdecimal() else name
 
 
 def plot_all(
@@ -121,6 +145,7 @@ def plot_all(
     sampler_config: SamplerConfig,
     x0: Tensor,
     num_classes: int,
+    class_names: Sequence[str] = (),
 ) -> dict[str, "Figure"]:
     """Create all three figures, by name: reverse, estimates and interpolation.
 
@@ -130,9 +155,13 @@ def plot_all(
         sampler_config: number of steps and guidance scale.
         x0: images (b c y x) to which the second figure adds noise, at most three.
         num_classes: number of classes; 0 for a model without labels.
+        class_names: names of the classes, for the rows of the third figure.
     """
     image_ids = torch.arange(3, device=x0.device)  # images sampled in a figure
     y = image_ids % num_classes if num_classes else None
+    row_names: list[str] = []
+    if class_names and y is not None:
+        row_names = [_class_label(class_names[int(number)]) for number in y.tolist()]
 
     def denoise_conditional(x: Tensor, t: float) -> Tensor:
         return denoise(x, x.new_full((len(x),), t), y, sampler_config.guidance_scale).clamp(-1, 1)
@@ -152,6 +181,10 @@ def plot_all(
             denoise_unconditional, noise_schedule, x0, first_noise[: len(x0)]
         ),
         "interpolation": plot_interpolation(
-            denoise_conditional, timesteps, first_noise, second_noise
+            denoise_conditional,
+            timesteps,
+            first_noise,
+            second_noise,
+            row_names,
         ),
     }

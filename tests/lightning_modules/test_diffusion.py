@@ -20,6 +20,7 @@ from ravine.datamodules.images import to_uint8
 from ravine.lightning_modules import Diffusion, LanguageModel
 from ravine.lightning_modules.diffusion_core.counter_rng import derive_key, normals, uniforms
 from ravine.lightning_modules.diffusion_core.denoiser import Denoiser
+from ravine.lightning_modules.diffusion_core.image_grid import ImageGrid
 from ravine.lightning_modules.diffusion_core.noise_schedules import NoiseSchedule, compute_alpha_bar
 from ravine.lightning_modules.diffusion_core.samplers import ddim
 from ravine.lightning_modules.nn.unet import timestep_embedding
@@ -594,6 +595,25 @@ def tiles(figure: Any, columns: int) -> torch.Tensor:
     size = sheet.shape[1] // columns
     parts = sheet.unfold(0, size, size).unfold(1, size, size)
     return parts[..., 1:-1, 1:-1].to(torch.uint8)
+
+
+def test_a_grid_names_the_rows_of_classes_and_a_sheet_names_axes_and_rows() -> None:
+    black = torch.zeros(6, 1, 8, 8, dtype=torch.uint8)
+    plain, named = ImageGrid(black, 3).grid(), ImageGrid(black, 3, ("0", "a longer name")).grid()
+    margin = named.width - plain.width
+    assert margin > 0
+    assert named.height == plain.height
+    assert named.crop((margin, 0, named.width, named.height)).tobytes() == plain.tobytes()
+    for top in (0, named.height // 2):  # each row has a name in dark pixels
+        assert named.crop((0, top, margin, top + named.height // 2)).getextrema()[0] < 128
+    one, other = torch.randn(2, 3, 1, 4, 4)
+    steps = NoiseSchedule("flow").timesteps(3)
+    for names, expected in (((), "pair 1"), (("class 0", "class 1", "class 2"), "class 0")):
+        figure = diffusion_plots.plot_interpolation(lambda x, t: x, steps, one, other, names)
+        axes = figure.axes[0]
+        assert axes.get_yticklabels()[0].get_text() == expected
+        assert "interpolation" in axes.get_title()
+        assert "noise" in axes.get_xlabel()
 
 
 def test_the_figures_show_noise_images_and_intermediate_steps() -> None:

@@ -92,6 +92,9 @@ def test_the_plot_labels_its_axes_and_uses_a_log_scale_for_large_ranges(
         save_loss_plot(curves, tmp_path / "loss.png", "loss in nats (mean per token)", interval=5)
         axes = seen[-1]
         assert axes.get_yscale() == scale
+        shown = [label.get_text() for label in axes.get_yticklabels() if label.get_text()]
+        assert [f"{float(text):g}" for text in shown] == shown  # plain numbers, no "2 x 10^0"
+        assert len(shown) >= 3
         assert axes.get_xlabel() == "optimizer step"
         assert axes.get_ylabel() == "loss in nats (mean per token)"
         legend = [text.get_text() for text in axes.get_legend().get_texts()]
@@ -113,3 +116,25 @@ def test_curves_are_drawn_and_continue(tmp_path: Path) -> None:
     again = MetricPlot(["train/reward"])
     again.load_state_dict(curves.state_dict())
     assert again.state_dict()["train/reward"] == kept
+
+
+class Rewarded(Scripted):
+    """A module whose reward no list of metrics contains."""
+
+    plotted_metrics = ("train/mine", "train/reward", "train/missing")
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/reward", 0.5)
+        self.log("lr-SGD", 0.1)
+
+
+def test_curves_include_the_rewards_of_the_module_and_by_default_all_metrics(
+    tmp_path: Path,
+) -> None:
+    for metrics, expected in (
+        (["train/reward"], {"train/reward", "train/mine"}),
+        (None, {"train/reward", "train/mine", "train_loss", "val/reward"}),
+    ):
+        module, curves = Rewarded(reward=[0.1, 0.2], mine=[3.0]), MetricPlot(metrics)
+        fit(module, curves, tmp_path, 2, limit_val_batches=1)
+        assert set(curves.state_dict()) == expected

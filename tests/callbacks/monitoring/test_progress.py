@@ -54,7 +54,7 @@ def trainer(*callbacks: Any, **settings: Any) -> Trainer:
     )
 
 
-LINE = r"step (\d+)/(\d+) loss [\d.e-]+  lr 0.01  [\d,]+ {unit}/s  \d+:\d\d left"
+LINE = r"step (\d+)/(\d+) loss [\d.e-]+  lr 0.01  [\d,]+ {unit}/s  \d+:\d\d of \d+:\d\d"
 
 
 @pytest.mark.parametrize(("kind", "unit"), [(Counting, "tokens"), (NetInInit, "samples")])
@@ -67,6 +67,18 @@ def test_without_a_terminal_each_log_interval_is_a_line(
     assert [m and m.groups() for m in found] == [("5", "12"), ("10", "12"), ("12", "12")]
     validations = [x for x in lines if "val_loss" in x]
     assert [x.split()[1] for x in validations] == ["4/12", "8/12", "12/12"]
+
+
+def test_a_line_has_at_most_four_metrics(capsys: pytest.CaptureFixture[str]) -> None:
+    class Many(NetInInit):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log_dict({f"val/m{i}": float(i) for i in range(9)})
+
+    trainer(max_steps=4).fit(Many())
+    lines = [x for x in capsys.readouterr().out.splitlines() if "val/" in x]
+    assert [x.count("val/") for x in lines] == [4, 4, 1]
+    assert lines[0].startswith("step 4/4  val/m0 0 ")
+    assert lines[2] == "          val/m8 8"
 
 
 def test_a_terminal_shows_a_bar_that_is_redrawn_at_intervals(
