@@ -112,6 +112,7 @@ class Diffusion(TaskModule):
         """
         super().__init__()
         self.save_hyperparameters()
+        # the denoiser computes the loss and x0 estimates from the output of any net
         schedule = NoiseSchedule(noise_schedule)
         self.denoiser = Denoiser(
             schedule, prediction_type, loss_weighting, time_conditioning, channels_last
@@ -126,7 +127,8 @@ class Diffusion(TaskModule):
             )
         self.is_one_step = time_conditioning == "one_step"
         self.supports_guidance = class_conditional and class_dropout_prob > 0
-        # defaults of `generate`; nothing is overridden, but they are checked against the model
+        # guidance mixes in the output for the null class, which class dropout trains.
+        # Defaults of `generate`; nothing is overridden, but they are checked against the model
         self.sampler_config = SamplerConfig(sampler, num_steps, guidance_scale, eta).override(
             supports_guidance=self.supports_guidance, is_one_step=self.is_one_step
         )
@@ -138,6 +140,7 @@ class Diffusion(TaskModule):
         self.channels, self.num_classes, self.image_size = 0, 0, (0, 0)  # set from the data
         self.class_names: tuple[str, ...] = ()  # with labels, in the order of their indices
         self.graph_cache = GraphCache()  # CUDA graphs of sampling, for one evaluation
+        # sums of metrics over images, for ten ranges of noise levels; the number is that of metrics
         self.train_loss_by_level = LossByNoiseLevel(1)  # loss since the last log
         self.eval_loss_by_level = LossByNoiseLevel(2)  # loss and x0 error of an evaluation
         self.num_eval_images = 0  # images of this rank so far in the evaluation
@@ -153,6 +156,9 @@ class Diffusion(TaskModule):
     def configure_from_data(self, datamodule: Any) -> None:
         """Set channels, classes and size from the data; a model keeps its channels and classes.
 
+        `setup` calls it before the net is built; a later datamodule must fit the model. The label
+        `num_classes` is the null class: the label of images without class.
+
         Raises:
             UsageError: labels are missing or too few, or the data differ from those of the model.
         """
@@ -166,7 +172,7 @@ class Diffusion(TaskModule):
             )
         if self.class_conditional and hasattr(datamodule, "get_split"):
             # the label `num_classes` would be taken for the null class
-            _, train_labels, *_ = datamodule.get_split("train")
+            _, train_labels, *_ = datamodule.get_split("train")  # images, labels, ...
             check_labels(train_labels, num_classes, "the data to train")
         if self.class_conditional and num_classes == 1:
             raise UsageError(
@@ -180,7 +186,7 @@ class Diffusion(TaskModule):
         values = {"channels": datamodule.channels, "num_classes": num_classes, "class_names": names}
         # what the model has already from earlier data or a checkpoint; {} for a new model
         known = _data_fields(self.channels, self.num_classes, self.class_names)
-        self.check_data_fields("the datamodule", values, known)
+        self.check_data_fields("the datamodule", values, known)  # raises if a known value differs
         self.channels, self.num_classes = datamodule.channels, num_classes
         self.image_size = tuple(datamodule.image_size)
         self.class_names = names if self.class_conditional else ()
@@ -201,6 +207,10 @@ class Diffusion(TaskModule):
 
         Times, noise and class dropout depend on (seed, step, index in the step). So they are the
         same for any number of ranks and accumulated batches.
+
+        Args:
+            batch: images x0 (b c y x) and labels y (b) of this rank.
+            index: index of the micro-batch in the epoch.
         """
         x0, y, *_ = batch
         trainer = attached_trainer(self)
@@ -210,19 +220,24 @@ class Diffusion(TaskModule):
         first_index = (micro_batch * data_parallel.dp_size + data_parallel.dp_rank) * b
         sample_indices = torch.arange(first_index, first_index + b, device=x0.device)
         images_per_step = b * data_parallel.dp_size * data_parallel.accumulate
+        # resolve_seed(None) is the seed of the run
         key_parts = (resolve_seed(None), "training", self.global_step)
+        # uniform_t (b) and uniform_label (b), in (0, 1), and noise (b c y x)
         step_noise = draw_step_noise(key_parts, sample_indices, images_per_step, x0)
         if self.num_classes:  # class dropout: the label `num_classes` is the null class
             is_dropped = step_noise.uniform_label < self.class_dropout_prob
             y = y.masked_fill(is_dropped, self.num_classes)
         t = self.denoiser.sample_t(step_noise.uniform_t)
+        # the unused results are the noisy images and the output of the net for them
         losses, _, _ = self.denoiser.training_loss(self, x0, t, y, step_noise.noise)  # (b)
         loss = losses.mean()
         self.log("train/loss", loss)
         if trainer is not None and not self.is_one_step:
+            # (b) one of ten ranges of noise levels
             level = (step_noise.uniform_t * NUM_BUCKETS).long().clamp(max=NUM_BUCKETS - 1)
             self.train_loss_by_level.add(level, losses.detach()[:, None])
             if should_update_logs(trainer):  # not in each step: ten calls of `log` cost 1 ms
+                # with the metric of each level, such as train/loss_t051, named by its time
                 means, _ = self.train_loss_by_level.means()  # (levels 1)
                 self.log_dict(
                     name_bucket_metrics("train/loss", self.denoiser.sample_t, means[:, 0])
@@ -310,6 +325,7 @@ class Diffusion(TaskModule):
             seed: random seed; each image depends on the seed and its index.
             batch_size: number of images sampled at once.
         """
+        # None keeps the model's value; a guidance that the model does not support is an error
         overrides = {
             "guidance_scale": guidance_scale,
             "num_steps": num_steps,
@@ -333,6 +349,7 @@ class Diffusion(TaskModule):
         else:
             class_labels, total = None, num_samples
             columns = math.ceil(math.sqrt(num_samples))
+        # an image's noise depends on the seed and its id only
         image_ids = torch.arange(total, device=self.device)
         images = self._sample_batches(image_ids, class_labels, sampler_config, seed, batch_size)
         row_names = tuple(class_names[class_id] for class_id in class_ids)
@@ -342,6 +359,7 @@ class Diffusion(TaskModule):
         """Check the arguments of `generate`, and sample one image in one step.
 
         The callback GenerateSamples calls it before training, to reject invalid arguments early.
+        `arguments` are some of those of `generate`; the others have their defaults.
         """
         bound = inspect.signature(self.generate).bind(**arguments)
         bound.apply_defaults()
@@ -412,6 +430,8 @@ class Diffusion(TaskModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Load the sizes; if they are already set from the data, check that they are equal.
 
+        Lightning calls it before it loads the weights.
+
         Raises:
             UsageError: the data differ from those that the checkpoint was trained on.
         """
@@ -426,6 +446,7 @@ class Diffusion(TaskModule):
         names = tuple(saved.get("class_names", ())) or default_class_names(saved["num_classes"])
         if self.channels:  # set from the data
             values = {"channels": self.channels, "num_classes": self.num_classes}
+            # channels, classes and their names; the image size may differ
             known = _data_fields(saved["channels"], saved["num_classes"], names)
             self.check_data_fields(
                 "the datamodule", values | {"class_names": self.class_names}, known
@@ -455,6 +476,7 @@ class Diffusion(TaskModule):
         def denoise(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
             return self.denoise(x, t, y, sampler_config.guidance_scale).clamp(-1, 1)
 
+        # bind: on a GPU, denoising steps are recorded as CUDA graphs of this net, and replayed
         with precision_context, graph_cache.bind(net) as make_denoiser:
             images = sample_images(
                 denoise,

@@ -112,7 +112,8 @@ class ImageClassifier(TaskModule):
             )
         self.save_hyperparameters()
         self.variant, self.num_features, self.max_shift = variant, num_features, max_shift
-        self.image_info: dict[str, Any] = {}  # from the data: channels, image_size, ...
+        # from the data: channels, image_size, class_names, source
+        self.image_info: dict[str, Any] = {}
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -135,6 +136,7 @@ class ImageClassifier(TaskModule):
                 "use ImageDataModule(source=FOLDER)",
                 flag="--data.source=FOLDER",
             )
+        # raises UsageError if the model has other channels, size or classes already
         self._set_image_info(image_info, "the datamodule")
 
     def build_net(self) -> nn.Module:

@@ -72,7 +72,7 @@ class LanguageModel(TaskModule):
         super().__init__()
         self.save_hyperparameters()
         self.vocab_size, self.context_length = vocab_size, context_length
-        self.net_kwargs = net_kwargs
+        self.net_kwargs = net_kwargs  # further arguments of Transformer
         self.tokenizer: Tokenizer | None = None
         self.eval_sums = torch.zeros(3)  # of an evaluation: loss in nats, tokens, bytes
         with torch.device("meta"):  # runs the checks without memory; 1 stands for an unknown size
@@ -200,7 +200,8 @@ class LanguageModel(TaskModule):
         check_at_least_one(
             "generate", flag_prefix="--", num_samples=num_samples, batch_size=batch_size
         )
-        sampling = DecodingConfig(temperature, top_k, top_p, min_p)
+        sampling = DecodingConfig(temperature, top_k, top_p, min_p)  # raises if out of range
+        # the default prompt is a line break, if the tokenizer has one
         prompt = self.default_prompt if prompt is None else prompt
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         prompts = [text for text in prompts for _ in range(num_samples)]
@@ -237,6 +238,7 @@ class LanguageModel(TaskModule):
         """Check the arguments of `generate` as for the full length, and generate one token.
 
         The callback GenerateSamples calls it before training, to reject invalid arguments early.
+        `arguments` are some of those of `generate`; the others have their defaults.
         """
         bound = inspect.signature(self.generate).bind(**arguments)
         bound.apply_defaults()
@@ -302,7 +304,8 @@ class LanguageModel(TaskModule):
     def _check_same_function(self, saved_hparams: dict[str, Any]) -> None:
         """Raise UsageError if the saved weights fit, but this net would compute other values.
 
-        It compares the arguments of Transformer that do not change the shapes of the weights.
+        It compares the arguments of Transformer that do not change the shapes of the weights, such
+        as num_heads. `saved_hparams` is empty for a checkpoint without hyperparameters.
         """
         defaults = with_defaults({})  # of all arguments of Transformer
         saved_kwargs = defaults | {k: v for k, v in saved_hparams.items() if k in defaults}
@@ -326,6 +329,7 @@ class LanguageModel(TaskModule):
         `origin` is "the datamodule" or "the checkpoint", for the message.
         """
         current = self.tokenizer
+        # equivalent: the same text has the same token ids
         if current is not None and not current.is_equivalent(tokenizer):
             raise UsageError(
                 f"LanguageModel: the tokenizer of {origin} ({tokenizer.vocab_size} tokens) "

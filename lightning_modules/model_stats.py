@@ -24,14 +24,14 @@ def count_parameters(vocab_size: int, context_length: int, **net_kwargs: Any) ->
     # 2,922,240 in the lecture
     sum(count_parameters(65, 128, num_layers=4, d_model=256, ...).values())
     """
-    vocab_size = padded_vocab_size(vocab_size)
+    vocab_size = padded_vocab_size(vocab_size)  # a large vocabulary has further rows
     net = SimpleNamespace(**with_defaults(net_kwargs))  # all arguments of Transformer
     d = net.d_model
     vectors_per_norm = {"rmsnorm": 1, "layernorm": 2, "none": 0}[net.norm]  # gain; gain and bias
     # d x d matrices of an attention
     attention_matrices = len(LEARNED_PROJECTIONS[net.attention_variant]) + net.out_proj
     mlp = "experts" if net.num_experts else net.activation  # experts and router replace the MLP
-    h = resolve_d_ff(d, mlp, net.d_ff)
+    h = resolve_d_ff(d, mlp, net.d_ff)  # the default is 4d, for swiglu 8d/3
     mlp_matrices = {"none": 0, "swiglu": 3, "experts": 2 * net.num_experts}.get(mlp, 2)  # d x h
     # a matrix d x 4d is counted as 4 Ld², not as Ldh
     is_4d = h == 4 * d and mlp not in ("none", "swiglu")
@@ -71,6 +71,7 @@ def count_training_flops(vocab_size: int, context_length: int, **net_kwargs: Any
     position_table = terms.get("Td", 0)
     # a tied embedding is the head, too, whose matrix product counts
     embedding_table = 0 if net.tie_embeddings else padded_vocab_size(vocab_size) * net.d_model
+    # the default is 4d; an expert has two matrices
     d_ff = resolve_d_ff(net.d_model, "experts", net.d_ff)
     weights_per_expert = 2 * net.num_layers * net.d_model * d_ff
     inactive = weights_per_expert * max(0, net.num_experts - 2)

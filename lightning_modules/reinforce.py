@@ -84,6 +84,7 @@ class Reinforce(TaskModule):
         rewards: Sequence[Reward] | Reward = (),  # the reward is their weighted sum
         max_new_tokens: int = 256,
         group_size: int = 1,  # texts for each prompt
+        # temperature 0.8
         sampling: DecodingConfig = DecodingConfig(0.8),  # noqa: B008 - immutable, as the next ones
         estimator: AdvantageEstimator = AdvantageEstimator(),  # noqa: B008
         kl: KL = KL(),  # noqa: B008
@@ -95,6 +96,8 @@ class Reinforce(TaskModule):
         The base model is loaded in `setup`, and its net is built in `configure_model`.
         """
         super().__init__()
+        # plain values only, which a checkpoint can hold without pickled classes; the others are
+        # objects, and a loaded policy has their defaults
         self.save_hyperparameters(
             "base_checkpoint", "max_new_tokens", "group_size", "reference", "stop"
         )
@@ -112,10 +115,12 @@ class Reinforce(TaskModule):
         self._base_fingerprint: str | None = None  # checksum of the base model's weights
         # a tuple hides the net from nn.Module: no optimizer, no checkpoint, no sharding
         self._reference_nets: tuple[nn.Module, ...] = ()
-        self.corpus_stats: CorpusStats | None = None  # from the data
-        # of the last rollout; the training step logs them
+        self.corpus_stats: CorpusStats | None = None  # words and speakers of the data, for rewards
+        # of the last rollout; the training step logs them. The stopwatch has the seconds of each
+        # phase of a step: rollout, reference, reward and update
         self._stopwatch, self._rollout_metrics = Stopwatch(), dict[str, float]()
         self._last_samples: list[dict[str, Any]] = []
+        # raises UsageError for a value out of range, or values that exclude each other
         validate_config(max_new_tokens, group_size, sampling, kl, reference, stop)
 
     def setup(self, stage: str) -> None:
@@ -135,7 +140,7 @@ class Reinforce(TaskModule):
         self._stop_sequences()  # raises if the tokenizer cannot encode the stop string
 
     def configure_from_data(self, datamodule: Any) -> None:
-        """Read the corpus, and check prompts and batch size.
+        """Read the corpus, and check prompts and batch size, before the net is built.
 
         Raises:
             UsageError: there are no prompts, a prompt is too long or has unknown characters, or a
@@ -148,6 +153,7 @@ class Reinforce(TaskModule):
                 "pass datamodule=PromptDataModule(...) to trainer.fit",
                 flag="--data=PromptDataModule",
             )
+        # the text of a corpus file, or None; some rewards compare generated texts with it
         corpus_text = datamodule.corpus_text
         self.corpus_stats = None if corpus_text is None else CorpusStats(corpus_text)
         accumulate = DataParallelInfo.from_trainer(self.trainer).accumulate  # micro-batches a step
@@ -158,6 +164,7 @@ class Reinforce(TaskModule):
             group_size=self.group_size,
             accumulate=accumulate,
         )
+        # all different characters of the prompts; provenance names their file, for the message
         check_prompt_characters(
             datamodule.characters, cast(Tokenizer, self.tokenizer), datamodule.provenance
         )
@@ -271,14 +278,19 @@ class Reinforce(TaskModule):
         checkpoint["policy"] = {"base_fingerprint": self._base_fingerprint}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Load tokenizer and sizes; raise UsageError if the reference is another base model."""
+        """Load tokenizer and sizes; raise UsageError if the reference is another base model.
+
+        Lightning calls it before it loads the weights. When a fit is resumed, `setup` has loaded
+        the base model already; `load_from_checkpoint` calls it without a trainer.
+        """
         super().on_load_checkpoint(checkpoint)
+        # saved_data_fields: a section of the checkpoint, or UsageError if it lacks these keys
         fields = "tokenizer", "context_length", "net_kwargs"
         saved = self.saved_data_fields(checkpoint, "language", fields)
         policy = self.saved_data_fields(checkpoint, "policy", ("base_fingerprint",))
         saved_fingerprint = policy["base_fingerprint"]
         if self._base_fingerprint is not None:  # `setup` has loaded the base model
-            if self.reference != "none":
+            if self.reference != "none":  # the KL is measured to the base model
                 base_model.check_fingerprint(
                     self.base_checkpoint, self._base_fingerprint, saved_fingerprint
                 )
@@ -288,6 +300,7 @@ class Reinforce(TaskModule):
         self.vocab_size, self.context_length = self.tokenizer.vocab_size, saved["context_length"]
         self.net_kwargs, self._base_fingerprint = saved["net_kwargs"], saved_fingerprint
         if "net.embed.weight" not in checkpoint["state_dict"]:  # adapters alone
+            # `configure_model` loads its weights into the net
             self._base_model = base_model.load_base_for_adapters(
                 self.base_checkpoint, saved_fingerprint
             )
@@ -308,20 +321,26 @@ class Reinforce(TaskModule):
         """Generate texts after a batch of prompts, score them and compute advantages.
 
         The metrics and the samples are kept for the training step, which logs them.
+
+        Axes: g prompts, b = g * group_size samples of this rank, n new tokens, t tokens of a text.
         """
         stopwatch, group_size = self._stopwatch, self.group_size
+        # each of `sample_ids` is (epoch, sample); `_encode` raises if a prompt is too long
         prompts = [
             self._encode(text, f"sample {sample}")
             for text, (_, sample) in zip(batch.texts, batch.sample_ids, strict=True)
         ]  # g prompts
         repeated_prompts = [prompt for prompt in prompts for _ in range(group_size)]  # b
-        # with the seed, a row's key determines its tokens
+        # with the seed, a row's key determines its tokens; it ends with the text's number
         row_keys = [
             ("rollout", *sample_id, g) for sample_id in batch.sample_ids for g in range(group_size)
         ]
         with stopwatch("rollout"):
             generated = self._generate_completions(repeated_prompts, row_keys)
+        # input_ids (b t): prompt and new tokens, right-padded, without the last token;
+        # logit_positions (b n): where in a text the logits predict its new tokens
         input_ids, logit_positions = pad_sequences_for_scoring(repeated_prompts, generated.tokens)
+        # the same texts with each prompt once, to save time; None if the net does not support it
         shared_prefix = make_shared_prefix_batch(
             cast(nn.Module, self.net), prompts, generated.tokens
         )
@@ -329,6 +348,7 @@ class Reinforce(TaskModule):
             ref_logprobs, ref_logprobs_t1 = self._compute_ref_logprobs(
                 input_ids, logit_positions, generated, shared_prefix
             )
+        # the scorer decodes the tokens, calls the rewards and computes advantages over all ranks
         with stopwatch("reward"):
             scored = self._make_scorer()(
                 batch.texts, batch.columns, generated, ref_logprobs, ref_logprobs_t1
@@ -368,11 +388,13 @@ class Reinforce(TaskModule):
         net = cast(nn.Module, self.net)
         # a sharded parameter is a DTensor, which has a device mesh
         is_unsharded = not any(hasattr(parameter, "device_mesh") for parameter in net.parameters())
+        # resolve_seed(None) is the seed of the run
         kwargs: dict[str, Any] = {
             "stops": self._stop_sequences(), "seed": resolve_seed(None), "row_keys": row_keys,
-            "context_overflow": "error",
+            "context_overflow": "error",  # lengths are checked
             # ranks that shard a net need equal numbers of steps, even if their texts have ended
             "sync_every": SYNC_EVERY if is_unsharded else self.max_new_tokens,
+            # no CUDA graph of a sharded net, whose weights move at each step
             "capture": capture_cuda_graph if is_unsharded and self.device.type == "cuda" else None,
         }  # fmt: skip
         # one process only, as in Lightning's validation: autograd takes a tenth of a rollout
@@ -410,10 +432,12 @@ class Reinforce(TaskModule):
             self.sampling,
             shared_prefix,
         )
+        # each reference is called as net(tokens) or net(tokens, shared_prefix); self calls self.net
         if self.reference == "lora":
             with disable_adapters(cast(nn.Module, self.net)):
                 return compute_ref_logprobs(self, *inputs)
         if self._reference_nets:
+            # Lightning does not see this net, and so does not move it to the device
             (net,) = self._reference_nets
             return compute_ref_logprobs(net.to(self.device), *inputs)
         if self.reference == "frozen_copy":

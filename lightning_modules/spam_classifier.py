@@ -129,7 +129,10 @@ class HashedLinear(nn.Module):
         """Compute tf-idf weights of the n-grams and the weighted sum of rows, (b out).
 
         The n n-grams of all messages are concatenated. The weights of a message's words have unit
-        length, and so have those of its characters.
+        length, and so have those of its characters. An n-gram is represented by its bucket, a hash
+        value; `weight` has a row for each bucket.
+
+        Axes: b messages, n n-grams of all messages, out outputs.
         """
         # bucket, 1 + ln count and type (0 word, 1 character) of the n-grams of each message
         buckets, counts, ngram_types = zip(
@@ -262,6 +265,7 @@ class SpamClassifier(TaskModule):
                 f"{names}: undefined, so NaN: no {missing_label} among the "
                 f"{num_ham + num_spam:.0f} test messages"
             )
+        # true and false negatives and positives; spam is the positive class
         for name, count in zip(CONFUSION_NAMES, matrix.flatten(), strict=True):
             self.log(f"test/{name}", count)
         self.confusion_matrix.reset()

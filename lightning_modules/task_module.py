@@ -228,9 +228,11 @@ class TaskModule(L.LightningModule):
         if self.net is not None:
             return
         device = torch.get_default_device()
+        # recorded: parameters are created without memory, and their random distributions are kept;
         # a constructor of other code may compute with values, which cannot be recorded
         is_recordable = _is_defined_in_ravine(type(self).build_net) and device.type != "meta"
-        # None if the constructor cannot be recorded after all
+        # the net without memory, and how each parameter is drawn; None if the constructor cannot be
+        # recorded after all
         initial_values = InitialValues.record(self.build_net) if is_recordable else None
         if initial_values is None:
             self.net = self.build_net()
@@ -239,7 +241,7 @@ class TaskModule(L.LightningModule):
             # the strategy draws them after sharding; in `__dict__`: not a part of the module
             self.__dict__["initial_values"] = initial_values
         else:
-            self.net = initial_values.materialize(device)
+            self.net = initial_values.materialize(device)  # draws all values
 
     def _can_defer_init(self) -> bool:
         """Whether no code of the task needs parameter values before the strategy is set up.
@@ -275,7 +277,7 @@ class TaskModule(L.LightningModule):
                 "use Trainer(precision='16-mixed'), or OptimizerPlan(partial(AdamW, eps=1e-4))",
                 flag="--trainer.precision=16-mixed",
             )
-        trainer = attached_trainer(self)
+        trainer = attached_trainer(self)  # None without a trainer
         has_full_precision = all(p.dtype in (torch.float32, torch.float64) for p in parameters)
         has_kernel = all(p.device.type in FUSED_ADAMW_DEVICES for p in parameters)
         scaler = getattr(trainer.precision_plugin, "scaler", None) if trainer else None
@@ -421,7 +423,8 @@ class TaskModule(L.LightningModule):
                 ["a file that a trainer has written"],
                 "choose another file",
             )
-        check_format(checkpoint)
+        check_format(checkpoint)  # raises if this version does not read the format of the file
+        # the class that wrote the file may be a subclass of this one
         task_class, overrides = cls._class_of(checkpoint), dict(overrides or {})
         try:
             # arguments of `__init__`, and class attributes such as `lr`
@@ -438,6 +441,7 @@ class TaskModule(L.LightningModule):
                 setattr(model, name, value)
             if apply_transforms is not None:
                 apply_transforms(model, checkpoint)
+            # raises for adapters or quantized weights that have not been applied
             model._check_transforms(checkpoint, "use ravine.load_model(path)")
             model._load_saved_weights(checkpoint["state_dict"], strict)
         except (FileNotFoundError, ValueError):  # a UsageError, or another readable message
@@ -448,7 +452,12 @@ class TaskModule(L.LightningModule):
 
     @classmethod
     def _does_not_fit_error(cls, error: Exception, overrides: dict[str, Any]) -> UsageError:
-        """Return the error for a checkpoint, or overrides of its arguments, that do not fit."""
+        """Return the error for a checkpoint, or overrides of its arguments, that do not fit.
+
+        Args:
+            error: the error that building the model or loading its weights has raised.
+            overrides: arguments of the user that replace those of the checkpoint.
+        """
         text = " ".join(str(error).split())[:160] or type(error).__name__
         overrides_text = ""
         allowed, hint = "a file that this version has written", "choose another checkpoint"
@@ -488,6 +497,7 @@ class TaskModule(L.LightningModule):
         init_overrides = {
             name: value for name, value in overrides.items() if name not in setting_names
         }
+        # these keys are Lightning's, such as "hyper_parameters"
         saved = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {})
         saved = {name: value for name, value in saved.items() if not name.startswith("_")}
         # name of the argument that takes all hyperparameters as one dict, if the class has one

@@ -74,6 +74,9 @@ class GraphCache:
         A sharded net is never captured, because its weights are gathered and freed. The autocast
         cache is disabled: a graph contains its casts of the weights. Autocast would free cached
         casts on exit, and a later replay would read freed memory.
+
+        `no_capture` is a factory whose denoisers record nothing. A factory takes the function that
+        estimates x0, images x (b c y x), labels y (b) or None, and a name of the settings.
         """
         weights = list(net.parameters())
         is_unsharded = all(type(p) is nn.Parameter for p in weights)

@@ -90,6 +90,7 @@ class Denoiser:
         null_labels = torch.full_like(t, null_class, dtype=torch.int64)
         labels = torch.cat((null_labels if y is None else y, null_labels))
         cond, uncond = self._net_output(net, torch.cat((x, x)), torch.cat((t, t)), labels).chunk(2)
+        # to_x0: the net may predict x0, the noise or a velocity
         return self.to_x0(cond + guidance_scale * (cond - uncond), x, t)
 
     def training_loss(

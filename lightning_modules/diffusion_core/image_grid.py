@@ -87,10 +87,11 @@ def add_row_names(picture: Image.Image, names: tuple[str, ...]) -> Image.Image:
         "white",
     )
     labeled.paste(picture, (margin, 0))
+    # PADDING pixels lie between the rows, and above the first
     draw, row_height = ImageDraw.Draw(labeled), (picture.height - PADDING) / len(names)
     for row, name in enumerate(names):
         position = margin - 2 * PADDING, PADDING + (row + 0.5) * row_height
-        draw.text(position, name, fill="black", font=font, anchor="rm")
+        draw.text(position, name, fill="black", font=font, anchor="rm")  # right, middle
     return labeled
 
 

@@ -101,7 +101,8 @@ class NoiseSchedule:
     def timesteps(self, num_steps: int) -> Timesteps:
         """Return times (s+1) of a sampler from pure noise to the image, with their α and σ.
 
-        They are evenly spaced; for edm they are those of Karras et al.
+        They fall from 1000 to 0 and are evenly spaced; for edm they are those of Karras et al. A
+        discrete schedule is defined at integer times only. An image at time t is α x0 + σ ε.
         """
         max_steps = NUM_TRAIN_TIMESTEPS if self.is_discrete else 10 * NUM_TRAIN_TIMESTEPS
         if not 1 <= num_steps <= max_steps:
@@ -113,7 +114,7 @@ class NoiseSchedule:
                 flag=f"--num_steps={nearest}, or --model.num_steps={nearest}",
             )
         t = torch.linspace(NUM_TRAIN_TIMESTEPS, 0, num_steps + 1, dtype=torch.float64)
-        if self.name == "edm":  # even steps in σ^(1/7) down to 0.002, then 0
+        if self.name == "edm":  # σ = 80 (t/1000)⁷: even steps in σ^(1/7) down to 0.002, then 0
             t[:-1] = torch.linspace(
                 NUM_TRAIN_TIMESTEPS,
                 NUM_TRAIN_TIMESTEPS * (0.002 / 80) ** (1 / 7),

@@ -59,6 +59,7 @@ def ddim(
 
         x' = α' x0 + √(σ'² - η²β) ε + η √β z,    β = σ'² (1 - (α σ' / α' σ)²)
 
+    A prime marks the values after the step; ε = (x - α x0) / σ, and z is fresh noise.
     eta 0 is the lecture's sampler with the same noise in all steps; eta 1 is ancestral sampling.
 
     Args:
@@ -104,8 +105,8 @@ def euler(denoise: DenoiseFn, x: Tensor, timesteps: Timesteps, noise: NoiseFn) -
 def heun(denoise: DenoiseFn, x: Tensor, timesteps: Timesteps, noise: NoiseFn) -> Tensor:
     """Heun's method: order 2 with two net evaluations a step.
 
-    An Euler step gives the second point; the step then uses the mean of x0 and ε at both ends. With
-    α = 1 it is EDM's sampler (Karras et al. 2022, algorithm 1, no churn).
+    An Euler step, with x0 and ε constant, gives the second point. The step then uses the mean of x0
+    and ε at both ends. With α = 1 it is EDM's sampler (Karras et al. 2022, algorithm 1, no churn).
 
     Args:
         denoise: `denoise(x, t)` estimates x0 at time t.
@@ -136,8 +137,9 @@ def dpmpp_2m(denoise: DenoiseFn, x: Tensor, timesteps: Timesteps, noise: NoiseFn
 
     x' = (σ'/σ) x + (α' - α σ'/σ) D,    D = x0 + h / (2 h_prev) (x0 - x0_prev)
 
-    h_prev and h are the previous and the current step in log(α/σ). If one of them is infinite (the
-    first step of flow matching, the last step of any schedule), D is x0.
+    A prime marks the values after the step. h_prev and h are the previous and the current step in
+    log(α/σ). If one of them is infinite (the first step of flow matching, the last step of any
+    schedule), D is x0.
 
     Args:
         denoise: `denoise(x, t)` estimates x0 at time t.

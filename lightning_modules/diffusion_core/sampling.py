@@ -150,6 +150,8 @@ def sample_images(
     for batch_indices in padded_indices.split(images_per_batch):
         batch_ids = image_ids[batch_indices]
         batch_labels = None if labels is None else labels[batch_indices]
+        # normals: standard normal numbers (b c y x), each row determined by the key and its id.
+        # sigma[0] is the noise level at which sampling starts
         x = normals(derive_key(seed, "start"), batch_ids, image_shape) * timesteps.sigma[0].item()
         if denoiser is None:  # `config` is its name: equal settings can use one graph
             denoiser = make_denoiser(denoise, x, batch_labels, config)

@@ -45,8 +45,9 @@ class TokenBuffer:
         self.lengths = [len(prompt) for prompt in prompts]  # the host's copy of `device_lengths`
         check_prompt_lengths(self.lengths, max_new_tokens, context_length, context_overflow)
         self.context_length, self.max_new_tokens = context_length, max_new_tokens
-        # first token of each row that the net sees
+        # first token of each row that the net sees; of a long prompt it sees the end only
         self.window_starts = [max(0, n - context_length) for n in self.lengths]
+        # rows of equal prompts: the net computes a prompt once for all of them
         first_rows: dict[tuple[int, ...], int] = {}  # by prompt
         rows = enumerate(tuple(prompt.tolist()) for prompt in prompts)
         self.first_row_with_same_prompt = [
@@ -57,6 +58,7 @@ class TokenBuffer:
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
         self.tokens = tokens.to(device)
+        # `tokens[row_indices, device_lengths]` is where the next token of each row is written
         self.row_indices = torch.arange(len(prompts), device=device)
         self.device_lengths = torch.tensor(self.lengths, device=device)
 
@@ -150,7 +152,8 @@ class CachedDecoder(Decoder):
         # the largest index: a pipeline stage can hold the last blocks only
         num_layers = 1 + max(map(int, block_names))
         has_experts = any(isinstance(m, MixtureOfExperts) for m in net.modules())
-        # the capacity of experts depends on the whole row: such rows cannot share a prefix
+        # texts of one prompt form a group, if the rows allow it; otherwise each is its own group.
+        # The capacity of experts depends on the whole row: such rows cannot share a prefix
         self.group_size = 1 if has_experts else token_buffer.shared_prefix_group_size()
         num_texts = len(token_buffer.lengths)
         if self.group_size > 1:  # prompts are stored once, slots are for the new tokens only
@@ -158,6 +161,7 @@ class CachedDecoder(Decoder):
             num_slots = token_buffer.max_new_tokens
         else:
             self.prefix_lengths = [0] * num_texts
+            # a row whose context is full drops its older half and starts again at slot 0
             num_slots = token_buffer.context_length
         self.cache = KVCache(
             num_layers,
@@ -189,6 +193,10 @@ class CachedDecoder(Decoder):
         The cache of rows whose window has dropped its older half is filled anew. It gets all tokens
         but the last one, which the decode step computes for all rows. Steps of an equal length have
         equal shapes.
+
+        Args:
+            overflowed_rows: rows that have dropped their older half; they belong to no group, as
+                only texts that fit into the context share a prefix.
         """
         token_buffer = self.token_buffer
         if overflowed_rows:
@@ -202,11 +210,14 @@ class CachedDecoder(Decoder):
             n - start
             for n, start in zip(token_buffer.lengths, token_buffer.window_starts, strict=True)
         ]
+        # tokens of a shared prefix are stored apart and need no slots
         slots_per_row = [
             n - prefix
             for n, prefix in zip(visible_lengths_per_row, self.prefix_lengths, strict=True)
         ]
+        # if all texts fill the same slots, the attention needs no mask
         is_uniform = min(visible_lengths_per_row) == max(visible_lengths_per_row)
+        # `reserve` rounds the number of slots up to a bucket: the attended length of the step
         return self.cache.reserve(max(slots_per_row), is_uniform=is_uniform)
 
     def decode_step(self) -> Tensor:

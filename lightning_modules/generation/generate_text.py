@@ -58,7 +58,7 @@ class SamplerState:
         """
         device = token_buffer.tokens.device
         self.token_buffer, self.sampling = token_buffer, sampling
-        # Apple's GPUs (mps) have no float64
+        # the numbers are float64, which Apple's GPUs (mps) lack
         self.uniform = uniform.to(device, torch.float32 if device.type == "mps" else None)
         self.stops = [torch.tensor(list(stop), device=device) for stop in stops]
         # a tensor (1), so that a CUDA graph of a step can be replayed for the next step
@@ -80,6 +80,7 @@ class SamplerState:
         logprob = logprobs.gather(1, token[:, None])[:, 0]
         token = token * self.active  # 0 in a row that has ended
         logprob = logprob.where(self.active, 0.0).float()
+        # the mask is true also for the token that ends a row, as `active` changes below
         for buffer, value in (
             (self.tokens, token),
             (self.logprobs, logprob),
@@ -134,7 +135,7 @@ def generate_stream(
         seed: random seed; the seed and a row's key determine its tokens.
         row_keys: keys of the rows; by default 0, 1, 2, ...
         context_overflow: "slide" drops the older half of a full context, "error" raises UsageError.
-        use_cache: use a KV cache.
+        use_cache: use a KV cache; without it each step computes the whole text again.
         sync_every: steps between two reads of the device by the host.
         capture: records a function without arguments as a CUDA graph and returns its replay; None
             runs each step eagerly.
@@ -142,7 +143,9 @@ def generate_stream(
     sampling = sampling or DecodingConfig()
     device = next(net.parameters()).device
     token_buffer = TokenBuffer(prompts, max_new_tokens, context_length, context_overflow, device)
+    # (b max_new_tokens) random numbers; each selects one token
     uniform = row_uniforms(seed, row_keys or range(len(prompts)), max_new_tokens)
+    # samples tokens and stores them with their logprobs and the mask, all on the device
     state = SamplerState(token_buffer, sampling, stops, uniform)
     # each length of the cache needs its own CUDA graph, so lengths are rounded up to a bucket
     bucket_size = BUCKET_SIZE if capture else 1
@@ -167,10 +170,11 @@ def generate_stream(
                 bucket = decoder.prepare_step(overflowed_rows)  # equal for steps of equal shapes
                 run_step(bucket)
             if num_steps % sync_every == 0 or num_steps == max_new_tokens:
+                # waits for the device; raises RunError for NaN
                 _check_finite(state)
                 yield state.slice_columns(num_yielded, num_steps)
                 num_yielded = num_steps
-                if not bool(state.active.any()):
+                if not bool(state.active.any()):  # every row has reached a stop sequence
                     return
 
 
@@ -268,6 +272,7 @@ def generate_text(
     prompt_tokens = [tokenizer.encode(prompt) for prompt in prompts]
     tokens = torch.empty(len(prompts), 0, dtype=torch.int64)
     texts, num_emitted = [""] * len(prompts), 0
+    # a chunk has tokens and mask (b c) of the next c steps; all steps so far are decoded anew
     for chunk in generate_stream(
         net, prompt_tokens, stops=stop_sequences, sync_every=1 if on_text else SYNC_EVERY, **kwargs
     ):
@@ -280,6 +285,7 @@ def generate_text(
         texts = [truncate_at_stop(text, stops) for text in full_texts]
         has_stopped = [len(text) < len(full) for text, full in zip(texts, full_texts, strict=True)]
         if on_text:  # emit only characters that the next token cannot change
+            # stable_prefix leaves out a partial character and the beginning of a stop string
             final_part = texts[0] if has_stopped[0] else stable_prefix(texts[0], stops)
             on_text(final_part[num_emitted:])
             num_emitted = max(num_emitted, len(final_part))

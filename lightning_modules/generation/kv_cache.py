@@ -41,6 +41,7 @@ class CachePositions:
             self.all_rows[:, None].expand(-1, group_size),
             text_indices.expand(num_rows, -1),
         )  # each (b s): indices of the first and the third axis of the keys
+        # the same tensor: without a prefix a slot is a position
         self.slots = self.position_ids  # (b s) slots of the newest tokens
         # (b s p) 0, and -inf beyond the end of a group's prompt
         self.prefix_mask: Tensor | None = None
@@ -72,7 +73,11 @@ class LayerKVCache:
     def update(self, key: Tensor, value: Tensor) -> bool:
         """Write keys and values (b h t k) of new tokens; return whether to attend to the cache.
 
-        In prefill the query attends to the prompt's own keys, so the result is False.
+        In prefill the query attends to the prompt's own keys, so the result is False. `positions`
+        has the state of the step, which all layers share.
+
+        Axes: b rows, s texts of a row (1 without a shared prefix), h heads, k head width,
+        T slots for tokens.
         """
         positions = self.positions
         if positions.is_prefill and positions.prefix_mask is not None:  # a shared prefix
@@ -126,14 +131,16 @@ def attend_cached(query: Tensor, layer_cache: LayerKVCache) -> Tensor:
     num_slots = positions.length  # T, the attended slots
     keys = layer_cache.keys[..., :num_slots]  # (b h s k T)
     values = layer_cache.values[..., :num_slots, :]  # (b h s T k)
+    # scaled once here; the keys are stored with T last, as the product needs them
     query = (query * query.shape[-1] ** -0.5).contiguous()
     scores = (query[..., None, :] @ keys)[..., 0, :]  # (b h s T)
     if layer_cache.prefix_kv is not None:
         prefix_keys, _ = layer_cache.prefix_kv  # (b h k p): one product for all texts of a row
         scores = torch.cat((query @ prefix_keys, scores), -1)  # (b h s p+T)
-    if positions.attn_mask is not None:
+    if positions.attn_mask is not None:  # -inf for slots that a text has not filled
         scores = scores + positions.attn_mask.to(query)
     weights = scores.softmax(-1)
+    # the last T weights are of the slots, those before them of the shared prefix
     output = (weights[..., None, -num_slots:] @ values)[..., 0, :]  # (b h s k)
     if layer_cache.prefix_kv is None:
         return output
@@ -226,7 +233,8 @@ class KVCache:
     def advance(self) -> None:
         """Move every text one position further and compute the attention mask.
 
-        It is called once before each decode step, after `reserve`. It runs on the device only.
+        It is called once before each decode step, after `reserve`, which sets `length` (T). It runs
+        on the device only. Attributes of `positions` are by row and text (b s).
         """
         positions = self.positions
         positions.position_ids += 1  # in place: a CUDA graph keeps the address

@@ -84,7 +84,7 @@ class DecodingConfig:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.temperature > 0:
             logits = logits / self.temperature
-        # before the filters
+        # before the filters, which change `logits`; written back at the end
         kept_logits = None if never_mask is None else logits.gather(-1, never_mask[..., None])
         if self.top_k is not None:
             threshold = logits.topk(self.top_k).values[..., -1:]  # the k-th largest logit

@@ -38,6 +38,12 @@ class SharedPrefixBatch:
     def __init__(self, prompts: Sequence[Tensor], completions: Tensor, num_layers: int) -> None:
         """Compute the packed tokens, their positions and the attention mask.
 
+        All prefixes, then all completions, form one row of t tokens. So the net computes a prompt
+        once, and not s times.
+
+        Axes: g prompts, s texts of each, b = g s; p tokens of the longest prefix, n tokens of a
+        completion; t = g p + b n tokens of the packed row; T = p + n tokens that a completion sees.
+
         Args:
             prompts: token ids of g prompts of any lengths.
             completions: tokens (b n), adjacent for texts of one prompt.
@@ -45,7 +51,8 @@ class SharedPrefixBatch:
         """
         (b, n), g, device = completions.shape, len(prompts), completions.device
         s = b // g  # texts of each prompt
-        # a prefix is a prompt without its last token, whose logits predict the first new token
+        # a prefix is a prompt without its last token, whose logits predict the first new token.
+        # Prefixes, positions and mask are built on the CPU, and each is copied to the device once
         prefix_lengths = torch.tensor([len(prompt) - 1 for prompt in prompts])  # (g)
         prefixes = nn.utils.rnn.pad_sequence(
             [prompt[:-1].cpu() for prompt in prompts], batch_first=True
@@ -57,6 +64,7 @@ class SharedPrefixBatch:
         self.tokens = packed[None]  # (1 t)
         self.segment_lengths = [prefixes.numel(), completion_inputs.numel()]  # their sum is t
         self.num_prompts, self.group_size, self.completion_length = g, s, n
+        # the first token of a completion, the last of its prompt, is at position prefix_length
         prefix_positions, completion_offsets = torch.arange(prefixes.shape[1]), torch.arange(n)
         completion_positions = repeat(
             prefix_lengths[:, None] + completion_offsets, "g n -> (g s n)", s=s
@@ -64,12 +72,15 @@ class SharedPrefixBatch:
         positions = torch.cat((prefix_positions.repeat(g), completion_positions))
         self.positions = positions.to(device)  # (t)
         is_token = prefix_positions < prefix_lengths[:, None]  # (g p), false for padding
+        # true where a token (n) attends to a key (T); the axis of size 1 is for all heads.
+        # The prefixes need no mask: their attention is causal, and their padding is on the right
         sees_prefix = repeat(is_token, "g p -> (g s) 1 n p", s=s, n=n)
         sees_completion = (completion_offsets <= completion_offsets[:, None]).expand(b, 1, n, n)
         attn_mask = torch.cat((sees_prefix, sees_completion), -1)  # (b 1 n T)
         is_uniform = bool((prefix_lengths == prefix_lengths[0]).all())
         # texts after prefixes of one length have equal masks: (n T), else (b 1 n T)
         self.attn_mask = (attn_mask[0, 0] if is_uniform else attn_mask).to(device)
+        # the last layer returns the completions only: no logits are computed for the prefixes
         self.layers = [
             SharedPrefixLayer(self, is_last=layer == num_layers - 1) for layer in range(num_layers)
         ]
@@ -126,6 +137,7 @@ class SharedPrefixLayer:
             completions.append(
                 rearrange(completion, "1 h (b n) k -> b h n k", n=batch.completion_length)
             )
+        # each completion attends to its prefix and to itself: T = p + n keys
         keys, values = (
             torch.cat((repeat(prefix, "g h p k -> (g s) h p k", s=batch.group_size), completion), 2)
             for prefix, completion in zip(prefixes[1:], completions[1:], strict=True)
@@ -135,6 +147,7 @@ class SharedPrefixLayer:
             attention_fn(*prefixes, dropout),  # causal
             attention_fn(completion_query, keys, values, dropout, batch.attn_mask),
         )
+        # the first output is (g h p k), the second (b h n k); both become rows of tokens
         flat = [rearrange(output, "b h n k -> (b n) h k") for output in outputs]
         return rearrange(torch.cat(flat), "t h k -> 1 h t k")
 

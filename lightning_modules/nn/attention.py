@@ -228,6 +228,7 @@ class CausalAttention(nn.Module):
         check_variant(variant)
         self.head_dim, self.dropout = d_model // num_heads, dropout
         self.variant, self.rope, self.qk_norm = variant, rope, qk_norm
+        # called with query, key and value (b h t k) and the dropout probability
         self.attention_fn = ATTENTION_FNS[attn_implementation]
         self.norm_eps = norm_eps  # for qk_norm
         for name in PROJECTIONS:
@@ -267,6 +268,8 @@ class CausalAttention(nn.Module):
 
         A projection that is not learned is x itself. With a `layer_cache`, x may be a part of its
         text, and the cache has the positions.
+
+        Axes: b batch, t time, d model, h heads, k head width; d = h k.
         """
         query = x if self.query is None else self.query(x)
         key = x if self.key is None else self.key(x)
@@ -282,6 +285,7 @@ class CausalAttention(nn.Module):
         if self.qk_norm:  # without gain: channel gains shared by heads cannot split by heads
             query, key = unit_rms(query, self.norm_eps), unit_rms(key, self.norm_eps)
         if self.rotary is not None:
+            # cosine and sine of the angles of each position, for each channel of a head
             if layer_cache is None:
                 cosine, sine = self.rotary.get_rows(x.shape[1])  # (t k)
             else:

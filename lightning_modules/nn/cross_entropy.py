@@ -93,6 +93,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         """Return the summed cross-entropy, and save the gradients of x and weight for backward.
 
+        The gradients are computed here, so that only the logits of one chunk exist at a time.
+        `backward` multiplies them by the gradient of the result.
+
         Args:
             ctx: context of autograd.
             x: features (n d).
@@ -102,7 +105,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             chunk_size: positions whose logits are computed at once.
             needs_grad: whether x and weight need a gradient.
         """
-        # at least fp32: bf16 would lose small terms in a sum of many chunks
+        # of the sums and d_weight; bf16 would lose small terms in a sum of many chunks
         accum_dtype = torch.promote_types(x.dtype, torch.float32)
         total = torch.zeros((), dtype=accum_dtype, device=x.device)
         x_needs_grad, weight_needs_grad = needs_grad

@@ -74,11 +74,13 @@ class _InitRecorder(TorchDispatchMode):
     ) -> Any:
         """Run one torch operation, and record it if it fills a meta tensor in place.
 
-        torch calls this method in place of each operation while the mode is active.
+        torch calls this method in place of each operation while the mode is active. A tensor on the
+        meta device has a shape but no values, so an operation on it costs nothing.
         """
         kwargs = kwargs or {}
         if self.large_on_meta and function is aten.empty.memory_format:
             shape = args[0]
+            # of a large `torch.empty`; the meta device cannot pin memory
             device = torch.device(kwargs.get("device") or "cpu")
             if device.type == "cpu" and math.prod(shape) >= MIN_LARGE_TENSOR:
                 kwargs = {**kwargs, "device": torch.device("meta"), "pin_memory": None}
@@ -88,6 +90,7 @@ class _InitRecorder(TorchDispatchMode):
             # an operation on a part of a tensor gives it no simple distribution
             covers_storage = target.numel() * target.itemsize == target.untyped_storage().nbytes()
             distribution = _parse_init_op(function, args[1:], kwargs) if covers_storage else None
+            # a later operation on the same tensor replaces the entry
             self.distributions |= dict.fromkeys(_tensor_keys(target), distribution)
             self.keep_alive += [target, target.untyped_storage()]
         return result
@@ -135,7 +138,7 @@ def _parse_init_op(function: Any, args: Any, kwargs: Any) -> Distribution | None
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Move each parameter to the meta device when a module registers it."""
+    """Move each parameter to the meta device when a module registers it, in a `with` block."""
     original_register = nn.Module.register_parameter
 
     def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -144,6 +147,7 @@ def _parameters_on_meta() -> Iterator[None]:
             moved = nn.Parameter(param.detach().to("meta"), param.requires_grad)
             self._parameters[name] = moved
 
+    # all modules register their parameters by this method, those of other packages, too
     nn.Module.register_parameter = register  # type: ignore[method-assign]
     try:
         yield
@@ -161,6 +165,7 @@ def _build_recorded(
         prefix: prefix of the parameters' names.
         large_on_meta: whether large uninitialized tensors are created on the meta device.
     """
+    # records which random distribution fills each tensor; the values are drawn later
     recorder = _InitRecorder(large_on_meta)
     try:
         with _parameters_on_meta(), recorder:
@@ -257,6 +262,8 @@ class InitialValues:
         self, name: str, shape: torch.Size, start: int, stop: int, dtype: Any
     ) -> Tensor:
         """Draw rows `start` to `stop` (exclusive) of parameter `name`, (stop - start, ...), on CPU.
+
+        A rank of a sharding strategy draws its own rows only, with the values of a single process.
 
         Args:
             name: name of the parameter, including `prefix`.

@@ -84,7 +84,13 @@ class MixtureOfExperts(nn.Module):
         self.load_balancing_loss = torch.zeros(())  # of the last call; added to the training loss
 
     def forward(self, x: Tensor) -> Tensor:
-        """Route each token of x (b t d) to its top-2 experts; return the weighted output sum."""
+        """Route each token of x (b t d) to its top-2 experts; return the weighted output sum.
+
+        Each expert has `capacity` slots (c) for the tokens of a sequence, in one tensor of E * c
+        slots: tokens are added to their slots, the experts run, and the outputs are read back.
+
+        Axes: b batch, t time, d model, E experts (e in the patterns), k choices of a token (2).
+        """
         b, t, _ = x.shape
         with torch.autocast(x.device.type, enabled=False):  # rounding could change the top-2
             router_logits = self.router(x.to(self.router.weight.dtype))
@@ -94,7 +100,8 @@ class MixtureOfExperts(nn.Module):
         expert_onehot = F.one_hot(expert_indices, self.num_experts)  # (b t k E)
         self.load_balancing_loss = compute_load_balancing_loss(router_probs, expert_onehot)
         capacity = min(t, math.ceil(self.capacity_factor * TOP_K * t / self.num_experts))
-        slot_in_expert = compute_expert_slots(expert_onehot)  # (b t k)
+        # (b t k) how many earlier choices of the sequence went to the same expert
+        slot_in_expert = compute_expert_slots(expert_onehot)
         is_kept = slot_in_expert < capacity  # tokens beyond the capacity skip the expert
         slot = expert_indices * capacity + slot_in_expert.clamp(max=capacity - 1)  # of E * capacity
         slot = rearrange(slot, "b t k -> b (t k)")[..., None].expand(-1, -1, x.shape[-1])
@@ -104,6 +111,7 @@ class MixtureOfExperts(nn.Module):
         dispatched = x.new_zeros(b, self.num_experts * capacity, x.shape[-1]).scatter_add(
             1, slot, tokens
         )
+        # each expert gets its slots of all sequences
         dispatched = rearrange(dispatched, "b (e c) d -> e (b c) d", e=self.num_experts)
         expert_outputs = rearrange(self.experts(dispatched), "e (b c) d -> b (e c) d", b=b)
         combined = rearrange(expert_outputs.gather(1, slot), "b (t k) d -> b t k d", k=TOP_K)

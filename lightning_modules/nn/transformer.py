@@ -167,10 +167,12 @@ class TransformerBlock(nn.Module):
         """Add the attention and MLP outputs to x (b t d).
 
         Without `residual` the attention output replaces x. `layer_cache` has the keys and values of
-        earlier tokens. The last layer of a shared-prefix batch returns the completions only.
+        earlier tokens. The last layer of a shared-prefix batch, which packs prompts and completions
+        into one row, returns the completions only.
         """
         attention_output = self.dropout(self.attention(self.attention_norm(x), layer_cache))
         if layer_cache is not None:
+            # all positions, or those of the completions
             x = layer_cache.select_positions(x)
             attention_output = layer_cache.select_positions(attention_output)
         x = x + attention_output if self.residual else attention_output
@@ -241,7 +243,7 @@ class Transformer(nn.Module):
         super().__init__()
         sizes = {"vocab_size": vocab_size, "context_length": context_length}
         sizes |= {"num_layers": num_layers, "d_model": d_model, "num_heads": num_heads}
-        check_sizes(positional_encoding, dropout, **sizes)
+        check_sizes(positional_encoding, dropout, **sizes)  # these raise UsageError
         check_options(
             positional_encoding,
             activation="experts" if num_experts else activation,
@@ -251,7 +253,9 @@ class Transformer(nn.Module):
             norm_eps=norm_eps,
         )
         self.context_length, self.vocab_size = context_length, vocab_size
+        # a large vocabulary is rounded up to a multiple of 64; the further rows are not used
         self.embed = nn.Embedding(padded_vocab_size(vocab_size), d_model)
+        # maps positions to (t d), or None if positions are not added to the embeddings
         self.pos_embed = make_pos_embed(positional_encoding, context_length, d_model)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleDict()  # a dict keeps the names when a pipeline stage drops blocks
@@ -278,6 +282,7 @@ class Transformer(nn.Module):
                 norm_eps=norm_eps,
                 rotary=rotary,
             )
+            # an MLP, a mixture of experts, or None
             mlp = make_mlp(d_model, activation, bias != "none", d_ff, num_experts)
             self.blocks[str(layer)] = TransformerBlock(attention, mlp, new_norm, dropout, residual)
         self.norm = new_norm()
@@ -329,6 +334,7 @@ class Transformer(nn.Module):
             self._check_tokens(tokens)
         x = self.embed(tokens)
         if self.pos_embed is not None:
+            # context parallelism sets it: the positions of the part of the text on this rank
             position_ids = self.position_ids_override
             if position_ids is None:
                 position_ids = torch.arange(tokens.shape[1], device=tokens.device)
@@ -382,6 +388,7 @@ class Transformer(nn.Module):
         if targets is None:
             return self.head(x)[..., : self.vocab_size]  # rows beyond the vocabulary are padding
         if type(self.head) is nn.Linear:
+            # computes the logits of one chunk of positions at a time, to save memory
             return chunked_cross_entropy(x, self.head.weight, targets, self.vocab_size)
         # a head with adapters is not given by one matrix, which the chunked version needs
         return cross_entropy(self.head(x)[..., : self.vocab_size], targets, "sum")
@@ -402,6 +409,7 @@ class Transformer(nn.Module):
         query, key, value and output are learned. In the other variants a projection that is not
         learned has all heads on each rank, so the whole attention stays on each rank.
         """
+        # all blocks are alike; PROJECTIONS are query, key and value
         first = cast(TransformerBlock, next(iter(self.blocks.values())))
         styles = {"attention_norm": "sequence", "mlp_norm": "sequence"}
         if first.attention.is_fully_learned:
@@ -442,6 +450,8 @@ def padded_vocab_size(vocab_size: int) -> int:
 def check_sizes(positional_encoding: str, dropout: float, **sizes: int) -> None:
     """Raise UsageError for a size below 1, and for heads that do not divide the channels.
 
+    The message names the nearest valid number of heads.
+
     Args:
         positional_encoding: "rope" needs heads of an even width.
         dropout: dropout probability.
@@ -456,8 +466,10 @@ def check_sizes(positional_encoding: str, dropout: float, **sizes: int) -> None:
             "use dropout=0.1",
             flag="--model.dropout=0.1",
         )
+    # the width of a head, d_model / num_heads, is a multiple of it
     step = 2 if positional_encoding == "rope" else 1  # RoPE rotates pairs of channels
     if d_model % (num_heads * step):
+        # bounded, so that a huge d_model gives its message at once
         divisors = (h for h in range(1, min(d_model, 2**16) + 1) if d_model % (h * step) == 0)
         valid_num_heads = sorted(divisors, key=lambda h: abs(h - num_heads))  # nearest first
         mismatch = f"num_heads={num_heads} does not divide d_model={d_model}"
@@ -483,6 +495,8 @@ def check_options(
     norm_eps: float | None,
 ) -> None:
     """Raise UsageError for options out of range, and for options of a layer that the net lacks.
+
+    The constructor calls it before it builds any layer.
 
     Args:
         positional_encoding: positional encoding of the net.

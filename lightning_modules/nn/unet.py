@@ -138,6 +138,8 @@ class UNet(nn.Module):
             "patch_size": patch_size,
             "has_attention": has_attention,
         }
+        # w channels at full size, 2w at half and 4w at a quarter; d channels of the embedded time.
+        # up1 and up2 also take the features of down2 and down1, so their inputs have twice as many
         w, d = base_channels, time_embed_dim
         inner_channels = channels * patch_size**2  # a patch becomes one pixel
         self.num_classes, self.patch_size = num_classes, patch_size
@@ -204,6 +206,7 @@ def save_pretrained(net: UNet, folder: str, extra_config: dict[str, Any]) -> str
     time_conditioning.
     """
     weights = {name: w.contiguous() for name, w in net.state_dict().items()}
+    # atomic_write writes to a temporary file in the folder, and renames it at the end
     with atomic_write(Path(folder, "model.safetensors")) as file:
         save_file(weights, file.name)
     with atomic_write(Path(folder, "config.json")) as file:

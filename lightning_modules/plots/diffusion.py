@@ -35,7 +35,10 @@ def _plot_image_sheet(
     title: str,
     x_label: str = "",
 ) -> "Figure":
-    """Plot rows of images, each (s c y x), with column titles, row names and a title."""
+    """Plot rows of images, each (s c y x), with column titles, row names and a title.
+
+    Axes: r rows, s images of a row, c channels, y x pixels. Values are in [-1, 1], and 1 is white.
+    """
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
     images = torch.stack(list(rows))  # (r s c y x)
@@ -76,6 +79,7 @@ def plot_reverse_process(denoise: DenoiseFn, timesteps: Timesteps, x: Tensor) ->
         recorded.append((t, x, x0))
         return x0
 
+    # the deterministic sampler, which adds no fresh noise
     last = ddim(record_denoise, x, timesteps, no_noise)
     recorded.append((0.0, last, last))
     selected = [
@@ -94,7 +98,10 @@ def plot_reverse_process(denoise: DenoiseFn, timesteps: Timesteps, x: Tensor) ->
 def plot_x0_estimates(
     denoise: DenoiseFn, noise_schedule: NoiseSchedule, x0: Tensor, eps: Tensor
 ) -> "Figure":
-    """Plot images x0 (b c y x) with increasing noise eps, and the x0 estimates."""
+    """Plot images x0 (b c y x) with increasing noise eps, and the x0 estimates.
+
+    `denoise(x, t)` estimates x0 from x at time t. The noisy image at time t is α x0 + σ eps.
+    """
     t = torch.linspace(0, 1000, NUM_POINTS)[1:]
     alpha, sigma = noise_schedule.alpha_sigma(t)
     noisy = [a * x0 + s * eps for a, s in zip(alpha.tolist(), sigma.tolist(), strict=True)]
@@ -118,7 +125,8 @@ def plot_interpolation(
 ) -> "Figure":
     """Plot images of the noises between two noises (b c y x), along the great circle.
 
-    By default the rows are named "pair 1", "pair 2", ...
+    By default the rows are named "pair 1", "pair 2", ... A great circle keeps the noises normal:
+    cos² + sin² is 1. Images are sampled by DDIM, which adds no fresh noise.
     """
     angles = torch.linspace(0, math.pi / 2, NUM_POINTS)
     rows = []
@@ -170,6 +178,7 @@ def plot_all(
         return denoise(x, x.new_full((len(x),), t)).clamp(-1, 1)
 
     timesteps = noise_schedule.timesteps(sampler_config.num_steps)
+    # standard normal noise, the same in each call: the keys are constant
     first_noise, second_noise = (
         normals(derive_key(name), image_ids, tuple(x0.shape[1:])) for name in ("one", "other")
     )

@@ -42,10 +42,10 @@ def plot_temperatures(
 
     `token_names` has the text of each token of the vocabulary; `prompt` is the text of `tokens`.
     """
-    with eval_mode(net):
+    with eval_mode(net):  # without dropout
         logits = net(tokens[None])[0, -1].float()  # (v)
     best = logits.topk(min(NUM_TOKENS_SHOWN, len(logits))).indices
-    figure, axes = _make_figure(len(TEMPERATURES), 1, 8, 9)
+    figure, axes = _make_figure(len(TEMPERATURES), 1, 8, 9)  # rows, columns, width, height
     for axis, temperature in zip(axes[:, 0], TEMPERATURES, strict=True):
         probabilities = (logits / temperature).softmax(-1)[best]
         axis.bar(range(len(best)), probabilities.cpu().numpy(), color=PRIMARY_COLOR, width=0.7)
@@ -79,7 +79,7 @@ def plot_bigrams(net: Transformer, tokens: Tensor, token_names: Sequence[str]) -
         device = next(net.parameters()).device
         single_tokens = torch.arange(vocab_size, device=device)[:, None]  # (b 1)
         learned_probs = net(single_tokens)[:, 0].softmax(-1).double().cpu()  # (v v)
-    figure, axes = _make_figure(1, 3, 15, 5)
+    figure, axes = _make_figure(1, 3, 15, 5)  # rows, columns, width, height
     panels = (counted_probs, "counted"), (learned_probs, "learned")
     for axis, (probs, title) in zip(axes[0, :2], panels, strict=True):
         axis.imshow(probs.clamp(min=1e-4).log10().numpy(), cmap="viridis", vmin=-4, vmax=0)
@@ -99,6 +99,7 @@ def plot_bigrams(net: Transformer, tokens: Tensor, token_names: Sequence[str]) -
     top1_agreement = (
         (counted_probs.argmax(1) == learned_probs.argmax(1))[is_frequent].double().mean()
     )
+    # half the sum of absolute differences, weighted by how often a token occurs
     misplaced_mass = (
         ((counted_probs - learned_probs).abs().sum(1) * token_counts).sum() / token_counts.sum() / 2
     )
@@ -117,6 +118,7 @@ def plot_attention(net: Transformer, tokens: Tensor, token_names: Sequence[str])
     """
     layer_weights: list[Tensor] = []  # (h t t) of each layer, filled by the hooks
     blocks: dict[str, Any] = dict(net.blocks.items())  # a pipeline stage has only some blocks
+    # a hook gets the input (1 t d) of an attention; compute_weights returns (1 h t t)
     hooks = [
         block.attention.register_forward_pre_hook(
             lambda module, inputs: layer_weights.append(

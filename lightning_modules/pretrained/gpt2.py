@@ -78,7 +78,8 @@ HF_PREFIX = "transformer."  # prefix in a model with a head; the published file 
 def from_hf(hf_tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Convert tensors from Hugging Face's names and layout to those of `Transformer`.
 
-    Matrices are transposed, and the stacked query, key and value are separated.
+    Matrices are transposed, and the stacked query, key and value are separated. The names are such
+    as transformer.h.0.attn.c_attn.weight there, and blocks.0.attention.query.weight here.
     """
     tensors = {}
     for name, tensor in hf_tensors.items():
@@ -88,7 +89,7 @@ def from_hf(hf_tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if module_name == "lm_head":  # a copy of the embedding, or a separate head
             tensors["head.weight"] = tensor
             continue
-        if module_name in TOP_LEVEL_NAMES:
+        if module_name in TOP_LEVEL_NAMES:  # embeddings and the last norm
             tensors[f"{TOP_LEVEL_NAMES[module_name]}.{param_name}"] = tensor
             continue
         _, layer, inner = module_name.split(".", 2)  # such as h.0.attn.c_attn
@@ -160,7 +161,7 @@ def load_hf(path: str | Path, net: Transformer) -> None:
         )
     try:
         hf_tensors = load_file(file)
-        sizes = infer_sizes(hf_tensors)
+        sizes = infer_sizes(hf_tensors)  # arguments of Transformer: vocab_size, d_model, ...
         weights = from_hf(hf_tensors)
     except (SafetensorError, ValueError, LookupError) as error:
         raise UsageError(
@@ -172,6 +173,7 @@ def load_hf(path: str | Path, net: Transformer) -> None:
     config = read_config(config_file)
     if config is None:
         config = {}
+        # the number of heads, which tensors do not show, is assumed to be that of the net
         expected = _expected_without_config(net, sizes, file)
     else:
         expected = expected_net_kwargs(config, sizes, str(config_file))
@@ -224,6 +226,7 @@ def read_config(file: Path) -> dict[str, Any] | None:
         return None
     try:
         if file.stat().st_size > MAX_CONFIG_BYTES:  # the ValueError becomes the reason below
+            # a UsageError is a ValueError, too
             raise UsageError(f"it has more than {MAX_CONFIG_BYTES:,} bytes")
         config = json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -252,6 +255,7 @@ def expected_net_kwargs(config: dict[str, Any], sizes: dict[str, int], name: str
     Raises:
         UsageError: an option is not supported or invalid, or a size differs from the tensors.
     """
+    # raises for options with a value that no Transformer has, such as scale_attn_weights=False
     _check_required_options(config, name)
     activation = config.get("activation_function", "gelu_new")
     if not isinstance(activation, str) or activation not in HF_ACTIVATIONS:
@@ -261,6 +265,7 @@ def expected_net_kwargs(config: dict[str, Any], sizes: dict[str, int], name: str
             HF_ACTIVATIONS,
             "use a GPT-2 with one of these activations",
         )
+    # by its name or its alias (num_attention_heads); None if missing
     num_heads = _read_option(config, "n_head")
     num_heads = 12 if num_heads is None else num_heads
     eps = config.get("layer_norm_epsilon", 1e-5)
@@ -285,6 +290,7 @@ def expected_net_kwargs(config: dict[str, Any], sizes: dict[str, int], name: str
         "norm_eps": float(eps),
         "tie_embeddings": bool(config.get("tie_word_embeddings", True)),
     }
+    # the arguments of the published GPT-2, replaced by what this file says
     return GPT2_KWARGS | sizes | options
 
 
@@ -308,7 +314,13 @@ def _check_required_options(config: dict[str, Any], name: str) -> None:
 
 
 def _check_config_sizes(config: dict[str, Any], sizes: dict[str, int], name: str) -> None:
-    """Raise UsageError if a size in config.json differs from that of the tensors."""
+    """Raise UsageError if a size in config.json differs from that of the tensors.
+
+    Args:
+        config: content of config.json; a missing size is not compared.
+        sizes: sizes of the tensors, as arguments of `Transformer`.
+        name: name of the file, for messages.
+    """
     tensor_sizes = {
         "n_embd": sizes["d_model"],
         "n_layer": sizes["num_layers"],
@@ -364,7 +376,7 @@ def get_net_kwargs(net: Transformer) -> dict[str, Any]:
         "norm_eps": getattr(net.norm, "eps", None),
         "tie_embeddings": net.head.weight is net.embed.weight,
         "positional_encoding": positional_encoding,
-        "norm": {"identity": "none"}.get(norm, norm),
+        "norm": {"identity": "none"}.get(norm, norm),  # nn.Identity stands for no norm
         "qk_norm": attention.qk_norm,
         "attention_variant": attention.variant,
         "residual": block.residual,
@@ -381,7 +393,7 @@ def check_net_kwargs(expected: dict[str, Any], net: Transformer, name: str) -> N
         net: the net that is to hold the weights.
         name: name of the weights' file, for the message.
     """
-    actual = get_net_kwargs(net)
+    actual = get_net_kwargs(net)  # read from the modules of the built net
     required = {key: value for key, value in expected.items() if actual[key] != value}
     if required.get("context_length", 0) >= net.context_length:
         del required["context_length"]  # a net's context may be shorter than that of the weights
@@ -394,6 +406,7 @@ def check_net_kwargs(expected: dict[str, Any], net: Transformer, name: str) -> N
     data_kwargs = {key: required[key] for key in ("context_length",) if key in required}
     if "vocab_size" in required:
         data_kwargs["tokenizer"] = "gpt2" if required["vocab_size"] == GPT2_VOCAB_SIZE else "FILE"
+    # the hint names the classes to which the user passes these arguments
     kwargs_by_class = {"LanguageModel": model_kwargs, "TextDataModule": data_kwargs}
     hints = [f"{c}({format_arguments(kwargs)})" for c, kwargs in kwargs_by_class.items() if kwargs]
     flags = [format_flags("--model.", model_kwargs), format_flags("--data.", data_kwargs)]
@@ -438,7 +451,8 @@ def copy_weights(net: Transformer, weights: dict[str, Tensor], name: str) -> Non
         )
     for key, parameter in parameters.items():
         tensor = weights[key][: len(parameter)]
-        values = getattr(parameter, "initial_values", None)  # the values are read later
+        # a parameter on the meta device: it has no memory before a strategy shards the net
+        values = getattr(parameter, "initial_values", None)
         if values is not None:
             values.set_source(tensor)
         else:
@@ -490,11 +504,12 @@ def save_hf(
     """
     from safetensors.torch import save_file
 
-    full_kwargs = with_defaults(net_kwargs)
+    full_kwargs = with_defaults(net_kwargs)  # all arguments of Transformer
     _check_is_gpt2(full_kwargs)
     out_dir = Path(folder)
     out_dir.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().cpu() for name, tensor in net.state_dict().items()}
+    # Hugging Face's names and layout, without the padding of the vocabulary
     hf_tensors = to_hf(weights, net.vocab_size, full_kwargs["tie_embeddings"])
     save_file(hf_tensors, out_dir / "model.safetensors", metadata={"format": "pt"})
     config = {
@@ -523,6 +538,7 @@ def _check_is_gpt2(net_kwargs: dict[str, Any]) -> None:
         for key, value in GPT2_KWARGS.items()
         if key not in free_options and net_kwargs[key] != value
     ]
+    # a net with experts has no other MLP; "experts" is in no GPT-2
     activation = "experts" if net_kwargs["num_experts"] else net_kwargs["activation"]
     if activation not in HF_ACTIVATION_NAMES:
         mismatches.append(f"activation={activation}, not {GPT2_KWARGS['activation']}")

@@ -69,7 +69,11 @@ class AdvantageEstimator:
     clip_high: float | None = None
 
     def __post_init__(self) -> None:
-        """Raise UsageError for a clip bound out of range, and for clip_high without clip."""
+        """Raise UsageError for a clip bound out of range, and for clip_high without clip.
+
+        A token's probability ratio is clipped to the range 1 - clip to 1 + clip_high; the default
+        of clip_high is clip.
+        """
         for name, bound in (("clip", self.clip), ("clip_high", self.clip_high)):
             if bound is not None and not 0 < bound < math.inf:
                 raise UsageError(
@@ -105,7 +109,7 @@ class AdvantageEstimator:
                     "--trainer.accumulate_grad_batches=1"
                 ),
             )
-        # samples that one baseline is computed from
+        # samples that one baseline is computed from; a single one would be its own baseline
         size = num_samples if self.baseline_scope == "batch" else group_size
         if self.method != "none" and size < 2:
             hint, flag = "PromptDataModule(batch_size=64)", "--data.batch_size=64"
@@ -130,13 +134,15 @@ class AdvantageEstimator:
             group_size: samples of a prompt, for the scope "group".
         """
         size = len(rewards) if self.baseline_scope == "batch" else group_size
+        # integers have no NaN, and no mean
         rewards = rewards if rewards.is_floating_point() else rewards.double()
         r = rearrange(rewards, "(g s) -> g s", s=size)  # a baseline for each of g rows
         is_scored = ~r.isnan()
         count = is_scored.sum(1, keepdim=True)  # (g 1)
         r = r.where(is_scored, 0.0)
         if self.method == "rejection":
-            r = self._require_binary(r)
+            r = self._require_binary(r)  # raises unless every reward is 0 or 1
+            # an accepted sample has the weight count / num_accepted, the others 0
             num_accepted = r.sum(1, keepdim=True)
             return rearrange(r * count / num_accepted.clamp(min=1), "g s -> (g s)")
         w = r if self.method == "none" else self._centered(r, is_scored, count)
@@ -159,6 +165,7 @@ class AdvantageEstimator:
             is_scored: whether a sample has a reward (g s).
             count: number of samples with a reward (g 1).
         """
+        # clamp: a row without any reward has count 0
         mean = r.sum(1, keepdim=True) / count.clamp(min=1)
         min_reward = r.where(is_scored, math.inf).amin(1, keepdim=True)
         max_reward = r.where(is_scored, -math.inf).amax(1, keepdim=True)
@@ -213,6 +220,7 @@ class AdvantageEstimator:
             )
         high = self.clip if self.clip_high is None else self.clip_high
         ratio = (logprobs - sampler_logprobs).exp()
+        # the smaller one: no reward for moving the ratio beyond its bounds
         return torch.minimum(ratio * w, ratio.clamp(1 - self.clip, 1 + high) * w)
 
     def loss(
@@ -233,12 +241,13 @@ class AdvantageEstimator:
             mask: sampled tokens (b n), including the stop tokens.
             advantages: of the samples (b).
             max_new_tokens: maximum number of tokens of a sample.
-            num_tokens: tokens of this part of the batch; for several equal parts, the mean.
+            num_tokens: tokens of this rank's part of the batch; with several ranks, their mean.
             sampler_logprobs: the sampler's logprobs (b n), for `clip`.
         """
         objectives = self.token_objectives(logprobs, advantages, sampler_logprobs)
         total = objectives.where(mask, 0.0).sum()
         if self.loss_normalization == "tokens":
             return -total / num_tokens
+        # "sequence" sums over the tokens of a sample and takes the mean over samples
         length = max_new_tokens if self.loss_normalization == "constant" else 1
         return -total / len(advantages) / length

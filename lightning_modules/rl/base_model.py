@@ -84,7 +84,8 @@ def load_base_model(base_checkpoint: str) -> BaseModel:
     """
     path = find_checkpoint(base_checkpoint)
     try:
-        # the file is mapped into memory: the weights are copied later
+        # the file is mapped into memory: the weights are copied later. One rank may load alone, as
+        # the ranks do not divide the verification of checksums
         with collective_loading(mapped_sections=("state_dict",), should_share_checksums=False):
             checkpoint = AtomicCheckpointIO().load_checkpoint(path)
     except CheckpointError as error:
@@ -95,7 +96,8 @@ def load_base_model(base_checkpoint: str) -> BaseModel:
             flag="--model.base_checkpoint=FILE",
         ) from error
     content = checkpoint if isinstance(checkpoint, dict) else {}
-    _check_content(path, content)
+    _check_content(path, content)  # raises unless both sections exist
+    # "language" has the tokenizer and the sizes
     language, state_dict = content["language"], content["state_dict"]
     # a policy has the arguments here, even if they are {}, a language model in its hyperparameters
     saved_kwargs = language.get("net_kwargs", content.get("hyper_parameters", {}))
@@ -105,6 +107,7 @@ def load_base_model(base_checkpoint: str) -> BaseModel:
         if not name.startswith("_") and name not in ("vocab_size", "context_length")
     }
     tokenizer = tokenizer_from_state_dict(language["tokenizer"])
+    # the net is the attribute `net` of a task, so its parameters have this prefix
     weights = {
         name.removeprefix("net."): tensor
         for name, tensor in state_dict.items()
@@ -112,6 +115,7 @@ def load_base_model(base_checkpoint: str) -> BaseModel:
     }
     sizes = tokenizer.vocab_size, language["context_length"], net_kwargs
     _check_net(path, content.get("task"), weights, *sizes)
+    # the fingerprint is a checksum of the weights: a resumed policy must have the same base
     return BaseModel(*sizes, tokenizer, weights, fingerprint_weights(weights))
 
 
@@ -135,6 +139,7 @@ def _check_content(path: Path, content: dict[str, Any]) -> None:
             "train the base model on a TextDataModule with text",
             flag="--model.base_checkpoint=FILE",
         )
+    # names of the parameters of low-rank adapters (LoRA)
     adapter_names = [name for name in state_dict if name.endswith((".lora_a", ".lora_b"))]
     if adapter_names:
         raise UsageError(
@@ -167,6 +172,7 @@ def _check_net(
         context_length: longest sequence, in tokens.
         net_kwargs: the other arguments of `Transformer`.
     """
+    # arguments that Transformer does not have
     mismatches = sorted(net_kwargs.keys() - inspect.signature(Transformer).parameters.keys())
     if not mismatches:
         with torch.device("meta"):  # shapes without memory

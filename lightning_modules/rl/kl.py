@@ -43,7 +43,11 @@ class KL:
     placement: Literal["reward", "loss"] = "reward"
 
     def __post_init__(self) -> None:
-        """Raise UsageError if the gradient would be zero, or would not be that of a divergence."""
+        """Raise UsageError if the gradient would be zero, or would not be that of a divergence.
+
+        The KL divergence is estimated by k1 = d, k2 = d²/2 or k3 = exp(-d) - 1 + d. Here d is
+        log p - log q, of policy p and reference q.
+        """
         if not self.beta >= 0:
             raise UsageError(
                 f"KL: beta={self.beta} is out of range",

@@ -58,7 +58,7 @@ def make_shared_prefix_batch(
     """
     # one text for each prompt: little would be saved, and torch's causal kernels could not be used
     is_ungrouped = len(prompts) == len(tokens)
-    has_replaced_forward = "forward" in vars(net)
+    has_replaced_forward = "forward" in vars(net)  # an attribute of the instance, not of the class
     if is_ungrouped or not isinstance(net, Transformer) or has_replaced_forward:
         return None
     blocks = [cast(TransformerBlock, block) for block in net.blocks.values()]
@@ -118,6 +118,7 @@ def compute_ref_logprobs(
     """
     with torch.no_grad():
         logits = compute_logits_at(net, input_ids, logit_positions, shared_prefix)  # (b n v)
+        # without top-k, top-p and min-p
         at_sampling_temperature = DecodingConfig(sampling.temperature)
         at_temperature_1 = DecodingConfig()
         return (
@@ -139,6 +140,7 @@ def policy_loss(
         max_new_tokens: maximum number of tokens of a sample.
     """
     mask = rollout.mask
+    # the mean number of tokens of a rank normalizes the loss: all ranks divide by the same number
     loss = estimator.loss(
         logprobs,
         mask,
@@ -154,6 +156,7 @@ def policy_loss(
                 "rollout has none",
                 hint="use kl=KL(beta=0), or a rollout with ref_logprobs",
             )
+        # with placement "reward" the advantages contain the penalty already
         penalty = kl.kl_penalty(logprobs, rollout.ref_logprobs, mask, max_new_tokens)  # (b)
         loss = loss + kl.beta * penalty.mean()
     return loss
@@ -182,6 +185,7 @@ def disable_adapters(net: nn.Module) -> Iterator[None]:
             "add LoRA() to Trainer(callbacks=...), or use reference='frozen_copy'",
             flag="--trainer.callbacks+=LoRA, or --model.reference=frozen_copy",
         )
+    # without adapters such a parameter would not have the value of the base model
     other_trainable = [n for n, p in net.named_parameters() if p.requires_grad and "lora_" not in n]
     if other_trainable:
         raise UsageError(

@@ -68,6 +68,9 @@ class RolloutScorer:
     ) -> ScoredRollout:
         """Score the completions of prompts (one prompt for each group).
 
+        Axes: b samples of this rank, B samples of all ranks, n new tokens. `all_gather` returns the
+        rows of all ranks, on the CPU; with one process it returns its argument.
+
         Args:
             prompts: b / group_size prompts.
             columns: columns of the data, with a value for each prompt.
@@ -75,6 +78,7 @@ class RolloutScorer:
             ref_logprobs: the reference's logprobs (b n) at the sampling temperature.
             ref_logprobs_t1: the reference's logprobs (b n) at temperature 1.
         """
+        # -1 after the end of a text: `decode` skips it
         local_tokens = generated.tokens.masked_fill(~generated.mask, -1)  # (b n)
         all_texts = self.decode(self.all_gather(local_tokens))  # B texts
         b, group_size = len(local_tokens), self.group_size
@@ -96,18 +100,22 @@ class RolloutScorer:
         local_statistics = token_statistics(generated, ref_logprobs, self.kl, self.max_new_tokens)
         # (b terms); it raises on all ranks if a reward fails on one of them
         local_values = self._score_on_all_ranks(inputs).to(local_statistics)
-        # values and statistics of all ranks, by one all-gather: (B terms+5)
+        # values and statistics of all ranks, by one all-gather: (B terms+5). The five statistics
+        # are sums over the tokens of a sample
         gathered = self.all_gather(torch.cat((local_values, local_statistics), 1))
         num_terms = len(self.reward_fns)
         values, statistics = gathered[:, :num_terms].T, gathered[:, num_terms:]
         _k1, _k3, _entropy, num_tokens, kl_penalty = statistics.unbind(1)  # each (B)
+        # raises if a term has scored no sample; a single None is NaN, and gets advantage 0
         check_scored(self.reward_fns, values)
         rewards = weighted_sum(self.reward_fns, values)  # (B)
+        # of all ranks, as a baseline can be the mean of the whole batch; a rank keeps its own part
         reward_advantages = self.estimator.advantages(rewards, group_size)  # (B)
         advantages = reward_advantages - self._kl_advantages(kl_penalty, rewards)
         metrics = reward_metrics(self.reward_fns, values, rewards)
         metrics |= text_metrics(all_texts, self.corpus_stats)
         metrics |= token_metrics(statistics, has_reference=ref_logprobs is not None)
+        # advantages within rounding of 0 count as 0 in the metric
         rounding = RELATIVE_TIE_TOLERANCE * reward_advantages.abs().max()
         is_zero = reward_advantages.abs() <= rounding
         metrics["frac_zero_advantage"] = is_zero.double().mean().item()
@@ -117,7 +125,7 @@ class RolloutScorer:
                 f"all {len(advantages)} advantages are 0, because the rewards are equal "
                 f"({rewards.nanmean():.4g}); {effect} to this step"
             )
-        num_ranks = len(advantages) // b
+        num_ranks = len(advantages) // b  # all ranks have b samples
         local_advantages = advantages[rank_offset : rank_offset + b]
         rows = self._sample_rows(inputs, rewards, values)
         return ScoredRollout(local_advantages, num_tokens.sum() / num_ranks, metrics, rows)

@@ -20,7 +20,8 @@ def sequence_ngrams(items: Sequence[Hashable], n: int) -> list[tuple[Hashable, .
 def pairwise_jaccard_distance(texts: Sequence[str], n: int = 4) -> np.ndarray:
     """Compute the Jaccard distances of the word n-grams of b texts, float64 (b b).
 
-    The distance between two texts without n-grams is 0.
+    It is 1 - |intersection| / |union| of their sets of n-grams, and 0 for two texts without
+    n-grams.
     """
     rows_by_ngram: dict[Hashable, list[int]] = defaultdict(list)
     sizes = np.zeros(len(texts))  # different n-grams of each text

@@ -22,6 +22,8 @@ def validate_config(
 ) -> None:
     """Raise UsageError for invalid settings of `Reinforce`, alone or in combination.
 
+    The constructor calls it, before the base model is loaded.
+
     Args:
         max_new_tokens: maximum number of tokens to generate.
         group_size: number of texts for each prompt.
@@ -97,7 +99,7 @@ def check_prompt_characters(
         tokenizer: tokenizer of the base model.
         provenance: origin of the prompts; "file" is named in the message.
     """
-    try:
+    try:  # all at once; only after a failure are they tried one by one
         tokenizer.encode(characters)
     except ValueError:
         pass
@@ -105,6 +107,7 @@ def check_prompt_characters(
         return
     origin = provenance.get("file") or "the text of the prompts"
     unknown = [c for c in characters if not _can_encode(tokenizer, c)]
+    # such as 'é' (U+00E9)
     examples = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in unknown[:5])
     remainder = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
     raise UsageError(

@@ -136,6 +136,7 @@ def check_rewards(reward_fns: Sequence[Reward], has_corpus: bool, has_reference:
                 "reinforce/avoid_e_v1"
             ),
         )
+    # a RewardError is a UsageError: problem, allowed values, and a fix as Python and as a flag
     names = [reward_fn.name for reward_fn in reward_fns]
     for reward_fn in reward_fns:
         if not math.isfinite(reward_fn.weight):
@@ -199,6 +200,7 @@ def weighted_sum(reward_fns: Sequence[Reward], values: Tensor) -> Tensor:
             [f"up to {MAX_FLOAT32:.2g}"],
             "give this reward a smaller weight",
         )
+    # a sum that is tiny against its terms is the rounding error of a sum of 0
     is_rounding = total.abs() <= CANCELLATION_TOLERANCE * weighted_values.abs().sum(0)
     return total.where(~is_rounding, 0.0 * total)  # a NaN stays NaN
 
@@ -219,15 +221,18 @@ def check_scored(reward_fns: Sequence[Reward], values: Tensor) -> None:
 def _score_checked(reward_fn: Reward, inputs: RewardInputs) -> Tensor:
     """Return the values of one term, float64 (b), NaN for None.
 
+    A reward may be a user's function, so it can raise any error and return anything.
+
     Raises:
         RewardError: the term raises or returns invalid values; it names the term and the sample.
     """
     try:
         # values as returned, and as numbers
         values, numbers = _call_reward(reward_fn, inputs)
-    except RewardError:
+    except RewardError:  # it names the term already
         raise
     except Exception as error:
+        # the term is called again for each sample alone, to name the first one that fails
         raise RewardError(
             f"the reward {reward_fn.name} failed on {_describe_first_failure(reward_fn, inputs)}: "
             f"{format_error(error)}{_format_location(error)}",

@@ -166,9 +166,9 @@ class SpeakerDiversity(Reward):
         """Split each text at its speakers and count the speakers with a long enough speech.
 
         The value is the number of different speakers of the corpus, relative to the target, up to
-        1.
+        1. A text is a play: a line with a name and a colon, then a speech.
         """
-        assert inputs.corpus_stats is not None
+        assert inputs.corpus_stats is not None  # check_rewards raises before training
         speakers = inputs.corpus_stats.speakers
         if not speakers:
             raise _missing_in_corpus_error(
@@ -251,6 +251,7 @@ class Threshold(Reward):
                 flag=f"--model.rewards.min_value={max_value} --model.rewards.max_value={min_value}",
             )
         self.reward, self.min_value, self.max_value = reward, min_value, max_value
+        # it needs what the other term needs; these flags are checked before the first step
         self.needs_corpus, self.needs_reference = reward.needs_corpus, reward.needs_reference
 
     def score(self, inputs: RewardInputs) -> list[float | None]:

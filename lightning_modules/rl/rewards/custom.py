@@ -48,6 +48,9 @@ class RewardFunction(Reward):
     def score(self, inputs: RewardInputs) -> Any:
         """Call the function with the arguments of its signature; return its result.
 
+        `self.parameters` has the parameters of the function by name, `_accepts_all` is true for
+        `**kwargs`. Variadic parameters are `*args` and `**kwargs`.
+
         Raises:
             RewardError: the function needs an argument that does not exist.
         """
@@ -104,7 +107,8 @@ class RewardFunction(Reward):
         rows = zip(inputs.tokens.tolist(), inputs.mask.tolist(), strict=True)
         # token ids of each text, without those after its end
         ids = [[n for n, is_kept in zip(*row, strict=True) if is_kept] for row in rows]
-        trl_arguments = {"completions": inputs.texts, "completion_ids": ids}  # names of TRL
+        # TRL, a library for policy gradients, passes these names to a reward function
+        trl_arguments = {"completions": inputs.texts, "completion_ids": ids}
         for name, value in trl_arguments.items():
             # a column of the same name takes precedence, unless the function asks for the name
             if name in self.parameters or (self._accepts_all and name not in inputs.columns):
@@ -132,6 +136,7 @@ def import_reward_function(path: str) -> Callable[..., Any]:
     function = getattr(module, name, None)
     if callable(function):
         return function
+    # functions of the module, the most similar name first
     similar_names = sort_by_similarity(
         name, [k for k, v in vars(module).items() if inspect.isfunction(v)]
     )
@@ -139,6 +144,7 @@ def import_reward_function(path: str) -> Callable[..., Any]:
     if function is not None:
         problem = f"it is {shorten(repr(function))}, not a function"
     allowed = [f"{file}.{similar_name}" for similar_name in similar_names[:9]]
+    # the error shows the path, the problem, existing functions and the nearest one
     raise _not_found_error(path, problem, allowed, file, similar_names)
 
 
@@ -159,6 +165,7 @@ def _import_module(path: str, file: str, name: str) -> ModuleType:
         missing_module = error.name if isinstance(error, ModuleNotFoundError) else None
         # the module itself or its package is missing, and not a module that it imports
         if missing_module and f"{file}.".startswith(f"{missing_module}."):
+            # Python files of the current folder, the most similar name first
             files = sort_by_similarity(
                 file, [file_path.stem for file_path in Path().glob("[!._]*.py")]
             )
