@@ -110,12 +110,17 @@ def explain_restore_errors(section: str) -> Iterator[None]:
     """Convert an error while a checkpoint section is restored to one line that names the section.
 
     An error raised in a user's file keeps its traceback.
+
+    Args:
+        section: the key of the checkpoint that is being restored, such as optimizer_states.
     """
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         # With RAVINE_TRACEBACK=1 `exit_status` is None for a UsageError too.
         is_explained = isinstance(error, UsageError | RunError) or exit_status(error) is not None
+        # `exit_status` is None for an error that must keep its traceback. `find_user_frame` finds
+        # the place in a user's file, or None.
         if is_explained or find_user_frame(error) is not None:
             raise
         error_text = " ".join(str(error).split())[:160]
@@ -144,9 +149,12 @@ def check_weight_shapes(trainer: L.Trainer, path: Path, changed_keys: list[str])
         strategy.weight_shapes() if is_mesh else state_dict.tensor_shapes(module.state_dict())
     )
     if path.is_dir():
+        # from the index of the folder, without a read of the values
         checkpoint_shapes = state_dict.stored_tensor_shapes(path)
     else:
+        # tensors without values, which only have shape and type
         weights = load_metadata(path)["state_dict"]
+        # raises an error for integer or complex values of real weights, or vice versa
         state_dict.check_dtype_kinds(module, module.state_dict(), weights)
         checkpoint_shapes = state_dict.tensor_shapes(weights)
     if mismatches := state_dict.shape_mismatches(
@@ -188,6 +196,7 @@ def set_learning_rates(trainer: L.Trainer, configured: list[list[float]]) -> Non
             group["lr"] *= peak / restored if restored else 1  # keeps the schedule's factor
             if "initial_lr" in group:
                 group["initial_lr"] = peak
+            # a scheduler computes each rate from its own copy of the peaks
             for scheduler_config in trainer.lr_scheduler_configs:
                 scheduler: Any = scheduler_config.scheduler
                 if scheduler.optimizer is optimizer and hasattr(scheduler, "base_lrs"):

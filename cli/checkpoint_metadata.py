@@ -27,17 +27,21 @@ def load_metadata(path: Path) -> dict[str, Any]:
         CheckpointError: the checkpoint is damaged.
         UsageError: the file is not a checkpoint of a trainer.
     """
+    # an error if files are missing or cut off, or if checksums differ; else None
     if error := damage_error(path, verify_checksums=not is_launched()):
         raise error
     file = path / "meta.pt" if path.is_dir() else path  # a sharded checkpoint is a folder
     checkpoint = torch.load(file, map_location="meta", mmap=True, weights_only=True)
+    # a text if a section has a type that no trainer writes, else None
     if problem := find_malformed_section(checkpoint):
         raise CheckpointError(
             f"the checkpoint {path} cannot be used: {problem}",
             hint="use another checkpoint",
             flag="--ckpt_path=ANOTHER",
         )
+    # the weights of a sharded checkpoint lie in other files
     if isinstance(checkpoint, dict) and (path.is_dir() or "state_dict" in checkpoint):
+        # raises an error if it has another format than this version reads
         check_format(checkpoint, f"the checkpoint {path}")
         return checkpoint
     raise UsageError(
@@ -66,7 +70,9 @@ def saved_config_of(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
         return {}
     reason = ""
     try:
+        # raises UnsafePickle for too many values or levels
         check_tree_size(config, MAX_SAVED_CONFIG_VALUES, MAX_SAVED_CONFIG_LEVELS)
+        # `_is_config`: whether model, data and callbacks are mappings that name a class
         is_valid = isinstance(config, dict) and _is_config(config)
         json.dumps(config)  # raises an error for values that are not plain
     except (TypeError, ValueError, UnsafePickle) as error:

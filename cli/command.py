@@ -149,8 +149,10 @@ class RavineCLI(CommandLine):
 
     def before_fit(self) -> None:
         """Pass `--print_groups` to the optimizer plan; LightningCLI calls this before `fit`."""
+        # --print_groups lists the parameters of each rule of the optimizer plan
         if not self.config_value("print_groups"):
             return
+        # OptimizerPlan and its subclasses, such as Muon, have this attribute
         plans = [
             callback
             for callback in cast(Any, self.trainer).callbacks
@@ -174,6 +176,7 @@ class RavineCLI(CommandLine):
             args: the command and the user's arguments.
         """
         argv: list[str] = args  # type: ignore
+        # the user's values, each with its key, from flags and from configs
         values = list(iter_values(argv))
         if self.checkpoint_path:
             self.saved_config_values = saved_config.load_saved_config(self.checkpoint_path)
@@ -188,6 +191,7 @@ class RavineCLI(CommandLine):
         typed_keys = {value.key for value in values}  # keys that the user gave, also in a config
         if any(word.partition("=")[0] == "--config" for word in argv):
             typed_keys.add("config")
+        # classes that the user names are trusted; the checkpoint alone may name those of Ravine
         trust_policy = trust.TrustPolicy(self.trusted_packages, trust.find_dotted_names(values))
         trust_policy.check_config(
             self.saved_config_values,
@@ -195,6 +199,7 @@ class RavineCLI(CommandLine):
             # a fit with a config uses the callbacks of the config only
             with_callbacks=argv[0] != "fit" or "config" not in typed_keys,
         )
+        # model, data, seed and others as flags. Later flags win, so the user's follow.
         saved_argv = saved_config.to_argv(self.saved_config_values, argv[0], typed_keys)
         argv = [argv[0], *saved_argv, *argv[1:]]
         self.config = config_errors.parse_argv(parser, argv)
@@ -218,6 +223,7 @@ class RavineCLI(CommandLine):
         """
         command, source = argv[0], str(self.checkpoint_path)
         # Which callbacks are added depends on those of the first parse.
+        # the parsed arguments as plain values, with all defaults
         parsed = self._resolved_config(command)
         if extra_argv := saved_config.extra_argv(
             self.saved_config_values, parsed, trust_policy, source, command, typed_keys
@@ -226,6 +232,7 @@ class RavineCLI(CommandLine):
         resolved = self._resolved_config(command)
         if "trainer.name" not in typed_keys:  # the name comes from the checkpoint
             root = resolved["trainer"]["default_root_dir"] or "."
+            # raises an error if a link in the run's path would lead out of the folder of runs
             check_run_links(resolved["trainer"]["name"], root)
         self.changed_keys += saved_config.report_changes(
             self.saved_config_values, resolved, source, command
@@ -244,15 +251,19 @@ class RavineCLI(CommandLine):
         folder, step = str(self.trainer.log_dir), self.trainer.global_step
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore
         # None if training did not start
+        # ConfigSaver: the callback that saves the configuration, and notes the step at which
+        # training starts
         start_step = next(
             (callback.start_step for callback in callbacks if isinstance(callback, ConfigSaver)), 0
         )
+        # the resumed checkpoint was already at max_steps
         if start_step is None or step <= start_step:
             print(
                 f"no step was trained: {saved_paths[0]} is at step {step}, the last step of the run"
             )
             print(f"next: the same command with --trainer.max_steps={2 * step}")
             return
+        # a message if the fit ended without any validation, else None
         if unvalidated := missing_validation_message(self.trainer):
             print(unvalidated)
         print(
@@ -322,13 +333,16 @@ def expand_strategy_preset(argv: list[str]) -> list[str]:
     becomes --trainer.strategy=MeshStrategy, the arguments of the preset pp, and the last flag.
     Returns `argv` unchanged for other strategies.
     """
+    # the values of flags and configs, each with its key
     values = list(iter_values(argv))
+    # STRATEGY_KEY_PREFIX is `trainer.strategy.`: an argument of the strategy
     arguments = [
         value.key.split(".")[2] for value in values if value.key.startswith(STRATEGY_KEY_PREFIX)
     ]
     names = [str(value.value) for value in values if value.key == "trainer.strategy"]
     if not arguments or not names or names[-1] not in StrategyRegistry:
         return argv
+    # Lightning's table: a name gives a class and its arguments
     preset = StrategyRegistry[names[-1]]  # the last name is used
     strategy_class, init_args = preset["strategy"], preset["init_params"]
     mesh, ddp = ravine.strategies.MeshStrategy, ravine.strategies.DataParallelStrategy

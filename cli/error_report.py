@@ -49,6 +49,7 @@ def unknown_name_error(
         placeholder: replaces the name in the flag if no name is near
     """
     allowed = list(allowed)
+    # the names that resemble the word; none if all are too different
     if suggestions := suggest_names(word, allowed):
         return UsageError(problem, suggestions, flag=make_flag(suggestions[0]), label="nearest")
     rest_text = [f"and {len(allowed) - 12} more"] if len(allowed) > 12 else []
@@ -116,7 +117,9 @@ def explain_system_error(error: Exception, argv: list[str]) -> UsageError | RunE
     if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
         path = getattr(error, "checkpoint", None)  # set by RavineCLI.run_subcommand
         note = "" if path or "fit" not in argv else "; no checkpoint was saved"
+        # with a checkpoint, the run can go on from it
         end = f"with --ckpt_path={path}" if path else "again"
+        # problem, what is needed, and what to do
         return RunError(
             f"{error.strerror or error}{file_note(error)}{note}",
             "a disk with free space",
@@ -133,6 +136,7 @@ def explain_system_error(error: Exception, argv: list[str]) -> UsageError | RunE
         return UsageError(problem, allowed, "use another name")
     if is_out_of_memory(error):
         text = " ".join(str(error).split())[:120]
+        # BATCH_SIZE_FLAGS: by command, the flag that makes its batches smaller
         command = next((word for word in argv if word in BATCH_SIZE_FLAGS), "")
         return RunError(
             f"out of memory: {text}" if text else "out of memory",
@@ -259,10 +263,12 @@ def exit_status(error: Exception) -> int | None:
         return 1
     if invalid_file_name_message(error):
         return 2
+    # name of the module that raised the error, and whether by a `raise` statement
     module, is_raise_statement = raising_module(error)
     if not is_raise_statement or module.partition(".")[0] != "lightning":
         return None
     usage_error_types = (ValueError, TypeError, LookupError, FileNotFoundError, ModuleNotFoundError)
+    # (), which matches no error, if its module is not imported
     misconfiguration = loaded_exception_class(
         "lightning.fabric.utilities.exceptions", "MisconfigurationException"
     )

@@ -62,6 +62,7 @@ def load_model(
         weights_only: False allows any pickled object; use it only for checkpoints that you trust.
         overrides: arguments of the class that replace saved ones.
     """
+    # raises an error for a device that this machine lacks
     check_location(map_location)
     path = Path(path) if isinstance(path, os.PathLike) else path
     if task is None:
@@ -70,11 +71,14 @@ def load_model(
         task = find_task_class(Path(cast(str, path)), trust) if is_local else TaskModule
     # `where_saved` keeps the device of each tensor if this machine has it
     device = where_saved if map_location is None else map_location
+    # verifies that the file is complete, then loads it
     checkpoint = AtomicCheckpointIO().load_checkpoint(path, device, weights_only)
     if hparams_file is not None:
         key = task.CHECKPOINT_HYPER_PARAMS_KEY
         checkpoint = checkpoint | {key: hyperparameters_in(Path(hparams_file))}
     load_kwargs: dict[str, Any] = {"strict": strict, "overrides": overrides}
+    # builds the model by its saved hyperparameters. `apply_saved_transforms` adds adapters and
+    # quantized layers before the weights are loaded.
     model = task.from_checkpoint_dict(
         checkpoint, apply_transforms=apply_saved_transforms, **load_kwargs
     )
@@ -126,6 +130,7 @@ def hyperparameters_in(file: Path) -> dict[str, Any]:
         UsageError: the file has another suffix, or holds no mapping.
         MissingFileError: it does not exist.
     """
+    # functions of lightning.pytorch.core.saving
     readers = {
         ".csv": saving.load_hparams_from_tags_csv,
         ".yml": saving.load_hparams_from_yaml,
@@ -165,10 +170,13 @@ def load_from_argv(
     Returns:
         The model, the path of the checkpoint, and the other flags as (name, value).
     """
+    # trusted: packages of --trust, whose classes the checkpoint may name
     argv, trusted = split_trust_flags(argv)
     path, typed_flags = checkpoint_from_argv(argv, command)
+    # the class whose weights the checkpoint holds
     task = find_task_class(path, trusted)
     if not any_task and not callable(getattr(task, command, None)):
+        # `list_tasks`: Ravine's tasks by class name
         capable_tasks = [n for n, c in list_tasks().items() if callable(getattr(c, command, None))]
         raise UsageError(
             f"{command} is not possible with the {task.__name__} in {path}",
@@ -204,6 +212,7 @@ def checkpoint_from_argv(argv: list[str], command: str) -> tuple[Path, list[tupl
             label="checkpoints",
         )
     flag_values = dict(typed_flags)
+    # ROOT_KEY and NAME_KEY: trainer.default_root_dir and trainer.name
     root = flag_values.get(ROOT_KEY, "runs")
     if request in ("auto", "last", "best"):
 
@@ -213,13 +222,16 @@ def checkpoint_from_argv(argv: list[str], command: str) -> tuple[Path, list[tupl
             return known_task is None or command != "generate" or hasattr(known_task, command)
 
         name = flag_values.get(NAME_KEY)
+        # the newest complete checkpoint of the run name (of all without one) that `accepts` admits
         path = resume_path.find_latest(command, request, name, root, accepts)
+    # a pair (run, whether its best checkpoint is meant) for the name of a run, else None
     elif index.split_run_request(request, Path(root)):
         path = resume_path.find_in_run(request, root)
     else:
         path = Path(request)
     if path is None:
         raise UsageError("no checkpoint exists", flag=f"{command} --ckpt_path=FILE")
+    # None for a complete file with correct checksums
     if reason := find_damage(path):  # a flipped byte would give wrong but plausible samples
         problem = f"the checkpoint {path} cannot be used: {reason}"
         raise CheckpointError(problem, "a complete checkpoint", flag="--ckpt_path=auto")
@@ -245,6 +257,7 @@ def find_task_class(path: Path, trust: Iterable[str] = ()) -> type[TaskModule]:
     Raises:
         UsageError: the class is not trusted, or is not a task.
     """
+    # without the values of the tensors; imports nothing
     checkpoint = load_metadata(path)
     config = saved_config_of(checkpoint, path).get("model") or {}
     # A command saves the dotted path of the class; a script only its name.
@@ -252,12 +265,14 @@ def find_task_class(path: Path, trust: Iterable[str] = ()) -> type[TaskModule]:
     name = name if isinstance(name, str) else ""
     module, _, class_name = name.rpartition(".")
     if module and not module.startswith("ravine."):
+        # raises an error if the class may not be imported, because that runs its code
         TrustPolicy(trust).require_admitted(name, f"model in {path}")
         task_class = getattr(import_module(module), class_name, None)
         if isinstance(task_class, type) and issubclass(task_class, TaskModule):
             return task_class
     # a task of a script, which has imported its class
     imported = [c for c in imported_subclasses(TaskModule) if c.__name__ == class_name]
+    # two classes of that name would be ambiguous
     if class_name not in list_tasks() and not module and len(imported) == 1:
         return imported[0]
     if class_name not in list_tasks():

@@ -63,8 +63,10 @@ def run_command(argv: list[str]) -> int:
     try:
         if wants_help(args):
             return print_help(args)
+        # commands without training, such as list and show, which do not import torch
         if args[0] in LOOKUP_COMMANDS:
             return run_lookup_command(args)
+        # no signal ends the process during imports, and threads print no second traceback
         with hold_sigusr1(), error_report.silence_thread_errors():
             return run_subcommand(args)
     except KeyboardInterrupt:
@@ -75,7 +77,9 @@ def run_command(argv: list[str]) -> int:
             return error_report.report_interrupt(args)
         return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
     except Exception as raised:
+        # the error that a class raised in the parser, without the parser's wrapper
         error = error_report.unwrap_error(raised)
+        # None: the traceback must be shown
         status = error_report.exit_status(error)
         if status is None:
             # an error of torch for a module that a strategy cannot shard
@@ -149,6 +153,7 @@ def split_argv(argv: list[str]) -> tuple[str, list[str], list[str]]:
         if not unknown_command:
             names = (*COMMANDS, *LOOKUP_COMMANDS)
             raise UsageError("no command was given", names, flag=suggested_command("fit"))
+        # suggests the nearest command with the other words, or fit if none is near
         raise error_report.unknown_name_error(
             f"no command is called {unknown_command!r}",
             unknown_command,
@@ -241,6 +246,7 @@ def import_command(module: str) -> ModuleType:
     Raises:
         UsageError: torchvision does not fit the installed torch.
     """
+    # LOCAL_RANK is set in the processes of a launcher, which share one terminal
     shows_notice = (
         sys.stderr.isatty() and "LOCAL_RANK" not in os.environ and module not in sys.modules
     )

@@ -58,6 +58,7 @@ def detect_job(environment: Mapping[str, str] = os.environ) -> LauncherJob | Non
             return None
         # torchrun sets this variable if its own process serves a store at the job's address.
         has_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        # rank, number of ranks, address and port of rank 0, and whether the launcher serves a store
         return LauncherJob(rank, size, address, int(port), has_store)
     if environment.get("SLURM_NTASKS", "1") != "1" and "SLURM_PROCID" in environment:
         from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -90,11 +91,14 @@ def call_on_rank_zero(find_path: Callable[[], str | None] | None) -> str | None:
     if launcher_job is None:
         return find_path() if find_path else None
     _num_calls += 1  # the same number on all ranks: they run the same command
+    # the name of this call's message in the store
     key = _make_message_key(launcher_job, _num_calls)
     if launcher_job.rank == 0:
+        # puts the result or the error into the store, for the other ranks
         return _call_and_publish(find_path, launcher_job, key)
     if find_path is None:
         return None
+    # `_open_store`: the key-value store of torch that all ranks of the job connect to
     message = json.loads(_wait_for_value(_open_store(launcher_job), key))
     if "mistake" in message:
         raise UsageError(**message["mistake"])
@@ -134,6 +138,7 @@ def _call_and_publish(
         with suppress(RuntimeError, UsageError):  # maybe no rank waits, so a used port is no error
             _open_store(launcher_job).set(key, json.dumps({"asked": False}))
         return None
+    # the key-value store of torch that all ranks of the job connect to
     store = _open_store(launcher_job)
     # The first message is sent if `find_path` ends by SystemExit.
     message: dict[str, Any] = {"mistake": {"problem": "rank 0 could not find the checkpoint"}}
@@ -144,6 +149,7 @@ def _call_and_publish(
         message = {"interrupted": True}
         raise
     except Exception as error:
+        # the texts of the error, from which the other ranks build it again
         message = {"mistake": usage_error_parts(error)}
         raise
     finally:
@@ -181,12 +187,15 @@ def _open_store(launcher_job: LauncherJob) -> Any:
         return _open_stores[0]
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
+    # The process group needs the job's port itself, so a store of our own uses another one.
+    # torchrun's store is at the job's port.
     port = launcher_job.port
     if not launcher_job.has_store:
         port += PORT_OFFSET if port + PORT_OFFSET < 2**16 else -PORT_OFFSET
     is_server = launcher_job.rank == 0 and not launcher_job.has_store
     try:
         if not is_server:
+            # rank 0 may start later than this rank
             _wait_until_open(launcher_job.address, port)
         store = TCPStore(
             launcher_job.address,

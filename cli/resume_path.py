@@ -43,13 +43,16 @@ def resolve_argv(argv: list[str]) -> tuple[list[str], Path | None]:
         The arguments, in which `--ckpt_path` names a file, and its path. The path is None without a
         checkpoint, also if `auto` finds none.
     """
+    # iter_values yields the user's values with their keys, from flags and configs; later ones win
     values: dict[str, Any] = {value.key: value.value for value in iter_values(argv)}
     configs = [word.partition("=")[2] for word in argv if word.startswith("--config=")]
     if "trainer.name" not in values and configs:
+        # a run without a name is called by its first config
         values["trainer.name"] = presets.run_name(configs[0])
         argv = [*argv, f"--trainer.name={values['trainer.name']}"]
     request = values.get("ckpt_path")
     root = str(values.get("trainer.default_root_dir", "runs"))
+    # `split_run_request` is None unless the request is the name of a run
     names_run = isinstance(request, str) and bool(index.split_run_request(request, Path(root)))
     if request not in ("auto", "last", "best") and not names_run:
         call_on_rank_zero(None)  # tells ranks that wait for a path that their commands differ
@@ -58,10 +61,12 @@ def resolve_argv(argv: list[str]) -> tuple[list[str], Path | None]:
     def find_path() -> str | None:
         if names_run:
             return str(find_in_run(str(request), root))
+        # a function: whether a class path is one of the command's model; all are without a model
         accepts = _accepts_class_of(values.get("model"))
         latest = find_latest(argv[0], str(request), values.get("trainer.name"), root, accepts)
         return None if latest is None else str(latest)
 
+    # rank 0 looks for it, and all ranks get the same path: a file may appear meanwhile
     path_text = call_on_rank_zero(find_path)
     path = None if path_text is None else Path(path_text)
     return [*argv, f"--ckpt_path={path or 'null'}"], path
@@ -84,8 +89,11 @@ def find_in_run(request: str, root: str) -> Path:
     Raises:
         UsageError: no run has that name, or it has no such checkpoint.
     """
+    # the run's folder, and whether its best checkpoint is meant
     folder, wants_best = index.split_run_request(request, Path(root)) or (Path(request), False)
+    # newest first
     for _time, path in sorted(list_checkpoints(folder / "checkpoints"), reverse=True):
+        # None: the file is complete
         if find_damage(path) is None:
             chosen = find_best(path) if wants_best else path
             rank_zero_only(print)(f"--ckpt_path {request}: {chosen}")
@@ -101,6 +109,7 @@ def find_best(newest: Path) -> Path:
     Raises:
         UsageError: no metric was monitored, or the best file was removed.
     """
+    # the best file and its metric, by the state of the callback in the newest checkpoint
     path, metric = best_checkpoint(newest)
     if not metric:
         raise UsageError(
@@ -137,6 +146,8 @@ def find_latest(
     """
     folder = Path(root, name or "")
     print_once = rank_zero_only(print)
+    # newest first; required_name: a name that the checkpoint must have, because runs share its
+    # folder
     for path, required_name in iter_checkpoints(folder, name):
         # `reason`: why the checkpoint cannot be used, or None
         reason, checkpoint_run_name, class_path = _inspect_checkpoint(path)
@@ -171,13 +182,19 @@ def iter_checkpoints(folder: Path, name: str | None) -> Iterator[tuple[Path, str
 
     A run with a separate checkpoint folder lists it in CHECKPOINT_FOLDERS_FILE. That folder may
     contain files of other runs, so their run name must be verified.
+
+    Args:
+        folder: the folder of one run name, or of all runs.
+        name: the run name; None for all names.
     """
     info_by_path: dict[Path, tuple[int, str | None]] = {}  # time, and the name to verify
     for run in _iter_runs(folder, name):
+        # the folders that the run's file lists
         for checkpoint_folder in external_checkpoint_folders(run):
             for time, path in list_checkpoints(checkpoint_folder):
                 info_by_path.setdefault(path, (time, name))
         for time, path in list_checkpoints(run / "checkpoints"):
+            # a file below the run is its own: no name to verify
             info_by_path[path] = time, None
     newest_first = sorted(
         info_by_path.items(), key=lambda item: (item[1][0], str(item[0])), reverse=True

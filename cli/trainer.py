@@ -129,7 +129,9 @@ class Trainer(L.Trainer):
                 plan's table has more detail
             kwargs: Lightning's other arguments
         """
+        # hides messages of Lightning that Ravine replaces by its own
         silence_lightning()
+        # raises an error for counts below one, such as accumulate_grad_batches=0
         check_counts(kwargs)
         self._run_name = name
         self.run_dir = None  # created by `log_dir`
@@ -156,6 +158,7 @@ class Trainer(L.Trainer):
         super().__init__(
             precision=resolve_precision(precision, kwargs.get("accelerator", "auto")),
             logger=logger_objects or False,  # `log_dir` adds the loggers given by name
+            # default callbacks are added unless one of their kind is given; RunChecks comes first
             callbacks=put_run_checks_first(
                 add_default_callbacks(as_list(callbacks), default_callbacks)
             ),
@@ -168,10 +171,13 @@ class Trainer(L.Trainer):
             enable_model_summary=enable_model_summary,
             **kwargs,  # passed unchanged, so that the parser finds Lightning's arguments
         )
+        # raises an error for a strategy that starts processes by spawn or forkserver
         check_not_spawned(self.strategy)
         # The number of ranks is known only after `super().__init__`.
+        # RankWatchdog ends the job if ranks would wait for each other for ever
         if self.world_size > 1 and not contains_kind(self.callbacks, RankWatchdog):  # type: ignore
             self.callbacks.insert(0, RankWatchdog())  # type: ignore[attr-defined]
+        # replaces Lightning's training loop by one with less work per step
         self._install_fast_loop()
 
     def check_same_config_on_ranks(self, flat_config: dict[str, Any]) -> None:
@@ -184,6 +190,7 @@ class Trainer(L.Trainer):
 
         def compare_configs() -> None:
             if self.world_size > 1 and dist.is_initialized():
+                # gathers a hash of each rank; the error names the first key that differs
                 check_same_config(flat_config)
 
         if isinstance(strategy, MeshStrategy):
@@ -197,6 +204,7 @@ class Trainer(L.Trainer):
             setup_environment()  # initializes the process group
             compare_configs()
 
+        # sets the attribute of this object; the class stays as it is
         replace_method(strategy, "setup_environment", setup_and_compare)
 
     def _install_fast_loop(self) -> None:
@@ -224,12 +232,14 @@ class Trainer(L.Trainer):
         """
         if self.run_dir is None and self.lightning_module is not None and not self._is_dry_run:
             self.run_dir, self._kept_steps = self._create_run_dir_on_rank_zero()
+            # a logger given by name needs the folder, so it is built only here
             self.loggers = [
                 self._make_logger(requested, self.run_dir) for requested in self._requested_loggers
             ]
             for callback in self.checkpoint_callbacks:
                 if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                     callback.dirpath = os.path.join(self.run_dir, "checkpoints")
+            # notes checkpoint folders outside of the run, so that a resume finds them
             self._record_checkpoint_folders(self.run_dir)
             continued = f", from step {self._kept_steps}" if self._kept_steps is not None else ""
             self.print(f"run: {self.run_dir}{continued}, on {self._describe_machine()}")
@@ -267,6 +277,7 @@ class Trainer(L.Trainer):
         path, _ = created
         if path:
             return created
+        # `problem` is set on rank 0 only; the other ranks raise a general error
         raise problem or run_dir_error(Path(self.default_root_dir), OSError(0, "rank 0 failed"))
 
     def _create_run_dir(self) -> tuple[str, int | None]:
@@ -276,11 +287,14 @@ class Trainer(L.Trainer):
             The path, and the steps done by the run that is resumed there, or None if it is new.
         """
         name = self._run_name or type(self.lightning_module).__name__.lower()
+        # raises an error for a name that would lead out of the folder of runs
         check_run_name(name)
         root = Path(self.default_root_dir)
         verb = "fit" if self.state.fn is None else str(self.state.fn.value)
+        # the checkpoint of `ckpt_path`, or None
         selected_path = checkpoint_connector(self).selected_path
         checkpoint = None if selected_path is None else str(selected_path)
+        # `continued` is the folder of a run that goes on; otherwise a numbered folder is created
         placement = place_run(verb, checkpoint, root, name, self.changed_arguments)
         folder = placement.continued or create_numbered_folder(
             placement.parent, placement.prefix, run_dir_error
@@ -309,8 +323,11 @@ class Trainer(L.Trainer):
         root, version = os.path.split(folder)
         name = os.path.relpath(folder, self.default_root_dir)
         match logger:
+            # a subclass of Lightning's CSVLogger that keeps the rows of the first `kept_steps`
+            # steps
             case "csv":
                 return RunCSVLogger(root, name="", version=version, kept_steps=self._kept_steps)
+            # FIRST_LOGGED_STEP: the number that the loggers write for the first step
             case "tensorboard":
                 options = {}
                 if self._kept_steps is not None:  # TensorBoard hides rows from this step on

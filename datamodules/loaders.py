@@ -49,11 +49,14 @@ class ResumableLoader:
             data_parallel: data-parallel rank and size, and the number of accumulated batches.
             repeat_first_epoch: whether every epoch repeats the first one, for overfit_batches.
         """
+        # raises an error if a step has more samples than the epoch, or unequal parts
         check_divisible(batch_size, num_samples, data_parallel)
         self.epoch_sampler, self.make_batch = epoch_sampler, make_batch
         self.batch_size, self.data_parallel = batch_size, data_parallel
         self.num_samples = num_samples // batch_size * batch_size
         # Lightning's BatchSizeFinder doubles the batch size while it is below this length
+        # Here it stops at the first size above half of the samples: doubled again, it would exceed
+        # them.
         self.dataset = range(num_samples // 2 + 1)
         self.epoch, self.num_consumed = 0, 0  # the position: samples of the epoch yielded so far
         self._trainer_epoch = 0  # the trainer's epoch number, given to `set_epoch`
@@ -62,6 +65,7 @@ class ResumableLoader:
         self.repeat_first_epoch = repeat_first_epoch
         # Lightning calls `set_epoch` of `sampler` and of `batch_sampler`. With overfit_batches it
         # warns about a `sampler` whose shuffling it cannot disable, but not about the other.
+        # Without overfit_batches the usual place is set, as in torch's DataLoader.
         setattr(self, "batch_sampler" if repeat_first_epoch else "sampler", _EpochSetter(self))
 
     def __len__(self) -> int:
@@ -74,9 +78,11 @@ class ResumableLoader:
         The position is read at the first batch: Lightning creates the iterator early, and may load
         a position after that.
         """
+        # sets `epoch` and `num_consumed`, the samples of the epoch that all ranks have done
         self._restore_position()
         rank, size, accumulate = self.data_parallel
         micro_batch_size = self.batch_size // accumulate  # over all ranks
+        # a checkpoint of another batch size may lie between two batches of this run
         if self.num_consumed % micro_batch_size:
             raise UsageError(
                 f"the checkpoint was written after {self.num_consumed} samples of epoch "
@@ -89,6 +95,7 @@ class ResumableLoader:
             first = self.num_consumed + rank * local_batch_size
             # before the yield: a yielded batch counts as consumed
             self.num_consumed += micro_batch_size
+            # `epoch_sampler` maps places first ... last - 1 of the epoch to indices of samples
             yield self.make_batch(self.epoch_sampler(self.epoch, first, first + local_batch_size))
 
     def _restore_position(self) -> None:
@@ -141,6 +148,7 @@ class ResumableLoader:
         Raises:
             UsageError: `state` has other keys or types.
         """
+        # `type(...) is not int` also refuses bool. A checkpoint is not trusted.
         keys = ("epoch", "num_consumed", "trainer_epoch")
         if not isinstance(state, dict) or any(type(state.get(key)) is not int for key in keys):
             raise UsageError(
@@ -151,6 +159,7 @@ class ResumableLoader:
             )
         self.epoch, self.num_consumed = state["epoch"], state["num_consumed"]
         self._trainer_epoch = state["trainer_epoch"]
+        # used once by the next iteration; the lines above are for `state_dict` before it
         self._resume_state = state
 
 
@@ -196,12 +205,14 @@ class EvalLoader:
                 flag=f"--trainer.devices={max(num_samples, 1)}",
             )
         check_positive("batch_size", batch_size)
+        # -(-a // b) is a / b rounded up
         max_local_samples = -(-num_samples // data_parallel.dp_size)  # samples of the fullest rank
         local_batch_size = max(1, batch_size // data_parallel.dp_size)
         # one batch fewer if a rank would have an empty last batch
         num_batches = min(
             -(-max_local_samples // local_batch_size), num_samples // data_parallel.dp_size
         )
+        # rank r of n gets the samples r, r + n, r + 2 n, ...
         local_indices = torch.arange(data_parallel.dp_rank, num_samples, data_parallel.dp_size)
         self.index_batches = local_indices.tensor_split(num_batches)
         self.make_batch = make_batch
@@ -234,6 +245,7 @@ def check_divisible(batch_size: int, num_samples: int, data_parallel: DataParall
         num_samples: samples of an epoch.
         data_parallel: data-parallel size, and the number of accumulated batches.
     """
+    # raises an error if the value is no integer of 1 or more
     check_positive("batch_size", batch_size)
     if batch_size > num_samples:
         raise UsageError(
@@ -245,6 +257,7 @@ def check_divisible(batch_size: int, num_samples: int, data_parallel: DataParall
     num_parts = data_parallel.dp_size * data_parallel.accumulate
     if batch_size % num_parts:
         lower_multiple = batch_size // num_parts * num_parts
+        # 0 for a batch smaller than the number of parts
         nearest = lower_multiple or num_parts
         raise UsageError(
             f"batch_size={batch_size}, the samples of one optimizer step, does not divide into "

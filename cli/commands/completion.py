@@ -42,7 +42,12 @@ SCRIPTS = {"bash": BASH_SCRIPT, "zsh": ZSH_SCRIPT}
 
 
 def run_argv(argv: list[str]) -> int:
-    """Print the script of a shell, or the words that complete a line."""
+    """Print the script of a shell, or the words that complete a line.
+
+    Args:
+        argv: "completion", then the name of a shell; or "words" and the line up to the cursor, as
+            the script of a shell passes it.
+    """
     from .. import main  # the table of commands; main imports this module
 
     words = argv[1:]
@@ -61,6 +66,7 @@ def run_argv(argv: list[str]) -> int:
             f"completion takes one shell, but {' '.join(words[1:])!r} was also given",
             flag=f"{program} completion {words[0]}",
         )
+    # makes the error, with the nearest shell in the suggested command, or bash
     raise unknown_name_error(
         f"there is no completion for {words[0]!r}",
         words[0],

@@ -48,14 +48,17 @@ def run_argv(argv: list[str]) -> int:
     """
     # joins the files of a sharded checkpoint into one, without building the model
     if any(word.startswith("--consolidate") for word in argv):
+        # `checkpoint_from_argv`: the checkpoint's path, and the other flags as (name, value)
         return consolidate(*checkpoint_from_argv(argv, "export"))
     should_merge = "--merge" in argv
     argv = [word for word in argv if word != "--merge"]
     is_merged = should_merge or any(word.startswith("--quantize") for word in argv)
+    # any_task: the weights of a task without a method `export` can be merged too
     module, path, typed_flags = load_from_argv(argv, "export", any_task=is_merged)
     # the task's method; None if `save_merged` writes the files
     method: Any = None if is_merged else module.export  # type: ignore[assignment]
     flags = MERGE_FLAGS if is_merged else method_flags.method_flags(method)
+    # flags: by name, the type and the default. The typed texts are converted to these types.
     arguments = method_flags.convert_flags(typed_flags, flags, "export")
     for name, flag in flags.items():
         if flag.default is Parameter.empty and name not in arguments:
@@ -90,6 +93,7 @@ def merge_adapters(module: TaskModule) -> list[str]:
         UsageError: two names of one tied weight have different values after the merge.
     """
     tied_names = _tied_names(module)  # pairs of names; found before the merge changes the layers
+    # adds each adapter's product of matrices to the weight of its layer
     names = merge_lora(module)
     for layer in module.modules():
         if hasattr(layer, "dequantize"):
@@ -136,7 +140,10 @@ def save_merged(
             flag="--folder=ANOTHER",
         )
     merge_adapters(module)
+    # read again, for its other sections: hyperparameters, tokenizer, config
     checkpoint = AtomicCheckpointIO().load_checkpoint(path)
+    # RUN_KEYS: sections of the run (optimizer states, loops, ...), of the transforms, and the old
+    # weights
     checkpoint = {key: value for key, value in checkpoint.items() if key not in RUN_KEYS}
     config = checkpoint.get("ravine", {}).get("config")
     if config:  # the saved weights no longer need the callbacks that transform the net
@@ -145,6 +152,7 @@ def save_merged(
         quantization = Quantization(quantization_scheme)  # pyright: ignore[reportArgumentType]
         quantize_module(module, quantization_scheme)
         arguments = quantization.to_config()
+        # tells `load_model` to quantize the layers before it loads the weights
         checkpoint["transforms"] = {"quantize": {"class": "Quantization", "arguments": arguments}}
         if config:
             spec = {"class_path": "ravine.callbacks.Quantization", "init_args": arguments}
@@ -154,6 +162,7 @@ def save_merged(
     }
     from safetensors.torch import save_file
 
+    # writes a temporary file, and gives it the name when it is complete
     with atomic_write(folder / "model.safetensors") as file:
         save_file(tensors, file.name, metadata={"format": "pt"})
     AtomicCheckpointIO().save_checkpoint(checkpoint | {"state_dict": tensors}, target)

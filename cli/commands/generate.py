@@ -37,10 +37,13 @@ def run_argv(argv: list[str]) -> int:
     Returns:
         The exit status.
     """
+    # the flags are (name, text) pairs, without --ckpt_path
     module, _, typed_flags = load_from_argv(argv, "generate")
     flags = method_flags.method_flags(module.generate)  # type: ignore[arg-type]
     is_text = "prompt" in flags  # the method of a model of texts has this argument
     extra_flags = TEXT_FLAGS if is_text else IMAGE_FLAGS
+    # flags of the command itself, such as --device and --file; they are removed from `arguments`
+    # below
     flags |= {
         name: method_flags.MethodFlag(flag_type, None) for name, flag_type in extra_flags.items()
     }
@@ -52,6 +55,7 @@ def run_argv(argv: list[str]) -> int:
         return 0
     file = arguments.pop("prompt_file", None)
     if file is not None:
+        # the typed prompts, and the lines of the file
         arguments["prompt"] = load_prompts(Path(file), arguments.get("prompt"))
     print_texts(module, arguments)
     return 0
@@ -89,6 +93,7 @@ def save_images(
     # The paths are checked before the samples are generated, which may take minutes.
     file = unused_path("samples", ".png") if file is None else file
     get_pillow_format(file)  # raises an error for an unknown suffix
+    # raises an error if the file could not be created
     output_path.check_writable(file, "file", is_file=True)
     if folder is not None:
         if Path(folder).is_dir() and any(Path(folder).iterdir()):
@@ -96,6 +101,7 @@ def save_images(
             raise UsageError(problem, "a new or empty folder", flag=f"--folder={folder}_2")
         output_path.check_writable(folder, "folder", is_file=False)
     method: Any = module.generate
+    # an ImageGrid, with the images and the names of its rows
     images = method(**arguments)
     images.save(file)
     saved_names = [file]
@@ -103,6 +109,7 @@ def save_images(
         images.save_each(folder)
         saved_names.append(f"{len(images.images)} files in {folder}")
     print(f"written: {', '.join(saved_names)}")
+    # rows of labels such as 0 ... 9 need no explanation
     if not all(name.isdecimal() for name in images.row_names):
         print(f"rows: {', '.join(images.row_names)}")
 
@@ -153,6 +160,7 @@ def print_texts(module: TaskModule, arguments: dict[str, Any]) -> None:
         arguments: the arguments of that method.
     """
     method: Any = module.generate
+    # the given prompt, else the method's default, else that of the model
     prompt = arguments.get("prompt", method_flags.method_flags(method)["prompt"].default)
     prompt = getattr(module, "default_prompt", None) if prompt is None else prompt
     if isinstance(prompt, str) and arguments.get("num_samples", 1) == 1:

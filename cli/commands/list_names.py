@@ -14,7 +14,11 @@ from ..error_report import program_name, unknown_name_error
 
 
 def run_argv(argv: list[str]) -> int:
-    """Print the kinds, the names of a kind, or all names that contain a word."""
+    """Print the kinds, the names of a kind, or all names that contain a word.
+
+    Args:
+        argv: "list", then a kind such as optimizers and a word, both optional.
+    """
     words = argv[1:]
     if flag := next((word for word in words if word.startswith("-")), None):
         raise UsageError(f"list has no flag {flag}", flag=f"{program_name()} list configs quick")
@@ -25,6 +29,7 @@ def run_argv(argv: list[str]) -> int:
         )
     if not words:
         lines = list_kinds()
+    # the kind that the word names, or None
     elif kind := find_kind(words[0]):
         lines = list_kind(kind, words[1] if len(words) > 1 else "")
     elif len(words) == 1:
@@ -64,6 +69,10 @@ def unknown_kind_error(word: str) -> UsageError:
 def list_kind(kind: str, word: str) -> list[str]:
     """Return the names of a kind that contain a word; "" is in all of them.
 
+    Args:
+        kind: one of the lists, such as optimizers.
+        word: a part of a name or of its description.
+
     Raises:
         UsageError: no name contains the word.
     """
@@ -71,6 +80,7 @@ def list_kind(kind: str, word: str) -> list[str]:
     if lines:
         return [f"{kind}: {KINDS[kind].usage}", *lines]
     names = [name for name, _ in searchable(kind)]
+    # makes the error, with the nearest name in the suggested command
     raise unknown_name_error(
         f"no name of {kind} contains {word!r}",
         word,

@@ -34,12 +34,14 @@ def method_flags(method: Callable[..., Any]) -> dict[str, MethodFlag]:
     hints, flags_by_name = get_type_hints(method), {}
     for name, parameter in inspect.signature(method).parameters.items():
         hint = hints.get(name)
+        # the types of a union, X | Y or Union[X, Y]
         members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         plain_type = next((t for t in (int, float, str) if t in members), None)
         is_repeatable = any(get_origin(member) is Sequence for member in members)
         literals = (get_args(member) for member in members if get_origin(member) is Literal)
         choices = next(literals, ())
         if choices:
+            # (type, default, choices)
             flags_by_name[name] = MethodFlag(str, parameter.default, choices)
         elif plain_type is not None:
             flags_by_name[name] = MethodFlag(
@@ -64,6 +66,7 @@ def parse_flags(argv: Iterable[str], suggested: str = "prompt") -> list[tuple[st
             value = next(remaining, None)
             if value is None:
                 raise UsageError(f"--{name} has no value", flag=f"--{name}=VALUE")
+        # a flag that is given twice gives two pairs
         flag_values.append((name, value))
     return flag_values
 
@@ -85,10 +88,12 @@ def convert_flags(
     for name, text in typed_flags:
         if name not in flags_by_name:
             problem = f"{command} has no flag --{name}"
+            # suggests the nearest of the known flags
             raise unknown_name_error(
                 problem, name, flags_by_name, lambda near: f"--{near}=...", "NAME"
             )
         flag = flags_by_name[name]
+        # raises an error for a text that is no value of the flag's type
         value = convert_value(name, text, flag)
         values[name] = [*values.get(name, []), value] if flag.is_repeatable else value
     # a repeatable flag that is given once is a single value

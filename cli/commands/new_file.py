@@ -21,13 +21,18 @@ EXAMPLE_NAMES = {
 
 
 def run_argv(argv: list[str]) -> int:
-    """Write the file and print the command that runs it."""
+    """Write the file and print the command that runs it.
+
+    Args:
+        argv: "new", a kind (task, optimizer, callback or reward) and a name.
+    """
     words = argv[1:]
     program = program_name()
     if flag := next((word for word in words if word.startswith("-")), None):
         raise UsageError(f"new has no flag {flag}", flag=f"{program} new task Planets")
     if not words or words[0] not in EXAMPLE_NAMES:
         kind_word = words[0] if words else ""
+        # EXAMPLE_NAMES: by kind, a class name for examples. The error suggests the nearest kind.
         raise unknown_name_error(
             f"new cannot create a {kind_word!r}" if kind_word else "new needs a kind and a name",
             kind_word,
@@ -42,6 +47,7 @@ def run_argv(argv: list[str]) -> int:
             flag=f"{program} new {kind} {EXAMPLE_NAMES[kind]}",
         )
     file_name, class_name = parse_name(words[1], kind)
+    # the template of the kind, with the names of the new file and class put in
     text = render_template(kind, file_name, class_name)
     path = Path(f"{file_name}.py")
     try:
@@ -55,6 +61,7 @@ def run_argv(argv: list[str]) -> int:
     except OSError as error:
         reason = f"{path} cannot be written: {error.strerror}"
         raise UsageError(reason, flag="cd FOLDER") from error
+    # the commands in the docstring of the new file, which run it
     commands = [f"  {line.strip()}" for line in read_commands(text)]
     print(
         f"wrote {path}: the {kind} {class_name}, which works as it is. Next:", *commands, sep="\n"
@@ -65,15 +72,20 @@ def run_argv(argv: list[str]) -> int:
 def parse_name(name: str, kind: str) -> tuple[str, str]:
     """Return the names of the file and the class: `SignDescent`, `sign_descent`, `mine.Sign`.
 
+    The kind (task, optimizer, callback or reward) is used for the suggestion in an error.
+
     Raises:
         UsageError: Python could not import a file of this name, or would import another one.
     """
     file_name, dot, class_name = name.removesuffix(".py").rpartition(".")
     if not dot:
+        # an underscore before each word: SignDescent becomes Sign_Descent, GPTNet GPT_Net
         words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", class_name)
         file_name = words.lower()
         if class_name == class_name.lower():
+            # sign_descent becomes SignDescent
             class_name = "".join(word[:1].upper() + word[1:] for word in class_name.split("_"))
+    # the name to suggest in an error
     valid_name = re.sub(r"\W+", "_", name).strip("_0123456789") or EXAMPLE_NAMES[kind]
     valid_name = EXAMPLE_NAMES[kind] if keyword.iskeyword(valid_name) else valid_name
     for name_part in (file_name, class_name):
@@ -87,7 +99,9 @@ def parse_name(name: str, kind: str) -> tuple[str, str]:
                 ["letters, digits and _, and a dot between file and class"],
                 flag=f"{program_name()} new {kind} {valid_name}",
             )
+    # the file that `import file_name` would read now, found without an import
     path = source_index.find_module_file(file_name)
+    # a file of this folder is replaced by nothing: the caller refuses to overwrite it
     is_own = path is not None and path.resolve().parent == Path.cwd().resolve()
     if file_name in sys.stdlib_module_names or (
         source_index.is_installed(file_name) and not is_own

@@ -25,7 +25,11 @@ ACTION_FLAGS = {
 
 
 def run_argv(argv: list[str]) -> int:
-    """List the runs, or show, compare or clean those that are named; return the exit status."""
+    """List the runs, or show, compare or clean those that are named; return the exit status.
+
+    Args:
+        argv: "runs", then show, compare or clean or none of them, names of runs, and flags.
+    """
     words = argv[1:]
     action = next((word for word in words[:1] if word in ACTIONS), None)
     words = words[1:] if action else words
@@ -34,6 +38,7 @@ def run_argv(argv: list[str]) -> int:
     if action == "show":
         return show_runs(names or ["last"], root, "json" in flags)
     if action == "compare":
+        # imported here, so that a list of runs does not wait for modules it does not use
         from ..run_folders import comparison
 
         return comparison.compare_runs(names, root, flags)
@@ -47,7 +52,13 @@ def run_argv(argv: list[str]) -> int:
 def parse_words(
     words: list[str], allowed: tuple[str, ...], action: str | None
 ) -> tuple[list[str], dict[str, str]]:
-    """Separate the names of runs from the flags, `--key=value` or `--key value`."""
+    """Separate the names of runs from the flags, `--key=value` or `--key value`.
+
+    Args:
+        words: the names and flags.
+        allowed: the names of the flags that the action has.
+        action: show, compare or clean; None for the list.
+    """
     names: list[str] = []
     flags: dict[str, str] = {}
     remaining = iter(words)
@@ -58,6 +69,7 @@ def parse_words(
             continue
         name, equals, value = word.lstrip("-").partition("=")
         if name not in allowed:
+            # SWITCHES: flags without a value, such as --json. The error suggests the nearest flag.
             raise unknown_name_error(
                 f"{command} has no flag --{name}",
                 name,
@@ -74,7 +86,13 @@ def parse_words(
 
 
 def list_runs(names: list[str], root: Path, flags: dict[str, str]) -> int:
-    """Print a table of the runs whose names begin with one of `names`, or of all runs."""
+    """Print a table of the runs whose names begin with one of `names`, or of all runs.
+
+    Args:
+        names: beginnings of names.
+        root: the folder of all runs.
+        flags: sort, limit, json, and filters such as status.
+    """
     runs = select_runs(index.list_runs(root), names, root, flags)
     if "sort" in flags:
         runs = filters.sort_runs(runs, flags["sort"])
@@ -87,6 +105,7 @@ def list_runs(names: list[str], root: Path, flags: dict[str, str]) -> int:
         print(json.dumps([as_json(run) for run in runs], indent=1))
         return 0
     if not runs:
+        # with a condition other runs may exist, so no command for a first run is shown
         condition = " that fits the filters" if flags or names else ""
         print(f"no run{condition} under {root}")
         if not condition:
@@ -102,7 +121,14 @@ def list_runs(names: list[str], root: Path, flags: dict[str, str]) -> int:
 def select_runs(
     runs: list[RunSummary], names: list[str], root: Path, flags: dict[str, str]
 ) -> list[RunSummary]:
-    """Return the runs whose names begin with one of `names` and that satisfy the filters."""
+    """Return the runs whose names begin with one of `names` and that satisfy the filters.
+
+    Args:
+        runs: all runs.
+        names: beginnings of names; [] for all runs.
+        root: the folder of all runs.
+        flags: of the command; those in FILTER_FLAGS, such as status, select runs.
+    """
     chosen = runs
     if names:
         kept: dict[Path, RunSummary] = {}
@@ -110,6 +136,7 @@ def select_runs(
             matching = _runs_called(runs, name, root)
             if not matching:
                 all_names = {run.name for run in runs}
+                # names without a version, such as spam/quick, are suggested too
                 parents = {n.rpartition("/")[0] for n in all_names} - {""}
                 raise unknown_name_error(
                     f"no run under {root} is called {name!r}, and no name begins with it",
@@ -119,6 +146,7 @@ def select_runs(
                     "",
                 )
             kept |= {run.folder: run for run in matching}
+        # in the order of `runs`, each once
         chosen = [run for run in runs if run.folder in kept]
     return filters.apply_filters(chosen, {k: v for k, v in flags.items() if k in FILTER_FLAGS})
 
@@ -149,12 +177,15 @@ def show_runs(names: list[str], root: Path, as_json_text: bool) -> int:
 
 def describe_run(run: RunSummary) -> list[tuple[str, str]]:
     """Return what a run's folder says of it, as pairs of a title and a text."""
+    # the content of run.json; {} for a run without one
     known: dict[str, Any] = run.record or {}
+    # parts of run.json; {} where the file has no mapping
     git, machine, parent, versions, metrics = (
         index.mapping(known.get(key)) for key in ("git", "machine", "parent", "versions", "metrics")
     )
     commit = str(git.get("commit", ""))[:12]
     changed = git.get("num_changed_files") if git.get("is_dirty") else 0
+    # DIFF_FILE: changes.diff, the uncommitted changes at the start of the run
     changes = f", {changed} changed files: {record.DIFF_FILE}" if changed else ""
     command = known.get("command")
     words = command if isinstance(command, list) else []
@@ -203,8 +234,10 @@ def format_table(runs: list[RunSummary]) -> str:
         )
         for run in runs
     ]
+    # `printable` replaces characters that could control the terminal
     cells = [[printable(cell) for cell in row] for row in (head, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    # columns of numbers are aligned at the right
     is_right = (False, False, False, True, False, True, True, True)
     lines = [
         "  ".join(

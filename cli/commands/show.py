@@ -16,9 +16,12 @@ def run_argv(argv: list[str]) -> int:
     configs: list[str] = []
     pages: list[str] = []
     for name in names:
+        # the path of a preset or a config file; None if there is none of that name
         path = None if name.endswith(".py") else config_path(name)
         if not path and "." not in (module := name.removesuffix(".py")):
+            # raises an error if the name is that of a Python file, and says how to name its class
             check_no_python_file(module)
+        # classes, data sets and presets of that name, in all lists
         entries = [] if path else class_pages.find_pages(name)
         if not path and not entries:
             raise unknown_error(name)

@@ -29,6 +29,7 @@ def check_env_vars(environ: Mapping[str, str], command: str, commands: Collectio
             continue
         if any(name.startswith(f"PL_{subcommand.upper()}__") for subcommand in commands):
             continue
+        # the valid spelling, such as PL_FIT__TRAINER__MAX_STEPS
         suggestions = suggest_variables(name, command, commands)
         value = environ[name]
         raise UsageError(

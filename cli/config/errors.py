@@ -48,7 +48,9 @@ def parse_argv(parser: ArgumentParser, argv: list[str]) -> Namespace:
     Raises:
         UsageError: an argument, a value or a variable is wrong.
     """
+    # checks values in the order of the command line, and raises an error that names the wrong one
     finder = ConfigErrorFinder(parser, argv[0])
+    # values of environment variables such as PL_FIT__SEED_EVERYTHING
     for config_value in from_env(argv[0]):  # the parser ignores unknown variables
         finder.check_variable(config_value)
     try:
@@ -58,12 +60,14 @@ def parse_argv(parser: ArgumentParser, argv: list[str]) -> Namespace:
         chosen_classes = [
             (key, chosen_class) for key, (chosen_class, _) in finder.chosen_classes.items()
         ]
+        # chosen_classes: by key, the class that the command chose for an argument
         raise missing_argument(str(error), argv[0], chosen_classes) from error
     trainer = config[argv[0]].get("trainer")
     if trainer is not None and isinstance(trainer.get("callbacks"), Namespace):
         # A single callback is put into a list. Otherwise its constructor's error is lost.
         trainer["callbacks"] = [trainer["callbacks"]]
     # Lightning resolves these names later, so the parser accepts any.
+    # names of strategies, accelerators and precisions, by key such as trainer.strategy
     for key, names in registered_names().items():
         if isinstance(name := config[argv[0]].get(key), str) and name.lower() not in names:
             finder.check_argv(argv)
@@ -119,6 +123,7 @@ class ConfigErrorFinder:
             key: the key relative to ``owner``
             config_value: the value
         """
+        # the arguments of the parser, without its help flags
         actions = [a for a in parser._actions if not f".{a.dest}".endswith(".help")]
         hints = {action.dest: getattr(action, "_typehint", None) for action in actions}  # by key
         # "data.init_args.batch_size" has the segments data, batch_size and the prefixes "", "data",
@@ -135,6 +140,7 @@ class ConfigErrorFinder:
                 for d in hints
                 if d.startswith(matched_prefix)
             }
+            # makes the error with the nearest of the known names
             raise self.unknown_argument(
                 owner, matched_prefix, remaining[0], known_names, config_value
             )
@@ -178,6 +184,8 @@ class ConfigErrorFinder:
         Raises:
             UsageError: the value does not fit.
         """
+        # base classes that the type hint accepts, each with the number of arguments that the code
+        # supplies
         class_choices = typehints.configurable_classes(hint)
         # a dataclass needs no class_path
         is_dataclass_hint = bool(class_choices) and dataclasses.is_dataclass(class_choices[0][0])
@@ -191,6 +199,7 @@ class ConfigErrorFinder:
                     ".".join(remaining),
                     config_value,
                 )
+            # DEFAULT_CLASSES: by argument, a class to suggest
             elif name := DEFAULT_CLASSES.get(key):
                 fix = f"--{key}={name} {config_value.with_key('', '')}"
                 raise UsageError(
@@ -217,12 +226,14 @@ class ConfigErrorFinder:
             elif config_value.text.lower() not in names:
                 problem = f"no {config_value.name} is called {config_value.text!r}"
                 raise unknown_class_name(config_value, problem, [*names, *subclasses_by_name])
+        # `_names_class`: whether the value is a text, for an argument that accepts no plain text
         elif class_choices and self._names_class(hint, config_value) and not is_dataclass_hint:
             self.choose_class(class_choices, key, config_value)
         elif hint is not None and not typehints.is_valid(hint, config_value.value):
             name, text = config_value.name, config_value.display_text
             problem = f"{config_value.location}: {name} cannot be {text}"
             values, example = typehints.describe(hint), typehints.example_value(hint)
+            # suggests the nearest accepted value, or else an example, in the place of the wrong one
             raise unknown_name_error(
                 problem, config_value.text, values, config_value.with_value, example
             )
@@ -243,6 +254,7 @@ class ConfigErrorFinder:
         Raises:
             UsageError: the mapping has another form, or a value in it does not fit.
         """
+        # the entries of the mapping; each knows its file and line, for errors
         children = {child.name: child for child in config_value.children()}
         if "class_path" in children:
             self.choose_class(class_choices, key, children["class_path"])
@@ -250,6 +262,7 @@ class ConfigErrorFinder:
             raise UsageError(
                 f"{config_value.location}: class_path is missing", flag="class_path: NAME"
             )
+        # CLASS_SPEC_KEYS: class_path, init_args and others that describe a class
         stray_args = [child for name, child in children.items() if name not in CLASS_SPEC_KEYS]
         if stray_args and "class_path" in children:
             fix = f"init_args: {{{stray_args[0].name}: {stray_args[0].text}}}"
@@ -261,6 +274,7 @@ class ConfigErrorFinder:
         if "init_args" in children and not isinstance(children["init_args"].node, yaml.MappingNode):
             problem = f"{children['init_args'].location}: it must map arguments to values"
             raise UsageError(problem, flag="init_args: {KEY: VALUE}")
+        # without class_path the mapping holds arguments of the class chosen before
         for child in children["init_args"].children() if "init_args" in children else stray_args:
             self.check_key(
                 typehints.class_parser(*self.chosen_classes[key]), key, child.name, child
@@ -281,6 +295,7 @@ class ConfigErrorFinder:
         """
         name, bases = config_value.text, tuple(base for base, _ in class_choices)
         base_names = " or ".join(dict.fromkeys(base.__name__ for base in bases))
+        # the subclasses that are imported now
         subclasses_by_name = typehints.subclasses_by_name(bases)
         chosen_class = (
             import_class(config_value, base_names, bases)
@@ -295,6 +310,7 @@ class ConfigErrorFinder:
         for stale_key in [k for k in self.chosen_classes if k == key or k.startswith(f"{key}.")]:
             del self.chosen_classes[stale_key]
         if isinstance(chosen_class, type):  # not a function
+            # number of arguments that the code supplies later, such as an optimizer's parameters
             num_supplied = next(n for base, n in class_choices if issubclass(chosen_class, base))
             self.chosen_classes[key] = chosen_class, num_supplied
 
@@ -342,6 +358,7 @@ def import_class(config_value: ConfigValue, base_names: str, bases: tuple[type, 
                 "among the installed packages"
             )
             fix = lambda file: config_value.with_value(f"{file}.{name}")  # noqa: E731
+            # suggests the nearest file of this folder as the module
             raise unknown_name_error(problem, missing, files, fix, "FILE") from error
         reason = f"the import of {path} raises {type(error).__name__}: {error}"
         raise UsageError(
@@ -367,6 +384,8 @@ def missing_argument(
 ) -> UsageError:
     """Return the error for a missing argument or value, from the parser's message.
 
+    The texts below are those of argparse and jsonargparse; another message is shown as it is.
+
     Args:
         message: the parser's message
         command: fit, or another command
@@ -375,6 +394,7 @@ def missing_argument(
     if match := re.search(r"arguments are required: ([\w.]+)", message):
         key = match[1].removeprefix(f"{command}.")
         for parent_key, chosen_class in chosen_classes:
+            # the parser names the argument without the key of its class
             if key in inspect.signature(chosen_class).parameters:
                 return UsageError(
                     f"{chosen_class.__name__} needs {key!r}", flag=f"--{parent_key}.{key}=VALUE"

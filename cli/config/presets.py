@@ -28,12 +28,14 @@ def find_config(name: str) -> str:
     Raises:
         UsageError: there is no such config, or it can be read only once.
     """
+    # standard input, a pipe, or `<(command)` of a shell
     if name == "-" or name.startswith(("/dev/", "/proc/")):
         raise UsageError(
             f"{name} can be read only once, but every process of a run reads the configs",
             "a file",
             flag="--config=run.yaml",
         )
+    # CONFIGS_FOLDER has the presets, such as shakespeare/quick
     for path in (
         Path(name),
         Path(name + ".yaml"),
@@ -42,6 +44,7 @@ def find_config(name: str) -> str:
     ):
         if path.is_file():
             return str(path)
+    # suggests the nearest preset or .yaml file of this folder as --config=NAME
     raise unknown_name_error(
         f"no config is called {name!r}: no such file, none with .yaml, and no preset",
         name.removesuffix(".yaml"),
@@ -55,17 +58,27 @@ def check_checkpoint_exists(argv: list[str]) -> None:
     """Raise an error if no checkpoint and no run has the name in `--ckpt_path`.
 
     `auto`, `last`, `best` and names of runs are resolved later.
+
+    Args:
+        argv: the command and its arguments; the last `--trainer.default_root_dir=X` is the folder
+            of all runs.
     """
+    # ROOT_FLAG is --trainer.default_root_dir. In the form `FLAG X` it is not read here: names of
+    # runs are then looked for in `runs`.
     roots = [word.partition("=")[2] for word in argv if word.startswith(f"{ROOT_FLAG}=")]
     root = Path(roots[-1] if roots else "runs")  # the folder of all runs
     for word, next_word in zip(argv, [*argv[1:], ""], strict=True):
         flag, equals, name = word.partition("=")
         name = name if equals else next_word
+        # RESOLVED_LATER: auto, last, best and others. "://" marks a URL, which is not checked.
         if flag != "--ckpt_path" or name in RESOLVED_LATER or "://" in name or os.path.exists(name):
             continue
+        # a pair (run, whether its best checkpoint is meant) for the name of a run, else None
         if index.split_run_request(name, root):  # the name of a run
             continue
         existing = [str(path) for path in Path(name).parent.glob("*.ckpt")]
+        # suggests the nearest of these names as `--ckpt_path=NAME`, or `--ckpt_path=auto` if none
+        # is near
         raise unknown_name_error(
             f"no checkpoint is called {name!r}",
             name,
@@ -105,6 +118,7 @@ def check_config_file(path: str) -> None:
                 "keep only the values that differ from the defaults",
             )
         text = Path(path).read_text(encoding="utf-8")
+        # raises an error if aliases would make the built value too large for the memory
         check_yaml_size(text, path)
         root = yaml.compose(text, yaml.SafeLoader)  # nodes, which know their lines
         json.dumps(yaml.safe_load(text), default=str)  # rejects tags and recursive anchors
@@ -123,6 +137,7 @@ def check_config_file(path: str) -> None:
         raise UsageError(
             reason, ["text", "numbers", "lists", "mappings"], flag="key: value"
         ) from error
+    # `root` is None for an empty file
     if not isinstance(root, yaml.MappingNode):
         found_type = "empty" if root is None else "a list" if root.id == "sequence" else "one value"
         raise UsageError(
@@ -131,6 +146,7 @@ def check_config_file(path: str) -> None:
             flag="model: NAME",
         )
     first_lines: dict[str, int] = {}  # line of each top-level key
+    # YAML accepts a key twice, and the later value would silently replace the first
     for key, value in root.value:
         line = key.start_mark.line + 1
         if key.value in first_lines:
@@ -157,6 +173,7 @@ def check_yaml_size(text: str, name: str) -> None:
     sizes: dict[str, int] = {}  # number of values by anchor
     open_collections: list[tuple[str | None, int]] = []  # anchor, and number of values before
     count = 0
+    # The parser yields events in order of the text, and builds no values.
     for event in yaml.parse(text, yaml.SafeLoader):
         if isinstance(event, yaml.CollectionStartEvent):
             open_collections.append((event.anchor, count))
@@ -164,6 +181,7 @@ def check_yaml_size(text: str, name: str) -> None:
         elif isinstance(event, yaml.CollectionEndEvent):
             anchor, count_before = open_collections.pop()
             if anchor is not None:
+                # the size of the whole collection, each alias in it counted in full
                 sizes[anchor] = count - count_before
         elif isinstance(event, yaml.AliasEvent):
             count += sizes.get(event.anchor, 1)

@@ -154,6 +154,7 @@ def extra_argv(
         command: the command.
         typed_keys: the keys that the user gave.
     """
+    # callback specs are mappings with a class_path, and init_args
     present_classes = {spec["class_path"] for spec in _callback_specs(parsed)}
     takes_all = command == "fit" and not present_classes and "config" not in typed_keys
     flags = []
@@ -169,6 +170,7 @@ def extra_argv(
     if takes_all and flags:
         callback_names = [spec["class_path"].rpartition(".")[2] for spec in _callback_specs(config)]
         rank_zero_only(print)(f"callbacks of the checkpoint: {', '.join(callback_names)}")
+    # `source` is the argument of a datamodule that names its files
     parsed_data = (parsed.get("data") or {}).get("init_args", {})
     saved_data = (config.get("data") or {}).get("init_args", {})
     if parsed_data.get("source") == "auto" and saved_data.get("source"):
@@ -214,6 +216,7 @@ def report_changes(config: Config, parsed: Config, path: str, command: str = "te
         UsageError: the model is of another class, so the weights cannot fit.
     """
     try:
+        # imports the class at the class_path of a mapping
         saved_class = _import_spec_class(config["model"])
     except (ImportError, AttributeError) as error:
         class_path = config["model"]["class_path"]
@@ -234,6 +237,7 @@ def report_changes(config: Config, parsed: Config, path: str, command: str = "te
     # values by dotted key, such as model.d_model
     parsed_leaves = dict(_compared_leaves(parsed, is_fit))
     saved_leaves = dict(_compared_leaves(config, is_fit))
+    # a key of one side only is a default of another version or class
     changed = [
         key
         for key in sorted(parsed_leaves.keys() & saved_leaves.keys())
@@ -259,6 +263,7 @@ def changed_arguments(config: Config, parsed: Config) -> list[str]:
     """
     trainer_arguments = {f"trainer.{key}": value for key, value in parsed["trainer"].items()}
     parsed = {key: value for key, value in parsed.items() if key != "trainer"} | trainer_arguments
+    # each configuration with its callbacks as mappings, without arguments that are output paths
     before, now = (
         c | {"trainer.callbacks": [_without_output_paths(spec) for spec in _callback_specs(c)]}
         for c in (config, parsed)

@@ -55,6 +55,7 @@ def split_trust_flags(argv: Iterable[str]) -> tuple[list[str], list[str]]:
             other_words.append(word)
             continue
         value = value if equals else next(remaining, "")
+        # an empty text is no identifier: a missing value is an error too
         names = [name.strip() for name in value.split(",")]
         if not all(all(segment.isidentifier() for segment in name.split(".")) for name in names):
             problem = f"{TRUST_FLAG}={value} is not the name of a package"
@@ -70,11 +71,13 @@ def find_dotted_names(config_values: Iterable[ConfigValue]) -> set[str]:
     """
     dotted_names: set[str] = set()
     # YAML nodes that are not yet searched
+    # FILE_KEYS: keys whose values name no class, such as ckpt_path
     pending = [value.node for value in config_values if value.key not in FILE_KEYS]
     while pending:
         node = pending.pop()
         if isinstance(node, yaml.ScalarNode):
             name = str(node.value)
+            # the form a.b.C; a text that is also the name of a file is not admitted
             if DOTTED_PATH.fullmatch(name) and not os.path.lexists(name):
                 dotted_names.add(name)
         elif isinstance(node, yaml.SequenceNode):
@@ -108,6 +111,7 @@ class TrustPolicy:
             return True
         if "." not in path:  # the parser finds it among the imported classes
             return path.isidentifier()
+        # TRUSTED_PACKAGES: ravine, torch.nn, torch.optim and lightning.pytorch.callbacks
         package_prefixes = tuple(f"{package}." for package in TRUSTED_PACKAGES)
         if not DOTTED_PATH.fullmatch(path) or not path.startswith(package_prefixes):
             return False
@@ -135,7 +139,9 @@ class TrustPolicy:
         # those that are used.
         callbacks = (config.get("trainer.callbacks") or []) if with_callbacks else []
         for key, value in (("model", config.get("model")), ("data", config.get("data"))):
+            # every class path and function name in the value, however deep
             for path in iter_imported_names(value, self, is_class_path=True):
+                # raises the error
                 self.require_admitted(path, f"{key} in {source}")
         for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
             path = callback.get("class_path") if isinstance(callback, dict) else callback
@@ -164,6 +170,7 @@ class TrustPolicy:
                 hint="use another checkpoint, or build the model and pass ckpt_path to trainer.fit",
                 flag="--ckpt_path=ANOTHER",
             )
+        # cut off, because a checkpoint may hold a text of any length
         path_text = str(path)[:80]
         package = path_text.partition(".")[0]
         raise UsageError(
@@ -201,10 +208,12 @@ def iter_imported_names(
         # so they are rejected.
         yield from (f"{key}." for key in value if key not in CLASS_SPEC_KEYS)
         is_importable = isinstance(path, str) and trust.is_admitted(path)
+        # the type hints of the class's arguments, by name
         hints = _argument_hints(path) if is_importable else {}  # None: not readable
         for section in ("init_args", "dict_kwargs"):
             arguments = value.get(section) or {}
             for key, item in arguments.items() if isinstance(arguments, dict) else ():
+                # UNKNOWN_HINT accepts names and classes, so that any text is searched
                 hint = UNKNOWN_HINT if hints is None else hints.get(key)
                 yield from _names_in_texts(item, hint, trust)
                 yield from iter_imported_names(item, trust)
@@ -226,6 +235,7 @@ def _names_in_texts(value: Any, hint: Any, trust: TrustPolicy, level: int = 0) -
         level: the depth of this value below the argument.
     """
     hint = UNKNOWN_HINT if hint is None else hint
+    # whether a text may name a class or function; `_accepts_class_spec`: whether a mapping may
     accepts_name = _accepts_name(hint)
     if not accepts_name and not _accepts_class_spec(hint):
         return
@@ -233,6 +243,7 @@ def _names_in_texts(value: Any, hint: Any, trust: TrustPolicy, level: int = 0) -
         return
     if isinstance(value, str):
         text = _load_named_file(value) if accepts_name else value  # `value` itself if no file
+        # the mapping or list that the text is as YAML, else the text
         parsed = _parse_container(text) if text is not None else value
         if text is None:  # a file that is too large to search: no valid name, so it is rejected
             yield value

@@ -49,9 +49,11 @@ def configurable_classes(hint: Any, num_supplied: int = 0) -> list[tuple[type, i
         num_supplied: the number for classes that ``hint`` names directly.
     """
     choices = []
+    # `X | None` has the members X and None; any other hint is its own member
     for member in union_members(hint):
         origin, hint_args = get_origin(member), get_args(member)
         if origin is collections.abc.Callable and hint_args:
+            # Callable[[A, B], C]: the arguments are [A, B], the class is C
             callable_args = hint_args[0] if isinstance(hint_args[0], list) else []
             choices += configurable_classes(hint_args[-1], len(callable_args))
         elif accepts_list(member):
@@ -60,6 +62,7 @@ def configurable_classes(hint: Any, num_supplied: int = 0) -> list[tuple[type, i
                 for hint_arg in hint_args
                 for choice in configurable_classes(hint_arg, num_supplied)
             ]
+        # `_is_configurable`: the class is no plain type such as int
         elif isinstance(member, type) and origin is None and _is_configurable(member):
             choices.append((member, num_supplied))
     return choices
@@ -73,6 +76,7 @@ def _is_configurable(candidate: type) -> bool:
 def describe(hint: Any) -> list[str]:
     """Return descriptions of the values that ``hint`` accepts."""
     descriptions: list[str] = []
+    # `X | None` has the members X and None; any other hint is its own member
     for member in union_members(hint):
         origin, hint_args = get_origin(member), get_args(member)
         if origin is Literal:
@@ -92,6 +96,7 @@ def describe(hint: Any) -> list[str]:
             descriptions.append(f"{{{fields}}}")
         else:
             descriptions.append(
+                # words for plain types; else the name of the class
                 TYPE_DESCRIPTIONS.get(member) or getattr(member, "__name__", str(member))
             )
     return list(dict.fromkeys(descriptions))

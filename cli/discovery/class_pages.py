@@ -114,30 +114,43 @@ def dataclass_fields(parameter: Parameter) -> list[Parameter]:
 
 
 def example_command(entry: Entry, program: str) -> str:
-    """Return a command that uses a name of a list."""
+    """Return a command that uses a name of a list.
+
+    Args:
+        entry: a name of a list, with its kind (tasks, optimizers, callbacks, ...), group and path.
+        program: the name of the command line's program.
+    """
     fit, name = f"{program} fit --config", entry.name
     match entry.kind:
         case "samplers":
             return f"{program} generate --ckpt_path=last --sampler={name}"
+        # a noise schedule of diffusion has a group; others are schedules of the learning rate
         case "schedules" if entry.group:
             return f"{fit} diffusion/digits --model.noise_schedule={name}"
         case "schedules":
             schedule = f"'--trainer.callbacks.schedule={{kind: {name}, warmup: 50}}'"
             return f"{fit} shakespeare/quick_adamw --trainer.callbacks+=Muon {schedule}"
+        # a data set without a class of its own is a value of --data.source
         case "data" if not entry.path:
             config = "diffusion/digits" if "images" in entry.group else "shakespeare/quick"
             return f"{fit} {config} --data.source={name}"
+        # a preset such as ddp or pp, which has a name but no class of its own
         case "strategies" if not entry.path:
             return f"{fit} shakespeare/quick --trainer.strategy={name} --trainer.devices=2"
+    # plan: the callback OptimizerPlan, whose argument `optimizer` names such an optimizer
     is_for_plan = entry.kind == "optimizers" and not entry.is_plan
     style = "plan" if is_for_plan else entry.kind
+    # the flag that chooses a class of this kind, and the beginning of flags for its arguments
     class_flag, argument_flag = CLASS_FLAGS.get(style, CLASS_FLAGS["callbacks"])
     class_flag, arguments = class_flag.format(name), argument_flags(entry, argument_flag)
     if entry.kind in ("tasks", "data") and name not in EXAMPLE_CONFIG_OF:
+        # `complete_only`: a config that names model and data, so that it runs alone
         used_in = configs_with_class(name, complete_only=True)
         preferred = next(iter([*(c for c in used_in if "quick" in c), *used_in]), "")
+        # without such a config the command names model and data itself
         pair = [f"{program} fit", class_flag, partner_flag(entry)]
         return " ".join([*([f"{fit} {preferred}"] if preferred else pair), *arguments])
+    # is_added: the config lacks the class, so the command adds it by a flag
     config, is_added = example_config(entry)
     return " ".join([f"{fit} {config}", *([class_flag, *arguments] if is_added else [])])
 
@@ -186,20 +199,28 @@ def placeholder(parameter: Parameter) -> str:
 
 
 def class_page(entry: Entry, program: str) -> str:
-    """Return the page of a name: what it is, its docstring, its arguments, and a command."""
+    """Return the page of a name: what it is, its docstring, its arguments, and a command.
+
+    Args:
+        entry: the name with its kind, path, docstring and arguments, read from source text.
+        program: the name of the command line's program, for the example.
+    """
     kind = "a data set" if entry.kind == "data" and not entry.path else SINGULAR[entry.kind]
     lines = [f"{entry.name}: {kind}" + (f", {entry.path}" if entry.path else ""), ""]
     if entry.docstring:
+        # the description without its Args section, which the table below shows
         text, _ = source_index.split_docstring(entry.docstring)
         lines += [*source_index.without_directives(text).splitlines(), ""]
     elif entry.summary:
         lines += [f"{entry.summary}.", ""]
+    # a preset stands for arguments of MeshStrategy
     if entry.kind == "strategies" and entry.name in registry.strategy_presets():
         _, arguments = registry.strategy_presets()[entry.name]
         values = ", ".join(f"{key}={value}" for key, value in arguments.items())
         lines += [f"The same in Python: MeshStrategy({values})", ""]
     if rows := argument_rows(entry.parameters or []):
         lines += ["Arguments:", *two_columns(rows), ""]
+    # a class of none of the lists has no flag that could use it
     if entry.kind not in (OTHER_CLASS, FUNCTION):
         lines += ["Example:", f"  {example_command(entry, program)}", ""]
         if used_in := configs_with_class(entry.name):
@@ -242,6 +263,7 @@ def import_entry(module_name: str, name: str) -> Entry:
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # a user's file can raise anything
+        # a SyntaxError has the number of its line
         number = getattr(error, "lineno", None)
         line = f" in line {number}" if number else ""
         reason = f"{type(error).__name__}{line}: {getattr(error, 'msg', None) or error}"
@@ -251,9 +273,11 @@ def import_entry(module_name: str, name: str) -> Entry:
         ) from error
     target = getattr(module, name, None)
     if not callable(target):
+        # makes an error with the nearest class names of the module
         raise no_class_error(module, name)
     bases = tuple(base.__name__ for base in getattr(target, "__mro__", ())[1:])
     other = OTHER_CLASS if isinstance(target, type) else FUNCTION
+    # KIND_OF_BASE: by name of a base class, the list in which its subclasses are shown
     kind = next((k for base, k in registry.KIND_OF_BASE.items() if base in bases), other)
     text = target.__doc__ or ""
     summary = source_index.first_paragraph(text)
@@ -273,7 +297,9 @@ def no_class_error(module: ModuleType, name: str) -> UsageError:
         )
     public = getattr(module, "__all__", vars(module))
     class_names = [key for key in public if isinstance(vars(module).get(key), type)]
+    # classes that the module defines, rather than imports
     local = [key for key in class_names if vars(module)[key].__module__ == module_name]
+    # least=0: names are suggested however little they resemble `name`
     nearest = suggest_names(name, local or class_names, least=0)
     return UsageError(
         problem,
@@ -284,7 +310,12 @@ def no_class_error(module: ModuleType, name: str) -> UsageError:
 
 
 def inspected_parameters(target: object, text: str) -> list[Parameter]:
-    """Return the arguments of an imported class or function."""
+    """Return the arguments of an imported class or function.
+
+    Args:
+        target: the class or function.
+        text: its docstring, whose Args section describes the arguments.
+    """
     descriptions = source_index.argument_descriptions(text)
     try:
         parameters = inspect.signature(target).parameters.values()  # type: ignore[arg-type]
@@ -298,5 +329,6 @@ def inspected_parameters(target: object, text: str) -> list[Parameter]:
             descriptions.get(p.name, ""),
         )
         for p in parameters
+        # `params` of an optimizer is given by the trainer, not by the user
         if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name != "params"
     ]

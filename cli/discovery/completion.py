@@ -32,6 +32,7 @@ def complete_line(line: str, commands: Iterable[str]) -> list[str]:
         line: the command line up to the cursor, with the name of the program.
         commands: the commands of the program.
     """
+    # as a shell splits them; the last is the word at the cursor, maybe empty
     words = split_words(line)
     typed, current = words[1:-1], words[-1]
     if not typed:
@@ -48,6 +49,7 @@ def complete_line(line: str, commands: Iterable[str]) -> list[str]:
             return starting_with(current, names)
         case "completion":
             return starting_with(current, () if arguments else ("bash", "zsh"))
+        # a run may be named by its folder, so paths are offered too
         case "runs" if not current.startswith("-"):
             verbs = () if arguments else RUNS_VERBS
             return [*starting_with(current, verbs), *file_names(current or "runs/")]
@@ -55,11 +57,13 @@ def complete_line(line: str, commands: Iterable[str]) -> list[str]:
         return starting_with(current, config_names()) or file_names(current)
     flag, equals, value = current.partition("=")
     if equals:
+        # the values that begin with `value`, in the place of this flag
         values = flag_values(command, flag, value, arguments)
         return [f"{flag}={word}" for word in values]
     if current and not current.startswith("-"):
         return []
     flags = flag_names(command, current, arguments)
+    # a word that is complete needs no proposal of itself
     return [flag for flag in starting_with(current, flags) if flag != current]
 
 
@@ -95,19 +99,30 @@ def file_names(prefix: str) -> list[str]:
 
 
 def flag_values(command: str, flag: str, value: str, arguments: list[str]) -> list[str]:
-    """Return the values of a flag that begin as typed."""
+    """Return the values of a flag that begin as typed.
+
+    Args:
+        command: fit, or another command.
+        flag: the flag, such as --model.net.
+        value: what is typed of the value.
+        arguments: the words between the command and this flag, which may name configs and classes.
+    """
     if flag in CONFIG_FLAGS:
         return starting_with(value, config_names()) or file_names(value)
     if flag == "--ckpt_path":
+        # RESOLVED_CHECKPOINTS: auto and last, which are no files
         return [*starting_with(value, RESOLVED_CHECKPOINTS), *file_names(value)]
     if command not in TRAINING_COMMANDS:
         return []
+    # `--trainer.callbacks+=X` adds to a list
     key = flag.rstrip("+")
+    # flags whose value is the name of a class, such as --model
     if key in CLASS_FLAG_KINDS or key.endswith(".optimizer"):
         return class_names(key, value)
     head, _, name = key.rpartition(".")
     if name == "source" and head == "--data":
         return starting_with(value, source_names(named_class(head, arguments))) or file_names(value)
+    # the arguments of the class that `head`, such as --model, has in this line
     for p in section_parameters(head, arguments):
         if p.name == name:
             return starting_with(value, map(str, choices(p))) or file_names(value)
@@ -146,16 +161,25 @@ def choices(parameter: Parameter) -> list[object]:
 
 
 def flag_names(command: str, current: str, arguments: list[str]) -> list[str]:
-    """Return the flags of a command; those below `--model.` once that much is typed."""
+    """Return the flags of a command; those below `--model.` once that much is typed.
+
+    Args:
+        command: fit, or another command.
+        current: what is typed of the flag.
+        arguments: the words between the command and this flag.
+    """
     if command not in TRAINING_COMMANDS:
+        # other commands have no parser: their flags are read from the text of their help page
         flags = re.findall(r"--[a-z]\w*(?==)", page_text(command))
         return [f"{flag}=" for flag in flags if flag != "--key"]
     head = current.rpartition(".")[0]
+    # the arguments of the class that `head`, such as --model, has in this line
     parameters = section_parameters(head, arguments) if head else []
     if parameters:
         flags = []
         for p in parameters:
             flags.append(f"{head}.{p.name}=")
+            # such an argument has arguments of its own below it
             if class_pages.dataclass_fields(p) or f"{head}.{p.name}" == CALLBACKS_FLAG:
                 flags.append(f"{head}.{p.name}.")
         return [*flags, *([f"{CALLBACKS_FLAG}+="] if head == "--trainer" else [])]
@@ -211,11 +235,14 @@ def config_classes(arguments: list[str]) -> dict[str, list[str]]:
     nodes = []
     for name in config_arguments(arguments):
         try:
+            # `find_config` finds the file of a name; a node is a value with the comment of its line
             nodes.append(config_pages.load_config(presets.find_config(name)))
         except Exception:  # an incomplete or broken config completes nothing
             continue
     if not nodes:
+        # `class_path`: the name of the class in a text, or in a mapping with this key
         return {}
+    # later configs replace values of earlier ones, as in a command
     merged = config_pages.plain_value(config_pages.merge_configs(nodes))
     callbacks = (merged.get("trainer") or {}).get("callbacks") or ()
     return {

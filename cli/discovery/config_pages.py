@@ -43,15 +43,21 @@ class ConfigHeader:
 
 
 def read_header(text: str) -> ConfigHeader:
-    """Read the header of a config from the text of its file."""
+    """Read the header of a config from the text of its file.
+
+    The header is the block of comment lines at the top. It has a command, and fields such as
+    `Machine: ...`, `Time: ...` and `Expect: ...`.
+    """
     lines: list[str] = []
     for line in text.splitlines():
         if not line.startswith("#"):
             break
         lines.append(line.removeprefix("#").removeprefix(" ").rstrip())
     comment = "\n".join(lines)
+    # [text before the first field, name, text, name, text, ...]; each field gets a line first
     segments = FIELD.split(FIELD_IN_LINE.sub(r"\n\1: ", comment))
     fields = dict(zip(segments[1::2], segments[2::2], strict=True))
+    # some headers state machine and time in one field, shown as the machine
     both = fields.get("Machine and time", "")
 
     def one_line(name: str) -> str:
@@ -183,20 +189,24 @@ def _as_class(node: ConfigNode) -> ConfigNode:
 
 
 def _merge(old: ConfigNode, new: ConfigNode) -> ConfigNode:
+    # a mapping is merged key by key; any other value replaces the old one
     if not isinstance(old.value, dict) or not isinstance(new.value, dict):
         return new
     merged = dict(old.value)
+    # `_class_path`: the class that a mapping names, or an empty text
     changed_class = _class_path(new) and _class_path(old) and _class_path(new) != _class_path(old)
     if changed_class and "init_args" in merged:  # arguments that the new class has are kept
         accepted = {p.name for p in class_parameters(_class_path(new)) or ()}
         kept = {k: v for k, v in merged["init_args"].value.items() if k in accepted}
         merged["init_args"] = ConfigNode(kept)
     for key, value in new.value.items():
+        # `callbacks+` adds to the list `callbacks`
         if key.endswith("+"):
             key = key[:-1]
             items = [*_as_list(merged.get(key)), *_as_list(value)]
             merged[key] = ConfigNode(items)
         else:
+            # `_expand_plus` does the same inside of a value that is new
             merged[key] = _merge(merged[key], value) if key in merged else _expand_plus(value)
     return ConfigNode(merged, new.comment or old.comment)
 

@@ -72,6 +72,7 @@ class SourceFile:
         self._read(self.tree.body)
 
     def _read(self, body: Iterable[ast.stmt]) -> None:
+        # definitions: by name, the statement that defines it. setdefault keeps the first one.
         for node in body:
             match node:
                 case ast.ClassDef() | ast.FunctionDef() | ast.AsyncFunctionDef():
@@ -80,16 +81,19 @@ class SourceFile:
                     self._read_assignment(name, node.value, node)
                 case ast.AnnAssign(target=ast.Name(id=name)):
                     self.definitions.setdefault(name, node)
+                # `__all__ += [...]`: the exported names
                 case ast.AugAssign(target=ast.Name(id="__all__")):
                     self.exported_exprs.append(node.value)
                 case ast.Assign(targets=[ast.Attribute(value=ast.Name(id=name), attr="__doc__")]):
                     self.docstrings[name] = node.value
                 case ast.Import():
                     for alias in node.names:
+                        # `import a.b` binds a, and `import a.b as c` binds c to a.b
                         local = alias.asname or alias.name.partition(".")[0]
                         self.imports.setdefault(local, (alias.name if alias.asname else local, ""))
                 case ast.ImportFrom():
                     self._read_import_from(node)
+                # definitions under `if` or `try` count as those of the module
                 case ast.If():
                     self._read([*node.body, *node.orelse])
                 case ast.Try():
@@ -153,16 +157,20 @@ def find_module_file(module: str) -> Path | None:
     if first == "ravine":
         import ravine
 
+        # Most subpackages, such as ravine.callbacks, lie in PACKAGE_ROOT, beside the folder
+        # `ravine`.
         folders = [Path(str(ravine.__file__)).parent, PACKAGE_ROOT]
         if remainder and remainder[0] != "lightning_compat":
             folders.reverse()
     else:
         try:
+            # for a top-level name this imports nothing
             spec = importlib.util.find_spec(first)
         except (ImportError, ValueError, AttributeError):
             return None
         if spec is None:
             return None
+        # a package's file is its __init__.py; a module in C has no source text
         if not remainder:
             is_python = spec.origin is not None and spec.origin.endswith(".py")
             return Path(spec.origin) if is_python and spec.origin else None
@@ -194,6 +202,11 @@ def resolve(source: SourceFile, expression: str, depth: int = 0) -> Definition |
     """Return the definition of a name in a file, `Lion` or `L.Callback`, followed through imports.
 
     An assignment of another name (`Checkpoint = ModelCheckpoint`) is followed, too.
+
+    Args:
+        source: the file's definitions and imports, read from its text; nothing is imported.
+        expression: the name, with dots for attributes.
+        depth: number of steps so far, which ends a cycle.
     """
     if depth > MAX_BASES:
         return None
@@ -203,13 +216,16 @@ def resolve(source: SourceFile, expression: str, depth: int = 0) -> Definition |
         value = node.value if isinstance(node, ast.Assign) else None
         if not remainder and isinstance(value, ast.Name | ast.Attribute):
             return resolve(source, ast.unparse(value), depth + 1) or Definition(head, node, source)
+        # an attribute of a class is not looked for
         return None if remainder else Definition(head, node, source)
     if head not in source.imports:
+        # modules of `from module import *`
         for module in source.star_imports:
             other = find_source(module)
             if other and (resolved := resolve(other, expression, depth + 1)):
                 return resolved
         return None
+    # `from a import b as c` gives c: (a, b); `import a as c` gives c: (a, "")
     module, attribute = source.imports[head]
     names = [name for name in (attribute, *remainder.split(".")) if name]
     while names:  # each name is a submodule, or an attribute of the module
@@ -253,6 +269,10 @@ def parameters_of(definition: Definition, depth: int = 0) -> list[Parameter] | N
     """Return the arguments of a class or function; None if its signature is not in source text.
 
     `**kwargs` is replaced by the arguments of the function or base class that receives it.
+
+    Args:
+        definition: the statement of a class or function, and its file.
+        depth: number of base classes followed so far.
     """
     node = definition.node
     if depth > MAX_BASES:
@@ -266,15 +286,19 @@ def parameters_of(definition: Definition, depth: int = 0) -> list[Parameter] | N
     )
     if init is not None:
         parameters = _function_parameters(definition, init, definition, depth)
+        # adds the descriptions of the docstring's Args section
         return _described(parameters, definition, init)
     if is_dataclass(definition) or any(name == "NamedTuple" for name, _ in bases_of(definition)):
         return _described(_field_parameters(definition, depth), definition)
+    # base: the definition of a base class; None if its source text is not found
     for name, base in bases_of(definition):
         if base is None and name not in ("object", "ABC", "Generic", "Protocol"):
             return None
         parameters = parameters_of(base, depth + 1) if base else None
+        # a base without arguments counts only if it has an __init__ of its own
         if base and parameters is not None and (parameters or find_init(base)):
             return parameters
+    # no class in the order of bases has an __init__
     return []
 
 
@@ -289,8 +313,10 @@ def find_init(definition: Definition) -> ast.FunctionDef | None:
 def _function_parameters(
     definition: Definition, function: Any, owner: Definition | None, depth: int
 ) -> list[Parameter]:
+    # owner: the class of which the function is __init__; None for a plain function
     arguments = function.args
     positional = [*arguments.posonlyargs, *arguments.args]
+    # the syntax tree has defaults of the last arguments only
     defaults = [None] * (len(positional) - len(arguments.defaults)) + [*arguments.defaults]
     pairs = [*zip(positional, defaults, strict=True)]
     pairs = pairs[1:] if owner else pairs  # without self
@@ -306,6 +332,7 @@ def _function_parameters(
     ]
     if arguments.kwarg is not None:
         names = {parameter.name for parameter in parameters}
+        # the arguments of the function or base class that **kwargs is passed to
         forwarded = _forwarded_parameters(definition, function, owner, depth)
         parameters += [p for p in forwarded if p.name not in names]
     return parameters
@@ -322,6 +349,7 @@ def _forwarded_parameters(
 ) -> list[Parameter]:
     """Return the arguments that `**kwargs` of a function may hold: those of the call it is in."""
     name = function.args.kwarg.arg
+    # the calls in the body that contain `**kwargs`
     for call in _calls_with_kwargs(function, name, owner):
         target = ast.unparse(call.func)
         if target == "super().__init__" and owner:
@@ -329,9 +357,11 @@ def _forwarded_parameters(
         else:
             resolved = resolve(definition.source, target)
             receivers = [resolved] if resolved else []
+        # the call sets these itself, so `**kwargs` cannot contain them
         passed = {keyword.arg for keyword in call.keywords}
         for receiver in receivers:
             if parameters := parameters_of(receiver, depth + 1):
+                # positional arguments of the call take the first places
                 return [p for p in parameters[len(call.args) :] if p.name not in passed]
     return []
 
@@ -402,7 +432,13 @@ def docstring_of(definition: Definition) -> str:
 
 
 def _constant_texts(expr: ast.expr, source: SourceFile, depth: int = 0) -> Iterator[str]:
-    """Yield the texts of a concatenation or an f-string; names of other texts are looked up."""
+    """Yield the texts of a concatenation or an f-string; names of other texts are looked up.
+
+    Args:
+        expr: the expression in the syntax tree.
+        source: its file, in which names are looked up.
+        depth: number of names followed so far, which ends a cycle.
+    """
     match expr:
         case ast.Constant(value=str(text)):
             yield text
@@ -421,6 +457,7 @@ def _constant_texts(expr: ast.expr, source: SourceFile, depth: int = 0) -> Itera
                 yield str(value.value)
             elif resolved and isinstance(value, ast.expr):
                 yield from _constant_texts(value, resolved.source, depth + 1)
+        # "...".format(...): the text before the fields are filled
         case ast.Call(func=ast.Attribute(attr="format", value=value)):
             yield from _constant_texts(value, source, depth)
 
@@ -521,6 +558,8 @@ def default_value(parameter: Parameter) -> Any:
 
 
 def _evaluate(node: ast.expr, source: SourceFile | None, depth: int) -> Any:
+    # Evaluates an expression from source text without running it. Anything but constants, simple
+    # operators and dataclasses is unknown.
     if depth > MAX_BASES:
         raise UnknownValueError(ast.unparse(node))
     try:
@@ -535,6 +574,7 @@ def _evaluate(node: ast.expr, source: SourceFile | None, depth: int) -> Any:
         case ast.BinOp(left=left, op=op, right=right):
             values = _evaluate(left, source, depth + 1), _evaluate(right, source, depth + 1)
             return _operate(op, *values)
+        # the value that the name is assigned, in this file or the one it is imported from
         case ast.Name() | ast.Attribute() if source:
             resolved = resolve(source, ast.unparse(node))
             value = getattr(resolved.node, "value", None) if resolved else None
@@ -583,6 +623,7 @@ def literal_choices(annotation: str, source: SourceFile | None, depth: int = 0) 
 
 
 def _literal_choices(node: ast.expr, source: SourceFile | None, depth: int) -> list[Any]:
+    # The texts of Literal[...] in a type hint. `X | Y` gives those of both; a name is looked up.
     match node:
         case ast.BinOp(left=left, op=ast.BitOr(), right=right):
             return [

@@ -22,6 +22,7 @@ def two_columns(rows: Sequence[tuple[str, Iterable[str]]], indent: int = 2) -> l
         indent: spaces before the names.
     """
     names = [len(name) for name, _ in rows if len(name) <= MAX_NAME_WIDTH]
+    # start of the texts; longer names than MAX_NAME_WIDTH do not widen it
     column = indent + max(names, default=MAX_NAME_WIDTH) + 2
     lines = []
     for name, texts in rows:
@@ -34,6 +35,7 @@ def two_columns(rows: Sequence[tuple[str, Iterable[str]]], indent: int = 2) -> l
             )
         ]
         head = " " * indent + name
+        # a long name has a line of its own
         if len(head) + 2 > column or not wrapped:
             lines.append(head)
         else:

@@ -21,13 +21,17 @@ def newest_and_best(paths: Collection[Path]) -> tuple[list[Path], str]:
     if not paths:
         return [], ""
     by_time = sorted(paths, key=lambda path: path.lstat().st_mtime_ns, reverse=True)
+    # -1 for a name without a step
     kept = {max(paths, key=lambda path: checkpoint_step_in_name(path) or -1)}
     for path in by_time:
         kept.add(path)
+        # None: the file is complete. Checksums would mean to read all of a large file.
         if find_damage(path, verify_checksums=False) is None:
+            # the states of the callbacks in the checkpoint, by name; None if they cannot be read
             states = callback_states(path)
             if states is None:
                 return list(kept), f"the callbacks in {path.name} cannot be read"
+            # `named_files`: the existing files that these states call best or last
             return [*kept, *named_files(states, path)], ""
     return list(kept), "no checkpoint can be read"
 
@@ -51,6 +55,8 @@ def named_files(states: dict[str, Any], checkpoint: Path) -> list[Path]:
     names: list[str] = []
     for state in states.values():
         if isinstance(state, dict):
+            # best_k_models, best_model_path and last_model_path are written by Lightning's
+            # ModelCheckpoint
             best = state.get("best_k_models")
             names += [*best] if isinstance(best, dict) else []
             names += [state.get("best_model_path", ""), state.get("last_model_path", "")]
@@ -61,6 +67,7 @@ def named_files(states: dict[str, Any], checkpoint: Path) -> list[Path]:
         try:
             if path.exists():
                 existing.append(path)
+        # a path that is too long or has a NUL character
         except (OSError, ValueError):
             continue
     return existing

@@ -42,7 +42,13 @@ class Deletion(NamedTuple):
 
 
 def clean_runs(words: list[str], root: Path, flags: dict[str, str]) -> int:
-    """Show what would be deleted, or with `--yes` delete it; return the exit status."""
+    """Show what would be deleted, or with `--yes` delete it; return the exit status.
+
+    Args:
+        words: what to free (checkpoints, evaluations, events or failed), then names of runs.
+        root: the folder of all runs.
+        flags: by name without dashes: yes, and filters such as status.
+    """
     from ..commands.runs import format_size, printable, select_runs
 
     is_confirmed = "yes" in flags
@@ -57,13 +63,16 @@ def clean_runs(words: list[str], root: Path, flags: dict[str, str]) -> int:
             "runs clean {}".format,
             "checkpoints",
         )
+    # deletion later opens each folder from `root` down, and follows no link
     root = root.resolve() if root.is_symlink() else root
     all_runs = index.list_runs(root)
+    # runs whose names begin with one of `names` (all without names) and that fit the filters
     chosen = select_runs(all_runs, names, root, flags)
     for run in chosen:
         if run.status == "running":
             print(f"{run.name} is running: left alone")
     ended = [run for run in chosen if run.status != "running"]
+    # `all_runs` too: a run that was not chosen may still need a checkpoint of one that was
     deletions = FINDERS[kind](ended, all_runs)
     if not deletions:
         print(f"nothing to free: no {kind} of {len(chosen)} runs under {root} can be deleted")
@@ -91,14 +100,22 @@ def find_old_checkpoints(ended: list[RunSummary], all_runs: list[RunSummary]) ->
     The newest checkpoint of each run states which files are its best; a best file may lie in the
     folder of the run that it was resumed from. A run whose newest checkpoint cannot be read keeps
     all files, and so do runs of the same name.
+
+    Args:
+        ended: the runs to free, none of which is running.
+        all_runs: all runs, whose newest and best checkpoints stay.
     """
     if not any(len(list(walk_checkpoints(run))) > 1 for run in ended):
         return []
+    # imported here, because it imports torch, which takes seconds
     from ravine.cli.run_folders.best_checkpoints import newest_and_best
 
+    # device and inode numbers of the files to keep: the same under each name of a file
     protected: set[tuple[int, int]] = set()
+    # names of runs without their version, such as spam/quick
     unreadable: set[str] = set()
     for run in all_runs:
+        # `walk_checkpoints` yields the path below the run's folder as segments, and the size
         paths = [Path(run.folder, *segments) for segments, _ in walk_checkpoints(run)]
         kept, problem = newest_and_best(paths)
         protected |= {identity for path in kept if (identity := file_identity(path))}
@@ -185,12 +202,15 @@ def walk_checkpoints(run: RunSummary) -> Iterator[tuple[tuple[str, ...], int]]:
         top = Path(run.folder, *segments)
         if top.is_symlink():
             continue
+        # a folder that was deleted meanwhile is left out
         with suppress(OSError), os.scandir(top) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
                 inner = (*segments, entry.name)
                 if entry.is_dir(follow_symlinks=False):
+                    # a sharded checkpoint is a folder
                     if entry.name.endswith(".ckpt"):
                         yield inner, folder_size(Path(entry.path))
+                    # .tmp: a checkpoint that is being written
                     elif not entry.name.startswith(".tmp"):
                         pending.append(inner)
                 elif entry.is_file(follow_symlinks=False) and entry.name.endswith(".ckpt"):
@@ -233,8 +253,10 @@ def delete(deletion: Deletion, root: Path) -> None:
     Raises:
         UsageError: the entry is no longer what was shown.
     """
+    # names of folders from `root` to the entry; the entry itself is the last
     segments = (*deletion.run.folder.relative_to(root).parts, *deletion.segments)
     try:
+        # opens each folder inside the one before and refuses a link; `parent` is a descriptor
         with opened_folder(root, segments[:-1]) as parent:
             name = segments[-1]
             mode = os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode

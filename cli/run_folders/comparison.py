@@ -48,7 +48,13 @@ class ComparedRun(NamedTuple):
 
 
 def compare_runs(names: list[str], root: Path, flags: dict[str, str]) -> int:
-    """Print what differs between runs, write the picture and the page; return the exit status."""
+    """Print what differs between runs, write the picture and the page; return the exit status.
+
+    Args:
+        names: the runs as typed: paths, names such as spam/quick/3, or `last`.
+        root: the folder of all runs.
+        flags: by name without dashes: metrics (a list with commas) and folder (for the files).
+    """
     if len(names) < 2:
         newest = [run.name for run in index.list_runs(root)[:2]]
         example = newest if len(newest) == 2 else ["A", "B"]
@@ -58,6 +64,7 @@ def compare_runs(names: list[str], root: Path, flags: dict[str, str]) -> int:
         )
     if len(names) > MAX_RUNS:
         raise UsageError(f"{len(names)} runs are too many for one page", [f"2 to {MAX_RUNS}"])
+    # raises an error for a name that no run, or more than one, has
     folders = [index.find_run(name, root, "runs compare") for name in names]
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UsageError("the same run was given twice", [str(folder) for folder in folders])
@@ -65,6 +72,7 @@ def compare_runs(names: list[str], root: Path, flags: dict[str, str]) -> int:
     chosen = choose_metrics(runs, flags.get("metrics"))
     differences = differing_values(runs)
     folder = Path(flags.get("folder", root / "comparison"))
+    # a link in place of the default folder could lead the files elsewhere; a named one is meant
     if "folder" not in flags and folder.is_symlink():
         raise UsageError(
             f"{folder} is a symbolic link", "a folder that is named", flag="--folder=NAME"
@@ -100,7 +108,9 @@ def read_config(path: Path) -> dict[str, Any]:
         return {}
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
+        # raises an error if aliases would make the built value too large for the memory
         check_yaml_size(text, str(path))
+        # `loader` is a safe loader: it builds plain values only
         content = yaml.load(text, loader)
         json.dumps(content, default=str)  # rejects recursive anchors
     except (yaml.YAMLError, UsageError, TypeError, ValueError, RecursionError):
@@ -116,6 +126,7 @@ def flatten(value: Any, key: str = "") -> list[tuple[str, Any]]:
     if isinstance(value, dict):
         leaves = []
         for name, child in value.items():
+            # init_args holds the arguments of a class; the command line leaves this level out
             inner = key if name == "init_args" else f"{key}.{name}".lstrip(".")
             leaves += flatten(child, inner)
         return leaves
@@ -124,6 +135,7 @@ def flatten(value: Any, key: str = "") -> list[tuple[str, Any]]:
         for position, child in enumerate(value):
             class_path = child.get("class_path", "") if isinstance(child, dict) else ""
             name = str(class_path).rpartition(".")[2] or str(position)
+            # a second entry of the same class gets its position as well
             name = f"{name}.{position}" if name in seen else name
             seen.add(name)
             leaves += flatten(child, f"{key}.{name}")
@@ -153,9 +165,12 @@ def facts_of(run: ComparedRun) -> dict[str, str]:
     """Return what the top of the table says of a run."""
     from ..commands.runs import format_best, format_size, format_time
 
+    # summary: what the list of runs shows. known: the content of run.json, or {}.
     summary, known = run.summary, run.summary.record or {}
+    # parts of run.json; {} where it has no mapping. parent: the run that this one was resumed from.
     git, machine, parent = (index.mapping(known.get(k)) for k in ("git", "machine", "parent"))
     commit = str(git.get("commit", ""))[:12]
+    # whether files differed from the commit when the run started
     dirty = " + changes" if commit and git.get("is_dirty") else ""
     return {
         "status": summary.status,
@@ -188,16 +203,23 @@ def table_sections(
 
 
 def format_columns(runs: list[ComparedRun], differences: dict[str, list[str]]) -> str:
-    """Return the table for the terminal: a column for each run."""
+    """Return the table for the terminal: a column for each run.
+
+    Args:
+        runs: the compared runs.
+        differences: by dotted key of the configuration, a text for each run.
+    """
     from ..commands.runs import printable
 
     lines = [("", *(run.summary.name for run in runs))]
+    # sections named run, differs and last value; rows: by key, a text for each run
     for title, rows in table_sections(runs, differences):
         lines.append((f"[{title}]", *("" for _ in runs)))
         if not rows:
             nothing = "nothing in config.yaml" if title == "differs" else "nothing"
             lines.append((nothing, *("" for _ in runs)))
         lines += [(key, *texts) for key, texts in rows.items()]
+    # `printable` replaces control characters, which a run's name could send to the terminal
     cells = [[shorten(printable(text)) for text in line] for line in lines]
     widths = [max(len(line[i]) for line in cells) for i in range(len(runs) + 1)]
     return "\n".join(
@@ -214,12 +236,17 @@ def shorten(text: str) -> str:
 def choose_metrics(runs: list[ComparedRun], requested: str | None) -> list[str]:
     """Return the metrics to draw: those requested, or those that most runs have, losses first.
 
+    Args:
+        runs: the compared runs, with their curves.
+        requested: names with commas between them, or None.
+
     Raises:
         UsageError: no run has a requested metric.
     """
     counts: dict[str, int] = {}
     for run in runs:
         for name, points in run.curves.items():
+            # number of runs that have at least one point of the metric
             counts[name] = counts.get(name, 0) + (len(points) > 0)
     if requested is None:
 
@@ -231,6 +258,8 @@ def choose_metrics(runs: list[ComparedRun], requested: str | None) -> list[str]:
     names = [name.strip() for name in requested.split(",") if name.strip()]
     for name in names:
         if name not in counts:
+            # this function makes the error: problem, wrong word, known names, the suggested flag,
+            # and its value if no known name is near
             raise unknown_name_error(
                 f"none of these runs has the metric {name!r}",
                 name,
@@ -257,11 +286,15 @@ def draw_curves(runs: list[ComparedRun], metrics: list[str]) -> bytes:
     for number, metric in enumerate(metrics):
         axes = figure.add_subplot(rows, columns, number + 1)
         axes.set_xlabel("optimizer step")
+        # `plain_label` escapes what matplotlib would read as a formula
         axes.set_title(plain_label(metric))
         for position, run in enumerate(runs):
             curve = run.curves.get(metric, [])
+            # `thin` keeps at most 2000 finite points. FIRST_LOGGED_STEP: what the loggers write for
+            # the first step.
             points = thin([(step + 1 - index.FIRST_LOGGED_STEP, value) for step, value in curve])
             if points:
+                # a curve of few points would hardly be visible without dots
                 marker = "o-" if len(points) <= 30 else "-"
                 axes.plot(
                     *zip(*points, strict=True),
@@ -295,9 +328,16 @@ def thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def make_page(runs: list[ComparedRun], differences: dict[str, list[str]], picture: bytes) -> str:
-    """Return the page: the table and the picture in one HTML file without scripts."""
+    """Return the page: the table and the picture in one HTML file without scripts.
+
+    Args:
+        runs: the compared runs.
+        differences: by dotted key of the configuration, a text for each run.
+        picture: the curves as PNG.
+    """
     head = "".join(f"<th>{html.escape(run.summary.name)}</th>" for run in runs)
     body = []
+    # sections named run, differs and last value; rows: by key, a text for each run
     for title, rows in table_sections(runs, differences):
         titles = {
             "run": "Runs",
@@ -317,6 +357,7 @@ def make_page(runs: list[ComparedRun], differences: dict[str, list[str]], pictur
         body.append(
             f'<div class="wide"><table><tr><th></th>{head}</tr>{"".join(lines)}</table></div>'
         )
+    # the picture lies inside the page, so that the page can be copied alone
     image = base64.b64encode(picture).decode("ascii")
     commands = "".join(
         f"<li>{html.escape(run.summary.name)}: <code>{html.escape(command)}</code></li>"
@@ -324,6 +365,8 @@ def make_page(runs: list[ComparedRun], differences: dict[str, list[str]], pictur
         if (command := command_text(run))
     )
     title = html.escape(" and ".join(run.summary.name for run in runs))
+    # html.escape keeps a run's texts from acting as HTML. CONTENT_POLICY also forbids scripts and
+    # loads.
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">'
@@ -349,6 +392,7 @@ def write_files(folder: Path, picture: bytes, page_text: str) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # A new file replaces the old one at once, so that no reader sees half a picture.
         descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".tmp-")
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -356,8 +400,10 @@ def write_files(folder: Path, picture: bytes, page_text: str) -> None:
             os.chmod(temporary, 0o644)
             os.replace(temporary, folder / PICTURE)
         finally:
+            # after os.replace the temporary file no longer exists
             with suppress(OSError):
                 os.unlink(temporary)
+        # does the same for a text
         write_atomically(folder / PAGE, page_text)
     except OSError as error:
         raise UsageError(

@@ -29,17 +29,21 @@ def open_experiment(folder: Path, kept_steps: int | None, create: Callable[[], A
     text = ""
     if kept_steps is not None:
         if path.is_file() and not path.is_symlink():
+            # under this name the file survives `create`, and a crash in between
             os.replace(path, earlier)
+        # None for a link, or for a file that is missing or too large
         text = read_regular_file(earlier, MAX_CURVES_BYTES) or ""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Experiment logs directory .* is not empty")
         experiment = create()
     if text:
+        # the names of the columns, and the rows of the first `kept_steps` steps
         names, kept = rows_up_to(text, kept_steps or 0)
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, fieldnames=names)
             writer.writeheader()
             writer.writerows(kept)
+        # Lightning's writer appends rows only if it knows the columns of the file
         experiment.metrics_keys = names
     earlier.unlink(missing_ok=True)
     return experiment

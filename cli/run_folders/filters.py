@@ -45,9 +45,12 @@ def apply_filters(runs: list[RunSummary], filters: dict[str, str]) -> list[RunSu
     """
     kept = runs
     if "task" in filters:
+        # `--task=a,b` gives several names; a dotted path counts by its last part
         wanted = {name.rpartition(".")[2].lower() for name in _words(filters["task"])}
         tasks = sorted({run.task for run in runs if run.task})
+        # without any known task an unknown name is no mistake
         for name in wanted - {task.lower() for task in tasks} if tasks else ():
+            # the error suggests the nearest of the tasks as a flag, or --task=TASK
             raise unknown_name_error(
                 f"no run has the task {name!r}", name, tasks, "--task={}".format, "TASK"
             )
@@ -60,6 +63,7 @@ def apply_filters(runs: list[RunSummary], filters: dict[str, str]) -> list[RunSu
                     f"no status is called {name!r}", name, STATUSES, "--status={}".format, "done"
                 )
         kept = [run for run in kept if run.status in statuses]
+    # best, steps, time and size: each is given as a range, such as ..0.5
     for name, value_of in VALUES.items():
         if name in filters:
             low, high = parse_range(name, filters[name])
@@ -82,12 +86,18 @@ def _words(text: str) -> list[str]:
 
 
 def parse_range(name: str, text: str) -> tuple[float, float]:
-    """Return the bounds of `100..500`, `100..` or `..500`; units as in `10m` and `1GB`."""
+    """Return the bounds of `100..500`, `100..` or `..500`; units as in `10m` and `1GB`.
+
+    Args:
+        name: best, steps, time or size, which decides the units.
+        text: the range as typed.
+    """
     low, dots, high = text.partition("..")
     try:
         if not dots:
             raise ValueError
         bounds = (
+            # a number with its unit, as seconds or bytes; an empty bound is open
             parse_amount(name, low) if low else -math.inf,
             parse_amount(name, high) if high else math.inf,
         )

@@ -73,11 +73,15 @@ def find_run_folders(root: Path) -> Iterator[Path]:
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:
+                    # RUN_MARKERS: names that only a run's folder has, such as run.json or
+                    # checkpoints
                     is_run = is_run or entry.name in RUN_MARKERS
                     if entry.name[0] != "." and entry.is_dir(follow_symlinks=False):
                         subfolders.append((Path(entry.path), depth + 1))
+        # a folder that may not be read, or was deleted meanwhile
         except OSError:
             continue
+        # depth 0 is `root` itself, which is no run even if it holds a file of that name
         if is_run and depth:
             yield folder
         elif depth < MAX_DEPTH:
@@ -107,21 +111,26 @@ def list_runs(root: Path) -> list[RunSummary]:
 
 def summarize(folder: Path, root: Path) -> RunSummary:
     """Summarize a run from its record, and from its files where the record says nothing."""
+    # record: the content of run.json, or None. facts: sizes and times of the files.
     record, facts = read_record(folder), inspect_folder(folder)
     known = record or {}
+    # `_number` and `_text` return None for a value of another type: the file is not trusted
     steps, seconds, started = (_number(known.get(k)) for k in ("steps", "duration_s", "started"))
+    # `running` becomes `killed` if the process no longer exists
     status = status_of(record, facts.last_written)
     best, metric, mode, task = None, None, "min", _text(known.get("task"))
     recorded_best = known.get("best")
     if isinstance(recorded_best, dict):
         metric, best = _text(recorded_best.get("metric")), _number(recorded_best.get("value"))
         mode = "max" if recorded_best.get("mode") == "max" else "min"
+    # such a run has not written its best value: look into metrics.csv and config.yaml
     if record is None or (best is None and status in ("killed", "running")):
         last_step, metric, best = read_best_loss(folder)
         steps = max((s for s in (steps, last_step, checkpoint_step(facts)) if s), default=steps)
         task = task or task_of_config(folder)
     if record is None:
         started, seconds = facts.first_written, facts.last_written - facts.first_written
+    # the recorded duration of a run that has not ended is too small
     elif seconds is None or status in ("killed", "running"):
         seconds = max(0.0, facts.last_written - (started or facts.first_written))
     return RunSummary(
@@ -163,6 +172,7 @@ def inspect_folder(folder: Path) -> FolderFacts:
         top = pending.pop()
         with suppress(OSError), os.scandir(top) as entries:
             for entry in entries:
+                # a checkpoint is a file, or the folder of a sharded one
                 if entry.name.endswith(".ckpt"):
                     checkpoints.append(entry.name)
                 if entry.is_dir(follow_symlinks=False):
@@ -173,6 +183,7 @@ def inspect_folder(folder: Path) -> FolderFacts:
                     if stat.S_ISREG(status.st_mode):
                         size += status.st_size
                         last, first = max(last, status.st_mtime), min(first, status.st_mtime)
+    # no file was found: use the time of the folder itself
     if not last:
         with suppress(OSError):
             last = first = folder.lstat().st_mtime
@@ -199,19 +210,23 @@ def read_best_loss(folder: Path) -> tuple[int | None, str | None, float | None]:
         return None, None, None
     lines = text.splitlines()
     columns = lines[0].split(",")
+    # such as val/loss; the first of them is used
     names = [n for n in columns if n.startswith("val") and n.endswith("loss")]
     step_column = columns.index("step") if "step" in columns else None
     column = columns.index(names[0]) if names else None
     best, last_step = None, None
     for line in lines[1:]:
         cells = line.split(",")
+        # a line that is being written, or was cut off
         if len(cells) != len(columns):
             continue
         with suppress(ValueError):
             if column is not None and cells[column]:
                 value = float(cells[column])
+                # value == value is False for NaN
                 best = value if value == value and (best is None or value < best) else best
             if step_column is not None and cells[step_column].isdecimal():
+                # the loggers write FIRST_LOGGED_STEP for the first step; here steps are counted
                 last_step = int(cells[step_column][:15]) + 1 - FIRST_LOGGED_STEP
     return last_step, names[0] if best is not None else None, best
 
@@ -219,13 +234,19 @@ def read_best_loss(folder: Path) -> tuple[int | None, str | None, float | None]:
 def read_curves(
     folder: Path, max_bytes: int = MAX_CURVES_BYTES
 ) -> dict[str, list[tuple[float, float]]]:
-    """Return each metric of `metrics.csv` as points (step, value), sorted by step."""
+    """Return each metric of `metrics.csv` as points (step, value), sorted by step.
+
+    Args:
+        folder: the run's folder.
+        max_bytes: a larger file is not read, and gives no curves.
+    """
     text = read_regular_file(folder / "metrics.csv", max_bytes)
     curves: dict[str, list[tuple[float, float]]] = {}
     if not text:
         return curves
     for row in csv.DictReader(text.splitlines()):
         with suppress(TypeError, ValueError):
+            # a row without a step raises ValueError here, and is left out
             step = float(row.get("step") or "")
             for name, cell in row.items():
                 if cell and name not in ("step", "epoch", None) and isinstance(cell, str):
@@ -239,16 +260,21 @@ def joined_curves(run: RunSummary, root: Path) -> dict[str, list[tuple[float, fl
 
     Only runs below `root` are read, whatever the record says.
     """
+    # `seen` ends the loop if records name each other as parents
     curves, seen, current = read_curves(run.folder), {run.folder.resolve()}, run.record
     limit = float("inf")
     while current is not None and isinstance(parent := current.get("parent"), dict):
+        # parent: the run that `current` was resumed from, and the step of the checkpoint.
+        # `parent_folder` is None for a run that is not below `root`.
         step, folder = _number(parent.get("step")), parent_folder(parent, root)
         if step is None or folder is None or folder.resolve() in seen:
             break
         seen.add(folder.resolve())
+        # what an earlier run logged after the resumed step does not belong to this run
         limit = min(limit, step)
         for name, points in read_curves(folder).items():
             later = curves.get(name, [])
+            # first step of this metric in the later runs: no step is drawn twice
             start = min((s for s, _ in later), default=float("inf"))
             end = min(start, limit + FIRST_LOGGED_STEP)
             curves[name] = [point for point in points if point[0] < end] + later
@@ -278,8 +304,10 @@ def find_run(text: str, root: Path, flag: str = "runs") -> Path:
     Raises:
         UsageError: no run, or more than one, has that name.
     """
+    # the run's folder if `text` is a path to it or to one of its files, else None
     if path := run_at_path(text):
         return path
+    # by short name: spam/quick/3 stands for the folder spam/quick/version_3
     runs = {run_name_of(folder, root): folder for folder in find_run_folders(root)}
     if not runs:
         raise UsageError(
@@ -287,6 +315,7 @@ def find_run(text: str, root: Path, flag: str = "runs") -> Path:
         )
     if text == "last":
         return max(runs.values(), key=_start_time)
+    # `text` without the root and without `version_`
     wanted = short_name(text, root)
     if wanted in runs:
         return runs[wanted]
@@ -295,6 +324,7 @@ def find_run(text: str, root: Path, flag: str = "runs") -> Path:
         return runs[matching[0]]
     if matching:
         shown = [*matching[:8], *([f"and {len(matching) - 8} more"] if len(matching) > 8 else [])]
+        # a class of its own, because `split_run_request` passes it on but no other error
         raise AmbiguousRunError(
             f"{len(matching)} runs begin with {text!r}",
             shown,
@@ -318,9 +348,12 @@ def split_run_request(request: str, root: Path) -> tuple[Path, bool] | None:
     Raises:
         UsageError: several runs begin with that name.
     """
+    # names that Ravine or Lightning gives a meaning of its own
     is_keyword = request in ("auto", "last", "best", "hpc", "registry", "null")
     if not request or is_keyword or "://" in request or request.endswith(".ckpt"):
         return None
+    # An existing path is a checkpoint, unless it is a run's folder. A sharded checkpoint is a
+    # folder too, but has no folder `checkpoints`.
     if os.path.exists(request) and not (
         os.path.isdir(request) and os.path.isdir(os.path.join(request, "checkpoints"))
     ):
@@ -332,6 +365,7 @@ def split_run_request(request: str, root: Path) -> tuple[Path, bool] | None:
         return find_run(name, root, "--ckpt_path"), kind == "best"
     except AmbiguousRunError:
         raise
+    # no run has that name: the caller treats the text as a path
     except UsageError:
         return None
 

@@ -55,6 +55,9 @@ def place_run(
 ) -> Placement:
     """Decide where a run writes.
 
+    The result names the parent folder and a prefix, to which a number is added later. If a run goes
+    on, it also names the existing folder, `continued`.
+
     Args:
         verb: fit, validate, test or predict.
         checkpoint: the checkpoint that it loads, or None.
@@ -64,14 +67,18 @@ def place_run(
             known, as in a script.
     """
     parent = Path(root, name)
+    # VERSION_PREFIX is version_. A URL is no file of a run.
     if checkpoint is None or "://" in str(checkpoint):
         return Placement(parent, index.VERSION_PREFIX)
     path = Path(checkpoint)
+    # run: the folder whose `checkpoints` holds the file, or None. step: its optimizer steps.
     run, step = run_of_checkpoint(path), checkpoint_step(path)
     origin = {"run": None, "checkpoint": str(path), "step": step}
     if run is not None:
+        # relative to `root`, so that the folder of all runs can be moved
         origin["run"] = relative_to_root(run, root)
     if verb != "fit":
+        # an evaluation lies inside of the run that it evaluates
         if run is not None and is_writable(run):
             return Placement(run, f"{verb}_", origin=origin)
         return Placement(parent, f"{verb}_", origin=origin)
@@ -109,7 +116,16 @@ def is_writable(run: Path) -> bool:
 def reason_for_new_version(
     path: Path, run: Path | None, parent: Path, changed_arguments: list[str] | None
 ) -> str:
-    """Return why a fit from a checkpoint may not go on in its run's folder; "" if it may."""
+    """Return why a fit from a checkpoint may not go on in its run's folder; "" if it may.
+
+    Args:
+        path: the checkpoint.
+        run: the folder of the run that it belongs to, or None.
+        parent: the folder of the runs with the name of this command, in which a new version would
+            lie.
+        changed_arguments: arguments that differ from the checkpoint's run; None in a script.
+    """
+    # a script has no configuration that could be compared
     if changed_arguments is None:
         return "a script resumes into a new version"
     if run is None:
@@ -120,12 +136,15 @@ def reason_for_new_version(
         return f"{run} may not be written to"
     if special := find_special_file(run):
         return f"{special} is a link or a device, and writing to it could leave the run's folder"
+    # the content of run.json, or None. A run whose process no longer exists does not count as
+    # running.
     known = record.read_record(run)
     if record.status_of(known, index.inspect_folder(run).last_written) == "running":
         return f"{run} is still being written to"
     if changed_arguments:
         shown = ", ".join(changed_arguments[:3]) + (", ..." if len(changed_arguments) > 3 else "")
         return f"{shown} changed"
+    # going on from an older checkpoint would replace what the run trained after it
     if newer := newer_checkpoint(path, run):
         return f"{newer.name} is newer than {path.name}"
     return ""
@@ -187,7 +206,13 @@ def relative_to_root(run: Path, root: Path) -> str:
 def create_numbered_folder(
     parent: Path, prefix: str, fail: Callable[[Path, OSError], Exception]
 ) -> Path:
-    """Create the next free numbered folder; runs that start together get different ones."""
+    """Create the next free numbered folder; runs that start together get different ones.
+
+    Args:
+        parent: the folder in which it is created.
+        prefix: the beginning of its name, such as `version_`.
+        fail: makes the error to raise, from the folder and the system's error.
+    """
     names = [path.name for path in parent.glob(f"{prefix}*")]
     numbers = [int(n[len(prefix) :]) for n in names if n[len(prefix) :].isdecimal()]
     number = max(numbers, default=-1) + 1
@@ -199,4 +224,5 @@ def create_numbered_folder(
         except OSError as error:
             if not os.path.lexists(folder):  # a parent is a file or a broken link
                 raise fail(folder, error) from error
+            # another run has just created this folder: try the next number
             number += 1

@@ -51,19 +51,30 @@ def typed_command() -> list[str]:
 
 
 def new_record(verb: str, name: str, task: str) -> Record:
-    """Return the record of a run that starts now in the current folder."""
+    """Return the record of a run that starts now in the current folder.
+
+    Args:
+        verb: fit, validate, test or predict.
+        name: the name of the run, such as shakespeare/quick.
+        task: the name of the model's class, such as LanguageModel.
+    """
+    # the words as typed, before presets and checkpoints add others
     command = typed_command()
     return {
         "format": RECORD_FORMAT,
         "verb": verb,
         "command": command,
+        # the values of -c and --config among these words
         "configs": _typed_configs(command),
         "name": name,
         "task": task,
         "folder": os.getcwd(),
         "status": "running",
         "started": time.time(),
+        # process number, start time and machine: they show later whether the run is alive
         "process": current_process(),
+        # [0]: commit, branch and names of changed files. [1] is the diff, which
+        # `write_surroundings` writes to a file of its own.
         "git": git_state(os.getcwd())[0],
         "versions": main_versions(),
         "machine": describe_host(),
@@ -181,16 +192,22 @@ def is_alive(record: Record, last_written: float) -> bool:
     process = record.get("process")
     if not isinstance(process, dict) or not isinstance(pid := process.get("pid"), int):
         return False
+    # a process of another machine cannot be looked up here
     if process.get("host") != socket.gethostname():
         return time.time() - last_written < 3600
+    # after a restart of the machine the number belongs to another process, or to none
     if process.get("boot") != boot_id() or pid <= 0:
         return False
+    # Numbers are used again: the same start time means the same process. It is None on a system
+    # without /proc.
     if process.get("started") is not None:
         return process_start(pid) == process["started"]
     try:
+        # signal 0 is not delivered; it only asks whether the process exists
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
+    # it exists, but belongs to another user
     except OSError:
         return True
     return True
@@ -210,10 +227,13 @@ def git_state(folder: str) -> tuple[dict[str, Any] | None, str]:
 
     It is read once a process. External diff programs, hooks and file monitors are not run. None
     and "" stand for a folder without a repository, or a machine without git.
+
+    The result is a pair: a mapping with commit, branch and changed files, and the text of the diff.
     """
     git = shutil.which("git")
     if git is None or (head := _run_git(git, folder, "rev-parse", "HEAD")) is None:
         return None, ""
+    # `_run_git` returns the output of a git command; None if it fails or takes too long
     branch = (_run_git(git, folder, "rev-parse", "--abbrev-ref", "HEAD") or "").strip()
     changed = _run_git(git, folder, "status", "--porcelain", "--ignore-submodules=all")
     difference = _run_git(
@@ -223,6 +243,7 @@ def git_state(folder: str) -> tuple[dict[str, Any] | None, str]:
     state = {
         "commit": head.strip(),
         "branch": branch,
+        # None: git status has failed, so it is not known
         "is_dirty": None if changed is None else bool(files),
         "changed_files": files[:100],
         "num_changed_files": len(files),
@@ -234,8 +255,16 @@ def git_state(folder: str) -> tuple[dict[str, Any] | None, str]:
 
 
 def _run_git(git: str, folder: str, *words: str) -> str | None:
-    """Return the output of a git command that reads; None if it fails or takes too long."""
+    """Return the output of a git command that reads; None if it fails or takes too long.
+
+    Args:
+        git: the path of the git program.
+        folder: the folder in which it runs.
+        words: the command and its arguments.
+    """
+    # a repository's own settings could otherwise name programs that git runs
     options = ("-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null")
+    # no lock is taken, so a git command of the user at the same time is not disturbed
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "GIT_PAGER": "cat"}
     try:
         finished = subprocess.run(

@@ -48,15 +48,19 @@ class RunRecorder(L.Callback):
             origin: run, checkpoint and step that it starts from, or None.
             is_continued: whether the folder is that of an earlier run, which goes on.
         """
+        # command, versions, machine and start time; status `running`
         record = new_record(verb, name, type(module).__name__)
         if is_continued:
+            # restored by `on_exception` if the run fails before it trains a step
             self._earlier = read_record(folder)
             earlier = dict(self._earlier or {})
             history = earlier.pop("history", [])
+            # The earlier record becomes the last entry of the new one's history.
             ended = {**earlier, "continued_from": origin} if earlier else {}
             record["history"] = [*(history if isinstance(history, list) else []), ended]
             record["parent"] = earlier.get("parent")
             best = earlier.get("best")
+            # a best value of the earlier part counts for the whole run
             self._best = best if isinstance(best, dict) else None
             record["first_started"] = earlier.get("first_started", earlier.get("started"))
             if (past := earlier.get("duration_s")) and isinstance(past, int | float):
@@ -66,6 +70,7 @@ class RunRecorder(L.Callback):
         self.record, self.folder, self._started = record, folder, time.monotonic()
         self._write()
         with suppress(OSError):
+            # writes the uncommitted diff and the installed packages; a run goes on without them
             write_surroundings(folder)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -126,14 +131,22 @@ class RunRecorder(L.Callback):
             record["best"] = self._find_best(trainer, record["metrics"])
 
     def _find_best(self, trainer: Any, metrics: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the best value of the monitored metric so far, and the names of kept files."""
+        """Return the best value of the monitored metric so far, and the names of kept files.
+
+        Args:
+            trainer: the trainer, with its ModelCheckpoint callbacks.
+            metrics: the values that are logged now, by name.
+        """
         callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        # the first callback that saves by a metric; without one, the validation loss is used
         monitored = next((c for c in callbacks if c.monitor), None)
         metric = str(monitored.monitor) if monitored else "val/loss"
         mode = monitored.mode if monitored else "min"
         value, best = metrics.get(metric), self._best
+        # a resumed run may monitor another metric than before
         if best is not None and best.get("metric") != metric:
             best = None
+        # value == value is False for NaN
         if isinstance(value, int | float) and value == value:
             is_first = best is None or not isinstance(best.get("value"), int | float)
             is_better = not is_first and (

@@ -42,6 +42,7 @@ class NewCallback(L.Callback):
             return
         with torch.no_grad():
             weights = [p for p in pl_module.parameters() if p.requires_grad]
+            # the root of the mean square over all trained weights
             total = torch.stack([w.float().square().sum() for w in weights]).sum()
             count = sum(w.numel() for w in weights)
         pl_module.log("train/weight_rms", (total / count).sqrt())

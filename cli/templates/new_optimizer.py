@@ -49,7 +49,9 @@ class NewOptimizer(torch.optim.Optimizer):
                 state = self.state[p]  # saved in checkpoints
                 if "average" not in state:
                     state["average"] = torch.zeros_like(p)
+                # average = momentum * average + (1 - momentum) * gradient
                 state["average"].lerp_(p.grad, 1 - group["momentum"])
+                # decoupled weight decay: it shrinks the weight, and does not enter the average
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_(state["average"].sign(), alpha=group["lr"])
         return loss
