@@ -52,11 +52,13 @@ class BaseDataModule(L.LightningDataModule, metaclass=ABCMeta):
             batch_size: samples of one optimizer step over all ranks; by default `self.batch_size`.
         """
         trainer: Any = self.trainer
+        # a loader whose position can be saved, and resumed on another number of ranks
         return ResumableLoader(
             sampler,
             make_batch,
             num_samples,
             self.batch_size if batch_size is None else batch_size,
+            # rank, number of ranks, and micro-batches per optimizer step
             DataParallelInfo.from_trainer(trainer),
             repeat_first_epoch=bool(trainer and trainer.overfit_batches),
         )
@@ -153,6 +155,8 @@ def exchange_prepared(local_result: PreparationResult | None, trainer: Any) -> A
             that failed raises its own error.
     """
     local_error = None if local_result is None else local_result.error
+    # a group of its own on the CPU: the objects need no GPU, and other collectives are not
+    # disturbed
     group: Any = dist.new_group(backend="gloo")
     try:
         gathered: list[Any] = [None] * dist.get_world_size(group)
@@ -168,6 +172,7 @@ def exchange_prepared(local_result: PreparationResult | None, trainer: Any) -> A
         dist.destroy_process_group(group)
     if local_error is not None:
         raise local_error
+    # (node, value, error as texts) of each rank that prepared something
     results = [(node, *message) for node, message in gathered if message is not None]
     for _, _, described_error in results:
         if described_error is not None:

@@ -89,10 +89,12 @@ def prepare_token_file(
     Raises:
         TokenCacheError: the file of a text that is too long for memory cannot be written.
     """
+    # reads the text once: SHA-256, distinct characters, and length
     summary = summarize_text(iter_text, name)
     tokenizer = make_tokenizer(tokenizer_name, summary.characters, special_tokens)
     is_memmap = summary.num_chars > max_chars_in_memory
     try:
+        # writes the file unless it exists, and returns its path
         token_file = write_token_file(tokenizer, iter_text, summary.sha256, is_memmap)
         return summary._replace(token_file=str(token_file))
     except TokenCacheError:
@@ -123,6 +125,7 @@ def build_corpus(
     tokenizer = make_tokenizer(tokenizer_name, summary.characters, special_tokens)
     is_memmap = summary.num_chars > max_chars_in_memory
     if summary.token_file and Path(summary.token_file).is_file():
+        # the tokens (n); memory-mapped if the text is long
         tokens = read_token_file(Path(summary.token_file), tokenizer, is_memmap)
     else:
         tokens = tokenize_corpus(tokenizer, iter_text, summary.sha256, is_memmap)

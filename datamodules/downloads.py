@@ -107,6 +107,7 @@ def resolve_source(
     if source_name == "embedded":
         return None, ""
     try:
+        # the path of the file below `root` or in the cache, after a check of its SHA-256
         return find_local(remote_file, root, download_error), ""
     except DatasetNotFound as error:
         if source_name == remote_file.name:
@@ -159,17 +160,20 @@ def find_local(remote_file: RemoteFile, root: str | None = None, download_error:
     if folder:
         for relative_path in (remote_file.path, *remote_file.alternative_paths):
             if (path := Path(folder).expanduser() / relative_path).is_file():
+                # raises an error if the SHA-256 differs, because the user chose this folder
                 return _verify_file(path, remote_file)
         searched.append(f"{Path(folder).expanduser() / remote_file.path} ({label}: no such file)")
     else:
         searched.append("root and DATA_ROOT (not set)")
     path = cache_folder() / remote_file.path
+    # a damaged file of the cache is no error: it is downloaded again
     if path.is_file() and compute_checksum(path, remote_file) == remote_file.sha256:
         return path
     searched.append(f"{path} (cache: {'damaged' if path.is_file() else 'no such file'})")
     searched.append(
         f"{remote_file.url} ({download_error or 'not tried: prepare_data() has not run'})"
     )
+    # for the advice: the argument that takes custom data, and a source that needs no file
     argument, fallback = remote_file.custom_data_argument, remote_file.fallback_source
     custom_path = "FILE" if argument == "path" else "FOLDER"
     raise DatasetNotFound(
@@ -195,7 +199,9 @@ def download_if_missing(source_name: str, remote_file: RemoteFile, root: str | N
             find_local(remote_file, root)
     except DatasetNotFound:
         try:
+            # the file extracted from the download; another SHA-256 is a DownloadError
             content = _verify_content(_download_bytes(remote_file), remote_file)
+            # the file gets its name when it is complete
             with atomic_write(cache_folder() / remote_file.path) as file:
                 file.write(content)
         except DownloadError as error:
@@ -271,6 +277,7 @@ def _download_bytes(remote_file: RemoteFile) -> bytes:
     limit = 2 * remote_file.size  # a server that sends more sends another file
     received = bytearray()
     with (
+        # an opener that accepts only https, also for redirects
         _make_https_opener().open(remote_file.url, timeout=TIMEOUT_S) as response,
         Progress(transient=True) as bar,
     ):
@@ -307,6 +314,7 @@ def _verify_content(content: bytes, remote_file: RemoteFile) -> bytes:
     decompressed = content
     if remote_file.is_gzipped:
         try:
+            # one byte more than expected is enough to see that the content is too long
             decompressed = gzip.GzipFile(fileobj=io.BytesIO(content)).read(remote_file.size + 1)
         except (OSError, EOFError, zlib.error) as error:
             raise DownloadError(f"the download is not a gzip file: {error}") from error

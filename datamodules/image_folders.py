@@ -102,11 +102,14 @@ def read_image_folder(
         UsageError: an image cannot be read or differs in size or mode, or a class has no image.
         MissingFileError: the folder has no image.
     """
+    # counts files that are no images, for a note in the log
     skipped = SkippedFiles(folder)
     subfolder_paths = list_subfolders(folder)
     top_level_images = find_images(folder, skipped, recursive=False)
+    # raises an error if images lie beside class folders, because their class is not clear
     _check_not_mixed(folder, subfolder_paths, top_level_images)
     files_by_split: dict[str, dict[str, list[Path]]]  # files by class name, for each split
+    # the folders called train, val and test, by split; empty without them
     if split_folders := _find_split_folders(subfolder_paths):
         files_by_split = {
             split: _images_by_class(path, folder.name, skipped)
@@ -126,8 +129,11 @@ def read_image_folder(
             flag="--data.source=FOLDER",
         )
     if split_folders:
+        # raises an error if the splits differ in their classes or in the order of them
         _check_same_classes(folder, files_by_split, next(iter(split_folders.values())))
     class_names = tuple(next(iter(files_by_split.values())))
+    # decodes the files; one reader for all splits, so that all images have the first one's size and
+    # mode
     reader = ImageReader(mode, resize)
     sets = {}
     for split, classes in files_by_split.items():
@@ -143,6 +149,7 @@ def read_image_folder(
             )
         files = tuple(os.path.relpath(path, folder) for path in paths)
         sets[split] = ImageSet(reader.read_files(paths), labels, class_names, files)
+    # what was changed, such as images that were rotated, as lines for the log
     notes = reader.describe_changes()
     if skipped.counts:
         notes.insert(0, f"not read: {skipped.describe()}")
@@ -198,11 +205,14 @@ def read_images(
             "use predict_path='FOLDER'",
             flag="--data.predict_path=FOLDER",
         )
+    # image2 before image10
     files.sort(key=lambda file: natural_sort_key(str(file)))
+    # decodes the files; all must have one size and mode
     reader = ImageReader(mode, resize)
     names = tuple(os.path.relpath(file, root) for file in files)
     labels = torch.full((len(files),), -1)
     images = ImageSet(reader.read_files(files), labels, class_names=(), files=names)
+    # what was changed, such as images that were rotated, as lines for the log
     notes = reader.describe_changes()
     if skipped.counts:
         notes.insert(0, f"not read: {skipped.describe()}")
@@ -225,6 +235,11 @@ def find_images(folder: Path, skipped: SkippedFiles, recursive: bool = True) -> 
     """List the image files of a folder, also below it if `recursive`; folder links are followed.
 
     Other files are counted in `skipped`; hidden ones are not.
+
+    Args:
+        folder: the folder.
+        skipped: collects the kinds of the files that are no images.
+        recursive: whether folders below it are searched too.
     """
     images, pending, visited = [], [str(folder)], set()
     while pending:
@@ -237,6 +252,7 @@ def find_images(folder: Path, skipped: SkippedFiles, recursive: bool = True) -> 
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
+                # folder, file, or a description of another entry; links are followed
                 match _entry_type(entry):
                     case "folder":
                         pending += [entry.path] if recursive else []
@@ -332,6 +348,7 @@ def find_idx_files(source: Path) -> IdxFiles | None:
         source = source.parent / (match["set"] or "")
     folders = [source, source / "raw"] if source.is_dir() else [source.parent]
     for folder in folders:
+        # by prefix, which may be empty: the paths by (split, "images" or "labels")
         files_by_prefix = _group_by_set(folder)
         if not source.is_dir():
             files_by_prefix = {
@@ -377,7 +394,9 @@ def read_idx_files(files: IdxFiles) -> tuple[dict[str, ImageSet], list[str]]:
         UsageError: files are missing or damaged, or the splits differ in shape.
     """
     splits = [split for split in ("train", "val", "test") if (split, "images") in files]
+    # raises an error for labels without images, or if there are no training images
     _check_idx_splits(files, splits)
+    # uint8 (n c y x) by split
     images = {split: read_idx_images(files[split, "images"]) for split in splits}
     labelled_splits = [split for split in splits if (split, "labels") in files]
     if labelled_splits and labelled_splits != splits:
@@ -440,6 +459,7 @@ def _add_idx_labels(
     labels = {split: read_idx(files[split, "labels"], 1) for split in images}  # uint8 (n)
     for split in images:
         image_set = ImageSet(images[split], labels[split], ())
+        # raises an error if there are more labels than images, or fewer
         image_set.check_counts(str(files[split, "images"]))
     counts = torch.stack(  # (split 256)
         [torch.bincount(split_labels, minlength=256) for split_labels in labels.values()]
@@ -448,9 +468,11 @@ def _add_idx_labels(
     names = tuple(str(label) for label in used_labels.tolist())
     sets, notes = {}, []
     for split in images:
+        # the position of each label in `used_labels`, which is sorted
         class_indices = torch.searchsorted(used_labels, labels[split])
         image_set = ImageSet(images[split], class_indices, names)
         if split == "train":
+            # every class needs a training image; other splits may lack a class
             image_set.validated(str(files[split, "images"]))
         else:
             image_set.check_label_range(str(files[split, "images"]))

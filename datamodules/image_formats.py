@@ -50,6 +50,7 @@ def read_idx(path: Path, *allowed_dims: int) -> Tensor:
     """
     try:
         with path.open("rb") as raw:
+            # the first bytes of every gzip file
             is_gzipped = raw.read(2) == b"\x1f\x8b"
         with gzip.open(path) if is_gzipped else path.open("rb") as file:
             array = _parse_idx(file, path, is_gzipped)
@@ -81,6 +82,7 @@ def _parse_idx(file: gzip.GzipFile | object, path: Path, is_gzipped: bool) -> Te
     header = read_bytes(4)
     num_dimensions = header[3] if len(header) == 4 else 0
     sizes = [int.from_bytes(read_bytes(4), "big") for _ in range(num_dimensions)]
+    # ELEMENT_TYPES: names of the element types by their number in the header
     if header[:2] != b"\0\0" or not sizes or header[2] not in ELEMENT_TYPES:
         raise UsageError(
             f"{path} is not an idx file of bytes: it begins with {header.hex(' ') or 'no byte'}",
@@ -95,6 +97,7 @@ def _parse_idx(file: gzip.GzipFile | object, path: Path, is_gzipped: bool) -> Te
         )
     start, length = 4 + 4 * len(sizes), math.prod(sizes)  # bytes of the header, and after it
     dimensions, size = " x ".join(map(str, sizes)), path.stat().st_size
+    # a small damaged file could otherwise ask for any amount of memory
     if is_gzipped and length > 4 * size + GZIP_ALLOWANCE:
         raise UsageError(
             f"the header of {path} states {dimensions} bytes, but the gzip file has {size:,}",
@@ -111,6 +114,7 @@ def _parse_idx(file: gzip.GzipFile | object, path: Path, is_gzipped: bool) -> Te
         )
     content, num_read = bytearray(length), 0
     view = memoryview(content)
+    # readinto may return fewer bytes than asked for; 0 at the end of the file
     while num_read < length and (count := readinto(view[num_read:])):
         num_read += count
     if num_read < length or read_bytes(1):
@@ -208,11 +212,13 @@ class ImageReader:
         """
         images = torch.empty(0, dtype=torch.uint8)
         for number, path in enumerate(paths):
+            # image_format: mode and size, in a form that can be compared and printed
             pixels, image_format = self._read_file(path)  # (y x) or (y x c)
             if self.first_image is None:
                 self.first_image = path, image_format
             first_path, expected_format = self.first_image
             if image_format != expected_format:
+                # which mode or size to convert all images to
                 hint, flag = self._suggest_conversion(image_format, expected_format)
                 raise UsageError(
                     f"{path} is {image_format}, but {first_path} is {expected_format}",
@@ -221,6 +227,7 @@ class ImageReader:
                     flag=flag,
                 )
             if number == 0:
+                # uint8 (n c y x), not initialized
                 images = allocate_images(len(paths), image_format)
             destination = images[number].permute(1, 2, 0).numpy()  # (y x c), a view of `images`
             destination[...] = pixels.reshape(destination.shape)
@@ -315,16 +322,19 @@ class ImageReader:
         # A file of format MPO, of some cameras, holds a photo and its preview: the photo is read.
         if getattr(picture, "is_animated", False) and picture.format != "MPO":
             self.multi_frame_files.append(printable(path.name))
+        # `_raw_mode`: the pixel layout in the file, such as RGB;16B, of which Pillow keeps 8 bits
         is_16_bit = picture.format in ("PNG", "TIFF") and "16" in _raw_mode(picture)
         picture.load()
         with suppress(Exception):  # an unreadable EXIF block counts as no orientation
             orientation = picture.getexif().get(0x0112, 1)  # EXIF tag; 1 is upright
             ImageOps.exif_transpose(picture, in_place=True)
+            # 2 ... 8: mirrored or rotated
             self.num_rotated += orientation in range(2, 9)
         note = ", 16-bit" if is_16_bit else ""
         if picture.has_transparency_data:
             note += ", transparent"
         stored_format = ImageFormat(picture.mode, picture.size, note)
+        # to L or RGB
         picture = convert_mode(picture, self.mode, stored_format)
         if self.resize:
             rows, columns = self.resize
@@ -358,6 +368,7 @@ def convert_mode(picture: Any, mode: ColorMode, image_format: ImageFormat) -> An
 
     target = {"gray": "L", "rgb": "RGB"}.get(mode)
     if target is None:
+        # 1: black and white; P: a palette of colors; L: 8-bit gray
         lossless_mode = {"1": "L", "P": "RGB", "L": "L", "RGB": "RGB"}.get(image_format.mode)
         if lossless_mode is None or image_format.note:
             raise UnsupportedImageError(

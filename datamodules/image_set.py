@@ -100,6 +100,7 @@ def parse_class_indices(
     argument = flag.lstrip("-").rpartition(".")[2]
     classes_text = classes if isinstance(classes, str) else ",".join(entries)
     all_classes = f"0-{len(class_names) - 1}"
+    # a text that lists the class names, shortened if there are many
     allowed = [describe_classes(class_names)]
     hint, suggested_flag = f"use {argument}={all_classes!r}", f"{flag}={all_classes}"
     indices: list[int] = []
@@ -107,6 +108,7 @@ def parse_class_indices(
         if entry in index_by_name:
             indices.append(index_by_name[entry])
             continue
+        # a single index is a range of one; "3-" counts as 3
         first, _, last = entry.partition("-")
         bounds = first.strip(), (last or first).strip()
         # fewer than 20 digits: Python refuses to convert very long numbers

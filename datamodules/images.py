@@ -103,6 +103,7 @@ class ImageDataModule(BaseDataModule):
         """
         super().__init__()
         check_positive("batch_size", batch_size)
+        # raises an error for a number that is not between 0 and 1
         check_fraction("val_fraction", val_fraction, can_be_zero=True)
         check_fraction("test_fraction", test_fraction)
         if flip and source in NAMED_DATASETS and source not in FLIPPABLE:
@@ -114,6 +115,7 @@ class ImageDataModule(BaseDataModule):
                 flag="--data.flip=false",
             )
         self.source, self.batch_size, self.root, self.seed = source, batch_size, root, seed
+        # FLIPPABLE: the named datasets whose mirrored images are valid samples
         self.flip = source in FLIPPABLE if flip is None else flip
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self.classes = classes if classes is None or isinstance(classes, str) else list(classes)
@@ -164,16 +166,20 @@ class ImageDataModule(BaseDataModule):
 
         Sets the splits, the classes, the shape of the images and `provenance`.
         """
+        # images by split (train, maybe val and test), the path, and notes for the log
         loaded_splits, file, notes = self._load_source()
         train = loaded_splits["train"]
         if "test" not in loaded_splits:
+            # the same fraction of each class; returns the rest and the part
             train, loaded_splits["test"] = stratified_split(train, self.test_fraction, "test")
         if "val" not in loaded_splits:
             train, loaded_splits["val"] = stratified_split(train, self.val_fraction, "val")
         splits = {"train": train, "val": loaded_splits["val"], "test": loaded_splits["test"]}
+        # leaves out the classes that the argument `classes` does not name
         self._splits = {name: self._select_classes(image_set) for name, image_set in splits.items()}
         self.class_names, self.num_classes = train.class_names, len(train.class_names)
         self.channels, self.image_size = train.images.shape[1], tuple(train.images.shape[2:])
+        # a hash of all images and labels, for the run's records
         fingerprint = compute_fingerprint(
             tensor
             for image_set in self._splits.values()
@@ -192,6 +198,7 @@ class ImageDataModule(BaseDataModule):
             f"{self.image_size[0]}x{self.image_size[1]}x{self.channels}, {self.num_classes} "
         )
         description += "class" if self.num_classes == 1 else "classes"
+        # prints one line, on rank 0 only
         log_once(
             f"data: {file or 'the digits of scikit-learn'}, {description} "
             f"({describe_classes(self.class_names)}); {sizes}"
@@ -209,6 +216,8 @@ class ImageDataModule(BaseDataModule):
         if self.source == "digits":
             return {"train": read_digits()}, "", []
         if self.source in IMAGE_DATASETS:
+            # IMAGE_DATASETS: the files of a dataset by its name. `find_local` finds and verifies
+            # one.
             files = [
                 find_local(source, self.root, self._download_errors.get(source.path, ""))
                 for source in IMAGE_DATASETS[self.source]
@@ -216,6 +225,7 @@ class ImageDataModule(BaseDataModule):
             train, test = read_named_dataset(self.source, files)
             return {"train": train, "test": test}, str(files[0].parent), []
         folder = Path(self.source).expanduser()
+        # paths of idx files (the format of MNIST), or None
         if idx_files := find_idx_files(folder):
             if (self.mode != "auto" or self.resize) and self.predict_path is None:
                 raise UsageError(
@@ -235,6 +245,7 @@ class ImageDataModule(BaseDataModule):
                 flag=f"--data.source={sources[0]}",
             )
         splits, notes = read_image_folder(folder, self.mode, self.resize)
+        # the folder has no split folders
         if "all" in splits:
             splits = {"train": splits["all"]}
         return splits, str(folder), notes
@@ -261,6 +272,7 @@ class ImageDataModule(BaseDataModule):
                 f"use mode={mode!r}, resize={expected_shape[1:]}",
                 flag=f"--data.mode={mode} --data.resize=[{expected_shape[1]},{expected_shape[2]}]",
             )
+        # prints one line, on rank 0 only
         log_once(f"data: {path}, {len(images.files):,} images to predict")
         for note in notes:
             log_once(f"data: {note}", is_warning=True)
@@ -286,10 +298,12 @@ class ImageDataModule(BaseDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Return a loader that shuffles each epoch and skips its incomplete last batch."""
         images, labels = self._move_split_to_device("train")
+        # the given seed, else that of seed_everything
         seed = resolve_seed(self.seed)
         mask_by_epoch: dict[int, Tensor] = {}  # of the current epoch only: bool (n), True: flipped
 
         def make_batch(items: Tensor) -> tuple[Tensor, Tensor]:
+            # uint8 to floats from -1 to 1
             batch = to_float(images[items])  # (b c y x)
             if self.flip:
                 if loader.epoch not in mask_by_epoch:
@@ -302,6 +316,7 @@ class ImageDataModule(BaseDataModule):
                 batch = torch.where(batch_mask, batch.flip(-1), batch)
             return batch, labels[items]
 
+        # a new order of all samples in each epoch, by the seed
         sampler = EpochSampler(seed, len(labels), device=images.device)
         loader = self.make_train_loader(sampler, make_batch, len(labels))
         return loader
@@ -388,6 +403,7 @@ def stratified_split(images: ImageSet, fraction: float, split: str) -> tuple[Ima
                 "add images to the class" + (", or use val_fraction=0" if split == "val" else ""),
                 flag="--data.val_fraction=0" if split == "val" else "",
             )
+        # `seeded_generator`: a generator whose seed is made from these values
         order = torch.randperm(
             len(class_positions), generator=seeded_generator(0, split, class_index)
         )

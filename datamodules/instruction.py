@@ -152,6 +152,7 @@ class InstructionDataModule(BaseDataModule):
             cache folder is not writable, `num_examples` is 0, and each rank tokenizes in `setup`.
         """
         tokenized = self._tokenize_examples()
+        # everything that the tokens depend on, so that another setting gets another file
         key = json.dumps(
             [
                 tokenized.sha256,
@@ -165,6 +166,7 @@ class InstructionDataModule(BaseDataModule):
         path = cache_folder() / "tokens" / name
         without_tokens = tokenized._replace(tokens=np.zeros(0, np.int32))
         try:
+            # the file gets its name when it is complete
             with atomic_write(path) as file:
                 file.write(tokenized.tokens.data)
         except OSError:
@@ -177,6 +179,7 @@ class InstructionDataModule(BaseDataModule):
         Raises:
             UsageError: the files hold fewer than two examples, or one that is malformed.
         """
+        # objects with prompt and answer
         examples = list(read_examples(self.path, *self.fields))
         if len(examples) < 2:
             raise UsageError(
@@ -185,8 +188,10 @@ class InstructionDataModule(BaseDataModule):
                 "use path='FILE' with more examples",
                 flag="--data.path=FILE",
             )
+        # the distinct characters, which a tokenizer of characters needs
         characters = "".join(sorted({c for e in examples for c in e.prompt + e.answer}))
         tokenizer = make_tokenizer(self.tokenizer_name, characters, self.special_tokens)
+        # (tokens of prompt and answer, number of prompt tokens) per example
         rows = [self._tokenize_example(example, tokenizer) for example in examples]
         return TokenizedExamples(
             sha256=compute_sha256(*list_files(self.path)),
@@ -206,8 +211,10 @@ class InstructionDataModule(BaseDataModule):
         prepared: TokenizedExamples | None = self.get_prepared()  # collective: before any return
         if self.rows:
             return  # set up by an earlier stage
+        # no file was written, or this node does not see it: tokenize here
         if prepared is None or not prepared.num_examples or not prepared.has_file():
             prepared = self._tokenize_examples()
+        # reads the token file if there is one
         tokenized = prepared.load_tokens()
         self.tokenizer = make_tokenizer(
             self.tokenizer_name, tokenized.characters, self.special_tokens
@@ -227,6 +234,8 @@ class InstructionDataModule(BaseDataModule):
                 f"use context_length={2 * self.context_length}",
                 flag=f"--data.context_length={2 * self.context_length}",
             )
+        # a longer example is stored with context_length + 1 tokens, since targets are shifted by
+        # one
         num_truncated = sum(len(tokens) > self.context_length for tokens, _ in rows)
         self.provenance = {"source": "path", "file": str(self.path), "sha256": tokenized.sha256}
         num_dropped = len(rows) - len(self.rows)

@@ -122,6 +122,7 @@ def _decode(text: bytes, location: str, file: Path) -> str:
     Raises:
         UsageError: a byte is 0 or no UTF-8; the message names its line and position.
     """
+    # a zero byte is valid UTF-8, but no text has one
     bad_offset = text.find(b"\0")
     if bad_offset < 0:
         try:
@@ -133,6 +134,7 @@ def _decode(text: bytes, location: str, file: Path) -> str:
     if location == str(file):
         line_number = 1 + text[:line_start].count(b"\n")
         location = f"{file}, line {line_number}"
+    # the bytes at the start of a UTF-16 file
     has_byte_order_mark = text[:2] in (b"\xff\xfe", b"\xfe\xff")
     encoding = "utf-16" if bad_byte == 0 or has_byte_order_mark else "latin1"
     command = f"iconv -f {encoding} -t utf-8 '{file}' > rows{file.suffix}"

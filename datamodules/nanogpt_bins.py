@@ -52,12 +52,15 @@ def read_nanogpt_bins(
     files = folder / "train.bin", folder / "val.bin"  # lists below have this order
     if not has_nanogpt_bins(folder):
         return None
+    # the content of meta.pkl or meta.json ({} without one), and its path for errors
     meta, meta_path = _read_meta(folder)
     token_dtype = np.dtype(dtype or _meta_dtype(meta, meta_path))
     arrays = [memmap_tokens(file, token_dtype) for file in files]
     for file, array in zip(files, arrays, strict=True):
+        # raises an error if every second number is 0, as for tokens read with half of their width
         _check_token_width(file, array)
     is_dtype_known = dtype is not None or "dtype" in meta
+    # (smallest, largest) token of each file
     token_ranges = [
         _load_or_compute_token_range(file, array) for file, array in zip(files, arrays, strict=True)
     ]
@@ -74,6 +77,7 @@ def read_nanogpt_bins(
             flag="--data.dtype=uint32",
         )
     for file, array, token_range in zip(files, arrays, token_ranges, strict=True):
+        # raises an error for a token outside of the vocabulary
         check_token_range(str(file), array, token_range, known_tokenizer)
     note = ""  # for the log
     if known_tokenizer.tokenizer_type == "gpt2" and largest < known_tokenizer.vocab_size // 2:
@@ -81,6 +85,7 @@ def read_nanogpt_bins(
             f"no token is above {largest:,} of GPT-2's {known_tokenizer.vocab_size:,}: if they "
             f"are of another tokenizer, use vocab_size={largest + 1} or more"
         )
+    # tensors of the memory-mapped arrays
     train, val = map(as_tensor, arrays)
     sha256 = _compute_fingerprint(files)
     return Corpus(train, known_tokenizer, sha256, is_memmap=True, val_tokens=val, note=note)
@@ -113,8 +118,10 @@ def _resolve_tokenizer(
         if vocab_size in (None, named_tokenizer.vocab_size):
             return named_tokenizer
     if vocab_size is not None:
+        # a tokenizer that knows only ids, and writes a text as "17 4"
         return NumberTokenizer(vocab_size)
     if "itos" in meta:
+        # itos: the character of each id
         return _make_char_tokenizer(meta["itos"], meta_path)
     tokenizer_file = folder / "tokenizer.json"
     if tokenizer_file.is_file():
@@ -143,6 +150,7 @@ def _read_meta(folder: Path) -> tuple[dict[str, Any], Path]:
         meta_path = folder / name
         if not meta_path.is_file():
             continue
+        # the unpickler admits plain data only, so the file runs no code
         content, problem = _parse_meta(meta_path)
         if problem:
             raise UsageError(
@@ -164,6 +172,7 @@ def _parse_meta(meta_path: Path) -> tuple[Any, str]:
         content = (
             json.loads(meta_path.read_bytes())
             if meta_path.suffix == ".json"
+            # an unpickler for plain data, which imports nothing
             else _load_meta_pickle(meta_path)
         )
     except RecursionError:
@@ -221,6 +230,7 @@ def _make_char_tokenizer(itos: Any, meta_path: Path) -> CharTokenizer:
             "with the text",
             flag="--data.tokenizer=gpt2, or --data.path=FILE",
         ) from error
+    # CharTokenizer sorts its characters, and other ids would mean other characters
     if list(tokenizer.characters) != characters:
         raise UsageError(
             f"itos in {meta_path} is not sorted, or has entries of several characters",
@@ -248,6 +258,7 @@ def _check_token_width(file: Path, array: np.ndarray) -> None:
                 ["the numbers alone, without a header"],
                 "write the file again with numpy.load(FILE).tofile(FILE)",
             )
+    # a part is enough; the file may be large
     head_tokens = array[: 1 << 20]
     if (
         len(head_tokens) >= 8
@@ -274,6 +285,7 @@ def _check_token_width(file: Path, array: np.ndarray) -> None:
 def _load_or_compute_token_range(file: Path, array: np.ndarray) -> tuple[int, int]:
     """Return the smallest and the largest token of a file; the range of a long file is cached."""
     state = file.stat()
+    # a file that was written again has another time or size
     key = f"{file.resolve()} {state.st_size} {state.st_mtime_ns} {array.dtype}"
     name = f"extent-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     path = cache_folder() / "tokens" / name

@@ -72,6 +72,7 @@ class PromptDataModule(BaseDataModule):
         for name, value in (("prompt_length", prompt_length), ("batch_size", batch_size)):
             check_positive(name, value)
         check_positive("num_val_prompts", num_val_prompts)
+        # raises an error for a number that is not between 0 and 1
         check_fraction("val_fraction", val_fraction)
         self.path, self.root, self.corpus_path = path, root, corpus_path
         self.source: TextName = source
@@ -98,10 +99,12 @@ class PromptDataModule(BaseDataModule):
         """
         if self._snippets or self.rows:
             return  # set up by an earlier stage
+        # file: the path, or None for the embedded text
         file, reason = resolve_file(
             self.path, self.source, text_source(self.source), self.root, self._download_error
         )
         name = str(file or "the EMBEDDED text (help topics of CPython)")
+        # whether the file, or each file of the folder, is JSON by its suffix
         if file is not None and holds_json_rows(file):
             self.rows = read_prompt_rows(file)
             size = f"{len(self.rows):,} prompts"
@@ -113,9 +116,11 @@ class PromptDataModule(BaseDataModule):
             self.corpus_text = "".join(
                 read_text(list_files(Path(self.corpus_path).expanduser(), "corpus_path"))
             )
+        # raises an error if a part of the split would have too few prompts
         self._check_size(name)
         self.provenance = {"file": str(file or ""), "sha256": self._checksum(file)}
         if self.path is None:
+            # `text_source`: the public file of this name, with its checksum
             self.provenance["source"] = text_source(self.source).name if file else "embedded"
         # `reason`: why the embedded text is used; "" for another
         log_once(f"data: {name}, {size}{reason and '; ' + reason}", is_warning=bool(reason))
@@ -154,6 +159,7 @@ class PromptDataModule(BaseDataModule):
             UsageError: there are fewer prompts than ranks.
         """
         _, first, last = self._get_bounds()  # positions of the held-out prompts
+        # rank, number of ranks, and micro-batches per optimizer step
         data_parallel = DataParallelInfo.from_trainer(self.trainer)
         count = min(self.num_val_prompts, last - first) if self.rows else self.num_val_prompts
         # a multiple of the ranks, so that their batches are equal
@@ -232,6 +238,7 @@ def read_prompt_rows(path: Path) -> list[dict[str, Any]]:
         UsageError: a row is malformed, or there are fewer than two.
     """
     prompts: list[dict[str, Any]] = []
+    # location: file and line, for errors. The second argument is an example for errors.
     for location, row in read_json_rows(path, '{"prompt": "Q: ", "answer": "A"}'):
         prompt = row.get("prompt")
         if not isinstance(prompt, str) or not prompt:
@@ -250,6 +257,7 @@ def read_prompt_rows(path: Path) -> list[dict[str, Any]]:
             )
         for name, value in row.items():
             if isinstance(value, str):
+                # raises an error for U+0000 and for half of a character
                 check_text_characters(value, location, name)
         prompts.append(row)
     if len(prompts) < 2:

@@ -62,6 +62,7 @@ def parse_messages(lines: list[str], name: str, has_splits: bool = False) -> lis
         if not line.strip():
             continue
         split, labelled_text = line.split("\t", 1) if has_splits else ("", line)
+        # LABELS: ham and spam; a message stores the position of its label
         label, tab, text = labelled_text.partition("\t")
         if not tab or label not in LABELS:
             raise UsageError(
@@ -72,6 +73,7 @@ def parse_messages(lines: list[str], name: str, has_splits: bool = False) -> lis
                 flag="--data.text_column=NAME --data.label_column=NAME",
             )
         messages.append(Message(text, LABELS.index(label), split))
+    # the messages; an error if a class has none
     return check_both_classes(messages, name)
 
 
@@ -111,6 +113,7 @@ def messages_from_table(table: Table, name: str, spam_label: str | None) -> list
     for line, text, label in table.entries:
         if spam_label is not None:
             value = int(label.strip() == spam_label)
+        # LABEL_VALUES: 0 or 1 by the usual texts, such as ham and spam
         elif (value := LABEL_VALUES.get(label.strip().casefold(), -1)) < 0:
             raise UsageError(
                 f"{name}, line {line}: the label is {label[:40]!r}",
@@ -119,6 +122,7 @@ def messages_from_table(table: Table, name: str, spam_label: str | None) -> list
                 flag="--data.spam_label=VALUE",
             )
         messages.append(Message(text, value))
+    # the messages; an error if a class has none
     return check_both_classes(messages, name)
 
 
@@ -223,6 +227,7 @@ class SpamDataModule(BaseDataModule):
         super().__init__()
         if batch_size != "all":
             check_positive("batch_size", batch_size)
+        # raises an error for a number that is not between 0 and 1
         check_fraction("test_fraction", test_fraction)
         check_fraction("val_fraction", val_fraction, can_be_zero=True)
         try:  # Python also has codecs from bytes to bytes, such as base64
@@ -280,9 +285,11 @@ class SpamDataModule(BaseDataModule):
                 flag="--data.predict_path=FILE",
             )
         path = Path(self.predict_path).expanduser()
+        # the decoded text; an error names the argument predict_path
         text = read_text_file(path, "predict_path", self.encoding)
         suffix = path.suffix.lower()
         if suffix == ".csv" or (self.text_column is not None and suffix in (".tsv", ".tab")):
+            # entries with line, text and label, from the column of texts
             table = read_table(text, str(path), self.text_column, has_labels=False)
             self.predict_lines = [(entry.line - 1, entry.text) for entry in table.entries]
         else:
@@ -300,6 +307,7 @@ class SpamDataModule(BaseDataModule):
 
         Sets `messages`, `splits` and `provenance`.
         """
+        # file: the path, or None for the embedded data; reason: why those are used, or ""
         file, reason = resolve_file(
             self.path, self.source, TEXT_DATASETS["sms"], self.root, self._download_error
         )
@@ -316,6 +324,7 @@ class SpamDataModule(BaseDataModule):
             messages = parse_messages(_split_lines(text), name, has_splits=file is None)
         self.messages = messages
         self._assign_splits(name)
+        # equal messages, which stay in one split, count once
         keys = {m.text.strip().casefold() for m in messages}
         named_source = "sms" if file else "embedded"
         self.provenance = {
@@ -329,6 +338,7 @@ class SpamDataModule(BaseDataModule):
             self.provenance["columns"] = list(table.columns)
         spam = sum(m.label for m in messages)
         sizes = ", ".join(f"{len(indices):,} {split}" for split, indices in self.splits.items())
+        # prints one line, on rank 0 only
         log_once(
             f"data: {name}, {len(messages) - spam:,} ham, {spam:,} spam, "
             f"{self.provenance['duplicates']:,} copies kept on one side; {sizes}"
@@ -379,9 +389,11 @@ class SpamDataModule(BaseDataModule):
             UsageError: a split is empty (val only if `val_fraction` is not 0).
         """
         messages, all_indices = self.messages, list(range(len(self.messages)))
+        # the embedded file names the messages of its test split
         test = {i for i in all_indices if messages[i].split == "test"}
         if not test:  # the file does not name splits
             g = seeded_generator(self.seed, "test")
+            # draws the fraction of each class; equal messages are drawn together
             test = grouped_stratified_split(messages, all_indices, self.test_fraction, g)
         non_test = [i for i in all_indices if i not in test]
         val = grouped_stratified_split(

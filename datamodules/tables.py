@@ -59,6 +59,7 @@ def read_table(
     if name.lower().endswith((".tsv", ".tab")):
         delimiter = "\t"
     else:
+        # the delimiter with which the first row has the most known columns
         delimiter = min(DELIMITERS, key=lambda d: _delimiter_rank(lines, d, requested))
     rows = _parse_rows(lines, name, delimiter)  # (line number, cells)
     if not rows:
@@ -67,6 +68,7 @@ def read_table(
         )
     first = [cell.strip() for cell in rows[0][1]]
     first_cells = {cell.casefold() for cell in first}
+    # TEXT_NAMES: usual names of a column of texts, in lower case
     has_header = not first_cells & {"ham", "spam"} or bool(
         first_cells & set(TEXT_NAMES) or requested & set(first)
     )
@@ -74,6 +76,7 @@ def read_table(
     columns = first if has_header else [str(column_index) for column_index in range(len(first))]
     if not has_header and not requested and len(first) == 2:  # label first, then text
         text_column, label_column = "1", "0"
+    # the position of the column; an error if none fits or several do
     column_indices = [_find_column(columns, text_column, TEXT_NAMES, name, "text")]
     if has_labels:
         column_indices.append(_find_column(columns, label_column, LABEL_NAMES, name, "label"))
@@ -89,6 +92,7 @@ def read_table(
         entries.append(
             Entry(line, row[column_indices[0]], row[column_indices[1]] if has_labels else "")
         )
+        # text in such cells often means that a text has an unquoted delimiter
         unnamed = [row[k] for k in range(len(row)) if k >= len(columns) or not columns[k]]
         num_rows_outside_columns += any(cell.strip() for cell in unnamed)
     return Table(
@@ -128,6 +132,7 @@ def _parse_rows(lines: list[str], name: str, delimiter: str) -> list[tuple[int, 
         UsageError: a row cannot be parsed, or a quote is never closed.
     """
     rows: list[tuple[int, list[str]]] = []
+    # a text may be longer than the 131,072 characters that the csv module allows
     with _allow_long_fields():
         reader = csv.reader(lines, delimiter=delimiter)
         start = 0  # lines before the next row
@@ -186,6 +191,7 @@ def _find_column(
     flag = f"--data.{role}_column"
     if requested is not None:
         matches = [index for index, column in enumerate(columns) if column == requested]
+        # a name precedes a position, because a column may be called "0"
         is_number = requested.isdecimal() and len(requested) < 6
         if not matches and is_number and int(requested) < len(columns):
             return int(requested)

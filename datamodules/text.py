@@ -98,6 +98,7 @@ class TextDataModule(BaseDataModule):
         super().__init__()
         check_positive("context_length", context_length)
         check_positive("batch_size", batch_size)
+        # raises an error for a number that is not between 0 and 1
         check_fraction("val_fraction", val_fraction)
         self.path, self.root = path, root
         self.source: TextName = source
@@ -132,9 +133,12 @@ class TextDataModule(BaseDataModule):
             options: the other arguments of the class.
         """
         data = cls(**options)
+        # NumberTokenizer knows only ids, and writes a text as "17 4"
         known_tokenizer = NumberTokenizer(tokenizer) if isinstance(tokenizer, int) else tokenizer
+        # the tokens with their tokenizer and SHA-256, after a check of their range
         data._corpus = corpus_from_array(tokens, known_tokenizer)
         data.provenance = {"source": "tokens", "file": "", "sha256": data._corpus.sha256}
+        # raises an error if training or validation would have too few tokens
         data._check_length("the array", "tokens", data._corpus)
         return data
 
@@ -200,11 +204,13 @@ class TextDataModule(BaseDataModule):
         # `reason`: why the embedded text is used; "" for another
         file, name, reason = self._resolve_source()
         corpus = (
+            # None if the folder has no train.bin and val.bin
             read_nanogpt_bins(file, self.tokenizer_name, self.vocab_size, self.dtype)
             if file
             else None
         )
         if corpus is None:  # a text, not a folder of tokens
+            # raises an error for vocab_size or dtype, which only a folder of tokens uses
             self._check_token_options(name)
             corpus = build_corpus(
                 self._make_text_reader(file),
@@ -223,12 +229,14 @@ class TextDataModule(BaseDataModule):
             )
         tokenizer_type = corpus.tokenizer.tokenizer_type
         unit = tokenizer_type if tokenizer_type in ("characters", "bytes") else "tokens"
+        # the tokens from start_token to stop_token
         corpus = self._slice_tokens(name, unit, corpus)
         self._check_length(name, unit, corpus)
         self._corpus = corpus
         if self.path is not None:
             resolved_source = self.source
         else:
+            # `text_source`: the public file of this name, with its checksum
             resolved_source = text_source(self.source).name if file else "embedded"
         self.provenance = {
             "source": resolved_source,
@@ -274,6 +282,7 @@ class TextDataModule(BaseDataModule):
             unit: what is counted: characters, bytes or tokens.
             corpus: the tokens.
         """
+        # the validation tokens are the end of the text, or a file of their own
         train, val = self._split_corpus(corpus)
         count = len(train) + len(val)
         if len(val) < 2:
@@ -316,12 +325,15 @@ class TextDataModule(BaseDataModule):
             window = windows[starts]  # (b, t + 1)
             return window[:, :-1].long(), window[:, 1:].long()  # inputs, targets
 
+        # the given seed, else that of seed_everything
         seed = resolve_seed(self.seed)
         epoch_sampler: EpochSampler
         if self.window_sampling == "sequential":
+            # starts that are t apart, from a random offset per epoch
             epoch_sampler = StridedWindowSampler(seed, len(windows), t, tokens.device)
             num_samples = epoch_sampler.num_items
         else:
+            # random starts, each drawn independently, so windows may overlap
             epoch_sampler = EpochSampler(seed, len(windows), replacement=True, device=tokens.device)
             num_samples = max(self.batch_size, len(tokens) // t)
         return self.make_train_loader(epoch_sampler, make_batch, num_samples)

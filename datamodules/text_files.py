@@ -64,6 +64,7 @@ def check_not_binary(path: Path, header: bytes, argument: str) -> None:
     Raises:
         UsageError: the file has a known binary format.
     """
+    # a description of the format; empty if the file may be text
     if description := identify_binary(header):
         raise UsageError(
             f"{path} is not a text: it is {description}",
@@ -88,6 +89,7 @@ def list_files(path: Path, argument: str = "path") -> list[Path]:
         return [path]
     if not path.is_dir():
         siblings = [p.name for p in path.parent.glob("[!.]*")] if path.parent.is_dir() else []
+        # the names that resemble it, else the first ones of the folder
         closest = suggest_names(path.name, siblings) or sorted(siblings)[:3]
         raise MissingFileError(
             f"the file or folder {path} does not exist",
@@ -104,6 +106,7 @@ def list_files(path: Path, argument: str = "path") -> list[Path]:
             if not file.is_file():
                 continue
             # fail before the listing is complete: a wrong folder may hold millions of files
+            # only suffixes of known binary formats, because opening every file takes time
             if file.suffix.lower() in BINARY_SUFFIXES:
                 with file.open("rb") as opened:
                     check_not_binary(file, opened.read(NUM_HEADER_BYTES), argument)
@@ -142,8 +145,10 @@ def _read_file(path: Path, argument: str) -> Iterator[str]:
         while True:
             chunk = file.read(CHUNK_BYTES)
             if not offset:
+                # raises an error if these bytes begin a known binary format
                 check_not_binary(path, chunk, argument)
             if b"\0" in chunk:
+                # `_iconv`: the command that converts the file
                 raise UsageError(
                     f"{path} is not a text: byte 0x00 at position {file.tell() - len(chunk)} or "
                     "after",
@@ -153,6 +158,7 @@ def _read_file(path: Path, argument: str) -> Iterator[str]:
                     flag=_iconv(path, "utf-16"),
                 )
             try:
+                # at the end (an empty chunk) an incomplete character is an error
                 yield decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
                 raise UsageError(
@@ -192,11 +198,14 @@ def read_text_file(path: Path, argument: str, encoding: str) -> str:
             f"use {argument}='FILE'",
             flag=f"--data.{argument}=FILE",
         )
+    # one file, or the error for a missing one
     (file,) = list_files(path, argument)
     content = file.read_bytes()
+    # raises an error if these bytes begin a known binary format
     check_not_binary(path, content, argument)
     codec = codecs.lookup(encoding).name
     is_multibyte = codec.startswith(("utf-16", "utf-32"))
+    # in UTF-16 and UTF-32 a zero byte is a part of most characters
     if not is_multibyte and (offset := content.find(b"\0")) >= 0:
         raise UsageError(
             f"{path} is not a text: byte 0x00 at position {offset}",

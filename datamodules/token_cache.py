@@ -55,15 +55,18 @@ def write_token_file(
     Raises:
         TokenCacheError: the cache folder cannot be written.
     """
+    # the integer type in which this vocabulary is stored
     token_dtype = _token_dtype(tokenizer, is_memmap)
     # In the mode "error" a special token in the text is an error. Tokens that another mode has
     # cached are not used, because the text would not be searched.
+    # cache_key: differs for tokenizers that give different tokens
     name = tokenizer.cache_key + ("-error" if tokenizer.special_tokens == "error" else "")
     path = cache_folder() / "tokens" / f"{sha256}-{name}.{token_dtype}"
     if path.is_file():
         return path
     try:
         with atomic_write(path) as file:
+            # arrays of ids, in the order of the text
             for numbers in encode_parallel(tokenizer, text()):
                 file.write(numbers.astype(token_dtype).data)
     except OSError as error:
@@ -159,6 +162,7 @@ def split_at_word_boundaries(
         while True:
             # The end of `held_chunks` is searched already, except its last characters.
             min_offset = tokenizer.lookahead if held_chunks else 1
+            # the first position from there on at which a cut changes no token; None in this buffer
             boundary = tokenizer.next_boundary(
                 buffer, position + max(min_offset, max_chars // 2 - length)
             )
@@ -190,6 +194,7 @@ def check_token_range(
     low, high = token_range
     if low >= 0 and high < tokenizer.vocab_size:
         return
+    # a negative token usually is a large one that was read with a signed type
     invalid_token = low if low < 0 else high
     raise UsageError(
         f"{name} holds the token {invalid_token:,} at position "

@@ -37,6 +37,7 @@ def make_tokenizer(
     if name not in factories:
         return FileTokenizer.from_file(name, special_tokens)
     tokenizer = factories[name]()
+    # the mode is a part of the GPT-2 tokenizer already
     if special_tokens != tokenizer.special_tokens:
         # raises an error: characters and bytes have no special tokens
         tokenizer.set_special_tokens(tokenizer.special_ids, special_tokens)
@@ -51,12 +52,14 @@ def tokenizer_from_state_dict(state: dict[str, Any]) -> Tokenizer:
     """
     special_tokens = state.get("special_tokens", "as_text")
     try:
+        # each class has its name in `tokenizer_type`
         match state.get("tokenizer_type"):
             case CharTokenizer.tokenizer_type:
                 return CharTokenizer(state["characters"])
             case ByteTokenizer.tokenizer_type:
                 return ByteTokenizer()
             case BPETokenizer.tokenizer_type:
+                # the bytes of each token in base64, in order of their ids
                 ranked_tokens = [
                     base64.b64decode(piece.encode(), validate=True)
                     for piece in state["ranked_tokens"].split(" ")

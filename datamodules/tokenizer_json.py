@@ -61,6 +61,7 @@ class FileTokenizer(Tokenizer):
         self.json_text = json_text
         added = self.hf_tokenizer.get_added_tokens_decoder()  # by id: tokens outside of the merges
         special_ids = {token.content: n for n, token in added.items() if token.special}
+        # stores how they are read; an error if the mode is not known
         self.set_special_tokens(special_ids, special_tokens)
         # The library's flag means: encode their text as ordinary text.
         self.hf_tokenizer.encode_special_tokens = special_tokens != "allow"
@@ -76,6 +77,7 @@ class FileTokenizer(Tokenizer):
                 special_ids,
                 f"use eos_token={next(iter(special_ids), None)!r}",
             )
+        # EOS_CANDIDATES: usual names of the token that ends a text, such as <|endoftext|>
         candidates = (name for name in self.EOS_CANDIDATES if name in special_ids)
         eos_name = eos_token or next(candidates, None)
         self.eos_id = None if eos_name is None else special_ids[eos_name]
@@ -101,11 +103,13 @@ class FileTokenizer(Tokenizer):
                 ["token ids without large gaps"],
                 "write the tokenizer file again",
             )
+        # the steps that divide a text before the merges, as mappings with a type
         steps = _pretokenizer_steps(parsed.get("pre_tokenizer"))
         byte_level = [step for step in steps if step.get("type") == "ByteLevel"]
         is_plain_bpe = parsed.get("normalizer") is None and parsed["model"].get("type") == "BPE"
         strips_or_joins = any(t.lstrip or t.rstrip or t.single_word for t in added.values())
         adds_prefix_space = any(step.get("add_prefix_space", True) for step in byte_level)
+        # ByteLevel writes each byte as one character, so bytes can be counted
         self.has_token_bytes = bool(byte_level) and is_plain_bpe
         # lossless: every byte of a text is in one of its tokens, so a text may be cut after words
         self.is_lossless = self.has_token_bytes and not (strips_or_joins or adds_prefix_space)
@@ -114,6 +118,7 @@ class FileTokenizer(Tokenizer):
             # in ByteLevel's alphabet a character is one byte; added tokens are stored as plain text
             self.written_bytes[number] = len(word.encode()) if number in added else len(word)
         self.token_bytes = self.written_bytes.clone()
+        # a special token stands for no byte of the text
         self.token_bytes[list(self.special_ids.values())] = 0
 
     def encode_array(self, text: str) -> np.ndarray:
@@ -128,6 +133,7 @@ class FileTokenizer(Tokenizer):
             list(self._split_at_special_tokens(text))  # raises an error if the text holds one
         ids = self.hf_tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         numbers = np.array(ids, dtype=np.int64)
+        # lossless: every byte of a text is in one of its tokens, unless the vocabulary lacks a byte
         if self.is_lossless:
             num_text_bytes = len(text.encode())
             num_token_bytes = int(self.written_bytes[numbers].sum())
@@ -193,6 +199,7 @@ class FileTokenizer(Tokenizer):
         file = resolved_path / "tokenizer.json" if is_folder else resolved_path
         older_files = folder / "vocab.json", folder / "merges.txt"  # GPT-2's
         if is_folder and not file.is_file() and all(path.is_file() for path in older_files):
+            # makes the text of a tokenizer.json from both files
             return cls(_read_bpe_files(*older_files), _read_eos_token(folder), special_tokens)
         if not file.is_file():
             raise MissingFileError(
@@ -244,6 +251,7 @@ class FileTokenizer(Tokenizer):
         ids = {word_by_bytes.get(piece) or _bytes_to_chars(piece): n for n, piece in vocab.items()}
         for word in special_words:
             ids.setdefault(word, 1 + max(ids.values(), default=-1))
+        # `_bytes_to_chars`: each byte as one printable character, GPT-2's alphabet
         pairs = [(_bytes_to_chars(a), _bytes_to_chars(b)) for a, b in merges]
         return cls(_make_bpe_json(ids, pairs, special_words), None, special_tokens)
 
@@ -280,6 +288,7 @@ def _make_bpe_json(
     """
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    # use_regex: words are found by GPT-2's pattern
     content = {
         "version": "1.0",
         "added_tokens": [
@@ -299,6 +308,7 @@ def _read_bpe_files(vocab_file: Path, merges_file: Path) -> str:
         lines = merges_file.read_text(encoding="utf-8-sig").split("\n")
         lines = [line.rstrip("\r") for line in lines if line and not line.startswith("#version")]
         pairs = [(a, b) for a, b in (line.split(" ") for line in lines)]  # two words per line
+        # these files do not say which tokens are special: known names are looked for
         special = [name for name in FileTokenizer.EOS_CANDIDATES if name in vocab]
         return _make_bpe_json({str(word): int(n) for word, n in vocab.items()}, pairs, special)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:

@@ -137,6 +137,7 @@ class Tokenizer(ABC):
                 flag="--data.tokenizer=gpt2",
             )
         # a cut of a text into chunks must not divide a special token
+        # empty if their texts are read as ordinary text
         self._set_unsplittable(special_words if special_tokens != "as_text" else [])
 
     def _set_unsplittable(self, units: Iterable[str]) -> None:
@@ -156,6 +157,7 @@ class Tokenizer(ABC):
             yield text
             return
         start = 0
+        # the pattern matches any special token
         for match in self._pattern.finditer(text):
             if self.special_tokens == "error":
                 around = text[max(0, match.start() - 20) : match.end() + 20]
@@ -335,11 +337,13 @@ class BPETokenizer(Tokenizer):
                 ["different tokens, among them all 256 single bytes"],
                 "pass the tokens of a byte pair encoding in the order of their ranks",
             )
+        # ENDOFTEXT: <|endoftext|>
         self.set_special_tokens({ENDOFTEXT: self.eos_id}, special_tokens)
         self.token_bytes = torch.tensor([*map(len, ranked_tokens), 0])  # bytes per id (vocab_size)
         self.mergeable_ranks = {piece: rank for rank, piece in enumerate(ranked_tokens)}
         self.encoding = tiktoken.Encoding(
             "pieces",
+            # the regular expression that divides a text into words
             pat_str=self.split_pattern,
             mergeable_ranks=self.mergeable_ranks,
             special_tokens=self.special_ids,
@@ -417,6 +421,7 @@ def load_gpt2_tokenizer(special_tokens: SpecialTokenMode = "as_text") -> BPEToke
     if os.environ.get("DATA_ROOT") and cache_dir.is_dir():  # tiktoken reads only the variable
         os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(cache_dir))
     try:
+        # reads the files from the cache folder, or downloads them
         encoding = tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:  # no network or folder; wrong checksum
         searched = os.environ.get("TIKTOKEN_CACHE_DIR", "TIKTOKEN_CACHE_DIR (not set)")

@@ -27,6 +27,7 @@ def check_format(checkpoint: dict[str, Any], name: str = "the checkpoint") -> No
         checkpoint: the content of a checkpoint.
         name: its path or a description, for the error.
     """
+    # SECTIONS_OF_FORMAT_1: sections that only Ravine writes, also before formats had a number
     if not any(section in checkpoint for section in SECTIONS_OF_FORMAT_1):
         return  # not written by ravine
     section = checkpoint.get("ravine")

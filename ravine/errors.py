@@ -122,6 +122,7 @@ def suggest_names(
     """
     ratios = _similarities(name, allowed, dotted)  # similarity by allowed name
     least = max(least, max(ratios.values(), default=0.0) - 0.15)
+    # `_by_similarity`: the names, the most similar first
     return [n for n in _by_similarity(ratios) if ratios[n] >= least][:count]
 
 

@@ -49,6 +49,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     A function that needs a path may write to `file.name` instead.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    # deletes temporary files that no process holds a lock on
     _remove_stale_temp_files(path.parent)
     temporary_path, file = _open_temp_file(path.parent)
     try:
@@ -58,6 +59,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
             os.replace(temporary_path, path)
     finally:
+        # after os.replace the temporary name no longer exists
         temporary_path.unlink(missing_ok=True)
     fsync(path.parent)  # writes the new directory entry
 
@@ -81,6 +83,7 @@ def _open_temp_file(folder: Path) -> tuple[Path, IO[bytes]]:
         path = folder / f".tmp-{uuid.uuid4().hex}"
         file = path.open("wb")
         try:
+            # raises BlockingIOError if another process holds the lock
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):  # not removed meanwhile
                 return path, file

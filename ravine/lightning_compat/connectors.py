@@ -98,6 +98,7 @@ def after_registering_signals(trainer: L.Trainer, function: Callable[[], None]) 
     Upstream: pytorch/trainer/connectors/signal_connector.py
     Seen on: 2.5.6 to 2.6.6
     """
+    # `private` reads a private attribute, and raises an error if this version lacks it
     connector = private(trainer, "_signal_connector")
     original_method = private(type(connector), "register_signal_handlers")
 
@@ -105,6 +106,7 @@ def after_registering_signals(trainer: L.Trainer, function: Callable[[], None]) 
         original_method(connector)
         function()
 
+    # sets the attribute of this object; the class stays as it is
     replace_method(connector, "register_signal_handlers", register_and_call)
 
 

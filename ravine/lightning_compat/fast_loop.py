@@ -67,6 +67,7 @@ class FastOptimization(_AutomaticOptimization):
         Args:
             kwargs: the arguments of the module's `training_step`, in order.
         """
+        # is_fast: whether this epoch uses only features that the fast loop supports
         if not self.is_fast:
             return super()._training_step(kwargs)
         trainer = self.trainer
@@ -90,11 +91,13 @@ class FastOptimization(_AutomaticOptimization):
         if not self.is_fast or self._skip_backward:
             return super()._make_backward_fn(optimizer)
         strategy, module = self.trainer.strategy, self.trainer.lightning_module
+        # only a strategy that shards the model has a context for backward
         is_model_parallel = isinstance(strategy, ModelParallelAccess)
         backward_context = strategy.around_backward if is_model_parallel else nullcontext
 
         def backward(loss: Tensor) -> None:
             strategy.pre_backward(loss)
+            # calls the implemented hooks of callbacks and module
             self.call("on_before_backward", loss)
             with backward_context():
                 strategy.precision_plugin.backward(loss, module, optimizer)
@@ -176,8 +179,11 @@ class FastEpochLoop(_TrainingEpochLoop):
         self.is_fast = self.automatic_optimization.is_fast = self._can_be_fast(data_fetcher)
         if not self.is_fast:
             return super().run(data_fetcher)
+        # whether old gradients may be freed before the forward pass
         self.automatic_optimization.frees_gradients = self.frees_early(trainer)
+        # STEP: the names of the hooks of a step. Only implemented ones are called.
         self.hooks = {name: implemented_hooks(name, trainer) for name in STEP}
+        # whether `training_step` has an argument batch_idx
         self.step_takes_index = "batch_idx" in self._build_kwargs(OrderedDict(), None, 0)
         self.moves_batches = self._moves_batches()
         self.has_validation = trainer.enable_validation
@@ -188,6 +194,7 @@ class FastEpochLoop(_TrainingEpochLoop):
         replaces_log = type(module).log is L.LightningModule.log  # not overridden by the user
         if replaces_log:
             module.__dict__["log"] = MethodType(log_fast, module)
+        # Lightning calls it before the optimizer's step, for hooks and gradient clipping
         precision.__dict__["_after_closure"] = self._after_closure
         try:
             super().run(data_fetcher)
@@ -209,6 +216,7 @@ class FastEpochLoop(_TrainingEpochLoop):
             and isinstance(trainer.profiler, PassThroughProfiler)
             and not isinstance(fetcher, _DataLoaderIterDataFetcher)
             and not is_overridden("on_train_batch_start", module)  # which may end the epoch
+            # no loss scaling of float16
             and getattr(trainer.precision_plugin, "scaler", None) is None
             and precision.pre_backward in (Precision.pre_backward, MixedPrecision.pre_backward)
             and precision.post_backward is Precision.post_backward
@@ -252,6 +260,7 @@ class FastEpochLoop(_TrainingEpochLoop):
         Lightning's `run` calls this in a loop. The counters of `batch_progress` change in the order
         of Lightning's own `advance`, because a checkpoint may be saved in any hook.
         """
+        # restarting: the first batch after a resume inside of an epoch
         if not self.is_fast or self.restarting:
             return super().advance(data_fetcher)
         trainer: Any = self.trainer
@@ -271,6 +280,7 @@ class FastEpochLoop(_TrainingEpochLoop):
         connector._first_loop_iter = connector._first_loop_iter is None
         # the open batch, from which `self.log` finds the batch size if it is not given
         results.batch, results.batch_size, results.dataloader_idx = batch, None, None
+        # calls the implemented hooks of callbacks and module
         self.call("on_train_batch_start", batch, index)
         trainer.strategy.on_train_batch_start(batch, index)
         progress.increment_started()
@@ -286,6 +296,7 @@ class FastEpochLoop(_TrainingEpochLoop):
                 self.update_lr_schedulers("epoch", update_plateau_schedulers=False)
         self.call("on_train_batch_end", output, batch, index)
         interval = trainer.log_every_n_steps
+        # _batches_that_stepped counts optimizer steps, from 0
         is_log_step = interval and (self._batches_that_stepped + 1) % interval == 0
         is_log_step = is_log_step or trainer.should_stop or trainer.fast_dev_run
         if is_log_step or is_last:
@@ -348,6 +359,7 @@ def log_fast(self: L.LightningModule, name: str, value: Any, *args: Any, **optio
     """
     loop: Any = self.trainer.fit_loop.epoch_loop
     can_keep = self._current_fx_name == "training_step" and not args and isinstance(value, Tensor)
+    # logged_metrics: by name, the metric object and the options of the first call
     metric, kept_options = loop.logged_metrics.get(name, (None, None))
     if (
         can_keep

@@ -140,6 +140,7 @@ def validation_loaders(trainer: L.Trainer, forget: bool = False) -> Iterator[lis
     Seen on: 2.5.6 to 2.6.6
     """
     loop = trainer.fit_loop.epoch_loop.val_loop
+    # `private` reads a private attribute of Lightning, and raises an error if it does not exist
     was_missing = private(loop, "_combined_loader") is None
     last_reload_epoch = private(loop, "_last_val_dl_reload_epoch")
     loop.setup_data()  # creates the loaders only if they are missing or due to be reloaded
@@ -242,12 +243,14 @@ def set_before_fetch(trainer: L.Trainer, function: Callable[[], None]) -> None:
     Seen on: 2.5.6 to 2.6.6
     """
     loop = trainer.fit_loop.epoch_loop
+    # `private` reads a private attribute of Lightning, and raises an error if it does not exist
     original_method = private(type(loop), "_on_before_fetch")
 
     def before_fetch() -> None:
         function()
         original_method(loop)
 
+    # sets the attribute of this object; the class stays as it is
     replace_method(loop, "_on_before_fetch", before_fetch)
 
 
@@ -306,6 +309,7 @@ def install_fast_loop(
     Upstream: pytorch/loops/training_epoch_loop.py
     Seen on: 2.5.6 to 2.6.6
     """
+    # a text if Lightning's version is not tested or the variable is 0, else None
     if (refusal := fast_loop_refusal()) is not None:
         rank_zero_info(f"training uses Lightning's own loop, not the fast one: {refusal}")
         return False

@@ -135,6 +135,7 @@ def allow_any_precision(kind: type) -> None:
     Upstream: pytorch/trainer/connectors/accelerator_connector.py
     Seen on: 2.5.6 to 2.6.6
     """
+    # imports a private class of Lightning; `private` reads a private attribute
     connector = private_import(
         "lightning.pytorch.trainer.connectors.accelerator_connector", "_AcceleratorConnector"
     )
@@ -144,6 +145,7 @@ def allow_any_precision(kind: type) -> None:
     def validate_with_name(self: Any) -> None:
         strategy = private(self, "_strategy_flag")  # the trainer's argument `strategy`
         if isinstance(strategy, kind):
+            # the check then takes it for a strategy that is given by name
             self._strategy_flag = kind.__name__
         try:
             original_method(self)
