@@ -150,6 +150,7 @@ def find_latest(
     # folder
     for path, required_name in iter_checkpoints(folder, name):
         # `reason`: why the checkpoint cannot be used, or None
+        # the other two are the run name and the model's class path, as saved in it
         reason, checkpoint_run_name, class_path = _inspect_checkpoint(path)
         if reason is None:
             if name is None and class_path and not accepts(class_path):
@@ -171,6 +172,7 @@ def find_latest(
         return None
     raise UsageError(
         f"--ckpt_path {request}: there is no checkpoint in {folder}",
+        # the names of the runs below `root` that have checkpoints
         sorted({str(run.parent.relative_to(root)) for run in _iter_runs(Path(root), None)}),
         flag="--trainer.name=NAME, or --ckpt_path=FILE",
         label="names with checkpoints",

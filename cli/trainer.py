@@ -129,7 +129,7 @@ class Trainer(L.Trainer):
                 plan's table has more detail
             kwargs: Lightning's other arguments
         """
-        # hides messages of Lightning that Ravine replaces by its own
+        # filters some messages of Lightning from now on; the others are not changed
         silence_lightning()
         # raises an error for counts below one, such as accumulate_grad_batches=0
         check_counts(kwargs)

@@ -129,6 +129,7 @@ def build_corpus(
         tokens = read_token_file(Path(summary.token_file), tokenizer, is_memmap)
     else:
         tokens = tokenize_corpus(tokenizer, iter_text, summary.sha256, is_memmap)
+    # a corpus: token ids (n), tokenizer, checksum, and whether the ids stay memory-mapped
     return Corpus(tokens, tokenizer, summary.sha256, is_memmap)
 
 

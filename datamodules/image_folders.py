@@ -415,6 +415,7 @@ def read_idx_files(files: IdxFiles) -> tuple[dict[str, ImageSet], list[str]]:
         )
     if labelled_splits:
         return _add_idx_labels(files, images)
+    # one class with the name of the folder; no notes
     name = files["train", "images"].parent.name
     return {
         split: ImageSet(array, torch.zeros(len(array), dtype=torch.int64), (name,))

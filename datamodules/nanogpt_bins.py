@@ -172,7 +172,7 @@ def _parse_meta(meta_path: Path) -> tuple[Any, str]:
         content = (
             json.loads(meta_path.read_bytes())
             if meta_path.suffix == ".json"
-            # an unpickler for plain data, which imports nothing
+            # plain values only; NumPy's number types are the only classes allowed
             else _load_meta_pickle(meta_path)
         )
     except RecursionError:

@@ -136,8 +136,7 @@ class Tokenizer(ABC):
                 "remove special_tokens, or use tokenizer='gpt2'",
                 flag="--data.tokenizer=gpt2",
             )
-        # a cut of a text into chunks must not divide a special token
-        # empty if their texts are read as ordinary text
+        # A cut of a text into chunks must not divide a special token, unless it is read as text.
         self._set_unsplittable(special_words if special_tokens != "as_text" else [])
 
     def _set_unsplittable(self, units: Iterable[str]) -> None:

@@ -64,6 +64,7 @@ def run_argv(argv: list[str]) -> int:
         if flag.default is Parameter.empty and name not in arguments:
             raise UsageError(f"export needs a {name}", flag=f"--{name}=NAME")
     if "folder" in arguments:
+        # raises an error if the folder could not be created or written to
         output_path.check_writable(arguments["folder"], "folder", is_file=False)
     try:
         paths = _save_export(module, path, arguments, should_merge, method)
@@ -150,6 +151,7 @@ def save_merged(
         checkpoint["ravine"]["config"] = remove_transforms(config)
     if quantization_scheme is not None:
         quantization = Quantization(quantization_scheme)  # pyright: ignore[reportArgumentType]
+        # replaces the weights of the linear layers by quantized ones
         quantize_module(module, quantization_scheme)
         arguments = quantization.to_config()
         # tells `load_model` to quantize the layers before it loads the weights

@@ -170,6 +170,7 @@ def print_texts(module: TaskModule, arguments: dict[str, Any]) -> None:
             sys.stdout.write((pending_prompt.pop() if pending_prompt else "") + text)
             sys.stdout.flush()
 
+        # calls `print_piece` with each new piece of the text
         method(**arguments, on_text=print_piece)
         print_piece("\n")
         return

@@ -25,6 +25,7 @@ def check_env_vars(environ: Mapping[str, str], command: str, commands: Collectio
         commands: all commands.
     """
     for name in sorted(environ):
+        # KNOWN_VARIABLES: those of Ravine and Lightning that are read
         if not name.startswith(("PL_", "RAVINE_")) or name in KNOWN_VARIABLES:
             continue
         if any(name.startswith(f"PL_{subcommand.upper()}__") for subcommand in commands):

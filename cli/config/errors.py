@@ -145,6 +145,7 @@ class ConfigErrorFinder:
                 owner, matched_prefix, remaining[0], known_names, config_value
             )
         if matched_prefix in sections:
+            # the entries of a mapping
             for child in config_value.children():
                 self.check_key(parser, owner, f"{key}.{child.name}", child)
         else:

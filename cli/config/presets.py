@@ -170,6 +170,7 @@ def check_yaml_size(text: str, name: str) -> None:
     """
     import yaml
 
+    # `&name` (anchor) marks a value, and each `*name` (alias) repeats it
     sizes: dict[str, int] = {}  # number of values by anchor
     open_collections: list[tuple[str | None, int]] = []  # anchor, and number of values before
     count = 0

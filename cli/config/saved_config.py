@@ -165,6 +165,7 @@ def extra_argv(
         if is_left_out and not trust.is_admitted(path):
             rank_zero_only(print)(f"callback of the checkpoint not used: {path} is not trusted")
         elif takes_all or (is_left_out and _is_transform(spec)):  # a transform changes the net
+            # raises an error if an argument of it names a class that is not admitted
             trust.check_callback(spec, source)
             flags.append(f"--trainer.callbacks+={json.dumps(spec)}")
     if takes_all and flags:

@@ -142,12 +142,13 @@ def example_command(entry: Entry, program: str) -> str:
     style = "plan" if is_for_plan else entry.kind
     # the flag that chooses a class of this kind, and the beginning of flags for its arguments
     class_flag, argument_flag = CLASS_FLAGS.get(style, CLASS_FLAGS["callbacks"])
+    # `argument_flags`: flags for the required arguments, or for the first with a plain value
     class_flag, arguments = class_flag.format(name), argument_flags(entry, argument_flag)
     if entry.kind in ("tasks", "data") and name not in EXAMPLE_CONFIG_OF:
-        # `complete_only`: a config that names model and data, so that it runs alone
+        # `complete_only`: only configs that name a model
         used_in = configs_with_class(name, complete_only=True)
         preferred = next(iter([*(c for c in used_in if "quick" in c), *used_in]), "")
-        # without such a config the command names model and data itself
+        # a class of the user: `partner_flag` names the data of the task, or the task of the data
         pair = [f"{program} fit", class_flag, partner_flag(entry)]
         return " ".join([*([f"{fit} {preferred}"] if preferred else pair), *arguments])
     # is_added: the config lacks the class, so the command adds it by a flag

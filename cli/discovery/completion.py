@@ -28,6 +28,8 @@ RESOLVED_CHECKPOINTS = ("auto", "last")
 def complete_line(line: str, commands: Iterable[str]) -> list[str]:
     """Return the words that may replace the last word of a line.
 
+    `starting_with(text, names)` returns the names that begin with the text, sorted.
+
     Args:
         line: the command line up to the cursor, with the name of the program.
         commands: the commands of the program.
@@ -53,6 +55,7 @@ def complete_line(line: str, commands: Iterable[str]) -> list[str]:
         case "runs" if not current.startswith("-"):
             verbs = () if arguments else RUNS_VERBS
             return [*starting_with(current, verbs), *file_names(current or "runs/")]
+    # the word before is -c or --config, so this one is a preset or a file
     if arguments and arguments[-1] in CONFIG_FLAGS:
         return starting_with(current, config_names()) or file_names(current)
     flag, equals, value = current.partition("=")

@@ -195,7 +195,11 @@ def walk_files(
 
 
 def walk_checkpoints(run: RunSummary) -> Iterator[tuple[tuple[str, ...], int]]:
-    """Yield each checkpoint, a file or a folder, below the `checkpoints` folder of a run."""
+    """Yield each checkpoint, a file or a folder, below the `checkpoints` folder of a run.
+
+    A checkpoint is given by the names from the run's folder to it, and its size in bytes. Links are
+    left out.
+    """
     pending: list[tuple[str, ...]] = [("checkpoints",)]
     while pending:
         segments = pending.pop()

@@ -82,6 +82,7 @@ def place_run(
         if run is not None and is_writable(run):
             return Placement(run, f"{verb}_", origin=origin)
         return Placement(parent, f"{verb}_", origin=origin)
+    # why the fit may not go on in the folder of that run; "" if it may
     reason = reason_for_new_version(path, run, parent, changed_arguments)
     if reason or run is None:
         return Placement(parent, index.VERSION_PREFIX, origin=origin, reason=reason)

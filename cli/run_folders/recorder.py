@@ -131,7 +131,7 @@ class RunRecorder(L.Callback):
             record["best"] = self._find_best(trainer, record["metrics"])
 
     def _find_best(self, trainer: Any, metrics: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the best value of the monitored metric so far, and the names of kept files.
+        """Return the best value of the monitored metric so far, with its name, mode and step.
 
         Args:
             trainer: the trainer, with its ModelCheckpoint callbacks.
