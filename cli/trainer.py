@@ -270,6 +270,7 @@ class Trainer(L.Trainer):
         problem = None
         if self.is_global_zero:
             try:
+                # the path and the kept steps
                 created = self._create_run_dir()
             except (UsageError, OSError) as error:
                 problem = error

@@ -54,9 +54,8 @@ class ResumableLoader:
         self.epoch_sampler, self.make_batch = epoch_sampler, make_batch
         self.batch_size, self.data_parallel = batch_size, data_parallel
         self.num_samples = num_samples // batch_size * batch_size
-        # Lightning's BatchSizeFinder doubles the batch size while it is below this length
-        # Here it stops at the first size above half of the samples: doubled again, it would exceed
-        # them.
+        # Lightning's BatchSizeFinder doubles the batch size while it is below this length. So
+        # a size above half of the samples is not doubled: twice that would exceed them.
         self.dataset = range(num_samples // 2 + 1)
         self.epoch, self.num_consumed = 0, 0  # the position: samples of the epoch yielded so far
         self._trainer_epoch = 0  # the trainer's epoch number, given to `set_epoch`

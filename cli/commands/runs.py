@@ -133,11 +133,13 @@ def select_runs(
     if names:
         kept: dict[Path, RunSummary] = {}
         for name in names:
+            # the runs whose names are `name` or begin with it
             matching = _runs_called(runs, name, root)
             if not matching:
                 all_names = {run.name for run in runs}
                 # names without a version, such as spam/quick, are suggested too
                 parents = {n.rpartition("/")[0] for n in all_names} - {""}
+                # suggests the nearest name in the command `runs NAME`
                 raise unknown_name_error(
                     f"no run under {root} is called {name!r}, and no name begins with it",
                     name,

@@ -121,7 +121,7 @@ class ConfigErrorFinder:
             parser: parser of the command, or of a class
             owner: the key under which that class was chosen; empty for the command
             key: the key relative to ``owner``
-            config_value: the value
+            config_value: the value, with its YAML node, its text, and its location for errors
         """
         # the arguments of the parser, without its help flags
         actions = [a for a in parser._actions if not f".{a.dest}".endswith(".help")]
@@ -180,7 +180,7 @@ class ConfigErrorFinder:
             hint: the type hint of the argument; None if it has none.
             key: the full key of the argument.
             remaining: the segments of the typed key below ``key``: arguments of its class.
-            config_value: the value.
+            config_value: the value, with its YAML node, its text, and its location for errors.
 
         Raises:
             UsageError: the value does not fit.
@@ -195,6 +195,7 @@ class ConfigErrorFinder:
         if remaining and remaining != ["class_path"]:  # an argument of the chosen class
             if key in self.chosen_classes:
                 self.check_key(
+                    # a parser of the arguments of that class
                     typehints.class_parser(*self.chosen_classes[key]),
                     key,
                     ".".join(remaining),

@@ -54,6 +54,7 @@ def clean_runs(words: list[str], root: Path, flags: dict[str, str]) -> int:
     is_confirmed = "yes" in flags
     kind, names = words[0] if words else "", words[1:]
     if kind not in KINDS:
+        # suggests the nearest kind in the command `runs clean KIND`, or checkpoints
         raise unknown_name_error(
             f"runs clean: nothing to free is called {kind!r}"
             if kind
@@ -73,6 +74,7 @@ def clean_runs(words: list[str], root: Path, flags: dict[str, str]) -> int:
             print(f"{run.name} is running: left alone")
     ended = [run for run in chosen if run.status != "running"]
     # `all_runs` too: a run that was not chosen may still need a checkpoint of one that was
+    # FINDERS: by kind, the function that returns what to delete, with sizes in bytes.
     deletions = FINDERS[kind](ended, all_runs)
     if not deletions:
         print(f"nothing to free: no {kind} of {len(chosen)} runs under {root} can be deleted")
