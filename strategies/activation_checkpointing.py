@@ -110,6 +110,7 @@ def _checkpointed_forward(
 
     In the recomputation, buffers that the forward changes have the values from before the forward.
     """
+    # _selective_policy: keeps the results of matrix products, convolutions and attention
     selective_contexts = partial(create_selective_checkpoint_contexts, _selective_policy)
     checkpoint_kwargs: dict[str, Any] = (
         {"context_fn": selective_contexts} if mode == "selective" else {}
@@ -123,6 +124,7 @@ def _checkpointed_forward(
             return forward(*args, **kwargs)
         if torch.compiler.is_compiling():  # the compiled recomputation excludes buffer updates
             return checkpoint(forward, *args, use_reentrant=False, **checkpoint_kwargs, **kwargs)
+        # buffers as pairs (module, name); in the first forward all buffers of the block
         known_buffers = changing_buffers.get(block.training)
         buffer_refs = _buffer_refs(block) if known_buffers is None else known_buffers
         saved_buffers = [(m, name, m._buffers[name].detach().clone()) for m, name in buffer_refs]
@@ -134,6 +136,7 @@ def _checkpointed_forward(
                 forward_context, recompute_context = selective_contexts()
             else:
                 forward_context, recompute_context = nullcontext(), nullcontext()
+            # _restore_buffers: sets the saved values, and after the recomputation the current ones
             return forward_context, _restore_buffers(saved_buffers, recompute_context)
 
         call_kwargs = {"context_fn": make_contexts} if buffer_refs else checkpoint_kwargs
@@ -142,6 +145,7 @@ def _checkpointed_forward(
             changed_buffers = [
                 (module, name, old_value)
                 for (module, name, old_value), version in zip(saved_buffers, versions, strict=True)
+                # _has_changed: compares the version counter and the values
                 if _has_changed(module._buffers[name], old_value, version)
             ]
             saved_buffers[:] = changed_buffers  # in place: the recomputation reads this list

@@ -47,6 +47,8 @@ def attention_with_lse(
 ) -> tuple[Tensor, Tensor]:
     """Compute attention over a block of keys, and the log-sum-exp of its scores.
 
+    Axes: b batch, h heads, t queries, s keys, k channels of a head.
+
     Args:
         query: (b h t k).
         key: (b h s k); with `causal` s = t.
@@ -56,6 +58,7 @@ def attention_with_lse(
     Returns:
         out (b h t k), and lse (b h t) in `accumulation_dtype`.
     """
+    # kernel: "flash" or "efficient" on a GPU, "cpu", or "chunks" if torch has none for them
     kernel = _select_kernel(query, key, value, causal)
     options = {"dropout_p": 0.0, "is_causal": causal}
     if kernel == "flash":
@@ -76,6 +79,8 @@ def attention_with_lse_backward(
     d_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of query, key and value for a block of keys.
+
+    Axes: b batch, h heads, t queries, s keys, k channels of a head.
 
     Args:
         d_out: gradient of the attention over all keys (b h t k).
@@ -103,6 +108,7 @@ def attention_with_lse_backward(
         )
     if kernel == "efficient":
         seed = torch.zeros((), dtype=torch.long, device=query.device)  # unused: dropout is 0
+        # the kernel expects rows of lse of a multiple of LSE_ALIGNMENT elements
         lse = F.pad(lse, (0, -lse.shape[2] % LSE_ALIGNMENT), value=torch.inf).contiguous()
         return aten._scaled_dot_product_efficient_attention_backward(
             *(d_out, query, key, value, None, out, lse),  # None: no bias
@@ -182,9 +188,11 @@ def _attention_backward_in_chunks(
         torch.zeros_like(value),
     )
     with torch.autocast(query.device.type, enabled=False):
+        # rows: slice of the queries whose scores fit into the memory of a chunk
         for rows in _query_slices(query, key):
             visible = slice(rows.stop if causal else None)
             q, d = query[:, :, rows], d_out[:, :, rows]
+            # the last argument is the index of the first query, for the causal mask
             scores = _attention_scores(q, key[:, :, visible], rows.start if causal else None)
             weights = scores.sub_(lse[:, :, rows, None]).exp_()
             d_value[:, :, visible] += weights.mT @ d

@@ -122,9 +122,11 @@ def find_changed_buffers(
         group: the ranks; None: all.
     """
     changed = [
+        # buffer_fingerprint: address, version counter and sum of a buffer
         name in buffers and buffer_fingerprint(buffers[name]) != old
         for name, old in old_fingerprints.items()
     ]
     flags = torch.tensor(changed, dtype=torch.uint8, device=device)  # one per buffer
+    # MAX: 1 if the buffer has changed on at least one rank
     dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
     return [name for name, flag in zip(old_fingerprints, flags.tolist(), strict=True) if flag]

@@ -93,6 +93,7 @@ class ContextParallel:
                 'use Trainer(strategy="ep")',
                 flag="--trainer.strategy=ep",
             )
+        # `dropout` of an attention module is a probability
         if any(getattr(m, "dropout", 0) for m in self.attention_modules):
             raise UsageError(
                 f"cp={self.num_ranks}: {name} applies dropout to attention weights, and no rank "
@@ -134,6 +135,7 @@ class ContextParallel:
         Raises:
             UsageError: the tensors (b t ...) of the batch do not have exactly one length t.
         """
+        # shard_batch: of each tensor (b t ...) the positions of this rank
         batch_shard = self.shard_batch(batch)
         tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
         lengths = {tensor.shape[1] for tensor in tensors if tensor.ndim > 1}
@@ -147,6 +149,7 @@ class ContextParallel:
                 flag="--trainer.strategy=zero3",
             )
         (length,) = lengths
+        # rank r of n has the pieces r and 2n - 1 - r of 2n pieces: equal work with a causal mask
         positions = zigzag_positions(length, self.rank, self.num_ranks).to(self._module_device)
         for module in self.position_modules:
             module.position_ids_override = positions
@@ -233,6 +236,7 @@ def ring_slices(key: Tensor, num_groups: int) -> list[tuple[slice, slice]]:
     if num_groups <= num_heads:
         rows_per_slice = batch_size
     else:
+        # fewer heads than groups: a slice has one head, and a part of the batch
         rows_per_slice = max(1, batch_size * num_heads // num_groups)
     return [
         (slice(row, row + rows_per_slice), slice(head, head + heads_per_slice))
@@ -249,6 +253,8 @@ def ring_attention(query: Tensor, key: Tensor, value: Tensor, group: str) -> tup
     step s the block of keys is that of the rank s places before this one. It is a custom operator
     so that selective activation checkpointing saves its output, and torch.compile does not trace
     it.
+
+    Axes: b batch, h heads, t tokens of this rank, k channels of a head.
     """
     ring, length = _RingNeighbours(group), query.shape[2]
     out, lse = _empty_results(query)
@@ -256,12 +262,18 @@ def ring_attention(query: Tensor, key: Tensor, value: Tensor, group: str) -> tup
         local_kv = _pack_kv(key[ring_slice], value[ring_slice], key.dtype)
         block_kv = local_kv  # keys and values of the rank of this step
         slice_query, slice_out, slice_lse = query[ring_slice], out[ring_slice], lse[ring_slice]
+        # the output slice itself, or a copy in the dtype of lse if that is wider
         total = _accumulator(slice_out, lse.dtype)
         for step in range(ring.num_ranks):
+            # exchange_kv: starts to send this rank's keys and values; None after the last step
             transfer = ring.exchange_kv(local_kv, step + 1)  # while this block is computed
+            # keys of a later rank are visible to the second half of the queries only
             query_slice = visible_queries(ring.rank, ring.rank_at(step), length)
             block_out, block_lse = attention_with_lse(
-                slice_query[:, :, query_slice], *_unpack_kv(block_kv), causal=step == 0
+                slice_query[:, :, query_slice],
+                *_unpack_kv(block_kv),
+                # a rank sends only the keys that the receiver sees, so later steps need no mask
+                causal=step == 0,
             )
             if step == 0:
                 total.copy_(block_out)
@@ -287,6 +299,8 @@ def ring_attention_backward(
     Keys and values are exchanged again. The gradients of a block's keys and values are sent back
     to their rank while the next block is computed.
 
+    Axes: b batch, h heads, t tokens of this rank, k channels of a head.
+
     Args:
         d_out: gradient of `out` (b h t k).
         query: this rank's queries (b h t k).
@@ -306,9 +320,11 @@ def ring_attention_backward(
         block_kv = local_kv  # keys and values of the rank of this step
         inputs = [tensor[ring_slice] for tensor in (d_out, query, out, lse)]
         slice_grads = [grad[ring_slice] for grad in results]
+        # the result slices, or new tensors in the dtype of lse if that is wider
         totals = [_accumulator(grad, lse.dtype) for grad in slice_grads]
         for step in range(ring.num_ranks):
             transfer = ring.exchange_kv(local_kv, step + 1)
+            # keys of a later rank are visible to the second half of the queries only
             query_slice = visible_queries(ring.rank, ring.rank_at(step), length)
             block_d_out, block_query, block_out, block_lse = (
                 tensor[:, :, query_slice] for tensor in inputs
@@ -328,12 +344,17 @@ def ring_attention_backward(
             add_pending = None
             if step > 0:
                 _, d_key, d_value = block_grads
+                # returns at once; it receives the gradients of this rank's keys from another rank
                 grad_transfer = ring.exchange_grads(
                     _pack_kv(d_key, d_value, lse.dtype), step, length
                 )
                 is_last_step = step + 1 == ring.num_ranks  # then the totals become results
                 add_pending = partial(
-                    _add_received_grads, grad_transfer, totals, slice_grads if is_last_step else []
+                    # waits, adds to totals[1:], and copies the totals to the given results
+                    _add_received_grads,
+                    grad_transfer,
+                    totals,
+                    slice_grads if is_last_step else [],
                 )
                 del grad_transfer, d_key, d_value
             del block_grads, block_key, block_value  # frees memory before the next block

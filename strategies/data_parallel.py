@@ -68,6 +68,7 @@ def check_constant_accumulation(trainer: Any) -> None:
     has_scheduler = any(
         isinstance(callback, GradientAccumulationScheduler) for callback in callbacks
     )
+    # the callback RunChecks has this attribute
     is_supported = any(
         getattr(callback, "supports_accumulation_schedule", False) for callback in callbacks
     )
@@ -158,6 +159,7 @@ class DataParallelStrategy(DDPStrategy):
                 raise
             raise UsageError(
                 f"{type(self.lightning_module).__name__}: the loss does not depend on "
+                # torch's text has indices of the parameters; the message has their names
                 f"{self._unreached_param_names(str(error))}, and ddp waits for all gradients",
                 ["losses that depend on all trainable parameters"],
                 'use Trainer(strategy="ddp_find_unused_parameters_true")',
@@ -197,6 +199,7 @@ def check_gradients_in_buckets(optimizer: Any) -> None:
     """
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
         gradient = parameter.grad
+        # `_base` is None for a gradient that is no view, e.g. after `p.grad = new`
         if gradient is None or gradient.layout != torch.strided or gradient._base is None:
             continue
         # `_base` is the bucket: a view has the storage of its base
@@ -225,6 +228,7 @@ def check_no_gradient_in_state(optimizer: Any) -> None:
     for parameter in parameters:
         if parameter.grad is None or parameter.grad.layout != torch.strided:
             continue
+        # with a bucket view this is the address of the bucket
         gradient_address = parameter.grad.untyped_storage().data_ptr()
         state = states.get(parameter)
         if not isinstance(state, Mapping):

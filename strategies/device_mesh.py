@@ -36,6 +36,7 @@ def resolve_degrees(degrees: dict[str, int], world_size: int) -> dict[str, int]:
     Raises:
         UsageError: the sizes do not fit the number of processes; the error gives sizes that do.
     """
+    # MESH_AXES: pp, dp_replicate, dp_shard, cp, tp; ep is a part of dp_shard
     axes = {axis: degrees.get(axis, 1) for axis in MESH_AXES}
     ep = degrees.get("ep", 1)
     # for the errors: the call as a user would write it
@@ -139,6 +140,7 @@ def validate_module(module: Any, degrees: dict[str, int], sequence_parallel: boo
             'use Trainer(strategy="tp")',
             flag="--trainer.strategy=tp",
         )
+    # e.g. ("cp", "pp"): set by modules whose step cannot run with these axes
     for axis in getattr(module, "unsupported_parallelism", ()):
         if degrees[axis] > 1:
             raise UsageError(
@@ -174,6 +176,7 @@ def validate_combination(
         )
     # the interleaved schedule runs micro-batches in equal rounds of at least one for each rank
     num_rounds = max(1, num_microbatches // num_stage_ranks)
+    # torch's 1f1b needs at least one micro-batch for each rank
     too_few = pipeline_schedule == "1f1b" and num_microbatches < num_stage_ranks
     if too_few or (pipeline_schedule == "interleaved" and num_microbatches % num_rounds):
         allowed = f"{num_stage_ranks} or more" if too_few else f"multiples of {num_stage_ranks}"
@@ -225,6 +228,7 @@ def build_mesh(degrees: dict[str, int], zero_stage: int, device: torch.device) -
     )
     # Lightning requires the axes DP_AXIS and TP_AXIS, even of size 1
     lightning_sizes = {"pp": pp, DP_AXIS: num_replicas * num_shards, "cp": cp, TP_AXIS: tp}
+    # _submesh: the same processes, arranged by these axes; the last axis varies fastest
     lightning_mesh = _submesh(
         world_mesh, {k: n for k, n in lightning_sizes.items() if n > 1 or k in (DP_AXIS, TP_AXIS)}
     )
@@ -252,6 +256,7 @@ def build_mesh(degrees: dict[str, int], zero_stage: int, device: torch.device) -
         fsdp_mesh = replicate_shard_mesh if num_copies > 1 else submesh["shards"]
         data_mesh = replicate_shard_mesh._flatten("data")
         tp_mesh = submesh[TP_AXIS]
+    # tp_mesh and data_mesh are used for gradients, fsdp_mesh for shards
     return MeshLayout(
         degrees, lightning_mesh, data_mesh, fsdp_mesh, tp_mesh, expert_mesh, expert_replica_mesh
     )

@@ -72,6 +72,7 @@ def shard_indices(tensor: Tensor, coordinate: tuple[int, ...] | None = None) -> 
         if not hasattr(shard_placement, "dim"):  # replicated
             continue
         dim = shard_placement.dim
+        # the same placement for a tensor of one dimension; it may be a strided one (FSDP with tp)
         one_dim_placement = type(shard_placement)(0, **_split_factor_kwargs(shard_placement))
         shards, _ = one_dim_placement._split_tensor(
             indices[dim], mesh.size(axis), with_padding=False, contiguous=False
@@ -80,6 +81,7 @@ def shard_indices(tensor: Tensor, coordinate: tuple[int, ...] | None = None) -> 
             indices[dim] = indices[dim][:0]
         else:
             indices[dim] = shards[mesh_coordinate[axis]]
+    # _consecutive_ranges: an IndexRange (global_start, local_start, length) for each run
     return [_consecutive_ranges(index) for index in indices]
 
 
@@ -133,6 +135,7 @@ def local_shard(full: Tensor, like: Tensor) -> Tensor:
     shard = full.new_empty(
         [sum(index_range.length for index_range in ranges) for ranges in indices]
     )
+    # slices of the full tensor, and of the shard
     for source, target in shard_blocks(indices):
         shard[target] = full[source]
     return shard
@@ -163,6 +166,7 @@ def gather_to_first_rank(tensor: Tensor) -> Tensor | None:
     if not any(is_sharded_axis):
         return local.cpu() if rank == first_rank else None
     full = torch.empty(tensor.shape, dtype=tensor.dtype) if rank == first_rank else None
+    # each rank of the mesh in turn; all ranks run the same loop
     for coordinate in itertools.product(*(range(n) for n in mesh.mesh.shape)):
         if any(
             i > 0 and not sharded for i, sharded in zip(coordinate, is_sharded_axis, strict=True)
@@ -170,10 +174,12 @@ def gather_to_first_rank(tensor: Tensor) -> Tensor | None:
             continue  # a replica of a shard that another rank sends
         sender = int(mesh.mesh[coordinate])
         if rank == sender and sender != first_rank:
+            # _chunks: rows of at most MAX_MESSAGE_BYTES; _as_bytes: gloo supports few dtypes
             for chunk in _chunks(local):
                 dist.send(_as_bytes(chunk), first_rank)  # in the default group: a global rank
         elif full is not None:
             indices = shard_indices(tensor, coordinate)
+            # None: the first rank copies its own shard
             _copy_shard_from(sender if sender != first_rank else None, local, indices, full)
     return full
 
@@ -191,6 +197,7 @@ def _copy_shard_from(
     """
     shape = [sum(index_range.length for index_range in ranges) for ranges in indices]
     for rows, chunk in _receive_chunks(shape, local, sender):
+        # _ranges_within: the parts of the ranges inside the chunk; a scalar has no indices
         chunk_indices = [_ranges_within(indices[0], rows), *indices[1:]] if indices else []
         for target, source in shard_blocks(chunk_indices):
             full[target] = chunk[source].to(full.device)
@@ -283,6 +290,7 @@ def gather_trees_to_first_rank(tree: Any, group: ProcessGroup, device: torch.dev
     ranks = dist.get_process_group_ranks(group)
     first_rank, rank = ranks[0], dist.get_rank()
     if rank == first_rank:
+        # _receive_tree: the counterpart of the sends below
         return [tree, *(_receive_tree(sender, device) for sender in ranks[1:])]
     leaves, tree_spec = tree_flatten(tree)
     # first the tree with the shape and dtype of each tensor, then the tensors

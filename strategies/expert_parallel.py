@@ -68,6 +68,7 @@ def shard_experts(module: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
         for name, parameter in list(experts.named_parameters()):
             shard = distribute_tensor(parameter.detach(), mesh, [Shard(0)])
             experts.register_parameter(name, nn.Parameter(shard, parameter.requires_grad))
+        # the new forward exchanges tokens with the other ranks of the mesh
         experts.forward = _all_to_all_forward(experts, experts.forward, mesh.get_group())
     return expert_modules
 
@@ -76,6 +77,8 @@ def _all_to_all_forward(
     experts: nn.Module, forward: Callable[[Tensor], Tensor], group: ProcessGroup
 ) -> Callable[[Tensor], Tensor]:
     """Return a replacement of the forward of experts that are sharded over a group.
+
+    Axes: E all experts, e experts of a rank, n slots of an expert, d channels, r ranks.
 
     Args:
         experts: the module of this rank's experts.
@@ -95,6 +98,7 @@ def _all_to_all_forward(
             x = pad(x, (0, 0, 0, n - num_slots))
         num_local_experts = e // num_ranks
         # (r e n d): the slots of each rank r for the local experts e
+        # _AllToAll: sends a part of the first axis to each rank; its backward does the reverse
         received = _AllToAll.apply(x, group).view(num_ranks, num_local_experts, n, d)
         local_inputs = received.transpose(0, 1).reshape(num_local_experts, num_ranks * n, d)
         sharded_params = dict(experts._parameters)
@@ -149,5 +153,6 @@ def reduce_expert_gradients(
         gradient: Any = parameter.grad
         local_grad = gradient.to_local() if isinstance(gradient, DTensor) else gradient
         if replicas.size() > 1:
+            # in place: local_grad shares the memory of the gradient
             dist.all_reduce(local_grad, group=replicas.get_group())
         local_grad /= num_data_ranks

@@ -38,6 +38,7 @@ def clip_grad_norm(
         is_sharded = isinstance(gradient, DTensor)
         key = (gradient.device_mesh, gradient.placements) if is_sharded else None
         grads_by_mesh.setdefault(key, []).append(gradient)
+    # of sharded gradients the result is a DTensor, whose full value needs a reduction
     norms = [get_total_norm(same_mesh_grads) for same_mesh_grads in grads_by_mesh.values()]
     # full_tensor reduces the norms of the shards to the norm over all ranks
     norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]

@@ -69,11 +69,14 @@ def can_free_gradients_early(trainer: Any) -> bool:
     return (
         module.automatic_optimization
         and isinstance(strategy, SingleDeviceStrategy | ModelParallelStrategy)
+        # true for strategies that accumulate gradients themselves
         and not strategy.handles_gradient_accumulation
+        # ZEROING_HOOKS: on_before_zero_grad, which callbacks have too, and optimizer_zero_grad
         and not any(is_overridden(hook, module) for hook in ZEROING_HOOKS)
         and not any(
             is_overridden(ZEROING_HOOKS[0], callback, Callback) for callback in trainer.callbacks
         )
+        # references_gradients: whether the step, or code that it calls, mentions gradients
         and not references_gradients(module, module.training_step)
         and not any(overrides_zero_grad(optimizer) for optimizer in trainer.optimizers)
     )
@@ -97,6 +100,7 @@ def find_gradient_readers(trainer: Any) -> list[str]:
     pipeline = getattr(trainer.strategy, "pipeline", None)
     if pipeline is not None and pipeline.tied_params:
         reader_names.append("the pipeline, whose first and last stage share a parameter")
+    # ZEROING_HOOKS: on_before_zero_grad and optimizer_zero_grad
     for hook in ("configure_gradient_clipping", *ZEROING_HOOKS):
         module_hook = getattr(module, hook)
         if is_overridden(hook, module) and not getattr(
@@ -110,14 +114,17 @@ def find_gradient_readers(trainer: Any) -> list[str]:
             continue
         hooks = [
             hook
+            # GRADIENT_HOOKS: on_after_backward and on_before_optimizer_step
             for hook in GRADIENT_HOOKS
             if is_overridden(hook, owner, base) and _may_read_gradients(getattr(owner, hook), owner)
         ]
         if base is not None and is_overridden(ZEROING_HOOKS[0], owner, base):
             hooks.append(ZEROING_HOOKS[0])
+        # reads_gradients: whether the bytecode of any of its methods reads gradients
         if hooks or reads_gradients(owner):
             reader_names.append(".".join([type(owner).__name__, *hooks[:1]]))
     for optimizer in trainer.optimizers:
+        # such an optimizer is not split over ranks at all
         if getattr(optimizer, "needs_full_gradient", False):
             continue
         if overrides_zero_grad(optimizer):
@@ -157,6 +164,7 @@ def free_before_forward(trainer: Any) -> None:
     strategy = trainer.strategy
     if not isinstance(strategy, SingleDeviceStrategy | ModelParallelStrategy):
         return
+    # an attribute of MeshStrategy
     if hasattr(strategy, "should_free_gradients"):
         return
     original_train_start = strategy.on_train_start
@@ -251,6 +259,7 @@ def _scan_function(
     if function.__code__ in visited or _is_library_code(function):
         return
     visited.add(function.__code__)
+    # _nested_code: the code of the function, and of functions defined in it
     for code in _nested_code(function.__code__):
         instructions = [
             instruction
@@ -277,9 +286,14 @@ def _record_uses(
     instruction: dis.Instruction,
     following: dis.Instruction | None,
 ) -> None:
-    """Record in `uses` how one instruction of a function, between two others, uses gradients."""
+    """Record in `uses` how one instruction of a function, between two others, uses gradients.
+
+    It sets attributes of `uses` to true: has_gradient (the code refers to a gradient), reads_values
+    (it may read or change values) and passes_params (it gives parameters to other code).
+    """
     name = instruction.argval if isinstance(instruction.argval, str) else ""
     is_attribute = instruction.opname in ATTRIBUTE_OPCODES
+    # GRADIENT_FUNCTIONS: e.g. clip_grad_norm_, which takes parameters
     if name in GRADIENT_FUNCTIONS:
         uses.has_gradient = uses.reads_values = True
     elif name == "grad" and (is_attribute or instruction.opname == "LOAD_CONST"):
@@ -288,6 +302,7 @@ def _record_uses(
             uses.reads_values |= _next_reads_values(instruction, following)
     elif is_attribute:
         uses.reads_values |= name in VALUE_DEPENDENT_NAMES
+        # PARAM_HOLDER_NAMES: e.g. `parameters` or `optimizers`
         uses.passes_params |= name in PARAM_HOLDER_NAMES
     elif instruction.opname == "LOAD_GLOBAL":
         uses.passes_params |= name in PARAM_HOLDER_NAMES

@@ -73,6 +73,7 @@ def materialize_params(
         else:
             shape, start = parameter.shape, (0,) * parameter.ndim
             shard = torch.empty_like(parameter, device=device, requires_grad=False)  # its strides
+        # in blocks of rows, so that no full tensor is in memory
         for rows, block in _iter_shard_blocks(values[name], parameter, shape, start):
             shard[rows] = block.to(device)
         new_value: Tensor = shard

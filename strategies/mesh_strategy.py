@@ -144,11 +144,13 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         A degree of -1 is resolved once the trainer has set the number of processes.
         """
         super().__init__(save_distributed_checkpoint=save_distributed_checkpoint)
+        # ep is kept apart, because it divides dp_shard and is no axis of its own
         axes = {"dp_shard": dp_shard, "dp_replicate": dp_replicate, "cp": cp, "tp": tp, "pp": pp}
         self.degrees = axes | {"ep": ep}
         validate_strategy_args(
             zero_stage=zero_stage,
             pipeline_schedule=pipeline_schedule,
+            # SCHEDULE_CLASSES: torch's schedule classes, by name
             allowed_schedules=list(SCHEDULE_CLASSES),
             num_microbatches=num_microbatches,
             min_unit_bytes=min_unit_bytes,
@@ -231,9 +233,11 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         module = self.lightning_module
         assert module is not None
         assert self.mesh_layout is not None
+        # raises for callbacks of Lightning that would have a wrong effect or none
         check_stock_callbacks(trainer)
         validate_module(module, self.mesh_layout.degrees, self.sequence_parallel)
         if self.mesh_layout.degrees["cp"] > 1:
+            # splits sequences over ranks; it checks here that the module allows it
             self.context_parallel = ContextParallel(module, self.mesh_layout.lightning_mesh["cp"])
         # DTensors that are not of the class that an earlier `fit` with this strategy has made
         is_parallelized_by_module = has_sharded_params(module) and not has_sharded_parameter_class(
@@ -246,9 +250,11 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         # recorded before sharding, which replaces parameters
         if self.zero_stage > 1:
             self.original_parameters = OriginalParameters(module)
+        # values of parameters on the meta device, which are drawn after sharding
         deferred_values = collect_deferred_values(module)  # by name of the parameter
         self.parallel_module = self.parallelize_module(module)
         if self.zero_stage > 1 and not is_parallelized_by_module:
+            # raises if this version of torch lacks private attributes that are used below
             check_fsdp_attributes(module)
         self._materialize(module, self.parallel_module, deferred_values)
         has_configure_model = is_overridden("configure_model", module)
@@ -262,12 +268,14 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         if self.zero_stage > 1 and has_no_model_axes and not is_parallelized_by_module:
             self._install_gather_on_use(module)
         if self.mesh_layout.data_mesh.size() > 1:
+            # sends changed buffers, e.g. of BatchNorm, from the first data rank to the others
             self.buffer_sync = BufferSync(module, self.mesh_layout.data_mesh.get_group())
         if trainer.gradient_clip_val and trainer.gradient_clip_algorithm != "value":
             self._check_norm_clipping(trainer.gradient_clip_val)
         replace_method(self.precision_plugin, "clip_grad_by_norm", self._clip_by_norm)
         scaler = getattr(self.precision_plugin, "scaler", None)
         if scaler is not None:
+            # scaler: of 16-bit precision; the ranks agree whether a gradient is infinite
             unscale_on_all_ranks(scaler)
 
     def _materialize(
@@ -280,6 +288,7 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
 
         `deferred_values` are the results of `collect_deferred_values` before sharding.
         """
+        # initial_values: draws the values of parameters on the meta device from its `seed`
         value_source = module.__dict__.pop("initial_values", None)
         if value_source is not None:  # all ranks draw the same values
             value_source.seed = self.broadcast(value_source.seed)
@@ -381,10 +390,12 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         if self.original_parameters is not None and self.mesh_layout.degrees["pp"] == 1:
             for optimizer in self.optimizers:
                 self.original_parameters.update_optimizer(optimizer)
+        # with ZeRO-2 and 3 it makes optimizers step shards; it rejects coupled ones
         self._prepare_optimizers()
         known_owners: dict[Tensor, int] = {}  # a parameter with state keeps its owner
         if self.zero1_reducer is not None:
             known_owners = self.zero1_reducer.owner_of
+            # puts back the methods of the optimizers of an earlier call
             self.zero1_reducer.restore()
             self.zero1_reducer = None
         if self.zero_stage == 1 and self.mesh_layout.data_mesh.size() > 1:
@@ -397,6 +408,7 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
                 module,
                 self.optimizers,
                 self.mesh_layout.data_mesh.get_group(),
+                # called at the first backward pass, when all hooks are known
                 find_gradient_readers=lambda: find_gradient_readers(module.trainer),
                 ignored_params=expert_params,
                 known_owners=known_owners,
@@ -631,6 +643,7 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
             return super().save_checkpoint(checkpoint, filepath, storage_options)
         checkpoint = with_plain_hyperparameters(checkpoint)
         check_serializable(
+            # SHARDED_KEYS: weights, optimizer states and averaged weights, which hold DTensors
             {k: v for k, v in checkpoint.items() if k not in sharded_index.SHARDED_KEYS}
         )
         path = Path(self.broadcast(filepath))
@@ -655,11 +668,15 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         path = Path(self.broadcast(checkpoint_path))
         module, optimizers = self.lightning_module, self.optimizers
         assert module is not None
+        # the ranks divide the checksums; weights and states are views of the mapped file
         with collective_loading(mapped_sections=sharded_index.SHARDED_KEYS):
             if path.is_dir():
                 require_valid_folder(path)
                 state_dict.check_shapes(
-                    module, self.weight_shapes(), state_dict.stored_tensor_shapes(path)
+                    # weight_shapes: shapes of the full net, with a pipeline of all stages
+                    module,
+                    self.weight_shapes(),
+                    state_dict.stored_tensor_shapes(path),
                 )
                 return state_dict.load_sharded_state(
                     module,

@@ -130,6 +130,7 @@ class ParallelModule:
                 data_mesh.get_group(),
                 factor=1 / data_mesh.size(),
             )
+        # with sequence parallelism each tp rank has the gradient of its tokens only
         if self.partial_sum_modules:
             partial_params = [p for module in self.partial_sum_modules for p in module.parameters()]
             if self.zero1_reducer is not None:
@@ -162,6 +163,7 @@ def _all_reduce_flat(parameters: list[Any], group: ProcessGroup, factor: float =
         )
         dist.all_reduce(flat, group=group)
         flat *= factor
+        # the last values are the number of ranks that have each gradient, times `factor`
         *sums, grad_counts = flat.split(
             [*(local_grad.numel() for local_grad in local_grads), len(same_dtype)]
         )
@@ -253,6 +255,7 @@ def parallelize_module(
     Raises:
         UsageError: the plan would untie a shared parameter, or no child holds a parameter.
     """
+    # groups of names that belong to one parameter
     tied_names = _tied_param_names(module)
     parallel_module = ParallelModule(module, mesh_layout)
     tp_mesh = mesh_layout.tp_mesh
@@ -271,6 +274,7 @@ def parallelize_module(
         parallel_module.replicated_ids = shard_module(
             module, mesh_layout.fsdp_mesh, options, ignored_ids
         )
+        # _step_unit: set by shard_module if small children are gathered together
         parallel_module.step_unit = module.__dict__.get("_step_unit")
         parallel_module.gather_once = options.gather_once
     untied = sorted(tied_names - _tied_param_names(module))  # shared before, but not any more
@@ -311,6 +315,7 @@ def shard_module(
     min_unit_bytes = (
         DEFAULT_MIN_UNIT_BYTES if options.min_unit_bytes is None else options.min_unit_bytes
     )
+    # blocks: members of lists and Sequentials; roots: children, for the rest of the parameters
     fsdp_blocks = _fsdp_blocks(module, min_unit_bytes)
     fsdp_roots = [root for root in _fsdp_roots(module) if root not in fsdp_blocks]
     joint_modules: list[nn.Module] = []  # small children that become one unit together
@@ -327,10 +332,13 @@ def shard_module(
         if not isinstance(parameter, DTensor) and not parameter.is_contiguous():
             parameter.data = parameter.data.contiguous()  # FSDP2 rejects e.g. channels_last
     if options.half_dtype is not None:
+        # parameters that autocast uses in fp32, e.g. of norms
         replicated_ids |= {id(p) for p in full_precision_params(module)}
         keep_embeddings_in_fp32(module)
+        # layers that use weights other than in matrix products read them in fp32
         show_fp32_weights(module)
     ignored_params = {p for p in module.parameters() if id(p) in replicated_ids | ignored_ids}
+    # FSDP2's MixedPrecisionPolicy: the dtype of gathered parameters
     policy = build_mp_policy(options.half_dtype)
     if joint_modules:
         fsdp_roots = [root for root in fsdp_roots if root not in joint_modules]
@@ -340,6 +348,7 @@ def shard_module(
     for unit in fsdp_blocks + fsdp_roots:
         unit.register_forward_hook(_clone_view_outputs)  # before fully_shard's own hook
         if options.half_dtype is not None:
+            # adds hooks to the unit, so that its forward runs in autocast
             UnitAutocast(unit, torch.device(mesh.device_type), options.half_dtype)
         # the backward pass of a step unit follows its forward, so a small unit is gathered once
         keep_gathered = options.keep_until_backward or (
@@ -349,8 +358,10 @@ def shard_module(
         fully_shard(unit, mp_policy=policy, ignored_params=ignored_params, **fsdp_kwargs)
         cast(Any, type(unit)).__deepcopy__ = _raise_on_deepcopy  # FSDP2's error has no hint
         if keep_gathered:
+            # without gradients no backward pass would reshard the unit
             unit.register_forward_hook(_reshard_after_eval)
         if keep_gathered and not options.gather_once:
+            # reshards a unit that a forward without a backward has left gathered
             unit.register_forward_pre_hook(cast(Any, _reshard_stale), prepend=True)
     return replicated_ids - ignored_ids
 
@@ -369,6 +380,7 @@ def _find_replicated_ids(module: nn.Module, fsdp_roots: list[nn.Module]) -> set[
             p.ndim == 0
             or not p.numel()
             or num_holders[id(p)] > 1
+            # a parameter of a class of its own, which its shard would lose
             or _is_param_subclass(p)
             or (is_integer and not CAN_SHARD_INTEGERS)
         ):
@@ -449,6 +461,7 @@ def _fsdp_blocks(module: nn.Module, min_unit_bytes: int = 0) -> list[nn.Module]:
     use_counts = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
     blocks: list[nn.Module] = []
     for parent in reversed(list(module.modules())):  # reversed: inner modules first
+        # MODULE_CONTAINERS: ModuleList and ModuleDict, which are never units themselves
         if not isinstance(parent, (*MODULE_CONTAINERS, nn.Sequential)):
             continue
         small, bytes_of_small = [], 0
@@ -511,6 +524,7 @@ def broadcast_from_rank_zero(module: nn.Module, device: torch.device) -> None:
                 "call the network once with an example in __init__ or configure_model",
             )
     for tensor in chain(module.parameters(), module.buffers()):
+        # meta tensors have no values yet: they are filled in after sharding
         if isinstance(tensor, DTensor) or tensor.is_meta or tensor.numel() == 0:
             continue
         flat = tensor.detach().to(device).reshape(-1).contiguous()

@@ -74,6 +74,7 @@ class Pipeline:
             UsageError: the net cannot be split into these stages.
         """
         self.module = module
+        # the submodule with `blocks` (by name), `stage_modules` and methods for the parts
         self.net = find_pipeline_net(module, mesh.size())
         self.group = mesh.get_group()
         self.rank, self.num_ranks = mesh.get_local_rank(), mesh.size()
@@ -99,6 +100,7 @@ class Pipeline:
         # placeholders for blocks, embedding and head of other ranks
         self.block_placeholders: dict[str, nn.Module] = {}
         self.end_placeholders: dict[str, nn.Module] = {}
+        # name, shape and dtype of parameters that the first and the last stage share
         self.tied_params = drop_other_stages(self)
         self.meta_net = meta_copy(self.net)  # to infer shapes; copied before sharding
         # a call of the net runs forward_fn, which a training step replaces for a while
@@ -167,8 +169,10 @@ class Pipeline:
             make_step_context: makes the context in which a step runs (autocast).
         """
         microbatches = self._split_batch(batch)
+        # the tensor that training_step gives to the net; found without running the net
         net_inputs = [self._stop_step_at_net_input(micro, args) for micro in microbatches]
         self.step_context = make_step_context
+        # torch's schedule for this input shape; a first call builds the stages
         schedule = self._get_schedule(net_inputs[0])
         self.current_microbatches, self.step_args = microbatches, args
         self.microbatch_weights = self._compute_microbatch_weights(microbatches)
@@ -176,6 +180,7 @@ class Pipeline:
         grads = self._compute_gradients(schedule, net_inputs, parameters)
         local_loss = torch.stack(self.losses).sum() if self.is_last else None
         loss = self._broadcast_loss_and_logs(local_loss)
+        # its backward adds the gradients, scaled, to the parameters
         return PrecomputedGradLoss.apply(loss.requires_grad_(), parameters, grads)
 
     def _compute_gradients(
@@ -194,6 +199,7 @@ class Pipeline:
             # torch passes element i to the loss function of micro-batch i (`_microbatch_loss`)
             kwargs["target"] = torch.arange(len(net_inputs))
         if self.is_first:
+            # only the first rank gets an input; torch splits it into the micro-batches again
             schedule.step(torch.cat(net_inputs), **kwargs)
         else:
             schedule.step(**kwargs)
@@ -226,6 +232,7 @@ class Pipeline:
         # prepended: it raises before the hook of FSDP2 gathers parameters
         hook = self.net.register_forward_pre_hook(raise_with_input, prepend=True)
         try:
+            # _record_logs: keeps the values that the step logs, by the number of the micro-batch
             with self._record_logs(-1):  # -1: these logged values are not used
                 self.module.training_step(microbatch, *args)
         except CapturedInput as captured:
@@ -319,6 +326,7 @@ class Pipeline:
                 microbatch_values = [
                     torch.as_tensor(records[name][0]).detach().float() for records in logged
                 ]
+                # microbatch_weights (m): weights of the micro-batches in the mean over the batch
                 values[i] = (torch.stack(microbatch_values) * self.microbatch_weights).sum()
         dist.broadcast(values, source_rank, self.group)
         for (name, args, kwargs), value in zip(self.log_spec, values[1:], strict=True):
@@ -351,14 +359,17 @@ class Pipeline:
             is_local = stage in self.local_stages
             stage_input = activation
             stage_output = self._probe_output(stage, stage_input) if is_local else None
+            # stage s is on rank s modulo the number of ranks
             activation = self._broadcast(stage_output, stage % self.num_ranks)
             if is_local:
                 stages.append(
                     PipelineStage(
+                        # it runs one stage by a call of the net
                         PipelineStageModule(self, stage),
                         stage,
                         self.num_stages,
                         device,
+                        # empty tensors: torch only reads their shape and dtype
                         input_args=_empty_like(stage_input),
                         output_args=_empty_like(activation),
                         group=self.group,

@@ -53,6 +53,7 @@ def partition_blocks(
     if len(block_names) < num_stages:
         has_too_many_ranks = len(block_names) < num_ranks
         name = "pp" if has_too_many_ranks else "pipeline_schedule"
+        # 1f1b has one stage on each rank, the interleaved schedule has two
         value = len(block_names) if has_too_many_ranks else "1f1b"
         raise UsageError(
             f"{owner_name} has {len(block_names)} blocks, fewer than the {num_stages} pipeline "
@@ -100,6 +101,7 @@ def drop_other_stages(pipeline: Any) -> list[tuple[str, torch.Size, torch.dtype]
     }
     for name in list(net.blocks):
         if name not in local_block_names:
+            # the module with parameters that need no memory, but have their shape and dtype
             pipeline.block_placeholders[name] = meta_placeholder(
                 net.blocks[name], placeholders_by_param, local_modules
             )
@@ -151,6 +153,7 @@ def meta_placeholder(
             if p is not None and p not in placeholders_by_param:
                 empty = torch.empty((), dtype=p.dtype, device=p.device).expand(p.shape)
                 placeholders_by_param[p] = nn.Parameter(empty, p.requires_grad)
+                # CompositeOptimizer leaves out parameters with this attribute
                 placeholders_by_param[p].is_remote = True  # type: ignore[attr-defined]
             submodule._parameters[name] = None if p is None else placeholders_by_param[p]
         for name, buffer in submodule._buffers.items():
@@ -165,6 +168,7 @@ def full_net(pipeline: Any) -> Iterator[None]:
     A Pipeline has removed these modules from its net, and keeps the placeholders. The placeholder
     parameters have the attribute `is_remote`.
     """
+    # the blocks of this rank, by name
     net, local_blocks = pipeline.net, dict(pipeline.net.blocks)
     # assigned as a whole, to have the blocks in the order of the full net
     net.blocks._modules = {

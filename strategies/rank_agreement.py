@@ -74,6 +74,7 @@ def check_same_config(config: dict[str, Any], group: ProcessGroup | None = None)
     configs: list[dict[str, str]] = _all_gather(config_text, group)
     all_keys = sorted(set().union(*configs))
     key = next(key for key in all_keys if len({config.get(key) for config in configs}) > 1)
+    # ABSENT_VALUE: text for a key that a rank does not have
     values = [_truncate(config.get(key, ABSENT_VALUE)) for config in configs]
     differing_rank = next(rank for rank, value in enumerate(values) if value != values[0])
     raise RankMismatchError(
@@ -92,6 +93,7 @@ def collect_script_config(trainer: L.Trainer) -> dict[str, Any]:
     """
     module, data = trainer.lightning_module, getattr(trainer, "datamodule", None)
     config: dict[str, Any] = {
+        # Lightning's seed_everything sets this variable
         "seed": os.environ.get("PL_GLOBAL_SEED"),
         "module": _class_path(module),
         "data": _class_path(data) if data is not None else None,
@@ -99,6 +101,7 @@ def collect_script_config(trainer: L.Trainer) -> dict[str, Any]:
     }
     for name, owner in (("module", module), ("data", data)):
         for key, value in dict(getattr(owner, "hparams", None) or {}).items():
+            # RANK_SPECIFIC_HPARAMS: e.g. "local_rank", which may differ
             if key not in RANK_SPECIFIC_HPARAMS and isinstance(
                 value, bool | int | float | str | None
             ):

@@ -66,6 +66,7 @@ def sharding_error(name: str, error: Exception, location: str) -> ShardingError:
     """
     error_text = " ".join(str(error).split())[:160]
     return ShardingError(
+        # _user_code_line: the last line of the traceback outside of libraries, or ""
         f"{name}: an operation {location}{_user_code_line(error)} does not support sharded "
         f"parameters ({type(error).__name__}: {error_text})",
         ["strategies with full parameters on each rank, such as ddp and zero1"],

@@ -62,7 +62,9 @@ def apply_tensor_parallel(
             flag="--trainer.strategy=zero3",
         )
     plans = [(net, net.tensor_parallel_plan()) for net in nets]  # pyright: ignore[reportCallIssue]
+    # a plan has globs of names; the result has the name of each matching module
     styles_by_name = [_resolve_plan(net, plan) for net, plan in plans]  # of each net
+    # SPLIT_AXIS: the styles that split a matrix, colwise and rowwise
     if not any(style in SPLIT_AXIS for styles in styles_by_name for style in styles.values()):
         raise UsageError(
             f"tp={mesh.size()}: {type(nets[0]).__name__}.tensor_parallel_plan splits no matrix of "
@@ -128,6 +130,7 @@ def _parallelize_submodule(
             placements=[new]
         )
 
+    # ALONG_TIME: sharded along t, the axis 1
     def replicate_input(x: Tensor) -> Tensor:
         current = ALONG_TIME if is_sequence_sharded(x) else Replicate()
         return redistribute(x, current, Replicate())
@@ -173,6 +176,7 @@ def _resolve_plan(net: nn.Module, plan: dict[str, str]) -> dict[str, str]:
                 "correct the style in tensor_parallel_plan",
             )
         matching_names = [name for name in names if _matches_glob(name, glob)]
+        # _is_absent: the glob names an optional submodule that is None in this net
         if not matching_names and not _is_absent(net, names, glob):
             raise UsageError(
                 f"{type(net).__name__}.tensor_parallel_plan: {glob!r} matches no module",
@@ -226,6 +230,7 @@ def _check_divisible(net: nn.Module, name: str, style: str, num_ranks: int) -> N
             flag="--trainer.strategy=zero3",
         )
     head_width = getattr(net.get_submodule(name.rpartition(".")[0]), "head_dim", None)
+    # SPLIT_AXIS: 0 for colwise and 1 for rowwise, of a weight (out in)
     num_pieces = weight.shape[SPLIT_AXIS[style]] // (head_width or 1)
     if num_pieces % num_ranks:
         allowed = [n for n in range(1, num_pieces + 1) if num_pieces % n == 0]

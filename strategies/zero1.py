@@ -86,6 +86,7 @@ def check_not_sharded_over(
             continue
         mesh: Any = parameter.device_mesh
         for axis, placement in enumerate(parameter.placements):
+            # the ranks that differ from this rank in this axis of the mesh only
             axis_ranks = set(dist.get_process_group_ranks(mesh.get_group(axis)))
             # every group of ranks contains this rank, so 1 common rank is no overlap
             if not placement.is_replicate() and len(axis_ranks & ranks) > 1:
@@ -179,7 +180,9 @@ class Zero1Reducer:
         self._hooks: dict[Tensor, Any] = {}  # handles of the hooks of the parameters
         self._replaced_methods: list[tuple[Optimizer, str, Any]] = []  # methods of the optimizers
         for optimizer in self.optimizers:
+            # replaces its `step`
             self._shard_optimizer_step(optimizer)
+        # the ranks get about equal numbers of elements
         self._assign_new_owners()
         if not getattr(module, "automatic_optimization", True):
             self._rebuild_buckets()  # hooks are needed before the first `loss.backward()`
@@ -221,6 +224,7 @@ class Zero1Reducer:
         owned_params = [
             p
             for p in self._bucket_of
+            # _gradient_holder: the rank that keeps the gradient; None, if all ranks keep it
             if self._gradient_holder(p) == self.rank and p.grad is not None
         ]
         if self.is_point_to_point and owned_params:  # reductions by the backend are scaled already
@@ -277,6 +281,7 @@ class Zero1Reducer:
             plan = {}
             for holder, params in params_by_holder.items():
                 is_joined = holder is None or not self.is_point_to_point
+                # large gradients are sent alone between two ranks, which needs no copy
                 plan[holder] = list(iter_messages(params, with_flags=True, join_all=is_joined))
             self._gradient_plans.append(plan)
         for parameter in trainable:
@@ -304,6 +309,7 @@ class Zero1Reducer:
             if not self._is_manual:  # a micro-batch before the last one
                 return
             self.begin_backward()  # `loss.backward()` in place of `self.manual_backward(loss)`
+            # queues finish_reduction for the end of this backward pass
             self._finish_after(parameter)
         count = self.arrival_counts.get(parameter, 0) + 1
         self.arrival_counts[parameter] = count
@@ -337,10 +343,12 @@ class Zero1Reducer:
         self._num_launched += 1
         self._make_gradients_contiguous(bucket)
         for message in plan.get(None, []):  # gradients that every rank keeps
+            # one flat tensor: the gradients, and a flag for each parameter
             data = join_gradients(message)
             work = dist.all_reduce(data, group=self.group, async_op=True)
             self._backend_reductions.append((work, data, message))
         if self.is_point_to_point:
+            # all other ranks, in an order in which ranks exchange in pairs
             for target in _partner_order(self.rank, self.num_ranks):
                 for message in plan.get(target, []):
                     self._send_to(target, message)
@@ -352,6 +360,7 @@ class Zero1Reducer:
             if self._gradient_holder(parameter) not in (None, self.rank):
                 parameter.grad = None
         if self.is_point_to_point:
+            # the same messages from each other rank: gradients that this rank keeps
             self._queue_receives(plan.get(self.rank, []), local_view(bucket[0]).device)
 
     def _make_gradients_contiguous(self, parameters: list[Tensor]) -> None:
@@ -408,6 +417,7 @@ class Zero1Reducer:
             if end > len(self._receive_memory):
                 return
             buffer = self._receive_memory[start:end].view(message.dtype)
+            # rounded up to 16 bytes, because a view of any dtype needs an aligned start
             self._num_used_bytes += aligned_bytes(message)
             work = dist.irecv(buffer, group=self.group, group_src=source, tag=MESSAGE_TAG)
             self._posted_receives.append((work, buffer, message))
@@ -438,6 +448,7 @@ class Zero1Reducer:
         Raises:
             UsageError: its step needs a closure.
         """
+        # needs_closure: true for LBFGS, which evaluates the loss several times
         if needs_closure(optimizer):
             raise UsageError(
                 f"{type(optimizer).__name__} computes the gradient of all parameters several "
@@ -528,6 +539,7 @@ class Zero1Reducer:
                 for parameter in bucket:
                     params_by_owner.setdefault(self.owner_of[parameter], []).append(parameter)
                 plan = {
+                    # iter_messages: small parameters joined in one message, large ones in slices
                     owner: list(iter_messages(owned, join_all=not self.is_point_to_point))
                     for owner, owned in params_by_owner.items()
                 }

@@ -64,6 +64,7 @@ def iter_messages(
         join_all: whether large parameters are joined with the small ones.
     """
     # a dict instead of a set: the same order on all ranks
+    # local_view: this rank's shard of a DTensor, or the tensor itself
     for dtype in {local_view(p).dtype: None for p in parameters}:
         same_dtype = [p for p in parameters if local_view(p).dtype == dtype]
         large: list[Tensor] = []
@@ -186,11 +187,15 @@ def add_gradients(data: Tensor, message: ParamMessage) -> None:
     if message.start is not None:  # a slice of one large parameter
         gradient = message.parameters[0].grad
         if gradient is not None:
+            # local_view: shares memory with the gradient
             flat = local_view(gradient).view(-1)
             flat[message.start : message.start + message.numel].add_(data)
         return
     for parameter, has_grad in zip(
-        message.flagged_params, _unpack_flags(data, message), strict=True
+        # the flags: whether this rank or the sender has a gradient
+        message.flagged_params,
+        _unpack_flags(data, message),
+        strict=True,
     ):
         if has_grad and parameter.grad is None:
             set_gradient(

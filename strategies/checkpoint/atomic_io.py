@@ -66,6 +66,7 @@ def collective_loading(
     """
     # ReadingRanks() is this process alone
     readers = ReadingRanks.from_job() if should_share_checksums else ReadingRanks()
+    # `load_checkpoint` and `require_valid_folder` read this context variable
     token = _collective_context.set((readers, frozenset(mapped_sections)))
     try:
         yield
@@ -98,12 +99,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             CheckpointError: the file cannot be written, or a value is not serializable.
         """
+        # _local_path: the Path, or None for a remote address
         target = _local_path(path)
         if target is None or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
+        # converts e.g. numpy numbers and paths, which a safe load would refuse
         checkpoint = with_plain_hyperparameters(checkpoint)
         check_serializable(checkpoint)
+        # `remove_checkpoint` removes only these paths
         self.written_paths.add(resolve_parent(target))
         try:
             _save_atomically(checkpoint, target)
@@ -124,6 +128,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             CheckpointError: the checkpoint is missing or damaged.
         """
+        # None counts as true
         is_safe = weights_only is not False
         if not isinstance(path, str | Path):
             return _load_open(path, map_location, is_safe)
@@ -135,6 +140,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if source.is_dir():
             require_valid_folder(source)
             try:
+                # all shards of the folder are joined into full tensors
                 return sharded.load_full(source)
             except CheckpointError as error:
                 raise _damage_error(source, error.problem) from error
@@ -151,6 +157,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         elif resolve_parent(target) in self.written_paths and not target.is_symlink():
             self.written_paths.discard(resolve_parent(target))
             if target.is_dir():
+                # a reader never finds a folder of which some files are missing under the old name
                 removed_path = target.with_name(f".tmp-{uuid.uuid4().hex}")
                 target.rename(removed_path)
                 # errors are ignored, because another writer may remove it as well
@@ -175,10 +182,12 @@ def find_damage(path: str | Path, verify_checksums: bool = True) -> str | None:
     path = Path(path)
     key: tuple[int, ...] = ()  # identity of the content, to verify its checksums only once
     try:
+        # a folder is a sharded checkpoint
         if path.is_dir():
             reason = sharded_index.find_structural_damage(path)
             if reason is None:
                 key = sharded_index.folder_identity(path)
+                # _verified_files: identities of files and folders that this process has verified
                 if verify_checksums and key not in _verified_files:
                     reason = sharded_index.find_checksum_mismatch(path)
         else:
@@ -206,6 +215,7 @@ def require_valid_folder(path: Path) -> None:
     In the context of `collective_loading` every rank calls it. The ranks then divide the checksums,
     and raise the same error.
     """
+    # readers: the ranks that load together; without the context this process alone
     readers, _ = _collective_context.get()
     key: tuple[int, ...] = ()  # identity of the content: device, then inode, size and times
     sizes: dict[str, int] = {}  # bytes of each file with tensor data
@@ -222,6 +232,7 @@ def require_valid_folder(path: Path) -> None:
             reason = error.problem if isinstance(error, CheckpointError) else str(error)
     readers.raise_first_problem(reason, make_error)
     # without the device number: nodes may number a shared file system differently
+    # assign_parts: the files that this rank verifies; none if a rank has verified this folder
     assigned_files = readers.assign_parts(sizes, key[1:], key in _verified_files)
     mismatch = sharded_index.find_checksum_mismatch(path, assigned_files)
     readers.raise_first_problem(mismatch, make_error)
@@ -261,6 +272,7 @@ def list_checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
             path = Path(top, name)
             with suppress(OSError):
                 status = path.stat()
+                # a folder counts if it has the files of a sharded checkpoint
                 if stat.S_ISREG(status.st_mode) or sharded_index.looks_like_checkpoint(path):
                     checkpoints.append((status.st_mtime_ns, path))
     return checkpoints
@@ -285,6 +297,7 @@ def check_serializable(value: Any, name: str = "") -> None:
     elif value_type in SAFE_CONTAINERS:
         for i, item in enumerate(value):
             check_serializable(item, f"{name}[{i}]")
+    # get_safe_globals: classes that the user has allowed for a safe load
     elif value_type not in torch.serialization.get_safe_globals():
         raise CheckpointError(
             f"{name} is a {value_type.__module__}.{value_type.__qualname__}, which "
@@ -371,11 +384,14 @@ def _load_file(
         try:
             readers.raise_first_problem(reason, make_error)
             assert file is not None
+            # key: device, then inode, size and times
             key = _file_identity(file)
+            # table_checksum: files with equal tables of contents have equal content
             sizes, table_checksum = zip_archive.tensor_record_sizes(file)
             if len(set(readers.gather_values(table_checksum))) > 1:
                 continue  # the file was replaced before the last rank opened it: open it again
             # without the device number: nodes may number a shared file system differently
+            # the records that this rank verifies; none if a rank has verified this file
             assigned_records = readers.assign_parts(sizes, key[1:], key in _verified_files)
             checkpoint = None
             try:
@@ -459,6 +475,7 @@ def _find_file_damage(file: IO[bytes], is_safe: bool = True) -> str | None:
             return f"it is damaged: {corrupt_record} does not match its checksum"
         if is_safe:
             zip_archive.validate_pickled_tensors(table, size)
+        # _load_on_meta: with meta tensors; with values only if there is a sparse tensor
         return validation.find_malformed_section(_load_on_meta(file, is_safe))
     except (UnsafePickle, zip_archive.DamagedArchiveError) as error:
         return f"it is damaged ({error})"
@@ -524,6 +541,7 @@ def _missing_file_error(path: Path) -> CheckpointError:
     return CheckpointError(
         f"there is no checkpoint {path}: {reason}",
         hint="use the path of an existing checkpoint",
+        # flag: the command line option that the error shows; "auto" takes the newest checkpoint
         flag="--ckpt_path=auto",
     )
 
@@ -538,6 +556,7 @@ def write_error(path: Path, error: OSError) -> CheckpointError:
         "checkpoints are unchanged"
     )
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        # list_checkpoints: pairs of time and path, so the maximum is the newest one
         latest = max(list_checkpoints(path.parent), default=None)
         restart = f"resume from {latest[1]}" if latest else "train anew: there is no checkpoint"
         return CheckpointError(

@@ -49,9 +49,11 @@ def load_mapped(file: IO[bytes], sections: Collection[str]) -> Any:
     except NotImplementedError as error:  # torch compares the indices of a sparse tensor
         raise UnmappableFileError("it holds a sparse tensor") from error
     try:
+        # ACCESS_COPY: a write into a view changes memory only, not the file
         pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except (OSError, ValueError) as error:
         raise UnmappableFileError(str(error)) from error
+    # _TensorMapper: replaces the meta tensors of the tree by views of the pages
     tree = _TensorMapper(pages).map_tree(tree)
     if not isinstance(tree, dict):
         return copy.deepcopy(tree)
@@ -95,6 +97,7 @@ class _TensorMapper:
         elif value_type is tuple:
             mapped_tuple = tuple(self.map_tree(item) for item in value)
             self.mapped_containers[id(value)] = mapped_tuple
+            # keeps the tuple alive, so that no other object gets its id
             self.replaced_tuples.append(value)
             return mapped_tuple
         elif value_type is not set or any(isinstance(item, Tensor) for item in value):
@@ -119,6 +122,7 @@ class _TensorMapper:
             raise UnmappableFileError(
                 "this version of torch does not return the offsets of records"
             )
+        # set_: the new tensor uses the mapped storage, without a copy
         view = torch.empty(0, dtype=like.dtype).set_(
             self.map_storage(start, storage.nbytes()),
             like.storage_offset(),

@@ -53,6 +53,7 @@ class ReadingRanks:
         Raises:
             CheckpointError: the same on all ranks.
         """
+        # gather_values: the values of all ranks, in rank order
         first = next(
             (reported for reported in self.gather_values(problem) if reported is not None), None
         )
@@ -84,6 +85,7 @@ class ReadingRanks:
             return []
         names = sorted(sizes)
         # by index in same_file_ranks, balanced by bytes
+        # assign_balanced: index for each size, so that sums are about equal; all sums begin at 0
         indices = assign_balanced([sizes[name] for name in names], [0] * len(same_file_ranks))
         return [
             name

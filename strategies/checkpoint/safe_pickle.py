@@ -64,8 +64,10 @@ def load_plain(
         UnsafePickle: the stream is damaged, names another class, or is too large.
     """
     try:
+        # it imports no name and calls no function; records stand for them
         unpickler = _PlainUnpickler(content, is_allowed, resolve_persistent_id)
         value = unpickler.load()
+        # states: dicts of the stream that are not part of the value
         check_tree_size([value, unpickler.states])
     except UnsafePickle:  # a subclass of UnpicklingError, which is caught below
         raise
@@ -93,6 +95,7 @@ def check_tree_size(
         node, has_visited_children = todo.pop()
         if id(node) in sizes:
             continue
+        # _children: items of a container, or arguments and state of a record
         children = _children(node)
         if has_visited_children:
             ancestors.discard(id(node))

@@ -36,6 +36,7 @@ def save_on_all_ranks(trainer: L.Trainer, path: str | Path) -> None:
         error = problem
         # trainer.save_checkpoint ends with a barrier, at which ranks without an error wait
         trainer.strategy.barrier("failed save")
+    # true if no rank had an error; else rank 0 broadcasts the text of its error
     if not trainer.strategy.reduce_boolean_decision(error is None):
         text = trainer.strategy.broadcast(
             str(error or "another rank could not save the checkpoint")
@@ -71,6 +72,12 @@ def _defer_hook(
     """Run the hook `name` of a callback after the module's hook of this name.
 
     The callback's attribute is replaced by a function that does nothing in this trainer.
+
+    Args:
+        trainer: the trainer of this fit; the callback may be used in another one, too.
+        module: the module, whose hook calls the pending hooks after its own code.
+        callback: the callback.
+        name: name of the hook.
     """
     pending = _pending_hooks(trainer, module, name)
     is_overridden = getattr(type(callback), name) is not getattr(L.Callback, name)
@@ -162,6 +169,7 @@ def first_non_finite(tensors: Iterable[tuple[str, Tensor]], limit: float = math.
             continue  # torch has no norm for floating point numbers of 8 bits
         local_tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         if local_tensor.numel():
+            # the norm of infinite order is the maximum absolute value; it is NaN if a value is NaN
             max_abs = torch.linalg.vector_norm(local_tensor.detach(), math.inf)
             names.append(name)
             finite_flags.append(max_abs < limit)  # false for NaN, too

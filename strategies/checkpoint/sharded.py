@@ -67,7 +67,9 @@ def save_sharded(checkpoint: dict[str, Any], path: Path) -> None:
     """
     rank = dist.get_rank()
     tensors, unsharded = split_tensors(checkpoint)
+    # staging: the temporary folder that rank 0 has created; error: of rank 0, or None
     with StagingFolder(path, rank) as (staging, error):
+        # rank 0's error is raised on all ranks; None: all continue
         _broadcast_error(error)
         alias_keys = _alias_keys(tensors)  # further names of tensors, which are written once
         alias_keys_of_all_ranks: dict[str, str] = {}
@@ -79,11 +81,14 @@ def save_sharded(checkpoint: dict[str, Any], path: Path) -> None:
         try:
             save(
                 {k: v for k, v in tensors_by_key.items() if k not in alias_keys},
+                # it also lists the further names in torch's index
                 storage_writer=_AliasingWriter(staging, alias_keys_of_all_ranks),
             )
         except CheckpointException as problem:  # on all ranks; not a subclass of Exception
             raise _os_error_of(problem) from problem
+        # values other than tensors that only the owner of a parameter has, e.g. step counts
         states_by_rank = _all_gather(_non_tensor_states(unsharded))
+        # torch puts the rank into the names of the files that it writes
         own_checksums = {file.name: file_checksum(file) for file in staging.glob(f"__{rank}_*")}
         checksums_by_rank = _all_gather(own_checksums)
         error = None
@@ -187,6 +192,7 @@ def split_tensors(checkpoint: dict[str, Any]) -> tuple[dict[TensorPath, Tensor],
         """Put the tensors of a value into `tensors`, and return the rest."""
         if isinstance(value, dict):
             remaining = {k: remove_tensors(v, (*tensor_path, k)) for k, v in value.items()}
+            # a dict has no entry for a removed tensor; a list keeps its place
             return {k: v for k, v in remaining.items() if (*tensor_path, k) not in tensors}
         if isinstance(value, list | tuple) and not isinstance(value, torch.Size):
             return type(value)(remove_tensors(v, (*tensor_path, i)) for i, v in enumerate(value))
@@ -233,6 +239,7 @@ def load_sharded(path: Path, tensors: dict[TensorPath, Tensor]) -> None:
         CheckpointError: the files do not match the index.
     """
     try:
+        # entry: shape and dtype; chunks: pairs of a part of the tensor and its place in a file
         stored_tensors = list_stored_tensors(path)
         loaded_keys = set()  # memory and stored location of the tensors loaded so far
         for tensor_path, tensor in tensors.items():
@@ -246,6 +253,7 @@ def load_sharded(path: Path, tensors: dict[TensorPath, Tensor]) -> None:
                 raise UsageError(f"{encode_path(tensor_path)[:40]} has another shape")
             for chunk, info in stored_tensor.chunks:
                 dtype = stored_tensor.entry.properties.dtype
+                # shard_indices: for each dimension the indices that this rank holds
                 _load_chunk(path, info, chunk, dtype, local.detach(), shard_indices(tensor))
     except CheckpointError:
         raise
@@ -283,6 +291,7 @@ def _load_chunk(
     if not all(chunk_indices):  # no overlap
         return
     with Path(path, info.relative_path).open("rb") as file:
+        # the chunk as a file of its own: a file of the folder has several chunks
         window = zip_archive.FileWindow(file, info.offset, info.length)
         with zipfile.ZipFile(window) as table:  # type: ignore[arg-type]
             zip_archive.validate_zip_entries(table, info.length)
@@ -304,6 +313,7 @@ def _load_chunk(
         if not is_dense or record.length < stored_tensor.numel() * dtype.itemsize:
             window.seek(0)  # its rows cannot be read separately
             stored_tensor = torch.load(window, "cpu", weights_only=True)  # type: ignore[arg-type]
+            # slices of the chunk, and of the shard, for each block that both have
             for source, target in shard_blocks(chunk_indices):
                 local[target] = stored_tensor[source].to(local.device)
             return
@@ -320,6 +330,11 @@ def _intersect_ranges(ranges: list[IndexRange], start: int, size: int) -> list[I
     """Intersect index ranges of a shard with the range [start, start + size) of global indices.
 
     In the result `global_start` is relative to `start`.
+
+    Args:
+        ranges: ranges of one dimension; `local_start` is the index in the shard.
+        start: first index of the stored chunk.
+        size: number of indices of the stored chunk.
     """
     intersection = []
     for index_range in ranges:
@@ -355,6 +370,7 @@ def _load_rows(
     """
     row_bytes = math.prod(sizes[1:]) * dtype.itemsize
     rows_per_piece = max(1, MAX_MESSAGE_BYTES // max(1, row_bytes))
+    # IndexRange(global_start, local_start, length): one row for a scalar
     for index_range in wanted_ranges if sizes else [IndexRange(0, 0, 1)]:
         end = index_range.global_start + index_range.length
         for first in range(index_range.global_start, end, rows_per_piece):
@@ -398,6 +414,7 @@ def load_full(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the files do not fit together.
     """
+    # load_unsharded: the checkpoint without the tensors that are stored in shards
     checkpoint = load_unsharded(path)
     # a tensor with several names has one location, and stays one tensor
     tensors_by_location: dict[tuple[Any, ...], Tensor] = {}
@@ -405,6 +422,7 @@ def load_full(path: Path) -> dict[str, Any]:
     for tensor_path, stored_tensor in list_stored_tensors(path).items():
         tensors[tensor_path] = tensors_by_location.setdefault(
             (stored_tensor.location, stored_tensor.entry.size),
+            # parameter=None: a full tensor, not sharded like a parameter
             empty_like_entry(stored_tensor.entry, parameter=None),
         )
     load_sharded(path, tensors)

@@ -73,6 +73,7 @@ def find_structural_damage(path: Path) -> str | None:
             return "it is a folder, not a checkpoint file"
         return f"it is incomplete: a folder without {MANIFEST_FILE}, which is written last"
     try:
+        # size in bytes and checksum of each file
         files = _load_manifest(path)
         for name, (size, _) in files.items():
             if not (path / name).is_file():
@@ -174,6 +175,7 @@ def _load_index(path: Path) -> Metadata:
             content,
             lambda global_name: (global_name.module, global_name.name) in ALLOWED_INDEX_NAMES,
         )
+        # root: the CallRecord of the whole index
         return _parse_metadata(root, file_sizes)
     except UnsafePickle as error:
         raise CheckpointError(f"its {INDEX_FILE} cannot be used: {error}") from None
@@ -194,6 +196,7 @@ def _parse_metadata(root: Any, file_sizes: dict[str, int]) -> Metadata:
     Raises:
         UsageError: a record is not valid, or a tensor does not fit its file.
     """
+    # _record_fields: checks the class of a record, and returns its attributes by name
     fields = _record_fields(root, "Metadata")
     entries: dict[str, Any] = {}  # TensorStorageMetadata by encoded path
     total_bytes = 0
@@ -203,6 +206,7 @@ def _parse_metadata(root: Any, file_sizes: dict[str, int]) -> Metadata:
             entries[key] = entry = _parse_tensor_entry(record)
             total_bytes += math.prod(entry.size) * entry.properties.dtype.itemsize
     # several names may refer to one stored tensor, so the total may exceed the size of the files
+    # MAX_EXTRA_BYTES: small files may have a larger ratio
     if total_bytes > 4 * sum(file_sizes.values()) + zip_archive.MAX_EXTRA_BYTES:
         raise UsageError("its tensors are larger than its files")
     storage_infos = _parse_storage_infos(fields["storage_data"], file_sizes)
@@ -241,6 +245,7 @@ def _parse_storage_infos(
             raise UsageError("a file is compressed")
         if name not in file_sizes or not 0 <= start <= start + length <= file_sizes[name]:
             raise UsageError("a tensor is outside its file")
+        # MetadataIndex: name of the tensor (fqn) and first indices of the chunk
         offset = None if index.get("offset") is None else _parse_shape(index["offset"])
         storage_infos[MetadataIndex(index["fqn"], offset)] = _StorageInfo(name, start, length)
     return storage_infos
@@ -265,6 +270,7 @@ def _parse_tensor_entry(record: Any) -> TensorStorageMetadata:
     Raises:
         UsageError: a value is not valid, or the chunks do not make up the tensor.
     """
+    # _record_fields: checks the class of the record, and returns its attributes by name
     fields = _record_fields(record, "TensorStorageMetadata")
     dtype = fields["properties"].state[0]  # its state is (dtype, layout, requires_grad, ...)
     if not isinstance(dtype, GlobalName) or dtype.name not in DTYPES_BY_NAME:

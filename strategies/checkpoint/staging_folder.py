@@ -60,12 +60,14 @@ class StagingFolder:
         ):
             raise OSError(errno.EEXIST, "a folder that is not a checkpoint exists there")
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        # temporary folders of killed writers
         remove_stale_folders(self.path.parent)
         while self.lock_fd is None:
             candidate = self.path.with_name(f".tmp-{uuid.uuid4().hex}")
             candidate.mkdir()
             self.folder = candidate
             with suppress(BlockingIOError, FileNotFoundError):  # another writer is removing it
+                # _lock_folder: file descriptor of the lock; raises BlockingIOError if it is locked
                 candidate_lock = _lock_folder(candidate)
                 # whether the locked folder is still there, under this name
                 if candidate.is_dir() and os.path.samestat(

@@ -57,6 +57,7 @@ def gather_model_state(
         is_distributed: whether each rank gets its shards, on the CPU, to write them to a folder.
         stages: the stages of a pipeline; None without a pipeline.
     """
+    # values are DTensors, or plain tensors if nothing is sharded
     state = get_model_state_dict(module, options=StateDictOptions(cpu_offload=is_distributed))
     first_names = _shared_tensor_names(module, state)
     first_name_of = {name: first_names.get(name, name) for name in state}
@@ -64,11 +65,13 @@ def gather_model_state(
         return {name: state[first_name] for name, first_name in first_name_of.items()}
     collecting_ranks = _collecting_ranks(stages)  # the first rank of each stage
     tensors_by_name = {
+        # the full value on the CPU of these ranks; None on other ranks
         name: _collect_value(value, collecting_ranks)
         for name, value in state.items()
         if name not in first_names
     }
     if stages is not None and dist.get_rank() in collecting_ranks:
+        # the pairs of all stages, on the first rank of the pipeline; [] on other ranks
         trees = gather_trees_to_first_rank(
             (tensors_by_name, first_name_of), stages.group, _comm_device(module)
         )
@@ -164,6 +167,7 @@ def gather_optimizer_state(
         stages: the stages of a pipeline; None without a pipeline.
         is_owned: whether this rank has the state of a parameter.
     """
+    # param_indices: index of each parameter in the full net, with a pipeline in all stages
     indices = param_indices(module, stages)
     state_dict = optimizer.state_dict()
     index_of = {}  # by the number that the optimizer gives to a parameter
@@ -197,6 +201,7 @@ def gather_optimizer_state(
             owned_indices = {index for p, index in indices.items() if is_owned(p)}
             state = {index: values for index, values in state.items() if index in owned_indices}
         if owner_group is not None and owner_ranks[0] in collecting_ranks:
+            # _merge_states: joins the states by index; each parameter is in one of them
             state = _merge_states(gather_trees_to_first_rank(state, owner_group, device))
         if stages is not None and rank in collecting_ranks:
             state = _merge_states(gather_trees_to_first_rank(state, stages.group, device))
@@ -235,7 +240,9 @@ def load_full_state(
         weights = {name: value for name, value in weights.items() if name in module_state}
     check_dtype_kinds(module, module_state, weights)
     loaded_weights = {
-        name: _copy_shard(module_state.get(name), value) for name, value in weights.items()
+        # _copy_shard: copies this rank's shard of a full weight into the module's DTensor
+        name: _copy_shard(module_state.get(name), value)
+        for name, value in weights.items()
     }
     module.load_state_dict(loaded_weights, strict=module.strict_loading)  # type: ignore[arg-type]
     saved_states = checkpoint.get("optimizer_states", []) if optimizers else []
@@ -282,8 +289,10 @@ def load_sharded_state(
     Returns:
         the rest of the checkpoint.
     """
+    # the checkpoint without the tensors that are stored in shards
     checkpoint = sharded.load_unsharded(path)
     indices = param_indices(module, stages)
+    # shape and dtype of each stored tensor, by its path in the checkpoint
     entries = dict(sharded_index.iter_tensor_entries(path))
     weight_dtypes = {
         str(tensor_path[1]): entry.properties.dtype
@@ -303,6 +312,7 @@ def load_sharded_state(
         if section == "optimizer_states" and optimizers:
             # ("optimizer_states", optimizer, "state", index of the parameter, name, ...)
             if tensor_path[2] != "state":
+                # None: a full tensor, e.g. a setting of a param group
                 tensors[tensor_path] = sharded.empty_like_entry(entry, None)
             elif tensor_path[3] in owned_params:
                 parameter = owned_params[int(tensor_path[3])]
@@ -314,6 +324,7 @@ def load_sharded_state(
             if stages is None or name in params_by_name:
                 parameter = params_by_name.get(str(name))
                 tensors[tensor_path] = sharded.empty_like_entry(entry, parameter)
+    # fills the tensors in place
     sharded.load_sharded(path, tensors)
     for tensor_path, tensor in tensors.items():
         sharded.set_nested(checkpoint, tensor_path, tensor)
@@ -364,6 +375,7 @@ def shape_mismatches(
             for name in checkpoint_shapes.keys() - module_shapes.keys()
         ]
     rest_text = [f"and {len(mismatches) - MAX_SHOWN} more"] if len(mismatches) > MAX_SHOWN else []
+    # the text has at most MAX_SHOWN differences
     return "; ".join(sorted(mismatches)[:MAX_SHOWN] + rest_text)
 
 
@@ -442,6 +454,7 @@ def _load_optimizer(
     index_by_param = dict(zip(parameters, saved_indices, strict=True))
     state = {
         i: {
+            # converts a full tensor to this rank's shard, if the parameter is sharded
             key: _shard_state_value(p, value, is_unsharded(p), is_mapped)
             for key, value in saved["state"].get(i, {}).items()
         }
@@ -473,6 +486,7 @@ def _shard_state_value(parameter: Tensor, value: Any, is_unsharded: bool, is_map
         return _clone_tensors(value) if is_mapped else value
     if value.shape != parameter.shape or not isinstance(parameter, DTensor) or is_unsharded:
         return value.clone() if is_mapped else value
+    # local_shard: a view of the part that this rank has, if it is one block
     shard = local_shard(value, parameter)
     shard = shard.clone() if shard.device == parameter.device else shard.to(parameter.device)
     return DTensor.from_local(
@@ -527,6 +541,7 @@ def to_checkpoint(
     if stages is None:
         return values
     device = next((weight.device for weight in weights.values()), torch.device("cpu"))
+    # the values of all stages on rank 0; {} on other ranks
     return gather_stages({name: value.cpu() for name, value in values.items()}, stages, device)
 
 
@@ -548,6 +563,7 @@ def update_state_dict(
         live: see `to_checkpoint`.
         stages: see `to_checkpoint`.
     """
+    # remove_duplicate=False: a shared parameter is yielded under each of its names
     names_by_id: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names_by_id.setdefault(id(parameter), []).append(name)

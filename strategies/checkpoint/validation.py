@@ -53,6 +53,7 @@ def find_malformed_section(checkpoint: Any) -> str | None:
             if not isinstance(values, Mapping | Tensor | int | float | list | None):
                 return _type_mismatch_message(f"{label}['state']", values, Mapping)
     for key, state in checkpoint.get("callbacks", {}).items():
+        # the lists of paths and scores that ModelCheckpoint keeps
         if not _is_valid_best_files(state):
             return f"its list of best files, of {key}, is malformed"
     return None
@@ -136,6 +137,7 @@ def dtype_kind_mismatches(
         checkpoint_dtype = _dtype_of(checkpoint_dtypes[name])
         if module_dtype is None or checkpoint_dtype is None:  # not a tensor
             continue
+        # _dtype_kind: "real", "complex" or "whole"
         if _dtype_kind(module_dtype) != _dtype_kind(checkpoint_dtype):
             mismatches.append(
                 f"{name} is {module_dtype} in the module and {checkpoint_dtype} in the checkpoint"
@@ -203,6 +205,7 @@ def find_changed_kinds(states: list[Any], recorded: Any, param_names: list[str])
     if recorded is None:
         return ""
     changes = []
+    # per optimizer {index of the parameter: {name of the entry: kind}}
     for before, after in zip(recorded, optimizer_state_kinds(states), strict=False):
         for number in before.keys() | after.keys():
             old, new = before.get(number, {}), after.get(number, {})
@@ -241,6 +244,7 @@ def find_damaged_states(
             f"and was written with {len(recorded)}"
         )
     problems = []
+    # per optimizer {index of the parameter: {name of the entry: shape}}
     for before, after in zip(recorded, current_shapes, strict=False):
         for number, entries in before.items():
             name = _param_name(number, param_names)

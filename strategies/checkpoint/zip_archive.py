@@ -84,6 +84,7 @@ def validate_zip_entries(archive: zipfile.ZipFile, size: int) -> None:
         raise DamagedArchiveError(
             "its records are compressed or encrypted, and torch.save's are not"
         )
+    # sizes of a stored record are equal, so a difference shows a changed table
     if any(e.compress_size != e.file_size for e in entries):
         raise DamagedArchiveError("its table of contents was changed")
     if sum(entry.file_size for entry in entries) > size:
@@ -160,6 +161,7 @@ def validate_pickled_tensors(archive: zipfile.ZipFile, size: int) -> None:
         match persistent_id:
             # the fourth item is the device
             case ("storage", GlobalName() as kind, str() as key, str(), int() as count):
+                # bytes of an element, by the class name of the storage
                 item_size = STORAGE_ITEM_SIZES.get(kind.name)
             case _:
                 raise UnsafePickle("it refers to an object that is not a storage")
@@ -178,6 +180,7 @@ def validate_pickled_tensors(archive: zipfile.ZipFile, size: int) -> None:
             continue
         visited.add(id(item))
         if isinstance(item, CallRecord):
+            # TENSOR_BUILDERS: torch's functions that a pickle calls to make a tensor from a storage
             if item.name.name in TENSOR_BUILDERS:
                 total_bytes += _tensor_bytes(item.arguments)
             todo += [item.arguments, item.state, item.items]
@@ -200,6 +203,7 @@ def _tensor_bytes(arguments: tuple[Any, ...]) -> int:
         DamagedArchiveError: they are not valid, or the tensor reaches beyond its storage.
     """
     match arguments:
+        # count: number of elements of the storage
         case (CallRecord(arguments=(count,)) as storage, int() as offset,
               tuple() | CallRecord() as size,
               tuple() as stride, *_):  # fmt: skip

@@ -38,6 +38,7 @@ def find_escaping_groups(
         output_nodes: the autograd nodes of the outputs of the unit of each group.
     """
     group_by_param_id = {
+        # _unsharded_param: FSDP2's gathered copy, which the autograd graph refers to
         id(p._unsharded_param): group
         for group in groups
         for p in group.fsdp_params
@@ -48,6 +49,7 @@ def find_escaping_groups(
     escaping_groups: set[Any] = set()
     for group, leaves in leaves_by_group.items():
         # from all parameters of the group at once: a search for each would take quadratic time
+        # FSDP2 gathers and reduces a group by hooks on the outputs of its unit
         if _reaches_root(leaves, root, readers, output_nodes.get(group, set())):
             escaping_groups.add(group)
     return escaping_groups
@@ -57,6 +59,10 @@ def _search_graph(
     root: Any, group_by_param_id: dict[int, Any]
 ) -> tuple[dict[Any, list[Any]], dict[Any, list[Any]]]:
     """Visit all nodes of an autograd graph.
+
+    Args:
+        root: the node of the loss.
+        group_by_param_id: the FSDP2 param group of each gathered parameter, by its id.
 
     Returns:
         the nodes that read the output of each node, and the nodes of the parameters of each group.
@@ -83,7 +89,14 @@ def _search_graph(
 def _reaches_root(
     leaves: list[Any], root: Any, readers: dict[Any, list[Any]], excluded_nodes: set[Any]
 ) -> bool:
-    """Whether a path leads from any of the leaves to the root without the excluded nodes."""
+    """Whether a path leads from any of the leaves to the root without the excluded nodes.
+
+    Args:
+        leaves: autograd nodes of parameters.
+        root: the node of the loss.
+        readers: for each node the nodes that use its output.
+        excluded_nodes: nodes of the outputs of the unit.
+    """
     stack, visited = list(leaves), set(leaves)
     while stack:
         node = stack.pop()

@@ -67,24 +67,32 @@ class GatherOnUse:
             if submodule is not unit and isinstance(submodule, FSDPModule)
         ]
         for state in states:
+            # _lazy_init makes the outermost unit FSDP2's root
             if not any(state is inner_state for inner_state in inner_states):
                 state._lazy_init()  # otherwise the first unit that runs would become the root
         self.param_groups = [group for state in states for group in fsdp_param_groups(state)]
         for group in self.param_groups:
             for fsdp_param in group.fsdp_params:
+                # FSDP2 calls it to put a sharded or gathered parameter into its module
                 if "_setattr_on_modules" not in vars(fsdp_param):
                     fsdp_param._setattr_on_modules = partial(_set_on_modules, fsdp_param)
                 sharded = fsdp_param.sharded_param
+                # as_sharded_parameter: changes the class of the DTensor in place
                 if isinstance(as_sharded_parameter(sharded), ShardedParameter):
+                    # the parameter then gathers its group when an operation uses it
                     sharded._gather_info = GatherInfo(self, group, fsdp_param)
             if "post_forward" not in vars(group):
+                # FSDP2 calls it after the forward of a unit, to reshard the group
                 group.post_forward = partial(self._post_forward, group, group.post_forward)
         for state in states:
             is_first_install = not hasattr(state, "_gather_on_use")
             state._gather_on_use = self  # read by the replaced methods
             if is_first_install:
                 state._register_pre_backward_hook = partial(
-                    record_output_nodes, state, state._register_pre_backward_hook
+                    # record_output_nodes: also records the autograd nodes of the unit's outputs
+                    record_output_nodes,
+                    state,
+                    state._register_pre_backward_hook,
                 )
                 state._root_post_backward_final_callback = _keep_gathered_in_step(state)
 
@@ -129,6 +137,7 @@ class GatherOnUse:
             self.is_in_step = True
             try:
                 result = step(*args)
+                # _check_reduced: raises if the step has called backward() without the strategy
                 self._check_reduced()
                 self.write_back()
                 return result
@@ -287,6 +296,7 @@ def _keep_gathered_in_step(state: Any) -> Callable[[], None]:
 
     def final_callback() -> None:
         original_callback()
+        # _gather_on_use: the GatherOnUse of the module, which `install` has set
         gather = state._gather_on_use
         if gather.is_in_step and not gather.is_in_backward:
             groups = [
@@ -297,6 +307,7 @@ def _keep_gathered_in_step(state: Any) -> Callable[[], None]:
             # with manual optimization, gradients show that the step has called loss.backward()
             if gather.module.automatic_optimization or not _have_gradients(groups):
                 for group in groups:
+                    # hold_group: keeps it gathered until the end of the next backward pass
                     gather.hold_group(group)
 
     return final_callback

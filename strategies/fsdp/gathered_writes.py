@@ -26,6 +26,7 @@ class _GroupRows:
         Parameters that are not sharded by rows, and those without a row on this rank, are left out.
         """
         num_ranks, rank = group.mesh_info.shard_mesh_size, group.mesh_info.shard_mesh_rank
+        # FSDPParam objects of torch; _unsharded_param is the gathered parameter
         self.parameters = [
             p
             for p in group.fsdp_params
@@ -39,6 +40,7 @@ class _GroupRows:
             shard = p.sharded_param.to_local().detach()
             rows_per_rank = -(-p._unsharded_param.shape[0] // num_ranks)  # rounded up
             first_row = rows_per_rank * rank
+            # _gathered_memory: FSDP2's buffer of the gathered parameter, without padding
             self.copies.append(_gathered_memory(p).narrow(0, first_row, shard.shape[0]))
             self.shards.append(shard)
         self.has_same_dtypes = all(
@@ -78,6 +80,7 @@ def write_back_group(group: Any, refuse: Callable[[Any], None], compare_values: 
             copy was changed and has another dtype than the shard.
         compare_values: whether such copies are compared by value, even if no version changed.
     """
+    # rows: views of this rank's rows of the gathered copies, and the shards; kept for later calls
     rows: Any = vars(group).get("_written_rows")
     if rows is None or rows.is_stale():
         rows = group._written_rows = _GroupRows(group)
@@ -85,6 +88,7 @@ def write_back_group(group: Any, refuse: Callable[[Any], None], compare_values: 
         gathered_param = p._unsharded_param
         # after `p.data = new` the memory is not FSDP2's: the values are copied there
         if gathered_param.data_ptr() != p.all_gather_outputs[0].data_ptr():
+            # _orig_size: shape of the full parameter
             if not rows.has_same_dtypes or gathered_param.shape != p._orig_size:
                 refuse(p)
             gathered = _gathered_memory(p)
@@ -96,6 +100,7 @@ def write_back_group(group: Any, refuse: Callable[[Any], None], compare_values: 
         return
     if rows.has_same_dtypes:
         _foreach_copy_(rows.shards, rows.copies)
+    # half precision copies cannot be written back without a loss: a write is an error
     elif rows.versions_changed() or compare_values:
         for p, copy, shard in zip(rows.parameters, rows.copies, rows.shards, strict=True):
             if not torch.equal(copy, shard.to(copy.dtype)):

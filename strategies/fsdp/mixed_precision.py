@@ -99,6 +99,7 @@ class Fp32Weights:
         self.num_calls += 1
         compares_values = self.num_calls & (self.num_calls - 1) == 0  # a power of two
         for name in self.names:
+            # a hook before the forward has put the copies into __dict__, which hides the weights
             weight, copy = layer._parameters.get(name), layer.__dict__.pop(name, None)
             if weight is None or copy is None:
                 continue
@@ -119,6 +120,7 @@ def uses_weights_in_matmul_only(layer: nn.Module) -> bool:
     if not isinstance(layer, MATMUL_LAYERS):
         return getattr(layer, "only_matmul_weights", False)
     names = {name for name, p in layer._parameters.items() if p is not None}
+    # REPARAMETRIZED: ends of the names that weight_norm and spectral_norm give
     if any(name.endswith(REPARAMETRIZED) for name in names):
         return False
     forward = layer.__dict__.get("forward")  # replaced on this object
@@ -129,12 +131,14 @@ def uses_weights_in_matmul_only(layer: nn.Module) -> bool:
         if owner is object or is_of_torch or getattr(owner, "only_matmul_weights", False):
             continue
         for name, attribute in vars(owner).items():
+            # SETUP_METHODS: __init__ and others that a forward does not call
             if name in SETUP_METHODS:
                 continue
             # the function of a property, class method or decorated method
             function = getattr(attribute, "fget", None) or attribute
             function = inspect.unwrap(getattr(function, "__func__", function))
             used = _names_in(function.__code__) if isinstance(function, FunctionType) else set()
+            # PARAM_LISTS: names such as `parameters`, which give access to all of them
             if not used.isdisjoint(names | PARAM_LISTS):
                 return False
     return True

@@ -88,6 +88,7 @@ def _probe_cases(optimizer: Optimizer) -> Iterator[tuple[int, Tensor]]:
         for parameter in group["params"]:
             if not (parameter.is_floating_point() or parameter.is_complex()):
                 continue  # codes of quantized weights are not trained
+            # groups with equal settings are probed once
             case = (settings, parameter.ndim, parameter.dtype)
             _, largest = cases.setdefault(case, (group_index, parameter))
             if parameter.numel() > largest.numel():
@@ -108,8 +109,10 @@ def _probe_case(
     """
     if needs_closure(optimizer):
         return "coupled", "computes the gradient of all parameters several times a step"
+    # a scalar is not split over ranks
     if example.ndim == 0:
         return "elementwise", ""
+    # _probe_shape: small or large with the axes of the example; an even number of rows
     shape = _probe_shape(example)
     half = shape[0] // 2
     with _preserve_rng_states():
@@ -121,6 +124,7 @@ def _probe_case(
             return numbers.to(example.dtype)
 
         # two parameters, each with a gradient for each step
+        # GRADIENT_SCALES: a factor for each step; a rule may depend on the size of gradients
         values, gradients = draw_values(), [draw_values() * scale for scale in GRADIENT_SCALES]
         other_values = draw_values()
         other_gradients = [draw_values() * scale / 7 for scale in GRADIENT_SCALES]
@@ -148,6 +152,7 @@ def _probe_case(
                 return "elementwise", ""
         except Exception:  # it does not accept tensors of this shape
             pass
+        # per tensor: stepping two parameters together gives the same as stepping each alone
         joint_results = run_trial((values, gradients), (other_values, other_gradients))
         separate_results = [full_result, *run_trial((other_values, other_gradients))]
         if all(
@@ -183,6 +188,7 @@ def _run_steps(
         for each parameter its weights, its state in each nested optimizer, and the settings.
     """
     parameters = [nn.Parameter(values.clone()) for values, _ in tensors]
+    # the copy has one param group, with these parameters
     trial = _copy_optimizer(optimizer, group_index, parameters)
     # the same random numbers in each trial
     torch.default_generator.manual_seed(0)
@@ -195,7 +201,9 @@ def _run_steps(
         for parameter, (_, gradients) in zip(parameters, tensors, strict=True):
             parameter.grad = gradients[step].clone()
         trial.step()
+    # notes which state tensors have the shape of the parameter
     _record_saved_shapes(trial, parameters[0], has_param_shape)
+    # the optimizer itself, and optimizers that it wraps
     all_optimizers = list(iter_nested_optimizers(trial))
     results = []
     for parameter in parameters:
@@ -228,6 +236,7 @@ def _record_saved_shapes(trial: Any, parameter: Tensor, has_param_shape: StateSh
     """
     saved = trial.state_dict()
     state = saved.get("state") if isinstance(saved, dict) else None
+    # a state_dict of another form cannot be assigned to parameters
     if not isinstance(state, dict):
         raise _StateOutsideParamsError
     non_param_state = {k: v for k, v in state.items() if not isinstance(k, int)}
@@ -260,6 +269,7 @@ def _copy_optimizer(optimizer: Optimizer, group_index: int, parameters: list[nn.
     memo: dict[int, Any] = {}
     for original in originals:
         for group in original.param_groups:
+            # any new parameter may stand here: _keep_only_group sets the parameters below
             memo |= dict.fromkeys(map(id, group["params"]), parameters[0])
     memo |= {id(original): duplicate for original, duplicate in pairs}
     for original, duplicate in pairs:
@@ -268,10 +278,12 @@ def _copy_optimizer(optimizer: Optimizer, group_index: int, parameters: list[nn.
             for k, v in vars(original).items()
             if not (callable(v) and hasattr(type(original), k))
         }
+        # names of torch's dicts of hooks, which a trial must not run
         no_hooks = {k: OrderedDict() for k in attributes if k.startswith("_optimizer_")}
         duplicate.__dict__ = copy.deepcopy({**attributes, **no_hooks}, memo)
     for original, duplicate in pairs:
         _keep_only_group(duplicate, group_index, parameters)
+        # state that the class creates in its constructor, which was not called
         _init_trial_state(original, duplicate, parameters)
     return duplicates[0]
 

@@ -60,6 +60,7 @@ class OriginalParameters:
                     'use Trainer(strategy="ddp")',
                     flag="--trainer.strategy=ddp",
                 )
+        # attributes that share memory with a parameter: path, tensor, name of the parameter
         for alias_path, tensor, name in find_param_views(module):
             parameter = dict(module.named_parameters())[name]
             if tensor.shape != parameter.shape or tensor.stride() != parameter.stride():
@@ -100,6 +101,7 @@ class OriginalParameters:
                 if name in ("_parameters", "_modules", "_buffers") or isinstance(value, nn.Module):
                     continue
                 if isinstance(value, Tensor):
+                    # the sharded parameter for an original one or its alias, else None
                     if (sharded := self.find_replacement(value)) is not None:
                         vars(module)[name] = sharded
                 elif isinstance(value, list | tuple | dict):
@@ -143,6 +145,7 @@ class OriginalParameters:
                 new_item = self._replace_in_container(item, depth - 1)
                 if new_item is not item:
                     new_items[key] = new_item
+        # new_items: replaced tensors, and tuples that were built anew
         if not new_items:
             return container
         if isinstance(container, list | dict):
@@ -161,14 +164,18 @@ class OriginalParameters:
         """
         self._sharded_params = dict(self.module.named_parameters())
         param_ids = {id(p) for p in self._sharded_params.values()}
+        # the optimizer itself, and optimizers that it wraps
         for nested in iter_nested_optimizers(optimizer):
             for group in nested.param_groups:
                 # updated already, e.g. as the group of an optimizer that this one wraps
                 if all(id(p) in param_ids for p in group["params"]):
                     continue
                 group["params"] = [
-                    self._require_module_param(optimizer, p, param_ids) for p in group["params"]
+                    # the sharded parameter in place of an original one; raises for any other tensor
+                    self._require_module_param(optimizer, p, param_ids)
+                    for p in group["params"]
                 ]
+            # state that a constructor has created is sharded like its parameter
             self._move_state(nested)
 
     def _require_module_param(
@@ -204,6 +211,7 @@ def find_param_views(module: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
     Yields:
         the path of the attribute, its tensor, and the name of the parameter.
     """
+    # _memory_extent: storage address, first and last byte; None without plain memory
     named_params = [(name, p) for name, p in module.named_parameters() if _memory_extent(p)]
     storage_addresses = {p.untyped_storage().data_ptr() for _, p in named_params}
     for prefix, submodule in module.named_modules():
@@ -212,6 +220,7 @@ def find_param_views(module: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
         for key, value in attributes.items():
             if key in ("_parameters", "_modules", "_buffers") or isinstance(value, nn.Module):
                 continue
+            # _iter_tensors: tensors other than parameters, also those in nested containers
             for tensor in _iter_tensors(value, MAX_CONTAINER_DEPTH):
                 extent = None if id(tensor) in own_param_ids else _memory_extent(tensor)
                 if extent is None or tensor.untyped_storage().data_ptr() not in storage_addresses:

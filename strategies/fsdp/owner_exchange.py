@@ -74,12 +74,14 @@ def gather_to_owners(pairs: list[tuple[Any, Tensor]], owner: dict[int, int]) -> 
         owner: the owner's rank in the shard group, by the id of the parameter.
     """
     full_tensors: list[Any] = [None] * len(pairs)
+    # indices of the pairs with one shard group and dtype, sent together
     for group, indices in _iter_message_groups(pairs):
         if group is None:  # replicated
             for index in indices:
                 full_tensors[index] = pairs[index][1].clone()
             continue
         num_ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+        # holder: the rank that has the rows
         sizes = _exchange_sizes(pairs, indices, owner, num_ranks)  # [owner][holder][tensor]
         by_owner = [[i for i in indices if owner[id(pairs[i][0])] == r] for r in range(num_ranks)]
         send = torch.cat(
@@ -111,6 +113,7 @@ def scatter_from_owners(pairs: list[tuple[Any, Tensor]], owner: dict[int, int]) 
             tensor of the dtype.
         owner: the owner's rank in the shard group, by the id of the parameter.
     """
+    # indices of the pairs with one shard group and dtype, sent together
     for group, indices in _iter_message_groups(pairs):
         if group is None:  # replicated
             for index in indices:
@@ -124,6 +127,7 @@ def scatter_from_owners(pairs: list[tuple[Any, Tensor]], owner: dict[int, int]) 
             for i in by_owner[rank]:
                 p, full = pairs[i]
                 first_row = holder * -(-p.shape[0] // num_ranks)  # rows per rank, rounded up
+                # _num_rows: rows of the holder; the last ranks may have fewer, or none
                 rows = full[first_row : first_row + _num_rows(p, num_ranks, holder)]
                 send_chunks.append(rows.reshape(-1))
         empty = pairs[indices[0]][0]._local_tensor.new_empty(0)

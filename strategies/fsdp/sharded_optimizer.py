@@ -91,6 +91,7 @@ def shard_optimizer_steps(optimizer: Optimizer) -> None:
         UsageError: for a coupled optimizer.
     """
     for member in member_optimizers(optimizer):
+        # set by an earlier call
         if "_shard_stepper" in vars(member) or supports_dtensor(member):
             continue
         sharded_params = [
@@ -98,7 +99,9 @@ def shard_optimizer_steps(optimizer: Optimizer) -> None:
         ]
         result = ProbeResult("elementwise")  # on one rank a shard is the full tensor
         if any(p.device_mesh.size() > 1 for p in sharded_params):
+            # steps a copy on small tensors, to measure the kind of update
             result = probe_on_all_ranks(member)
+            # coupled: the update of a parameter depends on other parameters
             check_not_coupled(member, result)
         if result.update_kind == "per tensor":
             _check_row_sharded(member, sharded_params)
@@ -106,6 +109,7 @@ def shard_optimizer_steps(optimizer: Optimizer) -> None:
         elif sharded_params:
             LocalShardStepper(member, result.has_param_shape).replace_methods()
         else:
+            # None: nothing is replaced, because no parameter is sharded
             vars(member)["_shard_stepper"] = None
 
 
@@ -180,6 +184,7 @@ class _PlainTensorStepper:
         optimizer_class = type(self.optimizer)
         method_names = set()
         for base_class in optimizer_class.__mro__:
+            # the classes after torch's Optimizer are its own bases
             if base_class is Optimizer:
                 break
             method_names |= {
@@ -197,7 +202,13 @@ class _PlainTensorStepper:
     def _make_method(
         self, name: str, original: Callable[..., Any], replacement: Callable[..., Any]
     ) -> Any:
-        """Return a method that calls `replacement`; within another replaced method `original`."""
+        """Return a method that calls `replacement`; within another replaced method `original`.
+
+        Args:
+            name: name of the method.
+            original: the optimizer's method.
+            replacement: called with `original` and the arguments of the call.
+        """
 
         def method(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
             return (
@@ -225,6 +236,7 @@ class _PlainTensorStepper:
                 loss = closure()  # before the parameters are replaced by plain tensors
         is_first_call = True
 
+        # the closure that the original step gets: its first call returns the loss from above
         def reuse_first_loss() -> Any:
             nonlocal is_first_call
             if is_first_call:
@@ -233,6 +245,7 @@ class _PlainTensorStepper:
             with self.with_module_params(), torch.enable_grad():
                 return closure()  # pyright: ignore[reportOptionalCall]
 
+        # within it groups and state have plain tensors in place of DTensors
         with self.with_plain_params(step=True) as has_params:
             if not has_params:  # other ranks own all parameters
                 return loss
@@ -317,6 +330,7 @@ class _PlainTensorStepper:
         self._original_groups = []
         has_params = False
         visited: set[int] = set()  # ids: a wrapper may share groups and state
+        # the optimizer itself, and optimizers that it wraps
         for nested in iter_nested_optimizers(self.optimizer):
             for group in nested.param_groups:
                 if id(group) in visited:
@@ -329,6 +343,7 @@ class _PlainTensorStepper:
                 has_params |= bool(group["params"])
             if id(nested.state) not in visited:
                 visited.add(id(nested.state))
+                # _param_pairs: sharded parameters, and the plain tensors that replace them
                 plain_by_param_id = {id(p): plain for p, plain in self._param_pairs}
                 self._replace_state_keys(nested.state, plain_by_param_id)
         return has_params
@@ -338,6 +353,7 @@ class _PlainTensorStepper:
         for group, parameters in self._original_groups:
             group["params"] = parameters
         restored_ids = {id(parameters) for _, parameters in self._original_groups}
+        # _param_pairs: sharded parameters, and the plain tensors that replace them
         params_by_plain_id: dict[int, Any] = {id(plain): p for p, plain in self._param_pairs}
         visited: set[int] = set()
         for nested in iter_nested_optimizers(self.optimizer):
@@ -402,8 +418,10 @@ class LocalShardStepper(_PlainTensorStepper):
                 elif plain.requires_grad != requires_grad:
                     plain.requires_grad = requires_grad
                 if step and (gradient := p.grad) is not None:
+                    # _local_gradient: this rank's rows, with the placements of the parameter
                     plain.grad = _local_gradient(p, gradient)
                 self._param_pairs.append((p, plain))
+        # true: no parameter is removed from its group
         self._replace_params(lambda p: True)
         return True
 
@@ -467,6 +485,7 @@ class LocalShardStepper(_PlainTensorStepper):
             """Change a tensor of the state; `path` is its path in the state."""
             if not isinstance(leaf, Tensor):
                 return leaf
+            # has_param_shape: flags that the probe of the optimizer has recorded
             is_param_shaped = self.has_param_shape.get((num_axes, keystr(path)))
             # a tensor with another number of axes has not the shape of the parameter; the numbers
             # of axes are the same on all ranks, so all or none raise
@@ -525,6 +544,7 @@ class OwnerStepper(_PlainTensorStepper):
             for p in group["params"]:
                 if not isinstance(p, DTensor) or id(p) in self.owner_by_id:
                     continue
+                # sharded_axis: the mesh axis over which it is sharded; None: replicated
                 is_sharded = sharded_axis(p) is not None
                 num_ranks = dist.get_world_size(shard_group(p)) if is_sharded else 1
                 params_by_num_ranks.setdefault(num_ranks, []).append(p)
@@ -532,6 +552,7 @@ class OwnerStepper(_PlainTensorStepper):
                 loads = load.setdefault(num_ranks, [0] * num_ranks)
                 first, *others = sorted(parameters, key=lambda p: p.numel())
                 loads[0] += first.numel()
+                # a rank for each size; it adds the sizes to `loads`, which stay about equal
                 assigned_ranks = assign_balanced([p.numel() for p in others], loads)
                 for p, rank in zip([first, *others], [0, *assigned_ranks], strict=True):
                     self.owner_by_id[id(p)] = rank
@@ -554,6 +575,7 @@ class OwnerStepper(_PlainTensorStepper):
             use_placeholders: put tensors without values into the groups of all ranks, which keep
                 the indices of parameters in a state_dict; nothing is sent.
         """
+        # an owner for each parameter that has none
         self._assign_owners()
         self._param_pairs = []
         parameters = list(self._iter_sharded_params())
@@ -572,6 +594,7 @@ class OwnerStepper(_PlainTensorStepper):
         for p in parameters:
             full_param = self.plain_params.get(id(p))
             if full_param is None:
+                # without elements: only its owner sets the data below
                 full_param = nn.Parameter(p._local_tensor.new_empty(0), False)
                 self.plain_params[id(p)] = full_param
             if self.keeps_state_of(p) and use_placeholders:

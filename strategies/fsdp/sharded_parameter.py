@@ -114,7 +114,9 @@ class ShardedParameter(DTensor):
         torch calls it in place of each function. Attributes and metadata are those of a DTensor;
         for other functions see `_apply_operation`.
         """
+        # within this context torch does not call this method again
         with _without_torch_function():
+            # _FAST_PATH: getters and setters that are called often, e.g. of requires_grad and grad
             if func in _FAST_PATH:
                 # `p.grad = plain`: the gradient of a sharded parameter must be a DTensor
                 if type(args[-1]) is Tensor and func == _SET_GRAD and isinstance(args[0], DTensor):
@@ -125,11 +127,14 @@ class ShardedParameter(DTensor):
             # not only `is`, because each access of `__set__` makes a new object
             if func is _SET_DATA or (name == "__set__" and func == _SET_DATA):
                 return _assign_data(args[0], args[1])
+            # _COMPUTED_ATTRS: attributes with values, e.g. T and real; they are operations
             if name in ("__get__", "__set__", "__delete__") and func not in _COMPUTED_ATTRS:
                 value = func(*args, **kwargs)
                 return as_sharded_parameter(value) if func in (_GET_DATA, _GET_GRAD) else value
+            # _METADATA_METHODS: e.g. size and stride, which need no values
             if func in _METADATA_METHODS:
                 return func(*args, **kwargs)
+            # _HOOK_REGISTRATION: functions that replace those that register gradient hooks
             if func in _HOOK_REGISTRATION and hasattr(args[0], "_gather_info"):
                 return _HOOK_REGISTRATION[func](*args, **kwargs)
             return _apply_operation(func, name, args, kwargs)
@@ -166,6 +171,7 @@ def _assign_data(parameter: Tensor, value: Tensor) -> None:
     if isinstance(parameter, DTensor) and value.shape == parameter.shape:
         mesh, placements = parameter.device_mesh, parameter.placements
         if not isinstance(value, DTensor):
+            # src_data_rank=None: each rank takes its rows of its own value; nothing is sent
             value = distribute_tensor(value.detach(), mesh, placements, src_data_rank=None)
         elif tuple(value.placements) != tuple(placements):
             value = value.redistribute(mesh, placements)
@@ -198,6 +204,7 @@ def _apply_operation(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[s
     """
     if name == "__iter__":
         return iter(_apply_operation(Tensor.unbind, "unbind", args, kwargs))
+    # GatheredView: a view of a gathered copy; its plain tensor is used here
     args, kwargs = tree_map_only(GatheredView, GatheredView.to_plain, (args, kwargs))
     is_in_place = _is_in_place(name, args, kwargs)
     target = _find_target(args, kwargs)  # into which an in-place operation writes
@@ -211,9 +218,11 @@ def _apply_operation(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[s
         and (has_plain_tensors or _is_in_step((args, kwargs)))
         and _has_trained_param((args, kwargs))
     ):
+        # _gather_tensor: a full tensor; of a trained parameter the one that FSDP2 reduces
         args, kwargs = tree_map_only(DTensor, _gather_tensor, (args, kwargs))
         return func(*args, **kwargs)
     if getattr(func, "__module__", "") == "torch.nn.init":
+        # _apply_on_copies: gathers full copies, and copies writes back to the shards
         return _apply_on_copies(func, args, kwargs, is_random=True)
     if name in _RANDOM_FUNCTIONS and not is_in_place:
         return _apply_on_copies(func, args, kwargs, is_random=True)
@@ -226,6 +235,7 @@ def _apply_operation(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[s
         return _apply_on_copies(func, args, kwargs, is_random=name in _RANDOM_FUNCTIONS)
     try:
         if is_in_place and not name.startswith("_foreach"):
+            # plain tensors become DTensors with the full value on each rank
             new_args, new_kwargs = _replicate_tensors((args, kwargs), target.device_mesh)
             return func(*new_args, **new_kwargs)
         result = func(*args, **kwargs)
@@ -236,6 +246,7 @@ def _apply_operation(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[s
     # a view must share the memory of the shards, or writes to it would be lost
     if name in _VIEW_FUNCTIONS and not _results_share_memory(result, args[0]):
         return _apply_on_copies(func, args, kwargs)
+    # scalars and partial sums become plain tensors, other results ShardedParameters
     return result if is_in_place else tree_map_only(DTensor, _to_usable_result, result)
 
 
@@ -329,18 +340,24 @@ class GatheredView(Tensor):
         with _without_torch_function():
             leaves, _ = tree_flatten((args, kwargs))
             views = [leaf for leaf in leaves if isinstance(leaf, GatheredView)]
+            # _gathered_copy: the full copy of a sharded tensor, of which the argument is a view
             copies = list(dict.fromkeys(vars(view)["_gathered_copy"] for view in views))
             plain: Any = tree_map_only(GatheredView, GatheredView.to_plain, (args, kwargs or {}))
             plain_args, plain_kwargs = plain
+            # with sharded arguments the rules of sharded parameters apply
             if any(isinstance(leaf, ShardedParameter) for leaf in leaves):
                 name = getattr(func, "__name__", "")
                 result = _apply_operation(func, name, plain_args, plain_kwargs)
             else:
                 result = func(*plain_args, **plain_kwargs)
+            # a write into a view changes the copy; write_back copies it to the shard
             for copy in copies:
                 copy.write_back()
             return tree_map_only(
-                Tensor, lambda tensor: GatheredView.from_copies(tensor, copies), result
+                # from_copies: a GatheredView if it shares memory with a copy, else the tensor
+                Tensor,
+                lambda tensor: GatheredView.from_copies(tensor, copies),
+                result,
             )
 
 
@@ -367,6 +384,7 @@ def _apply_on_copies(
     leaves = tree_flatten((args, kwargs))[0]
     args, kwargs = tree_map_only(DTensor, gathered_copy, (args, kwargs))
     result = func(*args, **kwargs)
+    # is_written: by the version counter of the copy
     written_copies = [copy for copy in copies.values() if copy.is_written]
     if is_random and written_copies:
         _broadcast_from_rank_zero([copy.full for copy in written_copies])
@@ -374,12 +392,16 @@ def _apply_on_copies(
         results = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
         _broadcast_from_rank_zero(results)
     for copy in copies.values():
+        # copies this rank's rows to its shard, if the copy was written to
         copy.write_back()
     for leaf in leaves:  # an in-place operation returns its argument
         if id(leaf) in copies and result is copies[id(leaf)].full:
             return leaf
     return tree_map_only(
-        Tensor, lambda view: GatheredView.from_copies(view, copies.values()), result
+        Tensor,
+        # from_copies: a GatheredView if the result shares memory with a copy, else the tensor
+        lambda view: GatheredView.from_copies(view, copies.values()),
+        result,
     )
 
 

@@ -63,6 +63,7 @@ class StepUnit(nn.Module):
                 'use Trainer(strategy="ddp")',
                 flag="--trainer.strategy=ddp",
             )
+        # FSDP2 gathers the members only in the forward of this unit, which is the step
         cast(FSDPModule, self).unshard()
 
     @_disable_compile

@@ -68,6 +68,7 @@ def check_fsdp_attributes(module: nn.Module) -> None:
 
 def _find_missing_attrs(module: nn.Module) -> Iterator[str]:
     """Yield the missing attributes of torch's functions, and of the objects of each FSDP unit."""
+    # owner: name of the class or module in messages; holder: the object itself
     for owner, (holder, name) in REQUIRED_FUNCTIONS.items():
         if not hasattr(holder, name):
             yield f"{owner}.{name}"
