@@ -68,6 +68,7 @@ def attention_with_lse(
             query, key, value, attn_bias=None, compute_log_sumexp=True, **options
         )[:2]
         return out, lse[..., : query.shape[2]]  # without the kernel's padding
+    # accumulation_dtype: fp32 for half precision, else the dtype itself
     if query.dtype != accumulation_dtype(query.dtype):
         query, key, value = query.float(), key.float(), value.float()
     if kernel == "cpu":
@@ -118,6 +119,7 @@ def attention_with_lse_backward(
             grad_input_mask=[True, True, True, False],  # of query, key, value and bias
             is_causal=causal,
         )[:3]
+    # accumulation_dtype: fp32 for half precision, else the dtype itself
     if query.dtype != accumulation_dtype(query.dtype):
         query, key, value = query.float(), key.float(), value.float()
         d_out, out = d_out.float(), out.float()

@@ -42,6 +42,7 @@ def clip_grad_norm(
     norms = [get_total_norm(same_mesh_grads) for same_mesh_grads in grads_by_mesh.values()]
     # full_tensor reduces the norms of the shards to the norm over all ranks
     norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    # with a group, a rank without gradients still joins the all-reduce below
     if not norms and (group is None or not parameters):
         return torch.zeros(())
     device = norms[0].device if norms else parameters[0].device

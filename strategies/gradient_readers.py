@@ -275,6 +275,7 @@ def _scan_function(
                 called = getattr(owner, instruction.argval, None)
             elif instruction.opname == "LOAD_GLOBAL":
                 called = function.__globals__.get(instruction.argval)
+            # called: a method of the owner or a global function; it is searched as well
             if isinstance(called, FunctionType):
                 _scan_function(called, owner, uses, visited)
 

@@ -252,6 +252,7 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
             self.original_parameters = OriginalParameters(module)
         # values of parameters on the meta device, which are drawn after sharding
         deferred_values = collect_deferred_values(module)  # by name of the parameter
+        # sends rank 0's weights to all ranks, and shards or splits the module
         self.parallel_module = self.parallelize_module(module)
         if self.zero_stage > 1 and not is_parallelized_by_module:
             # raises if this version of torch lacks private attributes that are used below
@@ -266,12 +267,15 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
             del module.configure_model
         has_no_model_axes = self.mesh_layout.tp_mesh.size() * self.mesh_layout.degrees["pp"] == 1
         if self.zero_stage > 1 and has_no_model_axes and not is_parallelized_by_module:
+            # parameters that are used outside of their FSDP unit are then gathered at their use
             self._install_gather_on_use(module)
         if self.mesh_layout.data_mesh.size() > 1:
             # sends changed buffers, e.g. of BatchNorm, from the first data rank to the others
             self.buffer_sync = BufferSync(module, self.mesh_layout.data_mesh.get_group())
         if trainer.gradient_clip_val and trainer.gradient_clip_algorithm != "value":
+            # raises if each rank would clip by the norm of its own gradients
             self._check_norm_clipping(trainer.gradient_clip_val)
+        # Lightning's method does not add the norms of shards on different meshes
         replace_method(self.precision_plugin, "clip_grad_by_norm", self._clip_by_norm)
         scaler = getattr(self.precision_plugin, "scaler", None)
         if scaler is not None:
@@ -389,6 +393,7 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         assert self.mesh_layout is not None
         if self.original_parameters is not None and self.mesh_layout.degrees["pp"] == 1:
             for optimizer in self.optimizers:
+                # the optimizer may have been built before sharding replaced the parameters
                 self.original_parameters.update_optimizer(optimizer)
         # with ZeRO-2 and 3 it makes optimizers step shards; it rejects coupled ones
         self._prepare_optimizers()

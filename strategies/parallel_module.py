@@ -334,6 +334,7 @@ def shard_module(
     if options.half_dtype is not None:
         # parameters that autocast uses in fp32, e.g. of norms
         replicated_ids |= {id(p) for p in full_precision_params(module)}
+        # embeddings return fp32 rows, because sums of half-precision gradients lose small terms
         keep_embeddings_in_fp32(module)
         # layers that use weights other than in matrix products read them in fp32
         show_fp32_weights(module)
@@ -342,10 +343,12 @@ def shard_module(
     policy = build_mp_policy(options.half_dtype)
     if joint_modules:
         fsdp_roots = [root for root in fsdp_roots if root not in joint_modules]
+        # StepUnit: an FSDP unit that is gathered for a whole step
         step_unit = StepUnit(joint_modules)
         module.__dict__["_step_unit"] = step_unit  # not a child: not in state_dict()
         fsdp_roots.append(step_unit)
     for unit in fsdp_blocks + fsdp_roots:
+        # a view as output could lose FSDP2's hook by an in-place operation
         unit.register_forward_hook(_clone_view_outputs)  # before fully_shard's own hook
         if options.half_dtype is not None:
             # adds hooks to the unit, so that its forward runs in autocast

@@ -168,6 +168,7 @@ class Pipeline:
             args: the other arguments of `training_step`, e.g. the index of the batch.
             make_step_context: makes the context in which a step runs (autocast).
         """
+        # parts of equal size along the first axis of each tensor
         microbatches = self._split_batch(batch)
         # the tensor that training_step gives to the net; found without running the net
         net_inputs = [self._stop_step_at_net_input(micro, args) for micro in microbatches]

@@ -305,6 +305,7 @@ class Zero1Reducer:
         a backward pass is known from earlier passes; without them no bucket is launched here.
         """
         if not self._is_reducing:
+            # else MeshStrategy calls begin_backward for the last micro-batch
             self._is_manual = not getattr(self.module, "automatic_optimization", True)
             if not self._is_manual:  # a micro-batch before the last one
                 return
@@ -351,10 +352,12 @@ class Zero1Reducer:
             # all other ranks, in an order in which ranks exchange in pairs
             for target in _partner_order(self.rank, self.num_ranks):
                 for message in plan.get(target, []):
+                    # starts to send the gradients; the target adds them to its own
                     self._send_to(target, message)
         else:
             for holder in range(self.num_ranks):
                 for message in plan.get(holder, []):
+                    # starts a reduction by the backend; only the holder gets the sum
                     self._reduce_to(holder, message)
         for parameter in bucket:  # the messages keep the memory of the gradients
             if self._gradient_holder(parameter) not in (None, self.rank):

@@ -374,6 +374,7 @@ def _load_file(
         reason: str | CheckpointError | None = None
         file = None
         try:
+            # raises OSError for a folder, FIFO or device
             file = _open_regular_file(path)
             reason = _find_file_damage(file, is_safe)
         except OSError as error:

@@ -247,6 +247,7 @@ def find_damaged_states(
     # per optimizer {index of the parameter: {name of the entry: shape}}
     for before, after in zip(recorded, current_shapes, strict=False):
         for number, entries in before.items():
+            # _param_name: the name by index, or the text of the index
             name = _param_name(number, param_names)
             if number not in after:
                 problems.append(f"the optimizer state of {name} is missing")

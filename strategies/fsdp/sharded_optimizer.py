@@ -90,6 +90,7 @@ def shard_optimizer_steps(optimizer: Optimizer) -> None:
     Raises:
         UsageError: for a coupled optimizer.
     """
+    # the members of a composite optimizer, or the optimizer itself
     for member in member_optimizers(optimizer):
         # set by an earlier call
         if "_shard_stepper" in vars(member) or supports_dtensor(member):
@@ -104,6 +105,7 @@ def shard_optimizer_steps(optimizer: Optimizer) -> None:
             # coupled: the update of a parameter depends on other parameters
             check_not_coupled(member, result)
         if result.update_kind == "per tensor":
+            # the exchange of full tensors below needs shards that are rows
             _check_row_sharded(member, sharded_params)
             OwnerStepper(member).replace_methods()
         elif sharded_params:

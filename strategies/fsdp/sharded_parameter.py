@@ -211,10 +211,12 @@ def _apply_operation(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[s
     if is_in_place and not isinstance(target, DTensor):
         args, kwargs = tree_map_only(DTensor, lambda t: t.full_tensor(), (args, kwargs))
         return func(*args, **kwargs)
+    # plain tensors that are scalars do not count
     has_plain_tensors = not is_in_place and _has_plain_tensors((args, kwargs))
     is_recorded = not is_in_place and torch.is_grad_enabled()
     if (
         is_recorded
+        # _is_in_step: a step of the module is running
         and (has_plain_tensors or _is_in_step((args, kwargs)))
         and _has_trained_param((args, kwargs))
     ):
@@ -387,6 +389,7 @@ def _apply_on_copies(
     # is_written: by the version counter of the copy
     written_copies = [copy for copy in copies.values() if copy.is_written]
     if is_random and written_copies:
+        # the random generators of the ranks may differ
         _broadcast_from_rank_zero([copy.full for copy in written_copies])
     elif is_random:
         results = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
