@@ -161,6 +161,7 @@ def gather_to_first_rank(tensor: Tensor) -> Tensor | None:
     if not isinstance(tensor, DTensor):
         return tensor.detach().cpu()
     mesh, local = tensor.device_mesh, tensor.to_local().detach()
+    # first_mesh_rank: global rank of the first process of the mesh
     first_rank, rank = first_mesh_rank(mesh), dist.get_rank()
     is_sharded_axis = [hasattr(placement, "dim") for placement in tensor.placements]
     if not any(is_sharded_axis):

@@ -264,6 +264,7 @@ def _scan_function(
         instructions = [
             instruction
             for instruction in dis.get_instructions(code)
+            # SKIPPED_OPCODES: instructions of the interpreter without a meaning for this search
             if instruction.opname not in SKIPPED_OPCODES
         ]
         for previous, instruction, following in zip(

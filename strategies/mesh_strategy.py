@@ -646,6 +646,7 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         """
         if not self.saves_sharded:
             return super().save_checkpoint(checkpoint, filepath, storage_options)
+        # hyperparameters in plain types, e.g. paths as text
         checkpoint = with_plain_hyperparameters(checkpoint)
         check_serializable(
             # SHARDED_KEYS: weights, optimizer states and averaged weights, which hold DTensors

@@ -117,6 +117,7 @@ def drop_other_stages(pipeline: Any) -> list[tuple[str, torch.Size, torch.dtype]
         # the first and the last rank both keep a module with a tied parameter
         if end_module is not None and not (is_tied and (pipeline.is_first or pipeline.is_last)):
             pipeline.end_placeholders[name] = meta_placeholder(end_module, placeholders_by_param)
+            # None: the stages of this rank do not call it
             setattr(net, name, None)
     return tied_specs
 

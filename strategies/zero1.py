@@ -217,6 +217,7 @@ class Zero1Reducer:
             self._launch_bucket()
         self._wait_for_all()
         self._is_reducing, self._receive_memory = False, None
+        # how often gradients have arrived tells when a bucket is complete in the next step
         for parameter, count in self.arrival_counts.items():
             self._expected_arrivals[parameter] = max(
                 count, self._expected_arrivals.get(parameter, 0)
@@ -259,7 +260,12 @@ class Zero1Reducer:
                     del optimizer.state[parameter]
 
     def _rebuild_buckets(self) -> None:
-        """Rebuild the buckets if parameters were added, frozen or unfrozen."""
+        """Rebuild the buckets if parameters were added, frozen or unfrozen.
+
+        A bucket is a list of parameters whose gradients are sent together. Called before a backward
+        pass and in a step.
+        """
+        # the key: sizes of param groups, `requires_grad` of each, and whether all ranks keep all
         if self._make_bucket_key() == self._bucket_key:
             return
         self._assign_new_owners()
@@ -279,6 +285,7 @@ class Zero1Reducer:
             for parameter in bucket:
                 params_by_holder.setdefault(self._gradient_holder(parameter), []).append(parameter)
             plan = {}
+            # holder: the rank that keeps the gradients; None: all ranks
             for holder, params in params_by_holder.items():
                 is_joined = holder is None or not self.is_point_to_point
                 # large gradients are sent alone between two ranks, which needs no copy
@@ -537,6 +544,7 @@ class Zero1Reducer:
             if len(self._param_plans) > len(self.optimizers):  # parameters were frozen or added
                 self._param_plans.clear()
             self._param_plans[key] = []
+            # iter_buckets: lists of parameters of about MAX_BUCKET_BYTES bytes
             for bucket in iter_buckets(parameters):
                 params_by_owner: dict[int, list[Tensor]] = {}
                 for parameter in bucket:

@@ -397,6 +397,7 @@ def _load_file(
             checkpoint = None
             try:
                 if (reason := _find_checksum_mismatch(file, assigned_records)) is None:
+                    # as torch.load; the mapped sections become views of the file
                     checkpoint = _load_content(file, map_location, is_safe, mapped_sections)
             except OSError as error:
                 reason = _describe_os_error(error)

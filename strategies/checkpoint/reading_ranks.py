@@ -60,6 +60,7 @@ class ReadingRanks:
         if first is None:
             return
         if isinstance(first, str):
+            # a text becomes an error on rank 0, which all ranks get
             rank_zero_error = make_error(first) if self.rank == 0 else None
             first = self.gather_values(rank_zero_error)[0]
         raise first

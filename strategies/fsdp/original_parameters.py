@@ -138,6 +138,7 @@ class OriginalParameters:
         new_items = {}  # by key or index
         for key, item in pairs:
             if isinstance(item, Tensor):
+                # the sharded parameter, or None if `item` is no original parameter
                 sharded = self.find_replacement(item)
                 if sharded is not None:
                     new_items[key] = sharded

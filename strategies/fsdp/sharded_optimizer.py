@@ -340,13 +340,17 @@ class _PlainTensorStepper:
                 visited.add(id(group))
                 self._original_groups.append((group, group["params"]))
                 group["params"] = [
-                    self.plain_params.get(id(p), p) for p in group["params"] if should_keep(p)
+                    # plain_params: by the id of a sharded parameter its plain tensor
+                    self.plain_params.get(id(p), p)
+                    for p in group["params"]
+                    if should_keep(p)
                 ]
                 has_params |= bool(group["params"])
             if id(nested.state) not in visited:
                 visited.add(id(nested.state))
                 # _param_pairs: sharded parameters, and the plain tensors that replace them
                 plain_by_param_id = {id(p): plain for p, plain in self._param_pairs}
+                # the state of an optimizer has parameters as keys
                 self._replace_state_keys(nested.state, plain_by_param_id)
         return has_params
 
@@ -366,6 +370,7 @@ class _PlainTensorStepper:
                     group["params"] = [params_by_plain_id.get(id(p), p) for p in group["params"]]
             if id(nested.state) not in visited:
                 visited.add(id(nested.state))
+                # the state of an optimizer has parameters as keys
                 self._replace_state_keys(nested.state, params_by_plain_id)
         for _, plain in self._param_pairs:
             plain.grad = None
