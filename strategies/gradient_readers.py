@@ -116,6 +116,7 @@ def find_gradient_readers(trainer: Any) -> list[str]:
             hook
             # GRADIENT_HOOKS: on_after_backward and on_before_optimizer_step
             for hook in GRADIENT_HOOKS
+            # _may_read_gradients: searches the bytecode of the hook and of code that it calls
             if is_overridden(hook, owner, base) and _may_read_gradients(getattr(owner, hook), owner)
         ]
         if base is not None and is_overridden(ZEROING_HOOKS[0], owner, base):
@@ -127,6 +128,7 @@ def find_gradient_readers(trainer: Any) -> list[str]:
         # such an optimizer is not split over ranks at all
         if getattr(optimizer, "needs_full_gradient", False):
             continue
+        # a `zero_grad` of its own may read gradients
         if overrides_zero_grad(optimizer):
             reader_names.append(f"{type(optimizer).__name__}.zero_grad")
         if getattr(optimizer, "_optimizer_step_pre_hooks", None):

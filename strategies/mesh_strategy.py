@@ -165,9 +165,12 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         self.mesh_layout: MeshLayout | None = None  # until the process group is ready
         self.parallel_module: ParallelModule | None = None  # until `setup`
         self.context_parallel: ContextParallel | None = None  # with cp > 1
+        # what the parameters had before sharding: names, hooks, attributes
         self.original_parameters: OriginalParameters | None = None  # with ZeRO-2 and 3
         self.gather_on_use: GatherOnUse | None = None  # with ZeRO-2 and 3
+        # sends changed buffers from the first data rank to the others
         self.buffer_sync: BufferSync | None = None  # with several data ranks
+        # averages gradients, and makes each rank step the parameters it owns
         self.zero1_reducer: Zero1Reducer | None = None  # with ZeRO-1
         self._adapted_optimizers: list[Optimizer] = []  # see `_adapt_optimizers`
         # called before the mesh is built
@@ -297,8 +300,10 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         if value_source is not None:  # all ranks draw the same values
             value_source.seed = self.broadcast(value_source.seed)
         new_params = materialize_params(module, deferred_values, self.root_device)
+        # it keeps ids of replicated parameters, and some are new objects now
         parallel_module.update_replaced_ids(new_params)
         if self.original_parameters is not None:
+            # attributes that hold a parameter from before sharding get the sharded one
             self.original_parameters.update_references()
 
     def _install_gather_on_use(self, module: L.LightningModule) -> None:

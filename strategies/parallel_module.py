@@ -277,6 +277,7 @@ def parallelize_module(
         # _step_unit: set by shard_module if small children are gathered together
         parallel_module.step_unit = module.__dict__.get("_step_unit")
         parallel_module.gather_once = options.gather_once
+    # e.g. a plan that splits the head but not the embedding with the same weight
     untied = sorted(tied_names - _tied_param_names(module))  # shared before, but not any more
     if untied:
         raise UsageError(

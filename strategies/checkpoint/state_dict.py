@@ -59,6 +59,7 @@ def gather_model_state(
     """
     # values are DTensors, or plain tensors if nothing is sharded
     state = get_model_state_dict(module, options=StateDictOptions(cpu_offload=is_distributed))
+    # the first name of a tensor, by each of its further names
     first_names = _shared_tensor_names(module, state)
     first_name_of = {name: first_names.get(name, name) for name in state}
     if is_distributed:

@@ -58,6 +58,9 @@ class GatherOnUse:
         """Apply the rules of ShardedParameter to the sharded parameters of all units.
 
         It replaces methods of FSDP2's objects; a second call, in a later fit, does so only once.
+
+        A ShardedParameter is a DTensor that is gathered when it is used outside of its unit.
+        A param group is FSDP2's object for the parameters of a unit, which are gathered together.
         """
         states: list[Any] = [unit._get_fsdp_state() for unit in fsdp_units(self.module)]
         inner_states = [
