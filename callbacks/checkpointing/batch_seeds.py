@@ -135,7 +135,9 @@ class BatchSeeder:
         attributes["generator"] = torch.Generator().manual_seed(seed)  # torch seeds workers by it
         if loader.num_workers:
             attributes["worker_init_fn"] = _SeededWorkerInit(loader.worker_init_fn)
+        # for a data set that draws numbers when its iterator is created
         seed_generators(seed, find_generators(loader.dataset))
+        # torch's own method of the class, because the copy lacks the replacement
         iterator: Any = type(loader)._get_iterator(loader)
         if hasattr(iterator, "_dataset_fetcher"):  # without workers: the main process reads
             iterator._dataset_fetcher = _SeededFetcher(iterator._dataset_fetcher)
@@ -169,15 +171,22 @@ class _SeededSampler:
     ) -> Iterator[SeededIndices]:
         """Draw the indices of all batches and yield those after the batches to skip.
 
+        Each item has the indices, the seed for reading them, and the seed of the epoch. The process
+        that reads the data, main process or worker, uses both seeds.
+
         Args:
             key: what all ranks have in common: number of the loader, seed, epoch.
             rank: data-parallel rank; a part of the seeds of data, not of those of the order.
-            first_batch: index of the first batch within the epoch.
+            first_batch: index of the first batch within the epoch. It is 0, or larger if a short
+                loader starts again within the epoch of a longer one.
         """
-        # Read at the first draw: an iterator with workers creates two of these generators and
-        # draws from the second only.
+        # `self.seeder` (BatchSeeder) has the settings of the loader. `num_skip`: batches to skip.
+        # It is read at the first draw: an iterator with workers creates two of these generators
+        # and draws from the second only.
         num_skip = self.seeder.num_skip
         self.seeder.num_skip = 0  # a further iteration skips nothing
+        # A worker hashes it with its own number, and seeds an iterable data set by the result. So
+        # it may be equal to a seed of the sampler below, as it is for rank 1.
         epoch_seed = hash_seed(*key, first_batch, rank)
         generators = find_generators(self.sampler)
         # the key has no rank: the sampler draws the same order on all ranks
@@ -189,9 +198,11 @@ class _SeededSampler:
                 batch_indices = next(sampler_iterator)
             except StopIteration:
                 return
-            self.seeder.first_batch = batch + 1  # where an iteration without `set_epoch` starts
+            # `set_epoch` sets it to 0 at the start of each epoch. A short loader that starts again
+            # within the epoch continues from here.
+            self.seeder.first_batch = batch + 1
             seed = hash_seed(*key, batch, 2, rank)  # 2: seeds of data
-            seed_default_generators(seed)
+            seed_default_generators(seed)  # of the main process, for code that reads them there
             if batch - first_batch >= num_skip:
                 yield SeededIndices(batch_indices, seed, epoch_seed)
 
@@ -226,6 +237,7 @@ def _patch_fetcher(fetcher_class: Any, worker_id: int) -> None:
 
     Called in a worker process, which ends with its loader, so nothing is restored.
     """
+    # returns the data of a batch, given its indices
     original_fetch = fetcher_class.fetch
     is_iterable = fetcher_class is fetch._IterableDatasetFetcher
 
@@ -239,12 +251,13 @@ def _patch_fetcher(fetcher_class: Any, worker_id: int) -> None:
         seed_generators(batch.seed, generators)
         return original_fetch(self, batch.indices)
 
-    # torch's own `__init__` would create the iterator, before the generators are seeded
+    # For an iterable data set: torch's own `__init__` would create the iterator, before the
+    # generators are seeded. The arguments are those of torch.
     def init_without_iterator(
         self: Any, dataset: Any, auto_collation: bool, collate_fn: Any, drop_last: bool
     ) -> None:
         fetch._BaseDatasetFetcher.__init__(self, dataset, auto_collation, collate_fn, drop_last)
-        self.ended = False
+        self.ended = False  # as torch's own `__init__` sets it
 
     fetcher_class.fetch = fetch_seeded
     if is_iterable:

@@ -111,7 +111,7 @@ class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
         """Save with the new metrics; within an optimizer step, postpone the save to its end."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        # the default metric may be missing
+        # the default metric, val/loss, may be missing
         if self.monitor not in trainer.callback_metrics and self.monitor != DEFAULT_MONITOR:
             logged = sort_by_similarity(str(self.monitor), trainer.callback_metrics)[:3]
             raise UsageError(
@@ -121,6 +121,7 @@ class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
                 flag=f"--trainer.callbacks.monitor={logged[0]}" if logged else "",
                 label="logged",
             )
+        # `should_accumulate`: whether this micro-batch ends without an optimizer step
         if should_accumulate(trainer):  # the next micro-batch belongs to the same step
             self._save_deferred = True
         else:
@@ -162,13 +163,14 @@ class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
         self._save_deferred = False
         if getattr(trainer, "fast_dev_run", False):
             return True
-        if not weights_are_finite(trainer):
+        if not weights_are_finite(trainer):  # on any rank; it has printed a warning
             return False
         metrics = self.candidates(trainer)  # logged values, epoch and step
         score = metrics.get(str(self.monitor)) if has_metric else None
         path = self.format_checkpoint_name(metrics)
         previous_path, self.last_model_path = self.last_model_path, path
         if self.save_top_k and self.check_monitor_top_k(trainer, score) and score is not None:
+            # also removes the file that is no longer among the best
             self.save_among_best(score, trainer, metrics)
         else:
             if not self.best_k_models:  # no metric so far: the newest file is the best
@@ -179,6 +181,7 @@ class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
             previous_path
             and previous_path not in self.best_k_models
             and not keeps_every_file
+            # False for a file of another run, or the file that was just written
             and self.should_remove(trainer, previous_path, path)
         ):
             self.remove_checkpoint(trainer, previous_path)

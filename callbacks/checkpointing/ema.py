@@ -169,12 +169,16 @@ class EMA(OptimizerStepCallback):
         self._load_average(pl_module)
         if self.weights_outside_model:
             self._track_weights(pl_module)  # includes weights that were unfrozen just now
+            # assumes that the model holds the raw weights; swapped below if it holds the average
             average = self.weights_outside_model
             raw = dict(named_tracked(pl_module, average))  # the model's weights
             if self.using_average:
                 raw, average = average, raw
             state = checkpoint["state_dict"]
+            # pipeline stages whose weights are gathered into one file; None if there are none
             stages = stages_to_join(trainer)
+            # `update_state_dict` replaces the weights in the checkpoint by the average, and
+            # `to_checkpoint` converts the raw weights to the format of the file.
             # live: shards are not copied, because no step changes them before they are written
             update_state_dict(state, average, pl_module, live=True, stages=stages)
             raw = to_checkpoint(state, raw, live=True, stages=stages)
@@ -229,6 +233,7 @@ class EMA(OptimizerStepCallback):
                     flag="--ckpt_path=FILE",
                 )
             self.weights_outside_model[name] = weight.detach().clone()  # dtype, device and shards
+            # `raw` may be a full tensor: `shard_like` takes the part of this rank
             to_local(self.weights_outside_model[name]).copy_(shard_like(raw, weight))
         self._raw_from_checkpoint = {}
 

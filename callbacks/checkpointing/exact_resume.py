@@ -165,21 +165,24 @@ class ExactResume(Callback):
         """
         fit = trainer.fit_loop
         self._compare_loaders(trainer)
+        # empty unless a run with EMA is resumed without it: the file's weights are the average
         use_raw_weights(pl_module, self._raw_weights)
         collected_metrics(trainer).update(self._saved_metrics)  # plateau schedulers read them
-        restore_loader_states(trainer)
+        restore_loader_states(trainer)  # of loaders with their own `state_dict`
         is_mid_epoch = self._resume_point in ("step end", "before validation", "after validation")
         if is_mid_epoch:
+            # `advance` of Lightning's loop trains one micro-batch. The replacement, for its first
+            # call only, continues after the last micro-batch that the file contains.
             first_advance = self._make_first_advance(trainer, self._resume_point)
             replace_method(fit.epoch_loop, "advance", first_advance)
         elif self._resume_point == "epoch end":
-            after_resuming_at_epoch_end(trainer)
+            after_resuming_at_epoch_end(trainer)  # makes the loop start a new epoch
             if self._plateau_due:
                 epochs = fit.epoch_progress.current
                 epochs.completed -= 1  # as when Lightning steps the plateau schedulers
                 fit.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
                 epochs.completed += 1
-        self._seed_other_loaders(trainer)
+        self._seed_other_loaders(trainer)  # training loaders of other classes than torch's
         self._seed_validation(trainer)
         self._fast_forward_loaders(trainer, is_mid_epoch=is_mid_epoch)
         self._resume_point = "start"
@@ -245,10 +248,11 @@ class ExactResume(Callback):
                 renumber_params(list(pl_module.parameters()), optimizer, state)
         metrics = collected_metrics(trainer)
         is_sharded = saves_sharded(trainer.strategy)
-        record_format(checkpoint)
+        record_format(checkpoint)  # version of the file format
         checkpoint["exact_resume"] = collect_run_properties(trainer) | {
             "seed": self._seed,
             # a sharded checkpoint has its own index of shapes
+            # shapes and kinds of dtype of the states, with which a resume detects a damaged file
             "optimizer_shapes": None if is_sharded else optimizer_state_shapes(states),
             "optimizer_kinds": None if is_sharded else optimizer_state_kinds(states),
             "metrics": {name: value.detach().cpu() for name, value in metrics.items()},
@@ -266,6 +270,7 @@ class ExactResume(Callback):
         check_format(checkpoint)
         self._check_not_damaged(trainer, pl_module, checkpoint)
         epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
+        # Lightning counts an epoch as completed after it has stepped the plateau schedulers
         self._plateau_due = epochs["processed"] != epochs["completed"]
         self._resume_point = normalize_progress(checkpoint["loops"]["fit_loop"])
         self._saved_run = checkpoint.get("exact_resume", {})
@@ -310,7 +315,7 @@ class ExactResume(Callback):
             or find_nan_entry(states or [], names)
             or _find_non_finite_raw(checkpoint.get("ema"))
         )
-        # combines all ranks, so that each rank must call it
+        # whether it is True on all ranks, so that each rank must call it
         is_finite = trainer.strategy.reduce_boolean_decision(non_finite_name is None)
         if not is_finite and not problem:
             problem = f"{non_finite_name or 'a tensor of another rank'} is not finite"
@@ -381,6 +386,8 @@ class ExactResume(Callback):
         Loaders with `state_dict` have restored their own position. An iterator is not read,
         because it can be read only once: reading from it here would lose its first batch.
         """
+        # Lightning's objects: the fetcher reads batches from the combined loader, which has all
+        # training loaders in the list `flattened`
         fetcher = data_fetcher(trainer)
         loader = combined_loader(trainer)
         if fetcher is None or loader is None:  # bool(loader) would need a length
@@ -395,6 +402,7 @@ class ExactResume(Callback):
         if not any(keeps_position):
             self._start_all_loaders(trainer, num_done)
         elif not all(keeps_position) and combined_iterator(loader) is not None:
+            # only the loaders that keep no position get a new iterator, at `num_done`
             self._seed_epoch(trainer, num_done)
             for index, train_loader in enumerate(loader.flattened):
                 if not keeps_position[index]:
@@ -403,7 +411,7 @@ class ExactResume(Callback):
                     for _ in range(0 if can_skip(train_loader, num_done) else num_done):
                         next(iterator, None)
                     combined_iterator(loader).iterators[index] = iterator
-        else:
+        else:  # all loaders have their own position
             return
         if is_mid_epoch:  # the loader is at its position; Lightning assumes that it cannot be
             warnings.filterwarnings("ignore", ".*your dataloader is not resumable")
@@ -417,12 +425,13 @@ class ExactResume(Callback):
         fetcher, loader = data_fetcher(trainer), combined_loader(trainer)
         assert fetcher is not None
         assert loader is not None
+        # Lightning's default fetcher; another one passes its iterator to the user's step
         can_skip_all = is_prefetching(fetcher) and fetcher.length is not None
         can_skip_all = can_skip_all and all(
             can_skip(train_loader, num_done) for train_loader in loader.flattened
         )
         self._seed_epoch(trainer, num_done if can_skip_all else 0)
-        self._seed_fetch(trainer, 0)
+        self._seed_fetch(trainer, 0)  # the default generators, as before batch 0 of the epoch
         iter(fetcher)  # Lightning's fetcher stores its iterators
         if num_done and not can_skip_all:
             self._replay_batches(trainer, num_done)
@@ -486,6 +495,7 @@ class ExactResume(Callback):
             return not has_seeder and not getattr(train_loader, "is_rng_free", False)
 
         def seed_next_fetch() -> None:
+            # `fetched`: number of batches of this epoch that were read
             self._seed_fetch(trainer, data_fetcher(trainer).fetched)
 
         loader = combined_loader(trainer)

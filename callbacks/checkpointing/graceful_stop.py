@@ -83,15 +83,20 @@ class GracefulStop(Callback):
         There it acts after the other callbacks, so that its checkpoint has their changes.
         """
         trainer.callbacks = [c for c in trainer.callbacks if c is not self] + [self]  # type: ignore
+        # number of the signal received, 0 for none; process group; process that handles signals,
+        # because workers of a data loader inherit the handlers
         self._signum, self._group, self._pid = 0, None, os.getpid()
+        # With several ranks, the step at which they next tell each other of a signal. A signal may
+        # reach one rank only.
         self._next_sync_step, self._last_sync_time = 0, 0.0
         self._no_checkpoint_note = (
             " before the first step: nothing was saved" if stage == "fit" else ""
         )
         self._is_rank_zero = trainer.is_global_zero
+        # this callback then runs after the module's own hooks, which may change weights
         defer_saving_hooks(trainer, pl_module, self)
         if stage == "fit" and trainer.world_size > 1 and dist.is_initialized():
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo")  # on the CPU: no wait for a GPU
         if threading.current_thread() is not threading.main_thread():
             return  # Python runs signal handlers only in the main thread
 
@@ -202,6 +207,7 @@ class GracefulStop(Callback):
                 saved_path = path
         is_dry_run = getattr(trainer, "fast_dev_run", False)
         if saved_path is None and not is_dry_run and weights_are_finite(trainer):
+            # the folder of the first checkpoint callback that has one
             folders = [getattr(c, "dirpath", None) for c in trainer.checkpoint_callbacks]
             root = os.path.join(trainer.log_dir or trainer.default_root_dir, "checkpoints")
             folder = next(filter(None, folders), root)
@@ -213,6 +219,7 @@ class GracefulStop(Callback):
         rank_zero_info(f"stopped by {name} at step {step}; {hint}")
         self._signum = 0  # the signal is handled: `teardown` raises nothing
         environment = getattr(trainer.strategy, "cluster_environment", None)
+        # LightningEnvironment: rank 0 has started the other processes of its machine itself
         if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0:
             interrupt.code = 0  # the launcher of rank 0 kills all processes if one fails
         raise interrupt

@@ -127,15 +127,15 @@ def compare_callbacks(
             remedy_flag="--trainer.callbacks+=EMA",
         )
     if checkpoint.get("optimizer_plan") and not has_callback(trainer, "OptimizerPlan"):
-        members = " + ".join(checkpoint["optimizer_plan"])
+        members = " + ".join(checkpoint["optimizer_plan"])  # names of its optimizers
         raise UsageError(
             f"the optimizers of the checkpoint ({members}) belong to an OptimizerPlan, which is "
             "missing in this run",
             hint="add the OptimizerPlan(...) of that run to Trainer(callbacks=...)",
             flag="--config=RUN/config.yaml before --ckpt_path",
         )
-    saved = checkpoint.get("exact_resume", {}).get("callbacks")
-    if saved is None:
+    saved = checkpoint.get("exact_resume", {}).get("callbacks")  # names
+    if saved is None:  # the run of the checkpoint had no ExactResume
         return
     for name in sorted({*saved} - {*current} - {"EMA"}):
         print_rank_zero(f"{name} was in the run of the checkpoint and is missing in this run")

@@ -71,6 +71,7 @@ class AdaGradOptimizer(ElementwiseOptimizer):
             states: a single list: v, the sums of squared gradients.
         """
         (sums,) = states
+        # torch's `_foreach` functions apply one operation to all tensors of a list
         _foreach_addcmul_(sums, gradients, gradients)
         if group.get("eps_in_root"):
             roots = _foreach_sqrt(_foreach_add(sums, group["eps"]))
@@ -78,7 +79,8 @@ class AdaGradOptimizer(ElementwiseOptimizer):
             roots = _foreach_sqrt(sums)
             _foreach_add_(roots, group["eps"])
         lr = group["lr"]
-        if isinstance(lr, Tensor):  # addcdiv takes only a 1-D tensor on the CPU as scalars
+        # a tensor is multiplied first: addcdiv takes only a 1-D tensor on the CPU as scalars
+        if isinstance(lr, Tensor):
             _foreach_addcdiv_(weights, _foreach_mul(gradients, -lr), roots)
         else:
             _foreach_addcdiv_(weights, gradients, roots, -lr)

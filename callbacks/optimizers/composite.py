@@ -108,6 +108,7 @@ class CompositeOptimizer(Optimizer):
         """
         # Optimizer.__init__ would create groups and states, but the members have them
         super().__setstate__({"defaults": _common_defaults(optimizers)})
+        # an attribute of torch's Optimizer that turns off a warning about CUDA graphs
         self._warned_capturable_if_run_uncaptured = True
         self.optimizers = list(optimizers)
         # index in `optimizers` for each group
@@ -118,6 +119,7 @@ class CompositeOptimizer(Optimizer):
         # a copy of that list; a difference shows that a caller changed it
         self._last_groups: list[ParamGroup] = []
         self.labels = list(labels) or [f"group {i}" for i in range(len(self._group_owners))]
+        # assigns parameters of `add_param_group` to members, by the rules of a plan
         self.router: GroupRouter | None = None
         # groups from one `add_param_group`; a new lr of the last group applies to all
         self._joint_groups: list[list[ParamGroup]] = []
@@ -203,11 +205,13 @@ class CompositeOptimizer(Optimizer):
         settings = {k: v for k, v in param_group.items() if k not in ("params", "param_names")}
         num_groups_before = len(self._group_owners)
         for routed in self._route_params(parameters, settings):
+            # `routed` is the part of one rule: label, optimizer, and groups to add to it. A new
+            # optimizer already has its groups, so that `routed.groups` is empty.
             if not any(routed.optimizer is member for member in self.optimizers):
                 self.optimizers.append(routed.optimizer)
             for group in routed.groups:
                 routed.optimizer.add_param_group(group)
-            self._register_groups(routed.label)
+            self._register_groups(routed.label)  # updates `_group_owners` and `labels`
         added = self.param_groups[num_groups_before:]
         self._add_params_without_state(added)
         if len(added) > 1:
@@ -257,7 +261,7 @@ class CompositeOptimizer(Optimizer):
         labels: list[str] = []
         for group in groups:
             known_ids = [id(p) for p in group["params"] if id(p) in owner_and_label]
-            if known_ids:
+            if known_ids:  # else only new parameters, added below
                 owner, label = owner_and_label[known_ids[0]]
                 known_groups.append(group)
                 owners.append(owner)
@@ -314,23 +318,26 @@ class CompositeOptimizer(Optimizer):
         Raises:
             CheckpointError: a member keeps an object that no checkpoint can hold.
         """
-        for hook in self._optimizer_state_dict_pre_hooks.values():
+        for hook in self._optimizer_state_dict_pre_hooks.values():  # registered through torch
             hook(self)
         groups = self.param_groups
         packed_states = []
         for member in self.optimizers:
+            # names the optimizer in an error of another package
             with wrap_optimizer_errors(member, "when its state was saved"):
                 packed_states.append(pack_state(member))
         state, saved_groups = self._number_params(packed_states)
         ids_without_state = {id(p) for p in self._params_without_state}
         for owner, saved_group, group in zip(self._group_owners, saved_groups, groups, strict=True):
+            # `extra`: entries of the member's state_dict besides states and groups
             if "whole" in packed_states[owner].extra:
                 continue  # the member's state is not by parameter
             shards = vars(self.optimizers[owner]).get("_shard_stepper")  # under ZeRO-1
             for number, p in zip(saved_group["params"], group["params"], strict=True):
                 is_on_this_rank = shards is None or shards.keeps_state_of(p)
                 if number not in state and id(p) not in ids_without_state and is_on_this_rank:
-                    # the optimizer, such as plain SGD, keeps no state
+                    # The optimizer, such as plain SGD, keeps no state. A placeholder is saved,
+                    # because torch.distributed.checkpoint refuses parameters without state.
                     state[number] = _empty_state()
         result: dict[str, Any] = {"state": state, "param_groups": saved_groups}
         if any(packed_state.extra for packed_state in packed_states):
@@ -382,7 +389,7 @@ class CompositeOptimizer(Optimizer):
         for member, packed_state in zip(self.optimizers, packed_states, strict=True):
             try:
                 with wrap_optimizer_errors(member, "when its state was loaded"):
-                    unpack_state(member, packed_state)
+                    unpack_state(member, packed_state)  # by the member's own load_state_dict
             except LookupError as error:
                 name = type(member).__name__
                 raise CheckpointError(
@@ -394,6 +401,7 @@ class CompositeOptimizer(Optimizer):
         # the members have new dicts for their groups; `param_groups` fills these two again
         self._last_groups.clear()
         self._returned_groups.clear()
+        # the rates that were loaded do not count as set by the user
         self._last_lrs |= {id(g): g.get("lr") for groups in self._joint_groups for g in groups}
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
@@ -445,6 +453,7 @@ class CompositeOptimizer(Optimizer):
         the loss is computed once; members that take a closure get one that returns this loss.
         """
         groups = self.param_groups
+        # of groups from one `add_param_group`, all get a rate that was set on the last
         self._copy_lrs_to_joint_groups()
         if closure is not None and len(self.optimizers) == 1 and takes_closure(self.optimizers[0]):
             loss = self._step_single_member(closure, groups)
@@ -483,8 +492,8 @@ class CompositeOptimizer(Optimizer):
         cannot step without a closure steps in any case.
         """
         (member,) = self.optimizers
-        must_step = needs_closure(member)
-        closure_errors: list[BaseException] = []
+        must_step = needs_closure(member)  # its `step` requires a closure, as that of LBFGS
+        closure_errors: list[BaseException] = []  # of the loss, to tell them from the optimizer's
         loss: Any = None
 
         def closure_for_member() -> Any:

@@ -43,7 +43,7 @@ def apply_to_full_matrices(
     if not isinstance(like, DTensor):
         if replica_group is None or dist.get_world_size(replica_group) == 1:
             return function(shards)
-        return _apply_replicated(function, shards, replica_group)
+        return _apply_replicated(function, shards, replica_group)  # each rank computes some
     mesh, placements = like.device_mesh, like.placements
     sharded_axes = [axis for axis, p in enumerate(placements) if not p.is_replicate()]
     if not sharded_axes:

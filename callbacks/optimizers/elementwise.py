@@ -83,8 +83,9 @@ class ElementwiseOptimizer(Optimizer):
                 for name, initial_value in self.scalars.items():
                     if name not in self.state[p]:
                         self.state[p][name] = torch.tensor(initial_value, dtype=torch.float64)
-            weights = [_as_real(p) for p in params_with_grad]  # this rank's shards
-            if decay := group.get("weight_decay"):
+            # this rank's shards, with complex numbers as pairs of real ones; they share the memory
+            weights = [_as_real(p) for p in params_with_grad]
+            if decay := group.get("weight_decay"):  # decoupled: w <- (1 - lr decay) w
                 _foreach_mul_(weights, 1 - group["lr"] * decay)
             gradients = [_as_real(p.grad) for p in params_with_grad]
             states = [

@@ -49,6 +49,7 @@ def check_single_lr(
         for label, (_, groups) in composite.groups_by_label().items()
         for group in groups
     }
+    # rounded, because the division by the scale is not exact
     if len({round(lr, 12) for lr in base_lrs}) > 1:
         text = ", ".join(f"{lr:g}" for lr in sorted(base_lrs))
         raise UsageError(
@@ -77,6 +78,7 @@ def set_base_lr(
         for label, (_, groups) in composite.groups_by_label().items()
         for group in groups
     }
+    # the scheduler numbers the groups in the order of `param_groups`
     for index, group in enumerate(composite.param_groups):
         base_lr = base_lrs[id(group)]
         group["lr"] = base_lr * factor

@@ -99,6 +99,7 @@ class LRSchedule:
                     hint=f"use {argument}=0.1",
                     flag=f"in the config schedule: {{{argument}: 0.1}}",
                 )
+        # wsd: the rate rises in the warmup, is constant, and falls in the cooldown
         num_changing_steps = self.warmup + self.cooldown * total_steps  # rising or falling rate
         fits_wsd = 0 < self.cooldown <= 1 and num_changing_steps <= total_steps
         if self.kind == "wsd" and not fits_wsd:
@@ -145,10 +146,12 @@ class ScheduleLR(LambdaLR):
         has set the rate of such a group, the base rate follows from it.
         """
         groups = self.optimizer.param_groups
+        # `lr_lambdas` of torch's LambdaLR: functions of the step that return the factor
         old_factor = self.lr_lambdas[0](max(self.last_epoch - 1, 0))  # of the previous step
         for index in range(self.num_initial_groups, len(groups)):
             group = groups[index]
             is_new = index >= len(self.base_lrs)
+            # `_last_lr`: the rates that this scheduler has set
             is_changed = is_new or group["lr"] != self._last_lr[index]
             if is_changed and old_factor:
                 base_lr = group["lr"] / old_factor

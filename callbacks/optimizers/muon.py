@@ -214,6 +214,7 @@ class MuonOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            # by (shape, dtype, device, layout); the layout is None if a tensor is not sharded
             params_by_layout: dict[Any, list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is not None:
@@ -242,6 +243,7 @@ class MuonOptimizer(Optimizer):
         # (n, rows of the shard, ...); one copy both stacks and casts
         stack = update[0].new_empty((len(update), *update[0].shape), dtype=dtype)
         _foreach_copy_(list(stack), list(update))
+        # replaces each full matrix by its polar factor, that is, all singular values by 1
         orthogonalize_stack = partial(
             orthogonalize_batch, coefficients=group["coefficients"], num_blocks=group["num_blocks"]
         )
@@ -249,6 +251,7 @@ class MuonOptimizer(Optimizer):
             orthogonalize_stack, stack, like=matrices[0], replica_group=self.replica_group
         )
         rows = matrices[0].shape[0] // group["num_blocks"]
+        # a factor that depends on rows and columns of a matrix; a kernel's axes are flattened
         scale = SCALES[group["scale"]](rows, math.prod(matrices[0].shape[1:]))
         weights = [to_local(p) for p in matrices]
         if weights[0].device.type != "cpu":  # a fused kernel needs equal dtypes; the CPU has none
@@ -314,6 +317,7 @@ class Muon(OptimizerPlan):
             schedule: the schedule of both learning rates.
             print_groups: list the parameters of each rule.
         """
+        # an optimizer factory: the plan calls it with the parameters of the rule
         muon = partial(
             MuonOptimizer,
             lr=lr,
@@ -326,6 +330,7 @@ class Muon(OptimizerPlan):
         )
         rules = [
             ParamRule(["hidden_matrix", "convolution"], optimizer=muon),
+            # without a kind, it takes all other parameters
             ParamRule(optimizer=aux_optimizer or partial(AdamW, lr=3e-3, betas=(0.9, 0.99))),
         ]
         super().__init__(decay=decay, schedule=schedule, rules=rules, print_groups=print_groups)

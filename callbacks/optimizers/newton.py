@@ -93,10 +93,13 @@ class NewtonOptimizer(Optimizer):
         step_sizes = torch.finfo(start.dtype).eps ** (1 / 3) * start.abs().clamp(min=1)
         with _SecondDerivatives(parameters) as second_derivatives:  # acts on the closure's backward
             compute_gradient(start)
+        # (n n), computed in that backward pass; it is checked against differences, because a
+        # function of the net may have no or a wrong second derivative
         hessian = second_derivatives.hessian  # None if autograd cannot differentiate twice
         if hessian is None or not _matches_differences(
             hessian, compute_gradient, start, step_sizes
         ):
+            # column i: central difference of the gradient along weight i, with step size h
             columns = [
                 (compute_gradient(start + offset) - compute_gradient(start - offset)) / (2 * h)
                 for offset, h in zip(torch.diag(step_sizes), step_sizes, strict=True)
@@ -173,8 +176,10 @@ def _matches_differences(
         start: the weights (n) of H.
         step_sizes: step of a difference for each weight (n).
     """
+    # relative rounding error of a difference with a step of eps^(1/3)
     precision = torch.finfo(start.dtype).eps ** (2 / 3)
     generator = torch.Generator().manual_seed(0)
+    # one random direction: plus or minus the step of each weight
     direction = torch.randn(len(start), generator=generator).sign().to(start) * step_sizes
     errors: list[Tensor] = []
     for fraction in (1.0, 0.5):

@@ -46,13 +46,15 @@ def build_optimizer(rule_params: Sequence[RuleParams], decay: DecayFilter) -> Co
     """
     members: list[Optimizer] = []
     labels: list[str] = []  # of each param group
+    # lists of rules with the same optimizer class and arguments, which share one optimizer
     for rules in _group_by_optimizer(rule_params):
         factory = rules[0].rule.optimizer
         groups = make_decay_groups(rules, decay)
         # some functions accept only parameters, not groups
         member = call_factory(factory, groups[0]["params"] if len(groups) == 1 else groups)
         rule_of_param = {id(p): one_rule for one_rule in rules for _, p in one_rule.named_params}
-        for group in list(member.param_groups):  # a copy, because the filter adds groups
+        # a copy, because `apply_decay_filter` moves tensors without decay into a new group
+        for group in list(member.param_groups):
             rule = rule_of_param[id(group["params"][0])].rule
             if group.get("lr") is not None:
                 check_lr(group["lr"], member)
@@ -88,7 +90,7 @@ def make_added_groups(
     A new optimizer already has its groups, so the list of groups to add is empty then.
 
     Args:
-        rule_params: the rule and the parameters.
+        rule_params: the rule, its label, and the parameters with their names.
         member: the rule's optimizer; None if it must be built.
         decay: the decay filter of a rule without its own.
         overrides: the settings passed with the parameters; they take precedence.
@@ -106,7 +108,7 @@ def make_added_groups(
         settings = {"lr": base_lr}
         if factor is not None:  # torch's schedulers read `initial_lr`
             settings = {"lr": base_lr * factor, "initial_lr": base_lr}
-    if "lr" in overrides:
+    if "lr" in overrides:  # it is used as given, without lr_scale and factor
         settings = {}
     settings |= overrides
     groups: list[ParamGroup] = [{**settings, "params": parameters}]
@@ -116,7 +118,7 @@ def make_added_groups(
         undecayed = [p for p in parameters if not should_decay(p, rule.decay or decay)]
         groups = [{**settings, "params": undecayed, "weight_decay": 0.0}] if undecayed else []
         groups += [{**settings, "params": decayed}] if decayed else []
-    if is_new:
+    if is_new:  # the class has put all parameters into one group
         (first_group,) = member.param_groups
         first_group |= groups[0]
         for group in groups[1:]:
@@ -146,6 +148,7 @@ def make_decay_groups(same_optimizer: Sequence[RuleParams], decay: DecayFilter) 
     factory = same_optimizer[0].rule.optimizer
     argument = _constructor_parameters(get_optimizer_class(factory)).get("weight_decay")
     default_value = argument.default if argument is not None else None
+    # the weight decay that applies: that of a partial, else the default of the class
     value = getattr(factory, "keywords", {}).get("weight_decay", default_value)
     has_weight_decay = argument is not None and isinstance(value, int | float) and bool(value)
     rule_groups: list[ParamGroup] = []
@@ -202,6 +205,7 @@ def call_factory(factory: OptimizerFactory | None, parameters: Sequence[Any]) ->
     name = optimizer_type.__name__ if optimizer_type is not None else "the optimizer"
     keywords = getattr(factory, "keywords", {})  # of a partial
     signature = _constructor_parameters(optimizer_type)
+    # names of unknown arguments are reported only if the class takes no `**kwargs`
     if signature and not any(a.kind is a.VAR_KEYWORD for a in signature.values()):
         _, *allowed = signature  # the first argument is the parameters
         for keyword in keywords:
@@ -254,7 +258,7 @@ def _explain_error(error: Exception, parameters: Sequence[Any]) -> tuple[str, st
     is_refusal = type(error) is ValueError or isinstance(error, UsageError)  # its text is enough
     where = f" (at {user_frame})" if user_frame and not is_refusal else ""
     message = str(error) if is_refusal else optimizer_errors.format_exception(error)
-    # such a constructor calls methods of a module on its argument
+    # the constructor of a class that takes a model calls methods of a module on its argument
     wants_model = isinstance(error, AttributeError) and "named_parameters" in str(error)
     wants_model = wants_model or "'parameters'" in str(error) or "'modules'" in str(error)
     if wants_model:

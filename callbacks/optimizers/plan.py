@@ -103,6 +103,7 @@ class OptimizerPlan(Callback):
         self._saved_total_steps: float | None = None  # total steps in the checkpoint
         self._optimizer_names: list[str] = []  # of this run, with their numbers of tensors
         self._saved_optimizer_names: list[str] = []  # those in the checkpoint
+        # switches optimizers that have separate weights for evaluation
         self._schedule_free = ScheduleFreeWeights()
         self._log: Any = None  # the module's `log`, see the property `log`
         self._suggested_lr: float | None = None  # learning rate found in an earlier fit by a Tuner
@@ -136,8 +137,9 @@ class OptimizerPlan(Callback):
         if (
             trainer is not None
             and trainer.state.fn == "fit"
-            and self is attached_plans(trainer)[-1]
+            and self is attached_plans(trainer)[-1]  # only the trainer's last plan applies
         ):
+            # the module keeps this method until the end of the fit
             override_hook(
                 trainer,
                 module,
@@ -151,6 +153,7 @@ class OptimizerPlan(Callback):
 
         The last plan applies, so a plan on the command line replaces one in a config.
         """
+        # adds the callback that tries validation and checkpointing before the first step
         add_run_checks(trainer, pl_module, stage)
         if stage != "fit" or self is not attached_plans(trainer)[-1]:
             return
@@ -261,8 +264,8 @@ class OptimizerPlan(Callback):
             Lightning's dict with the composite optimizer, and its scheduler if there is a schedule.
         """
         with full_module(trainer):  # a pipeline stage lacks parameters
-            rule_params = self._assign_rule_params(module)
-        composite = build_optimizer(rule_params, self.decay)
+            rule_params = self._assign_rule_params(module)  # each rule, its label and parameters
+        composite = build_optimizer(rule_params, self.decay)  # joins the optimizers of all rules
         self._validate(trainer, composite)
         # switches an optimizer with separate evaluation weights, if there is one
         self._schedule_free.attach_optimizer(composite)
@@ -270,13 +273,13 @@ class OptimizerPlan(Callback):
             for member in composite.optimizers:
                 if hasattr(member, "replica_group"):  # all ranks have all weights: divide the work
                     member.replica_group = dist.group.WORLD  # pyright: ignore[reportAttributeAccessIssue]
-        groups_by_label = composite.groups_by_label()
+        groups_by_label = composite.groups_by_label()  # (optimizer, param groups) of each rule
         self._optimizer_names = [
             f"{type(groups_by_label[one_rule.label][0]).__name__} of {len(one_rule.named_params)} "
             "tensors"
             for one_rule in rule_params
         ]
-        self._check_same_optimizers()
+        self._check_same_optimizers()  # as in the checkpoint
         if trainer.is_global_zero:
             Console().print(make_plan_table(rule_params, composite, self.print_groups))
             self._log_replaced_optimizers(trainer, module)
@@ -284,7 +287,8 @@ class OptimizerPlan(Callback):
         initially_trainable = {id(p) for p in module.parameters() if p.requires_grad}
         scheduler: ScheduleLR | None = None
 
-        # the composite calls it in `add_param_group`
+        # The composite calls it in `add_param_group`, when layers are unfrozen during the run.
+        # `settings` are those passed with the parameters.
         def route(parameters: list[Tensor], settings: ParamGroup) -> list[RuleGroups]:
             if isinstance(trainer.strategy, DDPStrategy):
                 _check_gradients_reduced(module, parameters, initially_trainable)
@@ -293,7 +297,7 @@ class OptimizerPlan(Callback):
 
         composite.router = route
         lr_scales = {one_rule.label: one_rule.rule.lr_scale for one_rule in rule_params}
-        check_single_lr(trainer, composite, lr_scales)
+        check_single_lr(trainer, composite, lr_scales)  # if Lightning's LearningRateFinder is used
         if self._suggested_lr is not None and not find_lr_finders(trainer):
             # found in an earlier fit by a Tuner
             set_base_lr(self._suggested_lr, composite, scheduler=None, lr_scales=lr_scales)
@@ -338,6 +342,7 @@ class OptimizerPlan(Callback):
                 one_rule = RuleParams(rule, label, [])
                 rule_params.append(one_rule)
             member, _ = groups_by_label.get(one_rule.label, (None, []))
+            # `member` is None if the rule's optimizer does not exist yet; it is then built
             added_rule = one_rule._replace(named_params=named_params)
             added_groups.append(make_added_groups(added_rule, member, self.decay, settings, factor))
         return added_groups
@@ -380,6 +385,7 @@ class OptimizerPlan(Callback):
             return
         if trainer.is_global_zero:
             step = trainer.global_step
+            # factors of the peak learning rate, at this step of a run with that number of steps
             old_factor = self.schedule.factor(step, saved_total_steps)
             new_factor = self.schedule.factor(step, self._total_steps)
             text = (

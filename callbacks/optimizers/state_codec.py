@@ -48,7 +48,7 @@ def pack_state(optimizer: Optimizer) -> PackedState:
         CheckpointError: the optimizer keeps an object that no checkpoint can hold.
     """
     state_dict = optimizer.state_dict()
-    codec = _StateCodec(optimizer)
+    codec = _StateCodec(optimizer)  # encodes objects as plain values
     live_groups = optimizer.param_groups
     if not _is_standard_state_dict(state_dict, live_groups):
         numbers = itertools.count()
@@ -253,6 +253,7 @@ class _StateCodec:
         if isinstance(value, torch.Generator):
             state = {"state": value.get_state(), "device": str(value.device)}
             yield "generator", lambda: state
+        # only classes of the optimizer's own package are accepted, also on loading
         if isinstance(value, enum.Enum) and self._is_from_package(cls):
             yield "enum", lambda: {"type": _class_path(cls), "name": value.name}
         if isinstance(value, type) and self._is_from_package(value):
@@ -293,7 +294,7 @@ class _StateCodec:
         if tag == "live":
             return live
         if tag == "parameter":
-            return self.parameters[value["place"]]
+            return self.parameters[value["place"]]  # the optimizer's parameter of this number
         if tag == "items":
             keys = [self.decode(item) for item in value["keys"]]
             return dict(zip(keys, [self.decode(item) for item in value["values"]], strict=True))

@@ -72,6 +72,7 @@ class UpdateMonitor(Callback):
         pipeline = getattr(trainer.strategy, "pipeline", None)
         # parameters that another pipeline stage counts
         excluded = set() if pipeline is None else set(pipeline.duplicated_params())
+        # label, parameters and learning rate of each rule of a plan, or of each param group
         rules = [
             rule
             for optimizer in trainer.optimizers
@@ -86,7 +87,7 @@ class UpdateMonitor(Callback):
             weight_norm = global_norm([old for _, old in pairs], pipeline)
             num_weights = sum(p.numel() for p, _ in pairs)
             count = torch.tensor(float(num_weights), device=weight_norm.device)
-            if pipeline is not None:
+            if pipeline is not None:  # `global_norm` has summed the norms over its ranks
                 dist.all_reduce(count, group=pipeline.group)
             tiny = torch.finfo().tiny  # avoids a division by 0
             pl_module.log(f"update/rms/{label}", change_norm / count.sqrt())
@@ -105,7 +106,7 @@ def group_params_by_rule(
     """
     index = next(i for i, other in enumerate(trainer.optimizers) if other is optimizer)
     prefix = f"{index} " if index > 0 else ""
-    if isinstance(optimizer, CompositeOptimizer):
+    if isinstance(optimizer, CompositeOptimizer):  # that of a plan
         groups_by_label = {
             label: groups for label, (_, groups) in optimizer.groups_by_label().items()
         }

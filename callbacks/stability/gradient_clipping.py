@@ -50,7 +50,8 @@ def global_norm(
 
     Args:
         gradients: those of this rank; called on all ranks.
-        pipeline: the strategy's pipeline, if its stages have different gradients.
+        pipeline: the strategy's pipeline, if its stages have different gradients. `group` has the
+            ranks of all stages.
         excluded: gradients that another pipeline stage counts.
         owned: with ZeRO-1, where a rank has only the gradients that it owns: the process group of
             the owners, and a parameter of the widest dtype. Gradients that are sharded over ranks
@@ -77,6 +78,7 @@ def global_norm(
         if isinstance(gradient, DTensor):
             axes = tuple(i for i, p in enumerate(gradient.placements) if not p.is_replicate())
             layout = (gradient.device_mesh, axes)
+        # `_as_real`: this rank's shard, with complex numbers as pairs of real ones
         shards_by_layout.setdefault(layout, []).append(_as_real(gradient))
     total = torch.zeros((), dtype=dtype, device=to_local(reference).device)
     total_without_owner = torch.zeros_like(total)  # equal on all ranks of the group of owners
@@ -216,7 +218,7 @@ class GradientClipping(Callback):
         add_run_checks(trainer, pl_module, stage)
         if stage != "fit":
             return
-        clippings = find_callbacks(trainer, GradientClipping)
+        clippings = find_callbacks(trainer, GradientClipping)  # in the order of the trainer
         if self is not clippings[-1]:
             if trainer.is_global_zero:
                 line = f"{self} is not used, because {clippings[-1]} comes after it"
@@ -325,12 +327,13 @@ class GradientClipping(Callback):
             wide_params = [p for p in parameters if p.dtype in (torch.float64, torch.complex128)]
             owned = (owner_group, (wide_params or parameters)[0])
         norm_args = (pipeline, excluded, owned)  # arguments of `global_norm` after the gradients
+        # both functions return the norm before the clipping
         if self.max_norm is not None:
             norm = clip_by_norm(gradients, self.max_norm, *norm_args)
             is_clipped = norm > self.max_norm
         else:
             norm = clip_by_value(gradients, self.max_value or 0.0, *norm_args)
-            is_clipped = global_norm(gradients, *norm_args) < norm
+            is_clipped = global_norm(gradients, *norm_args) < norm  # the norm became smaller
         self._norm = norm
         self._num_clipped = is_clipped + self._num_clipped  # a tensor: no read by the host
         self._num_steps += 1

@@ -115,6 +115,7 @@ class MetricAlert(OptimizerStepCallback):
     def _check_metric(self, module: L.LightningModule, name: str, value: float) -> None:
         """Compare a metric with its bound; print a line when it falls below, or has recovered."""
         min_fraction = self.min_fraction_of_first.get(name)
+        # `min_value` takes precedence over a fraction of the first value
         bound = 0.0 if min_fraction is None else min_fraction * self.first_values[name]
         bound = self.min_value.get(name, bound)
         if value >= bound:

@@ -129,8 +129,10 @@ class NaNGuard(Callback):
             NonFiniteError: `max_skips` steps were skipped before.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        # a tensor: whether the losses of all micro-batches of this step are finite; None if unknown
         losses_finite = self._losses_finite
         self._losses_finite = None  # the next step has other losses
+        # of float16: while its scale is above 1, it skips such steps and lowers the scale itself
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         gradients = [p.grad for p in parameters if p.grad is not None]
         finite = _all_finite(losses_finite, gradients, scaler)

@@ -87,6 +87,7 @@ class RankWatchdog(Callback):
         self._store: Any = None  # key-value store on rank 0, with the reports of the ranks
         self._thread: threading.Thread | None = None
         self._stop_event = threading.Event()  # ends the thread
+        # epoch, batches begun, and state of the last batch (STEP_BEGUN, STEP_DONE, LOADER_ENDED)
         self._position: StepPosition = (0, 0, STEP_BEGUN)
         self._rank = self._num_ranks = 0
         self._trainer: Any = None
@@ -211,6 +212,8 @@ class RankWatchdog(Callback):
             store = self._store
             number += 1
             epoch, num_batches, state = self._position
+            # of the main thread: seconds in one collective (0 if in none), whether it computes,
+            # and the text of its innermost call
             waiting_s, is_busy, call_text = wait_timer.measure(self._position)
             report = _Report(number, epoch, num_batches, state, waiting_s, is_busy, call_text)
             try:
@@ -220,7 +223,7 @@ class RankWatchdog(Callback):
                     if verdict := self._find_stop_reason(reports, last_arrivals):
                         self._end_job(store, verdict)
                 elif store.check(["verdict"]):
-                    _silence_stderr()
+                    _silence_stderr()  # rank 0 prints the only message
                     store.set(f"read {self._rank}", "")  # rank 0 waits for this mark
                     os._exit(1)  # the main thread waits in a collective, so no exception ends it
                 lost_s = 0.0
@@ -257,10 +260,12 @@ class RankWatchdog(Callback):
         ranks_waiting = [rank for rank in reports if rank not in ranks_outside]
         if not ranks_waiting:
             return ""
+        # how long all of the waiting ranks have waited
         seconds = min(reports[rank].waiting_s for rank in ranks_waiting)
         has_all_waiting = not ranks_outside and seconds > ALL_WAIT_S
         if has_all_waiting and (text := describe_ended_loader(positions, between_steps=True)):
             return text
+        # a rank that computes, instead of being blocked, gets more time
         is_busy = any(reports[rank].is_busy for rank in ranks_outside)
         if seconds < self.limit_s * (BUSY_FACTOR if is_busy else 1):
             return ""

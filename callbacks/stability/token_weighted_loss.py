@@ -72,6 +72,7 @@ class TokenWeightedLoss(Callback):
             self._num_microbatches = num_microbatches
             self._count_terms = None
             if num_microbatches > 1:  # the mean of a single micro-batch needs no weight
+                # the module's method: number of loss terms, such as tokens, of a batch
                 self._count_terms = getattr(pl_module, "num_loss_terms", None)
         if self._count_terms is None:
             return
@@ -81,6 +82,7 @@ class TokenWeightedLoss(Callback):
         if not self._scale:  # once a run: about the mean weight, to keep gradients in range
             # a clone, because the all-reduce is in place
             mean = float(mean_over_ranks(terms.clone(), trainer))
+            # a power of 2, because a division by it is exact
             self._scale = 2.0 ** math.floor(math.log2(max(mean, 1.0)))
         self._microbatch_weight = terms / self._scale
         if (pipeline := getattr(trainer.strategy, "pipeline", None)) is not None:

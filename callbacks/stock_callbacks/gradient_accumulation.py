@@ -46,12 +46,14 @@ def apply_accumulation_factor(trainer: L.Trainer) -> None:
     fit = trainer.fit_loop
     factor = scheduler.get_accumulate_grad_batches(trainer.current_epoch)
     trainer.accumulate_grad_batches = factor
+    # loaders with a method `set_accumulate`; Lightning's loader over all training loaders
     splittable_loaders, combined = find_splittable_loaders(trainer), combined_loader(trainer)
     if not splittable_loaders or combined is None:
         return
     for loader in splittable_loaders:
         loader.set_accumulate(factor)
     previous_max_batches = fit.max_batches
+    # number of batches of each loader, with Lightning's `limit_train_batches` applied
     combined.limits = [
         apply_batch_limit(trainer, len(train_loader)) for train_loader in combined.flattened
     ]
