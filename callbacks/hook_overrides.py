@@ -66,6 +66,7 @@ def override_hook(
             ["one callback that overrides it"],
             hint=f"remove {type(owner).__name__}() from Trainer(callbacks=...)",
         )
+    # `_get_overrides`: overrides of this module by name of the method
     if name in _get_overrides(module):  # of the same owner, or of an earlier trainer's callback
         _reset_hook(module, name)
     original = getattr(module, name)

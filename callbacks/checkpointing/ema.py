@@ -175,7 +175,7 @@ class EMA(OptimizerStepCallback):
             if self.using_average:
                 raw, average = average, raw
             state = checkpoint["state_dict"]
-            # pipeline stages whose weights are gathered into one file; None if there are none
+            # pipeline stages to gather into one file; None without a pipeline or in a sharded file
             stages = stages_to_join(trainer)
             # `update_state_dict` replaces the weights in the checkpoint by the average, and
             # `to_checkpoint` converts the raw weights to the format of the file.

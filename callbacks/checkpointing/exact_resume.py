@@ -605,6 +605,7 @@ def normalize_progress(loops: dict[str, Any]) -> ResumePoint:
         return "start"  # nothing trained yet, or written within a step: Lightning's own resume
     if epoch_counts["ready"] != epoch_counts["started"]:
         # written in on_train_epoch_start, which runs again
+        # in both sets of counters
         _copy_counts(epochs, source="started", target="ready")
     if epoch_counts["processed"] == epoch_counts["ready"]:
         if batches["is_last_batch"]:
@@ -622,6 +623,7 @@ def normalize_progress(loops: dict[str, Any]) -> ResumePoint:
         is_validation_of_batch = batch_counts["completed"] == batch_counts["processed"]
         has_validated = is_validation_of_batch and is_validation_complete
         resume_point = "after validation" if has_validated else "before validation"
+    # Lightning's loop then finds no micro-batch that was begun and not completed
     for key in ("started", "processed", "completed"):
         _copy_counts(batches, source="ready", target=key)
     return resume_point

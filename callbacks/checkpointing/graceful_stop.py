@@ -89,6 +89,7 @@ class GracefulStop(Callback):
         # With several ranks, the step at which they next tell each other of a signal. A signal may
         # reach one rank only.
         self._next_sync_step, self._last_sync_time = 0, 0.0
+        # text of the message at a stop
         self._no_checkpoint_note = (
             " before the first step: nothing was saved" if stage == "fit" else ""
         )

@@ -58,13 +58,14 @@ def find_monitored_metrics(trainer: Any) -> list[MonitoredMetric]:
     for callback in trainer.callbacks:
         owner_name = type(callback).__name__
         if isinstance(callback, ModelCheckpoint):
+            # as Ravine's Checkpoint says by an attribute, or if no files are ranked by the metric
             is_optional = getattr(callback, "monitor_is_optional", callback.save_top_k == 0)
             if callback.monitor is not None and not is_optional:
                 requirements.append(MonitoredMetric(owner_name, (callback.monitor,), "monitor"))
         elif isinstance(callback, EarlyStopping) and callback.strict:
             requirements.append(MonitoredMetric(owner_name, (callback.monitor,), "monitor"))
         elif (needed := _get_method(callback, "needed_metrics")) is not None:
-            argument, name_sets = needed()
+            argument, name_sets = needed()  # one metric of each set must be logged
             requirements += [
                 MonitoredMetric(owner_name, tuple(sorted(names)), argument) for names in name_sets
             ]
@@ -105,6 +106,7 @@ def find_missing_metric(
         Exception: the error of the validation step, if no sanity check has run the step before.
     """
     logged_names = collect_callback_metric_names(trainer)
+    # required metrics that are not known to be logged
     unmet = select_unmet(find_monitored_metrics(trainer), logged_names)
     if not unmet and not needs_validation_trial(trainer):
         return None
@@ -116,6 +118,7 @@ def find_missing_metric(
         may_log_more |= names is None  # the trial was not possible
         logged_names |= names or set()
         unmet = select_unmet(unmet, logged_names)
+    # hooks that may log and that no trial calls: no error, because the metric may come from there
     if not unmet or may_log_more or any(find_untried_logging_hooks(module)):
         return None
     names = try_training(trainer, module, training_batch())
@@ -161,6 +164,7 @@ def missing_metric_error(
     if logged and requirement.is_scheduler:
         hint = f"use 'monitor': {logged[0]!r} in {module_name}.configure_optimizers"
     elif logged:
+        # a value of the callback's argument that selects the nearest metric
         value = example_value(requirement.argument, logged[0])
         hint = f"use {owner}({requirement.argument}={value!r})"
         text = shlex.quote(str(value).replace("'", ""))
@@ -197,6 +201,7 @@ def try_validation(trainer: Any, module: L.LightningModule, batches: list[Any]) 
     step = module.validation_step
     if "dataloader_iter" in inspect.signature(step).parameters:
         return None
+    # as Lightning decides which arguments a step gets
     takes_batch_idx = is_param_in_hook_signature(step, "batch_idx", min_args=2)
     takes_loader_idx = len(batches) > 1 and is_param_in_hook_signature(
         step, "dataloader_idx", min_args=3
@@ -223,7 +228,7 @@ def try_validation(trainer: Any, module: L.LightningModule, batches: list[Any]) 
             # a hook of a user's callback, not called here, may prepare the step
             if (
                 in_step
-                and needs_validation_trial(trainer)
+                and needs_validation_trial(trainer)  # no sanity check would show this error
                 and not any(map(overrides_validation_hook, trainer.callbacks))
             ):
                 raise
@@ -246,6 +251,7 @@ def try_training(trainer: Any, module: L.LightningModule, batch: Any) -> set[str
         return None
     step_args = [batch, 0] if is_param_in_hook_signature(step, "batch_idx", min_args=2) else [batch]
     module.train()
+    # 1: number of loaders
     with record_logged_names(module, 1) as names, trainer.precision_plugin.train_step_context():
         try:
             module.on_train_batch_start(batch, 0)

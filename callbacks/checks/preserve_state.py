@@ -39,9 +39,9 @@ def preserve_state(trainer: L.Trainer, module: L.LightningModule) -> Iterator[No
     """
     _ = trainer.log_dir  # the first access creates the folder and the loggers
     stage, loggers = trainer.state.stage, list(trainer.loggers)  # `sanity_checking` sets the stage
-    restore = snapshot_module(module)
+    restore = snapshot_module(module)  # a function that restores buffers and attributes
     try:
-        with isolate_rng(), torch.no_grad():
+        with isolate_rng(), torch.no_grad():  # `isolate_rng` restores the default generators
             trainer.sanity_checking = True
             trainer.loggers = [DummyLogger() for _ in loggers]
             module.eval()
@@ -113,6 +113,7 @@ def snapshot_value(value: Any, seen: dict[int, Any], depth: int = 0) -> RestoreF
     if id(value) in seen or depth > MAX_DEPTH or value is None:
         return _restore_nothing
     seen[id(value)] = value
+    # parameters, modules and other types whose objects are not entered
     if isinstance(value, OPAQUE_TYPES):
         return _restore_nothing
     if isinstance(value, Tensor):
@@ -138,7 +139,7 @@ def snapshot_value(value: Any, seen: dict[int, Any], depth: int = 0) -> RestoreF
         return _snapshot_members(value, list(value), value, _restore_collection, seen, depth)
     if isinstance(value, tuple):
         return _snapshot_members(value, value, value, _restore_tuple, seen, depth)
-    if _is_plain_object(value):
+    if _is_plain_object(value):  # of user code, with attributes
         attributes = value.__dict__
         return _snapshot_members(
             attributes, dict(attributes), attributes.values(), _restore_dict, seen, depth

@@ -187,12 +187,14 @@ class RunChecks(Callback):
             return
         self._checks_pending = False
         owners = [*find_callbacks(trainer, Callback), module, getattr(trainer, "datamodule", None)]
+        # methods `check(trainer, module, batch)` of callbacks, module and datamodule
         checks = [check for owner in owners if (check := _find_check(owner)) is not None]
         if not checks:
             return
         check_error: Exception | None = None
         with preserve_state(trainer, module):
             try:
+                # one batch of each validation loader; None if they cannot be read
                 first_batch, *_ = get_first_validation_batches(trainer, module) or [None]
                 for check in checks:
                     check(trainer, module, first_batch)
@@ -249,7 +251,7 @@ def _find_save_error(trainer: L.Trainer, module: L.LightningModule) -> Exception
     owners = [
         owner
         for owner in (*find_callbacks(trainer, Callback), module, data)
-        if _is_user_object(owner)
+        if _is_user_object(owner)  # its class is of no known package, such as Lightning
     ]
     # `preserve_state` restores the module only
     restores = [snapshot_value(vars(owner), {}) for owner in owners if isinstance(owner, Callback)]
@@ -262,6 +264,7 @@ def _find_save_error(trainer: L.Trainer, module: L.LightningModule) -> Exception
                 except Exception:  # of the owner's own code
                     continue
                 for key, value in state.items():
+                    # raises CheckpointError, which names the value
                     check_serializable(value, f"{key} of {type(owner).__name__}")
     except CheckpointError as error:
         return UsageError(
@@ -297,7 +300,7 @@ def _collect_saved_state(
         "optimizer_states": [],
         "lr_schedulers": [],
     }
-    usual_entries = dict(checkpoint)
+    usual_entries = dict(checkpoint)  # to find the entries that the hook adds or replaces
     if isinstance(owner, Callback):
         hook(trainer, module, checkpoint)
     else:
@@ -383,7 +386,7 @@ def get_first_batch(loader: Any) -> Any:
     The generators of data set and sampler are restored too. Returns None for a loader that cannot
     be read without a change: an iterator, or a loader with its own state and no `peek`.
     """
-    if callable(peek := getattr(loader, "peek", None)):
+    if callable(peek := getattr(loader, "peek", None)):  # a method of Ravine's own loaders
         return peek()
     if isinstance(loader, Iterator):
         return None  # it can be read only once
@@ -398,6 +401,7 @@ def get_first_batch(loader: Any) -> Any:
     for name in ("_get_iterator", "_batch_seeds"):  # set by BatchSeeder for the original loader
         loader_copy.__dict__.pop(name, None)
     loader_copy.__dict__["_iterator"] = None
+    # functions that restore the states of generators of data set, sampler and transforms
     restores = [
         snapshot_value(generator, {})
         for generator in find_generators(loader_copy, loader_copy.collate_fn)

@@ -128,7 +128,7 @@ class FrechetDistance(L.Callback):
 
         Module and datamodule need methods, the fit needs a validation, and each split two images.
         """
-        add_run_checks(trainer, pl_module, stage)
+        add_run_checks(trainer, pl_module, stage)  # calls `check` before the first step
         self._real_statistics = None
         if not callable(getattr(pl_module, "generate_images", None)):
             raise UsageError(
@@ -158,6 +158,7 @@ class FrechetDistance(L.Callback):
                     flag="--data.test_fraction=0.5",
                 )
         if self.extractor is None:
+            # downloads the file if it is missing
             self._weights_file, self._weights_sha256 = locate_inception_weights(
                 self.weights, trainer
             )
@@ -180,9 +181,11 @@ class FrechetDistance(L.Callback):
         """
         module: Any = pl_module
         with self._extractor_on_device(pl_module.device) as extractor:
+            # computes features on all ranks, each a part of the images
             pool = FeatureExtractorPool(trainer, extractor, self.batch_size, pl_module.device)
             real = self._load_real(trainer, pool)
             data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+            # classes in the proportions of the training images, the same at each call
             labels = proportional_labels(data.get_split("train")[1], self.num_samples)[:2]
             with trainer.precision_plugin.val_step_context():
                 images = module.generate_images(torch.arange(2, device=module.device), labels)
@@ -236,8 +239,10 @@ class FrechetDistance(L.Callback):
         """
         module: Any = pl_module
         with self._extractor_on_device(pl_module.device) as extractor:
+            # computes features on all ranks, each a part of the images
             pool = FeatureExtractorPool(trainer, extractor, self.batch_size, pl_module.device)
             real = self._load_real(trainer, pool)
+            # classes in the proportions of the training images, the same at each call
             labels = proportional_labels(trainer.datamodule.get_split("train")[1], self.num_samples)  # pyright: ignore
 
             def sample(index: Tensor) -> Tensor:  # (n) -> images (n c y x)
@@ -246,14 +251,17 @@ class FrechetDistance(L.Callback):
                 return validate_images(images, len(index), type(module).__name__)
 
             start_time = time.perf_counter()
+            # Sums over the features of all samples, and the features themselves. `pivot` is
+            # subtracted in the sums, against cancellation.
             moments, features = pool.compute_moments(
                 sample, count=self.num_samples, pivot=real.mean, keep=self.num_samples
             )
             seconds = time.perf_counter() - start_time
+        # mean, trace of the covariance, and a root of the covariance
         gaussian = Gaussian(real.mean, real.cov_trace, real.cov_root)
         distance, kernel = self._distances(moments, features, gaussian, real.features)
         baseline, kernel_baseline = real.baselines.mean(0)  # mean over draws of test images
-        name = self.metric_name
+        name = self.metric_name  # `fid`, or `fd_` and the name of another extractor
         kernel_name = "kid" if name == "fid" else name.replace("fd_", "kd_", 1)
         metrics = {
             name: distance,
@@ -301,6 +309,7 @@ class FrechetDistance(L.Callback):
         key = hashlib.sha256("\n".join(key_parts).encode()).hexdigest()
         path = (self.cache_dir or cache_folder() / "features") / f"{key}.safetensors"
         statistics = load_statistics(path)
+        # the probe has features of a few training images
         if statistics and not is_close(statistics.probe, feature_probe(pool, train_images)):
             statistics = None  # a different extractor of the same name and weights
         is_cached_everywhere = trainer.strategy.reduce_boolean_decision(statistics is not None)
@@ -337,6 +346,7 @@ class FrechetDistance(L.Callback):
         gaussian = Gaussian.from_moments(moments)
         classify = getattr(pool.extractor, "compute_logits", None)
         baselines, is_correct = [], []
+        # each draw has as many test images as there are samples, if the test split has enough
         num_draws = max(1, min(BASELINE_DRAWS, len(test_images) // self.num_samples))
         drawn = random_subset(len(test_images), num_draws * self.num_samples)
         for draw in drawn.split(self.num_samples):  # indices of test images

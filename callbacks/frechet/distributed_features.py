@@ -60,8 +60,10 @@ class FeatureExtractorPool:
                 the mean of the first block.
             keep: number of features to return.
         """
+        # in the order of the images and equal on all ranks, so that the sums are equal bit for bit
         blocks = (block.to(self.float64_device) for block in self._iter_blocks(images, count))
         first_block = next(blocks)
+        # `Moments`: count, sum (d) and sum of outer products (d d) of features minus pivot
         sums = Moments(first_block.double().mean(0) if pivot is None else pivot)
         kept_blocks = []
         for block in chain((first_block,), blocks):
@@ -91,9 +93,11 @@ class FeatureExtractorPool:
             count: number of images.
         """
         num_blocks = -(-count // self.batch_size)  # rounded up
+        # data-parallel rank; ranks that split one model have the same
         own_dp_rank = torch.tensor([self.dp_rank], device=self.device)
         dp_ranks = self._all_gather(own_dp_rank).flatten().tolist()  # of each rank
         for first_block in range(0, num_blocks, self.dp_size):
+            # a rank without a block computes the last one again, because all ranks must take part
             own_block = min(first_block + self.dp_rank, num_blocks - 1)
             first_image = own_block * self.batch_size
             index = torch.arange(first_image, min(count, first_image + self.batch_size))

@@ -55,10 +55,10 @@ def locate_inception_weights(
     if data_root := os.environ.get("DATA_ROOT"):
         candidates.insert(0, Path(data_root).expanduser() / "inception" / WEIGHTS_FILE)
     download_error = ""
-    verified_path = _find_verified(candidates)
+    verified_path = _find_verified(candidates)  # the first with the published checksum
     if verified_path is None:
         if trainer is None or trainer.local_rank == 0:
-            download_error = _download(hub_path)
+            download_error = _download(hub_path)  # empty if it succeeds
         else:
             download_error = "tried by the first rank of this machine"
     if trainer is not None:  # every rank waits here, also one that has the file

@@ -61,7 +61,7 @@ class GenerateSamples(L.Callback):
         if is_images:
             if trainer.is_global_zero and folder:
                 output.save(folder / "samples" / f"{step:06}.png")
-            log_image(trainer, "samples", output.grid())
+            log_image(trainer, "samples", output.grid())  # to each logger that takes images
             return
         self.last_text = str(output)
         if trainer.is_global_zero and folder:
@@ -83,7 +83,7 @@ def check_generate_arguments(module: Any, arguments: dict[str, Any]) -> None:
     """
     signature = inspect.signature(module.generate)
     try:
-        signature.bind(**arguments)
+        signature.bind(**arguments)  # TypeError, without a call of the method
     except TypeError as error:
         # `on_text` is a function, which a config cannot give
         names = [name for name in signature.parameters if name != "on_text"]

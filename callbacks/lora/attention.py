@@ -54,6 +54,12 @@ class AttentionAdapter(Adapter, nn.MultiheadAttention):
 
     @contextmanager
     def _merged_weights(self) -> Iterator[None]:
+        """Within the context, the layer has the weights W + s B A instead of its base weights W.
+
+        The sum is computed with autograd, so A and B get gradients. d is the width, r the rank. The
+        weight of the input projection (3 d, d) stacks those of queries, keys and values.
+        """
+        # the dicts are changed directly, because setattr accepts only Parameters for these names
         in_params, out_params = self._parameters, self.out_proj._parameters
         in_weight, out_weight = in_params["in_proj_weight"], out_params["weight"]
         assert in_weight is not None

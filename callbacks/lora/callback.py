@@ -130,7 +130,8 @@ class LoRA(Transform):
             "dtype": dtype,
         }
         self.save = save
-        self.base: dict[str, Any] = {"file": None, "sha256": None}  # identifies the base weights
+        # identifies the base weights: file of Pretrained, and hash of the weights
+        self.base: dict[str, Any] = {"file": None, "sha256": None}
         self._messages: list[str] = []  # lines printed at the start of a fit
         # state_dict names of the frozen weights of all pipeline stages
         self._frozen_names: set[str] = set()
@@ -187,9 +188,10 @@ class LoRA(Transform):
             "seed": int(os.environ.get("PL_GLOBAL_SEED", 0)),  # Lightning's seed_everything sets it
             "dtype": getattr(torch, dtype_name) if dtype_name else None,
         }
-        names = inject_lora(module, **kwargs)
+        names = inject_lora(module, **kwargs)  # freezes the module; names of the adapted layers
         self._frozen_names = frozen_names(module)
         self._messages = _rank_messages(module, names) if self.arguments["rank"] is None else []
+        # still trainable besides the adapters, whose parameters are named lora_...
         trained = [n for n, p in module.named_parameters() if p.requires_grad and "lora_" not in n]
         if trained and not self.arguments["train_also"]:
             more = f" and {len(trained) - 4} more" if len(trained) > 4 else ""
@@ -231,6 +233,7 @@ class LoRA(Transform):
                 "--ckpt_path",
             )
         state = checkpoint.get("state_dict", {})
+        # a file with adapters only lacks the frozen weights
         optional_names = set() if saved["frozen"] else frozen_names(module)
         missing = module.state_dict().keys() - state.keys() - optional_names
         if state and missing:
@@ -300,8 +303,9 @@ class LoRA(Transform):
         self._had_backward = True
         if self._num_checked_batches > CHECK_AFTER_BATCHES:
             return
-        layers = lora_layers(pl_module)
+        layers = lora_layers(pl_module)  # adapted layers by name
         for name, layer in layers.items():
+            # `has_gradient` also knows gradients that ZeRO-1 has sent to another rank
             if any(has_gradient(trainer, getattr(layer, key)) for key in layer.lora_param_names):
                 self._adapters_with_gradient.add(name)
         called = [layer for layer in layers.values() if layer.lora_was_called]
@@ -355,6 +359,7 @@ class LoRA(Transform):
                 # counts as called, so that the check below ignores it
                 layer.lora_was_called |= child_of[name] in idle_children
         self._check_all_called(pl_module, "in the validation")
+        # `_called_in_training`: names that were called before the validation reset the record
         for name, layer in layers.items():
             layer.lora_was_called = name in self._called_in_training
 
@@ -405,6 +410,7 @@ def default_lora_targets(module: nn.Module) -> list[str]:
     """
     layers = find_adaptable_layers(module)
     copies = find_frozen_copies(module)  # name of each frozen copy: name of the net it copies
+    # matrices and convolutions, without embeddings and head
     hidden = [name for name in find_hidden_layers(module) if name in layers]
     frozen = [
         name
@@ -413,6 +419,7 @@ def default_lora_targets(module: nn.Module) -> list[str]:
         and not any(is_submodule_of(name, copy) for copy in copies)
     ]
     selected = set(frozen or hidden)
+    # a layer that is selected in a net or in its copy is selected in both
     for copy, original in copies.items():
         for source, target in ((copy, original), (original, copy)):
             selected |= {

@@ -102,6 +102,7 @@ def inject_lora(
         parameter.requires_grad_(name in trained_names)
     for name, (layer_rank, layer_blocks) in adapter_sizes.items():
         layer = layers[name]
+        # the adapter class for the layer's type
         mixin = next(ADAPTER_TYPES[base] for base in ADAPTER_TYPES if isinstance(layer, base))
         add_adapter(
             layer,
@@ -138,12 +139,14 @@ def _choose_sizes(
     Raises:
         UsageError: a pattern matches nothing, a layer cannot be adapted, or a rank is too large.
     """
+    # called only because it raises for a pattern that matches nothing
     select_names(list(ranks), list(layers), "LoRA.ranks")
     select_names(list(num_blocks), list(layers), "LoRA.num_blocks")
     adapter_sizes, bad_ranks = {}, {}
     for name, layer in layers.items():
         layer_rank = next((r for glob, r in ranks.items() if matches_pattern(glob, name)), rank)
         layer_blocks = next((n for glob, n in num_blocks.items() if matches_pattern(glob, name)), 1)
+        # None: the default rank, reduced below to the smaller side of the layer
         checked_rank = DEFAULT_RANK if layer_rank is None else layer_rank
         in_and_out = _check_layer(name, layer, checked_rank, layer_blocks, dropout)
         if layer_rank is None:
@@ -244,6 +247,7 @@ def _check_target_is_adaptable(
         if not name or not matches_pattern(pattern, name):
             continue
         near = closest_names(name, list(layers))
+        # torch's class of `out_proj` in nn.MultiheadAttention, which reads its weight directly
         if isinstance(layer, NonDynamicallyQuantizableLinear):
             near = [name.rpartition(".")[0]]  # the attention layer that reads the weight
         types = ", ".join(layer_type.__name__ for layer_type in ADAPTER_TYPES)
@@ -336,6 +340,7 @@ def _check_layer(
             f"LoRA: {name} already has an adapter",
             hint="use a new module, or call merge_lora first",
         )
+    # the layer must compute like torch's class of its type, from a weight that it stores
     check_plain_layer(name, layer, next(k for k in ADAPTER_TYPES if isinstance(layer, k)), "LoRA")
     if num_blocks < 1 or type(rank) is not int:
         argument, value = ("num_blocks", num_blocks) if num_blocks < 1 else ("rank", rank)
@@ -345,7 +350,7 @@ def _check_layer(
             hint=f"use {argument}=1",
         )
     if isinstance(layer, nn.MultiheadAttention):
-        if not layer._qkv_same_embed_dim:
+        if not layer._qkv_same_embed_dim:  # torch then stores three weights instead of one
             raise UsageError(
                 f"LoRA: {name} has keys or values of another width than its queries",
                 ["attention with one width"],
@@ -426,16 +431,18 @@ def merge_lora(module: nn.Module) -> list[str]:
             num_owners[id(parameter)] = num_owners.get(id(parameter), 0) + 1
     layers = lora_layers(module)
     for layer in layers.values():
+        # s B A by the name of the changed weight
         delta_weights = layer.lora_delta_weights()  # before its A and B are removed
         attributes = [name for name in layer.__dict__ if name.startswith("lora_")]
         for name in (*layer.lora_param_names, *attributes):
             delattr(layer, name)
-        remove_mixin(layer)
+        remove_mixin(layer)  # the layer gets back its own class
         dequantize = getattr(layer, "dequantize", None)
         if dequantize is not None:  # a layer of callbacks/quantization
             dequantize()
         for weight_name, delta in delta_weights.items():  # such as weight or out_proj.weight
             path, _, attribute = weight_name.rpartition(".")
+            # `num_owners` tells whether the weight is tied, so that it must be copied first
             _add_delta(layer.get_submodule(path), attribute, delta, num_owners)
     enable_fastpath(module)  # torch's fused attention, which skips adapters
     return list(layers)

@@ -220,6 +220,7 @@ def add_adapter(
         dtype: dtype of the adapter's matmuls; None for that of the layer.
         seed: seed of the run.
     """
+    # the layer's main weight; a quantized layer has integer codes instead
     weight = next(p for p in layer.parameters() if p.is_floating_point() or p.numel())
     param_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     # a weight whose values are computed later is on the meta device; A and B have values now
@@ -231,6 +232,7 @@ def add_adapter(
         value = torch.zeros(shape, dtype=param_dtype)
         if key.endswith("a"):  # lora_a; every other factor is a B
             limit = 1 / math.sqrt(value[0].numel())  # torch's default for this fan-in
+            # a generator of its own, so that A does not depend on the other layers
             value.uniform_(-limit, limit, generator=make_param_generator(seed, f"{name}.{key}"))
             if isinstance(layer, nn.Embedding) and layer.padding_idx is not None:
                 # the padding row does not change
@@ -238,5 +240,6 @@ def add_adapter(
         adapter.register_parameter(key, nn.Parameter(value.to(device)))
     adapter.lora_rank, adapter.lora_num_blocks, adapter.lora_scale = rank, num_blocks, scale
     adapter.lora_dropout, adapter.lora_dtype = dropout, dtype
+    # `lora_was_called` and `lora_called_with_grad` are reset and checked by the LoRA callback
     adapter.lora_enabled = adapter.lora_was_called = adapter.lora_called_with_grad = True
     adapter.lora_is_copy = False

@@ -106,7 +106,7 @@ class MemoryMonitor(Callback):
         is_sharded = any(isinstance(p, DTensor) for p in module.parameters())
         source = "this rank's shards" if is_sharded else "this process"
         table = Table("", f"numbers, {source}", "bytes", "full fine-tuning, float32, AdamW: bytes")
-        full_cost = full_finetuning_cost(module)
+        full_cost = full_finetuning_cost(module)  # computed from the number of parameters, by use
         for name, row in self.usage.items():
             table.add_row(
                 name,

@@ -212,8 +212,10 @@ class MetricPlot(RecordedCurves):
         is_log_step = self.step % get_log_interval(trainer) == 0
         is_first_step = not self.has_checked_names  # of this fit, which may resume a run
         if is_first_step:
+            # raises an error if the requested metrics are not logged
             self._check_metrics_logged(trainer.callback_metrics, pl_module)
             self.has_checked_names = True
+        # a resumed run has the points of its checkpoint, so that its first step adds none
         if not is_log_step and not (is_first_step and self.is_new_run):
             return
         metrics = trainer.callback_metrics
@@ -291,6 +293,7 @@ def save_loss_plot(curves: dict[str, Any], path: Path, label: str, interval: int
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="optimizer step", ylabel=label, title=path.parent.as_posix())
+    # a logarithmic axis if the losses differ by more than a factor of 3
     set_plain_ticks(axes, [value for curve in curves.values() for _, value in curve])
     if curves["train"]:
         steps, losses = zip(*curves["train"], strict=True)

@@ -89,7 +89,7 @@ class ProgressBar(OptimizerStepCallback, LightningProgressBar):
         self.bar: Progress | None = None  # of rich; None without a terminal
         self.task_id = TaskID(0)  # of the only task of the bar
         self.total_steps: int | None = None  # None if the length of the run is unknown
-        self.last_reading = Reading(step=0, time_s=0.0)
+        self.last_reading = Reading(step=0, time_s=0.0)  # at the last update, for the speed
 
     def disable(self) -> None:
         """Disable output (called on non-zero ranks)."""
@@ -122,7 +122,8 @@ class ProgressBar(OptimizerStepCallback, LightningProgressBar):
     ) -> None:
         """Show the metrics after an optimizer step, if an update is due.
 
-        The bar is updated every `refresh_rate` steps. Without a bar, a line is printed every log
+        The base class calls it after each optimizer step; `self.step` is the number of steps. The
+        bar is updated every `refresh_rate` steps. Without a bar, a line is printed every log
         interval. The last step is always shown.
         """
         if not self.enabled:
@@ -233,6 +234,7 @@ class ProgressBar(OptimizerStepCallback, LightningProgressBar):
         if groups and "lr" in groups[0]:  # a module may train without an optimizer
             fields.append(f"lr {float(groups[0]['lr']):.2g}")
         dp_size = DataParallelInfo.from_trainer(trainer).dp_size
+        # units are those of the module's attribute `unit`: tokens or samples
         units_per_step = count_units(module, batch) * num_micro_batches * dp_size
         recent_steps, recent_s = self.step - self.last_reading.step, now - self.last_reading.time_s
         units_per_s = units_per_step * recent_steps / max(recent_s, 1e-9)
@@ -240,6 +242,7 @@ class ProgressBar(OptimizerStepCallback, LightningProgressBar):
         elapsed_s, total_text = now - self.start_reading.time_s, ""
         if self.total_steps is not None:
             num_steps = max(self.step - self.start_reading.step, 1)
+            # the steps that remain take as long as those of this run so far, on average
             total_s = elapsed_s * (1 + (self.total_steps - self.step) / num_steps)
             total_text = f" of {format_duration(total_s)}"
         fields.append(f"{format_duration(elapsed_s)}{total_text}")

@@ -50,6 +50,7 @@ class Summary(L.Callback):
         for name, value in trainer.callback_metrics.items():
             if name.startswith("val/"):
                 lines[name] = f"{float(value):.4f}"
+        # text of a module's method: the number of parameters as a sum over the parts of the net
         formula = getattr(pl_module, "param_formula", lambda: "")()
         with full_module(trainer):  # includes the layers of other pipeline ranks
             count = sum(parameter.numel() for parameter in pl_module.parameters())

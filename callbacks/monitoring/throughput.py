@@ -172,7 +172,7 @@ class Throughput(OptimizerStepCallback):
         units_per_s = self.num_units * dp_size / seconds  # of all ranks
         row = {f"{getattr(pl_module, 'unit', 'samples')}_per_second": units_per_s}
         if self.peak_flops is not None:
-            peak_flops_per_device, _ = self.peak_flops
+            peak_flops_per_device, _ = self.peak_flops  # operations per second, and their source
             flops: Any = getattr(pl_module, "flops_per_unit")  # noqa: B009 - not in LightningModule
             row["mfu"] = flops() * units_per_s / (peak_flops_per_device * trainer.world_size)
         row["peak_memory_gb"] = peak_memory_bytes(device) / 1e9

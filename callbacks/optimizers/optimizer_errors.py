@@ -46,7 +46,7 @@ def wrap_optimizer_errors(optimizer: Optimizer, action: str = "in its step") -> 
             has_exit_status
             or is_out_of_memory
             or wants_traceback()
-            or find_user_frame(error) is not None
+            or find_user_frame(error) is not None  # the user's own code is in the traceback
             or _is_raised_by_ravine(error)
         ):
             raise

@@ -101,6 +101,7 @@ def _classify_param(
     `layer_name` is the last part of the layer's name in the module.
     """
     type_name = type(layer).__name__.lower()
+    # in this order: a bias of a normalization layer is `norm`
     if isinstance(layer, nn.EmbeddingBag | nn.Embedding):
         return "embedding"
     if "norm" in type_name:
@@ -126,6 +127,7 @@ def assign_params(module: nn.Module, rules: Sequence[ParamRule]) -> list[list[Na
             of another kind to an optimizer of matrices.
     """
     kind_of = classify_params(module)
+    # (name, parameter) pairs of each rule
     params_by_rule: list[list[NamedParam]] = [[] for _ in rules]
     unassigned: list[str] = []
     for name, parameter in module.named_parameters():
@@ -212,6 +214,7 @@ def _check_matrices_only(
         named_params: names and parameters that it takes.
         kind_of: kind of each parameter by name.
     """
+    # the class, also if the rule has a partial of it; None for another function
     optimizer_type = get_optimizer_class(rule.optimizer)
     is_torch_muon = optimizer_type is Muon
     if not (is_torch_muon or getattr(optimizer_type, "matrices_only", False)):

@@ -438,6 +438,7 @@ class OptimizerPlan(Callback):
             "other optimizers": len(composite.optimizers) > 1,
             "gradient accumulation": trainer.accumulate_grad_batches > 1,
             "a gradient scaler": getattr(trainer.precision_plugin, "scaler", None) is not None,
+            # `needs_full_gradient`: such as Newton's method, whose full step every rank takes
             "several ranks": trainer.world_size > 1 and not composite.needs_full_gradient,
             "a pipeline": getattr(trainer.strategy, "pipeline", None) is not None,
         }

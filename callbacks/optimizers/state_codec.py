@@ -97,9 +97,11 @@ def unpack_state(optimizer: Optimizer, packed: PackedState) -> None:
     extra = {key: codec.decode(value) for key, value in packed.extra.items()}
     state |= extra.pop("state", {})  # under keys that are not parameters
     optimizer.load_state_dict({**extra, "state": dict(state), "param_groups": groups})
+    # an optimizer's own method loads its values as it wants
     if type(optimizer).load_state_dict is Optimizer.load_state_dict:
         for number, parameter in enumerate(codec.parameters):
             for key, value in state.get(number, {}).items():
+                # a value without tensors that torch rebuilds item by item: a string, a deque
                 if _changed_by_loader(value) and key in optimizer.state[parameter]:
                     optimizer.state[parameter][key] = value
 
@@ -331,7 +333,7 @@ class _StateCodec:
             CheckpointError: there is no such class.
         """
         module, _, name = path.partition(":")
-        target: Any = sys.modules.get(module)
+        target: Any = sys.modules.get(module)  # None if it is not imported
         for attribute in name.split("."):
             target = vars(target).get(attribute) if target is not None else None
         is_valid = isinstance(target, type) and self._is_from_package(target)

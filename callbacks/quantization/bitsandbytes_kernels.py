@@ -23,8 +23,10 @@ def dequantize(
     """
     from bitsandbytes.functional import QuantState, dequantize_4bit  # pyright: ignore
 
+    # the 16 values that a code stands for, in units of the block's scale
     level_table = torch.tensor(nf4.levels(), dtype=torch.float64).float().to(codes.device)  # (16)
     state = QuantState(
+        # in float32, dequantized first if the scales are int8
         absmax=nf4.block_scales(scale, *more),
         shape=shape,
         code=level_table,

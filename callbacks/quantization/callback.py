@@ -132,7 +132,7 @@ class Quantization(Transform):
                 flag="pip install 'ravine[quant]', or --trainer.callbacks.backend=torch",
             )
         pl_module.strict_loading = False  # a float checkpoint has weights instead of codes
-        super().setup(trainer, pl_module, stage)
+        super().setup(trainer, pl_module, stage)  # registers `transform` for `configure_model`
 
     def transform(self, module: nn.Module) -> None:
         """Quantize the layers and store their errors."""
@@ -158,6 +158,7 @@ class Quantization(Transform):
         weight, or the float weight, which is quantized on loading.
         """
         state = checkpoint.get("state_dict", {})
+        # a quantized layer has `weight_codes` (and scales) in place of `weight`
         expected_names = {name.replace(".weight_codes", ".weight") for name in module.state_dict()}
         missing = [
             name
@@ -167,6 +168,7 @@ class Quantization(Transform):
             and name not in state
             and f"{name}_codes" not in state
         ]
+        # a file of LoRA without the frozen weights, to which the quantized weights belong
         has_adapters_only = not checkpoint.get("lora", {"frozen": True})["frozen"]
         if state and missing and not has_adapters_only:
             raise UsageError(
@@ -230,6 +232,7 @@ def quantize_module(
         layer, deferred = layers[name], None
         if deferred_values(layer.weight) is not None:  # on the meta device
             report_error = partial(errors.__setitem__, name)
+            # computes codes and scales when the values exist, then calls `report_error(error)`
             deferred = DeferredQuantization(
                 name, layer.weight, scheme, double_quant, latest, report_error
             )
@@ -254,7 +257,7 @@ def _select_layers(
         UsageError: a pattern matches nothing, or no layer remains.
     """
     if targets is None:
-        hidden = find_hidden_layers(module)
+        hidden = find_hidden_layers(module)  # without embeddings and head
         names = [name for name in layers if name in hidden]
         if not names:
             raise UsageError(
@@ -309,6 +312,7 @@ def _check_no_frozen_copies(module: nn.Module, names: list[str]) -> None:
 
     Such a copy may be a momentum teacher.
     """
+    # names of a frozen submodule, and of the trainable one with equal parameters
     for copy, original in find_frozen_copies(module).items():
         affected = [
             module_name
@@ -339,6 +343,7 @@ def _check_layer(module: nn.Module, name: str, layer: nn.Linear) -> None:
             f"Quantization: {name} already has an adapter",
             hint="quantize first, then call inject_lora",
         )
+    # it must compute like nn.Linear, from a weight that it stores
     check_plain_layer(name, layer, nn.Linear, "Quantization")
     if deferred_values(layer.weight) is None:  # deferred values are checked when they are quantized
         check_finite_weight(name, layer.weight)

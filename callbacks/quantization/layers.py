@@ -112,6 +112,7 @@ class QuantizedLinear(LayerMixin, nn.Linear):
         float_weight = state_dict.pop(f"{prefix}weight", None)
         if float_weight is not None:  # a checkpoint of the float net: round on loading
             tensors = quantize_weight(float_weight, self.scheme, self.double_quant)
+            # names of `tensors`: codes, scales, and with double quantization outer and mean
             state_dict |= {f"{prefix}weight_{name}": tensor for name, tensor in tensors.items()}
         for name in ("weight_codes", "weight_scales"):
             saved, current = state_dict.get(prefix + name), getattr(self, name)
@@ -227,12 +228,15 @@ def quantize_layer(
             None, because the error is not known yet.
     """
     weight = layer.weight
+    # on the meta device these have shapes and dtypes, and no values
     tensors = quantize_weight(weight, scheme, double_quant)
     del layer.weight
+    # the layer's class becomes a subclass, whose forward dequantizes the weight
     add_mixin(layer, {"nf4": NF4, "int8": Int8}[scheme])
     for name, tensor in tensors.items():
         parameter = nn.Parameter(tensor, requires_grad=False)
         if deferred is not None:
+            # the attribute from which a parameter on the meta device gets its values later
             parameter.initial_values = DeferredTensor(deferred, name)  # type: ignore[attr-defined]
         layer.register_parameter(f"weight_{name}", parameter)
     assert isinstance(layer, QuantizedLinear)

@@ -54,7 +54,9 @@ def quantize(weight: Tensor, double_quant: bool = True) -> dict[str, Tensor]:
     scale = torch.empty(num_blocks, dtype=torch.float32, device=device)
     codes = torch.empty(num_blocks, BLOCK_SIZE // 2, dtype=torch.uint8, device=device)
     level = torch.tensor(levels(), dtype=torch.float64)
+    # `level` (16): the values in [-1, 1] that the codes stand for, ascending
     edges = ((level[1:] + level[:-1]) / 2).float().to(device)  # (15), between adjacent levels
+    # in chunks of whole blocks, to limit the memory for float32 copies
     for start in range(0, flat.numel(), CHUNK_SIZE):
         chunk = flat[start : start + CHUNK_SIZE].float()
         blocks = F.pad(chunk, (0, -chunk.numel() % BLOCK_SIZE)).view(-1, BLOCK_SIZE)

@@ -108,6 +108,7 @@ class MetricAlert(OptimizerStepCallback):
                 else "remove MetricAlert() from Trainer(callbacks=...)",
                 flag=f"--trainer.callbacks.min_value='{{{near}: 0.5}}'" if near else "",
             )
+        # a metric may be logged for the first time now
         self.first_values = values | self.first_values  # earlier values are kept
         for name, value in values.items():
             self._check_metric(pl_module, name, value)

@@ -100,6 +100,8 @@ def register_transform(
     Raises:
         UsageError: another transform of this phase, or a later phase, was registered or applied.
     """
+    # `state` belongs to the module. `applied` has the config_key of each phase that was applied,
+    # and `pending` the transforms that are registered.
     name, state = type(owner).__name__, _get_state(module)
     if phase not in PHASES:
         raise UsageError(
@@ -130,6 +132,7 @@ def register_transform(
             hint=f"remove {name}() from Trainer(callbacks=...)",
         )
     state.pending[phase] = _PendingTransform(function, owner, config_key, accepts_meta_params)
+    # applies the registered transforms after the module's own `configure_model`
     _wrap_configure_model(trainer, module, owner)
 
 
@@ -174,12 +177,12 @@ def _apply_pending(trainer: L.Trainer, module: L.LightningModule) -> None:
                 flag="--trainer.strategy=zero3",
             )
         if not pending.accepts_meta_params:
-            materialize_module(module)
+            materialize_module(module)  # values of parameters that are on the meta device
         pending.function(module)
         state.applied[phase] = pending.config_key
         owner = pending.owner
         arguments = owner.to_config() if isinstance(owner, Transform) else None
-        # loading a checkpoint must apply these again
+        # loading a checkpoint must apply these again, because they rename weights
         if phase in RENAMING_PHASES and arguments is not None:
             state.records[phase] = {"class": type(owner).__name__, "arguments": arguments}
     state.state_names = set(module.state_dict())
@@ -213,7 +216,7 @@ def check_applied(module: L.LightningModule, phase: str, owner: L.Callback) -> N
 def apply_saved_transforms(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
     """Apply the transforms of a checkpoint to a built module, before its weights are loaded.
 
-    module.configure_model(); reapply(module, checkpoint)
+    module.configure_model(); apply_saved_transforms(module, checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
 
     The base weights of a checkpoint with adapters only are added to its state_dict.
@@ -226,6 +229,7 @@ def apply_saved_transforms(module: L.LightningModule, checkpoint: dict[str, Any]
         UsageError: phase or class of a transform is unknown.
         MissingFileError: the file of the base weights of adapters does not exist.
     """
+    # only imported classes; nothing that a checkpoint names is imported
     known_classes = {cls.__name__: cls for cls in _all_subclasses(Transform)}
     has_adapters_only = not checkpoint.get("lora", {"frozen": True})["frozen"]  # no base weights
 
@@ -250,7 +254,7 @@ def apply_saved_transforms(module: L.LightningModule, checkpoint: dict[str, Any]
                 hint=f"import the file that defines {saved['class']} first",
             )
         transform = known_classes[saved["class"]](**saved["arguments"])
-        transform.transform(module)
+        transform.transform(module)  # changes the module in place
         if getattr(transform, "load_error", None) is not None:  # of Pretrained: a missing file
             raise MissingFileError(
                 f"the adapters belong to the weights in {saved['arguments']['path']}, and this "
@@ -280,6 +284,7 @@ def check_saved_transforms(module: L.LightningModule, checkpoint: dict[str, Any]
             continue
         name, saved_arguments = saved[phase]["class"], saved[phase]["arguments"]
         if phase not in state.applied:
+            # arguments without those that are empty, for the message
             non_empty = {k: v for k, v in saved_arguments.items() if v not in (None, [], {})}
             flags = format_flags(CALLBACK_FLAG, non_empty)
             raise UsageError(
@@ -287,7 +292,7 @@ def check_saved_transforms(module: L.LightningModule, checkpoint: dict[str, Any]
                 hint=f"add {name}({format_arguments(non_empty)}) to Trainer(callbacks=...)",
                 flag=f"--trainer.callbacks+={name} {flags}",
             )
-        applied = state.applied[phase]
+        applied = state.applied[phase]  # the callback's arguments in this run
         current_arguments = applied if isinstance(applied, dict) else {}
         changed = [k for k, value in current_arguments.items() if saved_arguments.get(k) != value]
         if changed:
@@ -309,6 +314,7 @@ def check_saved_transforms(module: L.LightningModule, checkpoint: dict[str, Any]
         return
     # a pipeline rank has only some weights; `state_names` has those of the full net
     names = state.state_names | module.state_dict().keys()
+    # a weight and its codes count as the same name, because either can be loaded
     known_names = {_float_weight_name(name) for name in names}
     saved_names = {_float_weight_name(name) for name in checkpoint.get("state_dict", {})}
     unknown = sorted(saved_names - known_names)

@@ -76,7 +76,7 @@ class Compile(Transform):
         Raises:
             UsageError: the module has no such submodule.
         """
-        submodules = find_blocks(module)
+        submodules = find_blocks(module)  # members of a ModuleDict or ModuleList
         use_blocks = self.blocks or (self._runs_in_pieces and submodules)
         if not use_blocks:
             # the strategy gathers the members of a Sequential one at a time

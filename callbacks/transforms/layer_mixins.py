@@ -99,6 +99,7 @@ def check_plain_layer(
     reason = None
     if layer_class.forward is not layer_type.forward:
         reason = f"is a {layer_class.__name__}, which has its own forward"
+    # a quantized layer, which has `dequantize`, is accepted
     elif weight is None and not hasattr(layer, "dequantize"):
         reason = "computes its weight at each use (weight_norm, a parametrization, pruning)"
     elif isinstance(weight, UninitializedParameter):

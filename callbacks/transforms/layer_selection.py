@@ -40,7 +40,7 @@ def select_names(patterns: Patterns, names: Sequence[str], argument: str) -> lis
     """
     for pattern in as_list(patterns):
         if not any(matches_pattern(pattern, name) for name in names):
-            near = closest_names(pattern, names)
+            near = closest_names(pattern, names)  # the most similar names
             key = argument.rpartition(".")[2]  # `targets`
             raise UsageError(
                 f"{argument}: {pattern!r} matches no layer",
@@ -94,7 +94,7 @@ def find_frozen_copies(module: nn.Module) -> dict[str, str]:
     also has equal values or at least two layers. Code may pair the two by
     `zip(a.parameters(), b.parameters())`. Submodules of a copy are not listed.
     """
-    # signature: names and shapes of all parameters
+    # signature: names and shapes of all parameters; by it the trainable submodules are found
     frozen: dict[str, tuple[Any, nn.Module]] = {}
     trainable: dict[Any, list[tuple[str, nn.Module]]] = {}
     for name, submodule in module.named_modules():
@@ -109,6 +109,7 @@ def find_frozen_copies(module: nn.Module) -> dict[str, str]:
     for name, (signature, submodule) in frozen.items():
         if any(is_submodule_of(name, copy_name) for copy_name in copies):
             continue
+        # a single layer may have the shapes of another layer by chance, unlike several layers
         num_layers = sum(  # with parameters of their own
             any(p is not None for p in m._parameters.values()) for m in submodule.modules()
         )

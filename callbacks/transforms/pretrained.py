@@ -78,6 +78,7 @@ class Pretrained(Transform):
                     hint="pass an existing file as path",
                     flag="--trainer.callbacks.path=FILE",
                 )
+            # parameters on the meta device may get the values of the file after sharding
             if not _can_defer_loading(module, self._is_checkpoint):
                 materialize_module(module)
             if self._is_checkpoint:
@@ -172,7 +173,7 @@ def load_weights(module: L.LightningModule, path: str) -> None:
             hint="pass another path",
             flag="--trainer.callbacks.path=FILE",
         )
-    module.on_load_checkpoint(checkpoint)
+    module.on_load_checkpoint(checkpoint)  # the module's hook may rename weights in it
     check_weight_shapes(module, checkpoint, path)
     state = dict(checkpoint["state_dict"])
     if not all(isinstance(v, Tensor) and v.layout == torch.strided for v in state.values()):
@@ -220,6 +221,7 @@ def check_weight_shapes(module: L.LightningModule, checkpoint: dict[str, Any], p
         for key in saved_hparams.keys() & current_hparams.keys()
         if saved_hparams[key] != current_hparams[key]
     }
+    # Lightning's own hyperparameters begin with _
     sizes = {key: changed[key] for key in sorted(changed) if not key.startswith("_")}
     name = type(module).__name__
     raise UsageError(
