@@ -572,6 +572,7 @@ def renumber_params(parameters: list[Tensor], optimizer: Optimizer, state: dict[
     indices = {parameter: index for index, parameter in enumerate(parameters)}
     new_ids: dict[int, int] = {}  # by the saved id
     saved_groups = state.get("param_groups", [])
+    # not strict, because a state_dict in another format than torch's may have no groups
     for group, saved_group in zip(optimizer.param_groups, saved_groups, strict=False):
         for parameter, old_id in zip(group["params"], saved_group["params"], strict=True):
             if not isinstance(old_id, int):

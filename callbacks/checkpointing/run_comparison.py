@@ -176,6 +176,7 @@ def compare_ranks_and_accumulation(
     ranks, accumulate = saved["ranks"], saved["accumulate"]
     if (ranks, accumulate) == (trainer.world_size, trainer.accumulate_grad_batches):
         return
+    # a loader that knows its position continues with the next sample for any number of ranks
     order = (
         "the order of the data continues, and each rank draws other random numbers"
         if has_resumable_order

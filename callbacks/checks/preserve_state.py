@@ -77,6 +77,7 @@ def _snapshot_layer(layer: nn.Module, seen: dict[int, Any]) -> RestoreFn:
     """
     attributes = layer.__dict__
     skipped = ("_parameters", "_modules", *MODULE_REFERENCES)  # references to the trainer
+    # functions that restore the values in place; `restore` also sets the attributes themselves
     value_restores = [snapshot_value(v, seen, 0) for k, v in attributes.items() if k not in skipped]
     saved_attributes = dict(attributes)
     saved_modules, saved_parameters = dict(layer._modules), dict(layer._parameters)

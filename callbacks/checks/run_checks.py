@@ -194,7 +194,7 @@ class RunChecks(Callback):
         check_error: Exception | None = None
         with preserve_state(trainer, module):
             try:
-                # one batch of each validation loader; None if they cannot be read
+                # of the first validation loader; None if it cannot be read
                 first_batch, *_ = get_first_validation_batches(trainer, module) or [None]
                 for check in checks:
                     check(trainer, module, first_batch)

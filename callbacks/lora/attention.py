@@ -56,8 +56,9 @@ class AttentionAdapter(Adapter, nn.MultiheadAttention):
     def _merged_weights(self) -> Iterator[None]:
         """Within the context, the layer has the weights W + s B A instead of its base weights W.
 
-        The sum is computed with autograd, so A and B get gradients. d is the width, r the rank. The
-        weight of the input projection (3 d, d) stacks those of queries, keys and values.
+        The sum is computed with autograd, so A and B get gradients. s is `lora_scale`, d the width,
+        r the rank. The weight of the input projection (3 d, d) stacks those of queries, keys and
+        values.
         """
         # the dicts are changed directly, because setattr accepts only Parameters for these names
         in_params, out_params = self._parameters, self.out_proj._parameters

@@ -267,6 +267,7 @@ class LoRA(Transform):
         """Raise UsageError if no optimizer holds an adapter, as when built before the adapters."""
         if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
             return  # a rank may hold only some parameters
+        # parameters are compared by identity: an optimizer of earlier parameters trains nothing
         groups = (group for optimizer in trainer.optimizers for group in optimizer.param_groups)
         optimized_ids = {id(p) for group in groups for p in group["params"]}
         adapter_params = [

@@ -359,7 +359,8 @@ class CompositeOptimizer(Optimizer):
             The states by the new numbers, and the groups, whose `params` are these numbers.
         """
         remaining_groups = [iter(packed_state.groups) for packed_state in packed_states]
-        new_numbers: list[list[int]] = [[] for _ in packed_states]  # by the member's own number
+        # for each member, the new number of a parameter by the member's own number
+        new_numbers: list[list[int]] = [[] for _ in packed_states]
         groups: list[ParamGroup] = []
         num_params = 0
         for owner in self._group_owners:
@@ -476,6 +477,7 @@ class CompositeOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
             loss_only_closure = LossOnlyClosure(loss, groups)  # returns the loss, computes nothing
+        # without any gradient no member steps, so that weight decay and momentum change nothing
         if _has_gradient(groups):
             for member in self.optimizers:
                 with wrap_optimizer_errors(member):

@@ -312,7 +312,7 @@ def _check_no_frozen_copies(module: nn.Module, names: list[str]) -> None:
 
     Such a copy may be a momentum teacher.
     """
-    # names of a frozen submodule, and of the trainable one with equal parameters
+    # names of a frozen submodule, and of the trainable one that it copies
     for copy, original in find_frozen_copies(module).items():
         affected = [
             module_name

@@ -111,7 +111,7 @@ class RankWatchdog(Callback):
             return
         self._position = (trainer.current_epoch, 0, STEP_BEGUN)
         address = trainer.strategy.cluster_environment.main_address  # type: ignore[attr-defined]
-        message = [0]  # port of the store
+        message = [0]  # port of the store, which rank 0 sends to all
         if self._rank == 0:
             # port 0: the system chooses a free one
             self._store = TCPStore(address, 0, is_master=True, wait_for_workers=False)

@@ -100,6 +100,7 @@ class Pretrained(Transform):
         for name, parameter in module.named_parameters():
             if non_finite_name is None and deferred_values(parameter) is not None:
                 blocks = iter_value_blocks(parameter)
+                # name of the parameter for each block that is not finite, else None
                 results = (first_non_finite([(name, block)]) for block in blocks)
                 non_finite_name = next(filter(None, results), None)
         if non_finite_name:
