@@ -119,6 +119,7 @@ class ExactResume(Callback):
             accept: any of "EMA", "data", "optimizer": differences from the checkpoint's run.
         """
         self.accept = [accept] if isinstance(accept, str) else list(accept or ())
+        # ACCEPTABLE_DIFFERENCES: the three names above
         if unknown := [key for key in self.accept if key not in ACCEPTABLE_DIFFERENCES]:
             name = sort_by_similarity(str(unknown[0]), ACCEPTABLE_DIFFERENCES)[0]
             raise UsageError(
@@ -267,15 +268,17 @@ class ExactResume(Callback):
         """
         if trainer.state.fn != "fit":
             return
-        check_format(checkpoint)
+        check_format(checkpoint)  # raises for a file of another format version
         self._check_not_damaged(trainer, pl_module, checkpoint)
         epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
         # Lightning counts an epoch as completed after it has stepped the plateau schedulers
         self._plateau_due = epochs["processed"] != epochs["completed"]
+        # changes the counters in place, and returns where in the epoch the file was written
         self._resume_point = normalize_progress(checkpoint["loops"]["fit_loop"])
         self._saved_run = checkpoint.get("exact_resume", {})
         self._seed = self._saved_run.get("seed", self._seed)
         self._saved_metrics = self._saved_run.get("metrics", {})
+        # both raise for differences that would change training; `accept` permits some
         compare_callbacks(trainer, checkpoint, self.accept)
         self._compare_optimizers(trainer, checkpoint)
         if "ema" in checkpoint and "EMA" in self.accept and not has_callback(trainer, "EMA"):

@@ -203,7 +203,7 @@ class GracefulStop(Callback):
         """Save a checkpoint unless the step has one, then raise SignalInterrupt; on all ranks."""
         step, saved_path = trainer.global_step, None
         for callback in trainer.checkpoint_callbacks:
-            saved_step, path = last_saved(callback)
+            saved_step, path = last_saved(callback)  # of its last file; the step may be None
             if saved_step == step:  # it has saved this step already
                 saved_path = path
         is_dry_run = getattr(trainer, "fast_dev_run", False)
@@ -213,7 +213,7 @@ class GracefulStop(Callback):
             root = os.path.join(trainer.log_dir or trainer.default_root_dir, "checkpoints")
             folder = next(filter(None, folders), root)
             saved_path = os.path.join(trainer.strategy.broadcast(folder), f"step={step:06d}.ckpt")
-            save_on_all_ranks(trainer, saved_path)
+            save_on_all_ranks(trainer, saved_path)  # an error of the writer is raised on all
         interrupt = SignalInterrupt(self._signum, saved_path)
         name = signal.Signals(self._signum).name
         hint = f"resume with ckpt_path={saved_path}" if saved_path else "nothing was saved"

@@ -119,6 +119,7 @@ def compare_callbacks(
     """
     current = list_training_callbacks(trainer)
     if "ema" in checkpoint and "EMA" not in accept and not has_callback(trainer, "EMA"):
+        # raises a UsageError that also names the value of `accept`
         raise_mismatch(
             "EMA was in the run of the checkpoint and is missing in this run; the weights in the "
             "file are the average, and the state of the optimizer belongs to the raw weights",

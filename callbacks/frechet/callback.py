@@ -100,6 +100,7 @@ class FrechetDistance(L.Callback):
             batch_size: images sampled at once.
             cache_dir: folder for the statistics of the real images; None for Ravine's cache.
         """
+        # None for num_real_images, which means all, is valid
         for name, value, least in (
             ("num_samples", num_samples, 2),  # a covariance needs two
             ("num_real_images", num_real_images or 2, 2),
@@ -340,10 +341,13 @@ class FrechetDistance(L.Callback):
             test_labels: classes (m), for the accuracy of an extractor that classifies.
         """
         indices = random_subset(len(train_images), self.num_real_images)
+        # `select_images` returns a function from numbers 0, 1, ... to the chosen images. All their
+        # features are summed, and the first MAX_KEPT are kept for the kernel distance.
         moments, train_features = pool.compute_moments(
             select_images(train_images, indices), count=len(indices), keep=MAX_KEPT
         )
         gaussian = Gaussian.from_moments(moments)
+        # a method of extractors that classify: features to class scores
         classify = getattr(pool.extractor, "compute_logits", None)
         baselines, is_correct = [], []
         # each draw has as many test images as there are samples, if the test split has enough
@@ -356,6 +360,7 @@ class FrechetDistance(L.Callback):
                 pivot=gaussian.mean,
                 keep=self.num_samples,
             )
+            # Fréchet and kernel distance of the draw from the training images
             distances = self._distances(moments, features, gaussian, train_features)
             baselines.append(torch.stack(distances))
             if classify:

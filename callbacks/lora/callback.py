@@ -109,7 +109,7 @@ class LoRA(Transform):
             dtype: dtype of the adapters' matmuls; None for that of the layer.
             save: what a checkpoint contains: the adapters, or all weights.
         """
-        check_alpha_and_dropout(alpha, dropout)
+        check_alpha_and_dropout(alpha, dropout)  # raises for values out of range
         if dtype is not None and dtype not in DTYPE_NAMES:
             raise UsageError(
                 f"LoRA: dtype={dtype!r} is not supported",

@@ -86,7 +86,7 @@ def inject_lora(
         dtype: dtype of the adapters' matmuls; None for that of the layer.
         seed: seed of A; each layer draws its own values from it.
     """
-    check_not_sharded(module, "LoRA")
+    check_not_sharded(module, "LoRA")  # raises for parameters that are DTensors
     check_alpha_and_dropout(alpha, dropout)
     layers = find_adaptable_layers(module)
     names = _select_layers(module, targets, exclude, layers)

@@ -233,6 +233,7 @@ class ProgressBar(OptimizerStepCallback, LightningProgressBar):
         groups = trainer.optimizers[0].param_groups if trainer.optimizers else []
         if groups and "lr" in groups[0]:  # a module may train without an optimizer
             fields.append(f"lr {float(groups[0]['lr']):.2g}")
+        # number of ranks that train on different data
         dp_size = DataParallelInfo.from_trainer(trainer).dp_size
         # units are those of the module's attribute `unit`: tokens or samples
         units_per_step = count_units(module, batch) * num_micro_batches * dp_size

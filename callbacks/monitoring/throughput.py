@@ -168,6 +168,7 @@ class Throughput(OptimizerStepCallback):
         synchronize(device)  # the units of the window are computed now
         now = time.perf_counter()
         seconds = now - self.window_start - self.paused_s
+        # number of ranks that train on different data
         dp_size = DataParallelInfo.from_trainer(trainer).dp_size
         units_per_s = self.num_units * dp_size / seconds  # of all ranks
         row = {f"{getattr(pl_module, 'unit', 'samples')}_per_second": units_per_s}

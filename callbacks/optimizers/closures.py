@@ -51,6 +51,7 @@ class LossOnlyClosure:
         It returns the stored loss at its first call. UsageError at a second call, and if a weight
         or gradient of this optimizer has changed.
         """
+        # `self.gradients`: pairs of each parameter and its gradient, when the loss was computed
         param_ids = {id(p) for group in member.param_groups for p in group["params"]}
         # torch raises `_version` of a tensor at each in-place change
         before = [(p, p._version, gradient) for p, gradient in self.gradients if id(p) in param_ids]

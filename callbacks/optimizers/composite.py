@@ -385,7 +385,7 @@ class CompositeOptimizer(Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        self._check_groups(state_dict["param_groups"])
+        self._check_groups(state_dict["param_groups"])  # as many groups, of equal sizes
         packed_states = self._split_by_member(state_dict)
         for member, packed_state in zip(self.optimizers, packed_states, strict=True):
             try:

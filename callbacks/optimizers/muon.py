@@ -164,6 +164,7 @@ class MuonOptimizer(Optimizer):
             weight_decay: lambda in W <- (1 - lr lambda) W.
             num_blocks: number of row blocks that are separate matrices.
         """
+        # SCALES and ITERATIONS: tables by name
         for argument, value, allowed in (
             ("scale", scale, SCALES),
             ("coefficients", coefficients, ITERATIONS),

@@ -210,6 +210,7 @@ def call_factory(factory: OptimizerFactory | None, parameters: Sequence[Any]) ->
         _, *allowed = signature  # the first argument is the parameters
         for keyword in keywords:
             if keyword not in allowed:
+                # names with a similarity of at least 0.3, from 0 to 1
                 closest = suggest_names(keyword, allowed, least=0.3) or allowed
                 raise UsageError(
                     f"{name} has no argument {keyword!r}",

@@ -130,6 +130,7 @@ class OptimizerPlan(Callback):
         this setter is the only place for such a module; `setup` does it for all other modules.
         """
         self._log = log
+        # the module whose bound method `log` is; HOOK_NAME is configure_optimizers
         module = getattr(log, "__self__", None)
         if not isinstance(module, L.LightningModule) or is_overridden(HOOK_NAME, module):
             return
@@ -167,11 +168,13 @@ class OptimizerPlan(Callback):
         self._total_steps = float("inf")  # unknown
         if trainer.max_steps >= 0 or trainer.max_epochs == -1:  # else the loaders determine it
             steps = trainer.max_steps
+            # also checks that the schedule fits this number of steps
             self._set_total_steps(trainer, steps if steps >= 0 else float("inf"))
 
         def configure_optimizers(module: L.LightningModule) -> dict[str, Any]:
             return self._build_optimizer(trainer, module)
 
+        # HOOK_NAME is configure_optimizers; `teardown` restores the module's own method
         override_hook(trainer, pl_module, HOOK_NAME, configure_optimizers, self)
         if self.schedule is None:  # a module that reads its schedulers gets the rates only
             rates = ReadOnlyLRs(trainer, type(pl_module).__name__, type(self).__name__)

@@ -58,6 +58,7 @@ def pack_state(optimizer: Optimizer) -> PackedState:
         groups = [codec.encode_group(group, allow_unsaved=True) for group in groups]
         encoded = codec.encode(state_dict, "state_dict()")
         return PackedState(groups, state={}, extra={"whole": encoded})
+    # numbers from 0 in the order of the groups, in place of the ids of this state_dict
     ids = [i for group in state_dict["param_groups"] for i in group["params"]]
     index_of = {param_id: index for index, param_id in enumerate(ids)}
     state, extra_state = {}, {}  # of parameters, and under other keys
@@ -183,6 +184,7 @@ class _StateCodec:
         """
         encoded = {}
         for key, value in group.items():
+            # LIVE_TYPES: classes, functions, modules and partials; `object()` is a sentinel
             is_live = isinstance(value, LIVE_TYPES) or type(value) is object
             try:
                 encoded[key] = {TYPE_TAG: "live"} if is_live else self.encode(value, key)

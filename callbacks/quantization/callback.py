@@ -218,7 +218,7 @@ def quantize_module(
     Raises:
         UsageError: a pattern matches nothing, or a layer cannot be quantized.
     """
-    check_not_sharded(module, "Quantization")
+    check_not_sharded(module, "Quantization")  # raises for parameters that are DTensors
     layers = find_quantizable_layers(module)
     names = _select_layers(module, targets, exclude, layers)
     for name in names:

@@ -215,6 +215,7 @@ class GradientClipping(Callback):
 
         Only the last GradientClipping is used: one of a command-line flag follows one of a config.
         """
+        # adds the callback that tries validation and checkpointing before the first step
         add_run_checks(trainer, pl_module, stage)
         if stage != "fit":
             return
@@ -251,6 +252,7 @@ class GradientClipping(Callback):
 
         # ZeRO-1 asks for this: a rank may have only the gradients that it owns
         configure_gradient_clipping.takes_partial_gradients = True  # type: ignore[attr-defined]
+        # replaces the method of this instance until `teardown`
         override_hook(
             trainer, pl_module, "configure_gradient_clipping", configure_gradient_clipping, self
         )
@@ -352,7 +354,7 @@ class GradientClipping(Callback):
             NonFiniteError: this is skipped step number `patience` in a row.
         """
         is_finite = bool(norm.isfinite())  # the host waits for the device here
-        self.skipped_steps.count(is_finite)
+        self.skipped_steps.count(is_finite)  # a finite step resets the number in a row
         if is_finite:
             return
         if self.skipped_steps.num_consecutive >= patience:

@@ -144,6 +144,7 @@ class NaNGuard(Callback):
         self._skipped_steps.count(is_finite)
         if is_finite:
             return
+        # name of the first such gradient on this rank, for the message; None if it has none
         named = ((f"the gradient of {n}", p.grad) for n, p in pl_module.named_parameters())
         non_finite_name = first_non_finite((name, grad) for name, grad in named if grad is not None)
         if losses_finite is not None and not bool(losses_finite):

@@ -180,6 +180,7 @@ class RankWatchdog(Callback):
         if float("inf") in lengths or min(lengths) == max(lengths):
             return
         shortest, longest = min(lengths), max(lengths)
+        # batches of this epoch before a resume
         num_done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         if trainer.max_steps != -1:
             steps_left = trainer.max_steps - trainer.global_step

@@ -164,6 +164,7 @@ def _apply_pending(trainer: L.Trainer, module: L.LightningModule) -> None:
             them under a sharding strategy.
     """
     state, name = _get_state(module), type(module).__name__
+    # by the module's own `configure_model`; a strategy of Ravine shards later
     is_sharded = any(isinstance(parameter, DTensor) for parameter in module.parameters())
     for phase in PHASES:
         pending = state.pending.pop(phase, None)
@@ -185,7 +186,7 @@ def _apply_pending(trainer: L.Trainer, module: L.LightningModule) -> None:
         # loading a checkpoint must apply these again, because they rename weights
         if phase in RENAMING_PHASES and arguments is not None:
             state.records[phase] = {"class": type(owner).__name__, "arguments": arguments}
-    state.state_names = set(module.state_dict())
+    state.state_names = set(module.state_dict())  # compared when a checkpoint is loaded
     strategy = trainer.strategy
     shards_by_itself = hasattr(strategy, "parallelize_module")  # as in MeshStrategy
     if isinstance(strategy, ModelParallelStrategy) and not shards_by_itself and not is_sharded:
@@ -216,8 +217,8 @@ def check_applied(module: L.LightningModule, phase: str, owner: L.Callback) -> N
 def apply_saved_transforms(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
     """Apply the transforms of a checkpoint to a built module, before its weights are loaded.
 
-    module.configure_model(); apply_saved_transforms(module, checkpoint)
-    module.load_state_dict(checkpoint["state_dict"])
+        module.configure_model(); apply_saved_transforms(module, checkpoint)
+        module.load_state_dict(checkpoint["state_dict"])
 
     The base weights of a checkpoint with adapters only are added to its state_dict.
 

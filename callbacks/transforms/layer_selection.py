@@ -42,6 +42,7 @@ def select_names(patterns: Patterns, names: Sequence[str], argument: str) -> lis
         if not any(matches_pattern(pattern, name) for name in names):
             near = closest_names(pattern, names)  # the most similar names
             key = argument.rpartition(".")[2]  # `targets`
+            # LIST_KEYS: arguments whose value on the command line is a list of names
             raise UsageError(
                 f"{argument}: {pattern!r} matches no layer",
                 near,

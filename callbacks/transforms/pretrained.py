@@ -179,6 +179,7 @@ def load_weights(module: L.LightningModule, path: str) -> None:
     state = dict(checkpoint["state_dict"])
     if not all(isinstance(v, Tensor) and v.layout == torch.strided for v in state.values()):
         materialize_module(module)  # nothing is deferred: load_state_dict reports such values
+    # parameters on the meta device: the object that computes or reads their values later
     deferred = {
         name: deferred_values(p)
         for name, p in module.named_parameters(remove_duplicate=False)
