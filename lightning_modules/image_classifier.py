@@ -253,7 +253,7 @@ class ClassifierFeatures(nn.Module):
                 flag="--trainer.callbacks.extractor.path=FILE",
             ) from error
         self.net = cast(BackboneAndHead, module.net).requires_grad_(False)
-        # such as mnist_cnn
+        # the data and the variant, such as mnist_cnn
         self.name = f"{module.image_info['source']}_{VARIANT_SUFFIXES[module.variant]}"
         self.image_shape = (module.image_info["channels"], *module.image_info["image_size"])
 

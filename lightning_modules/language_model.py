@@ -75,6 +75,7 @@ class LanguageModel(TaskModule):
         self.net_kwargs = net_kwargs  # further arguments of Transformer
         self.tokenizer: Tokenizer | None = None
         self.eval_sums = torch.zeros(3)  # of an evaluation: loss in nats, tokens, bytes
+        # a tensor on the meta device has a shape but no values
         with torch.device("meta"):  # runs the checks without memory; 1 stands for an unknown size
             Transformer(
                 1 if vocab_size is None else vocab_size,

@@ -144,6 +144,7 @@ def count_collectives(
     """
     counts = {"all_gather": 0, "reduce_scatter": 0, "all_reduce": 0}
     num_units = num_layers + 1  # FSDP units
+    # `num_shards` does not yet contain the ranks of a ring
     num_groups = num_shards * num_replicas * tp  # number of rings or pipelines
     num_shards *= cp  # parameters are sharded over both
     dp_size = num_shards * num_replicas

@@ -195,6 +195,7 @@ class SpamClassifier(TaskModule):
         self.save_hyperparameters()
         self.features, self.hidden_size, self.num_buckets = features, hidden_size, num_buckets
         self.idf = torch.zeros(0)  # inverse document frequencies of the training messages
+        # of torchmetrics: they accumulate over the batches of an evaluation, and over ranks
         self.val_loss, self.val_accuracy = MeanMetric(), BinaryAccuracy()
         self.test_metrics = MetricCollection(
             {"accuracy": BinaryAccuracy(), "f1": BinaryF1Score(), "auroc": BinaryAUROC()},

@@ -176,6 +176,7 @@ class TaskModule(L.LightningModule):
             values: sizes and names that come from the data, by name.
             known: those that the model already has; their values must be equal.
         """
+        # `_format_field` shortens long lists; `_data_flag` is the flag of the data, for the message
         for name, value in known.items():
             if values[name] != value:
                 raise UsageError(
@@ -190,6 +191,8 @@ class TaskModule(L.LightningModule):
         self, checkpoint: dict[str, Any], section: str, names: Collection[str]
     ) -> dict[str, Any]:
         """Return the section of a checkpoint that contains what the model took from the data.
+
+        A task writes the section in `on_save_checkpoint`, and reads it in `on_load_checkpoint`.
 
         Args:
             checkpoint: content of the checkpoint.
@@ -427,7 +430,8 @@ class TaskModule(L.LightningModule):
         # the class that wrote the file may be a subclass of this one
         task_class, overrides = cls._class_of(checkpoint), dict(overrides or {})
         try:
-            # arguments of `__init__`, and class attributes such as `lr`
+            # arguments of `__init__`, and class attributes such as `lr`; "hyper_parameters" is the
+            # key of the arguments in a checkpoint of Lightning
             arguments, settings = task_class._split_arguments(checkpoint, overrides)
             hparams_key = task_class.CHECKPOINT_HYPER_PARAMS_KEY
             checkpoint = checkpoint | {hparams_key: checkpoint.get(hparams_key, {}) | overrides}

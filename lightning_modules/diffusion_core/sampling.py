@@ -34,7 +34,10 @@ class SamplerConfig:
     eta: float = 0.0
 
     def __post_init__(self) -> None:
-        """Raise UsageError for a value out of range, and for eta with a sampler that ignores it."""
+        """Raise UsageError for a value out of range, and for eta with a sampler that ignores it.
+
+        A message has the problem, the allowed values, and a fix as Python and as a flag.
+        """
         # by field: whether the value is valid, the allowed values, a typical value
         rules = {
             "sampler": (self.sampler in SAMPLERS, SAMPLERS, "ddim"),

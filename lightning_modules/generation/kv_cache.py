@@ -29,7 +29,11 @@ class CachePositions:
     """Position of each text in the cache; all layers share one instance."""
 
     def __init__(self, num_rows: int, group_size: int, device: torch.device) -> None:
-        """Start all texts at position 0: `num_rows` rows (b) of `group_size` texts (s) each."""
+        """Start all texts at position 0: `num_rows` rows (b) of `group_size` texts (s) each.
+
+        Axes: b rows, s texts of a row, p tokens of a row's prompt that its texts share, T slots for
+        further tokens. The prefill computes the prompts; each decode step computes one token.
+        """
         self.all_rows = torch.arange(num_rows, device=device)  # (b)
         self.prefill_rows = self.all_rows  # rows of the current prefill
         # positions of the newest tokens (b s)

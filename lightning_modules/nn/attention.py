@@ -46,7 +46,10 @@ LEARNED_PROJECTIONS: dict[str, tuple[str, ...]] = {
 
 
 def check_variant(variant: str) -> None:
-    """Raise UsageError for an unknown variant, or for an unknown projection in its row."""
+    """Raise UsageError for an unknown variant, or for an unknown projection in its row.
+
+    A row is an entry of LEARNED_PROJECTIONS, to which other code may add variants.
+    """
     if variant not in LEARNED_PROJECTIONS:
         nearest = (suggest_names(variant, LEARNED_PROJECTIONS) or ["qkv"])[0]
         raise UsageError(

@@ -114,6 +114,8 @@ def _tensor_keys(tensor: Tensor) -> tuple[tuple[str, int], ...]:
 def _parse_init_op(function: Any, args: Any, kwargs: Any) -> Distribution | None:
     """Return the distribution that an in-place operation gives its tensor, or None if unknown.
 
+    A constructor calls such operations on its parameters; `aten` has torch's basic operations.
+
     Args:
         function: the torch operation, such as `aten.normal_.default`.
         args: its positional arguments after the tensor.

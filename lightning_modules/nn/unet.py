@@ -169,6 +169,7 @@ class UNet(nn.Module):
 
         Without labels a class-conditional net uses the null class.
         """
+        # (b d) sines and cosines of t, then an MLP; each residual block gets the result
         embedding = self.time_mlp(timestep_embedding(t, self.time_embed_dim).to(x.dtype))
         if self.class_embed is not None:
             y = torch.full_like(t, self.num_classes, dtype=torch.int64) if y is None else y

@@ -171,9 +171,11 @@ def plot_all(
     if class_names and y is not None:
         row_names = [_class_label(class_names[int(number)]) for number in y.tolist()]
 
+    # of the samples: with labels y and guidance; x0 estimates lie in [-1, 1]
     def denoise_conditional(x: Tensor, t: float) -> Tensor:
         return denoise(x, x.new_full((len(x),), t), y, sampler_config.guidance_scale).clamp(-1, 1)
 
+    # of the images x0, which come without labels
     def denoise_unconditional(x: Tensor, t: float) -> Tensor:
         return denoise(x, x.new_full((len(x),), t)).clamp(-1, 1)
 

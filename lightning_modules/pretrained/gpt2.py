@@ -129,7 +129,7 @@ def to_hf(
             hf_tensors[hf_name] = tensor[:rows].contiguous()
             continue
         _, layer, inner = module_name.split(".", 2)  # such as blocks.0.attention.query
-        if inner == "attention.query":
+        if inner == "attention.query":  # c_attn has query, key and value in one matrix
             hf_inner = "attn.c_attn"
             qkv_names = [name.replace("query", other) for other in ("query", "key", "value")]
             tensor = torch.cat([tensors[qkv_name] for qkv_name in qkv_names])

@@ -73,7 +73,7 @@ def find_checkpoint(base_checkpoint: str) -> Path:
             "train a LanguageModel, and use base_checkpoint=FILE",
             flag=flag,
         )
-    return max(files, key=lambda p: p.stat().st_mtime_ns)
+    return max(files, key=lambda p: p.stat().st_mtime_ns)  # the newest
 
 
 def load_base_model(base_checkpoint: str) -> BaseModel:

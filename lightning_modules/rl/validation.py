@@ -62,6 +62,9 @@ def check_prompt_length(
 ) -> None:
     """Raise UsageError if a prompt of `num_tokens` tokens and the new tokens exceed the context.
 
+    The message names the settings that solve it: shorter prompts (`prompt_length` of the data), or
+    fewer new tokens.
+
     Args:
         description: name of the prompt in the message.
         prompt: its text, for the message.

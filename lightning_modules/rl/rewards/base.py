@@ -146,7 +146,7 @@ def check_rewards(reward_fns: Sequence[Reward], has_corpus: bool, has_reference:
                 "use weight=1",
                 flag="--model.rewards.weight=1",
             )
-        # the standard deviation of each reward is logged as NAME_std
+        # a reward is logged under its name, and its standard deviation as NAME_std
         is_taken = reward_fn.name in RESERVED_NAMES or reward_fn.name.endswith("_std")
         if is_taken or names.count(reward_fn.name) > 1:
             raise RewardError(
