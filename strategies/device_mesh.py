@@ -250,7 +250,9 @@ def build_mesh(degrees: dict[str, int], zero_stage: int, device: torch.device) -
         else:  # ranks of cp have different tokens, and shard parameters together with dp_shard
             num_copies, num_shards = num_replicas, num_shards * cp
         submesh = _submesh(
-            world_mesh, {"pp": pp, "copies": num_copies, "shards": num_shards, TP_AXIS: tp}
+            # copies: ranks with equal shards, with ZeRO-1 with full parameters
+            world_mesh,
+            {"pp": pp, "copies": num_copies, "shards": num_shards, TP_AXIS: tp},
         )
         replicate_shard_mesh = submesh["copies", "shards"]
         fsdp_mesh = replicate_shard_mesh if num_copies > 1 else submesh["shards"]

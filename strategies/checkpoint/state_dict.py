@@ -179,6 +179,7 @@ def gather_optimizer_state(
     state = {index_of[number]: values for number, values in state_dict["state"].items()}
     if stages is not None:  # a param group of the full net has parameters of all stages
         local_groups = [group["params"] for group in state_dict["param_groups"]]
+        # the indices of each stage, by param group
         groups_by_stage = _all_gather(local_groups, stages.group)
         for i, group in enumerate(state_dict["param_groups"]):
             group["params"] = sorted({index for groups in groups_by_stage for index in groups[i]})
@@ -196,6 +197,7 @@ def gather_optimizer_state(
         state = tree_map_only(Tensor, collect_tensor, state)
         if "members" in state_dict:  # other state of member optimizers, equal on all ranks
             state_dict["members"] = tree_map_only(Tensor, collect_tensor, state_dict["members"])
+        # the device on which the ranks send
         device = _comm_device(module)
         if owner_ranks and rank not in collecting_ranks:
             # sharded state is on the collecting ranks already: only owned state is sent
@@ -318,7 +320,9 @@ def load_sharded_state(
             elif tensor_path[3] in owned_params:
                 parameter = owned_params[int(tensor_path[3])]
                 tensors[tensor_path] = sharded.empty_like_entry(
-                    entry, None if is_unsharded(parameter) else parameter
+                    # None: the full state of a sharded parameter, which its owner keeps
+                    entry,
+                    None if is_unsharded(parameter) else parameter,
                 )
         elif section not in ("state_dict", "optimizer_states"):  # e.g. ("ema", ..., name)
             name = tensor_path[-1]

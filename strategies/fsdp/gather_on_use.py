@@ -133,6 +133,7 @@ class GatherOnUse:
 
         def run_step(*args: Any) -> Any:
             """Run `step`, and then copy writes into gathered parameters to the shards."""
+            # within a backward pass the gathered groups are still needed
             if not self.is_in_backward:
                 self.release_groups()  # of earlier steps
                 self.output_nodes.clear()

@@ -31,6 +31,7 @@ class _GroupRows:
             p
             for p in group.fsdp_params
             if not isinstance(p._unsharded_param, DTensor)
+            # dim 0: sharded by rows
             and p.fsdp_placement.dim == 0
             and p.sharded_param.to_local().numel()
         ]
@@ -87,6 +88,7 @@ def write_back_group(group: Any, refuse: Callable[[Any], None], compare_values: 
     for p in rows.parameters:
         gathered_param = p._unsharded_param
         # after `p.data = new` the memory is not FSDP2's: the values are copied there
+        # all_gather_outputs: the buffers into which FSDP2 gathers the parameter
         if gathered_param.data_ptr() != p.all_gather_outputs[0].data_ptr():
             # _orig_size: shape of the full parameter
             if not rows.has_same_dtypes or gathered_param.shape != p._orig_size:
