@@ -114,6 +114,7 @@ class RavineCLI(CommandLine):
         """
         self.checkpoint_path = checkpoint_path
         self.command = argv[0]
+        # without --trust, and the packages that it names: their classes may be imported
         argv, self.trusted_packages = trust.split_trust_flags(argv)
         self.changed_keys: list[str] = []  # config keys that differ from the checkpoint
         self.saved_config_values: saved_config.Config = {}  # of the checkpoint
@@ -123,6 +124,7 @@ class RavineCLI(CommandLine):
             # the list itself, which `parse_arguments` fills before the callback is built
             save_config_kwargs={"changed_keys": self.changed_keys},
             seed_everything_default=0,
+            # raise errors instead of an exit, and read variables such as PL_FIT__SEED_EVERYTHING
             parser_kwargs={"exit_on_error": False, "default_env": True},
             auto_configure_optimizers=False,  # the optimizer must be built after the net
             args=argv,

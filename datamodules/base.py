@@ -162,6 +162,7 @@ def exchange_prepared(local_result: PreparationResult | None, trainer: Any) -> A
         gathered: list[Any] = [None] * dist.get_world_size(group)
         message = None
         if local_result is not None:
+            # the error as texts, from which another rank raises it again
             message = local_result.value, _describe_error(local_error)
         dist.all_gather_object(gathered, (trainer.node_rank, message), group=group)
     except RuntimeError:  # another rank has ended, for example after Ctrl-C

@@ -186,6 +186,7 @@ def read_images(
     Returns:
         The images, with label -1 and no class names, and notes for the log.
     """
+    # counts files that are no images, for a note in the log
     skipped = SkippedFiles(path)
     if path.is_file():
         files, root = [path], path.parent
@@ -350,6 +351,7 @@ def find_idx_files(source: Path) -> IdxFiles | None:
     for folder in folders:
         # by prefix, which may be empty: the paths by (split, "images" or "labels")
         files_by_prefix = _group_by_set(folder)
+        # `source` is FOLDER/PREFIX
         if not source.is_dir():
             files_by_prefix = {
                 prefix: files for prefix, files in files_by_prefix.items() if prefix == source.name

@@ -222,6 +222,7 @@ class ImageDataModule(BaseDataModule):
                 find_local(source, self.root, self._download_errors.get(source.path, ""))
                 for source in IMAGE_DATASETS[self.source]
             ]
+            # decodes the files: images and labels of both splits
             train, test = read_named_dataset(self.source, files)
             return {"train": train, "test": test}, str(files[0].parent), []
         folder = Path(self.source).expanduser()

@@ -197,6 +197,7 @@ class FileTokenizer(Tokenizer):
         is_folder = resolved_path.is_dir()
         folder = resolved_path if is_folder else resolved_path.parent
         file = resolved_path / "tokenizer.json" if is_folder else resolved_path
+        # `_read_eos_token`: the eos_token of the folder's tokenizer_config.json, or None
         older_files = folder / "vocab.json", folder / "merges.txt"  # GPT-2's
         if is_folder and not file.is_file() and all(path.is_file() for path in older_files):
             # makes the text of a tokenizer.json from both files

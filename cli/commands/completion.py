@@ -53,8 +53,10 @@ def run_argv(argv: list[str]) -> int:
     words = argv[1:]
     if len(words) == 2 and words[0] == "words":
         commands = (*main.COMMANDS, *main.LOOKUP_COMMANDS)
+        # the words that may replace the last one of the line
         sys.stdout.write("".join(f"{word}\n" for word in complete_line(words[1], commands)))
         return 0
+    # SCRIPTS: by shell, the text that makes it call this command for completions
     if len(words) == 1 and words[0] in SCRIPTS:
         sys.stdout.write(SCRIPTS[words[0]].format(program_name()))
         return 0

@@ -33,6 +33,7 @@ def run_argv(argv: list[str]) -> int:
     words = argv[1:]
     action = next((word for word in words[:1] if word in ACTIONS), None)
     words = words[1:] if action else words
+    # names of runs, and values of flags by name; an error for a flag that the action lacks
     names, flags = parse_words(words, ACTION_FLAGS[action] if action else LIST_FLAGS, action)
     root = Path(flags.pop("root", "runs"))
     if action == "show":
@@ -93,6 +94,7 @@ def list_runs(names: list[str], root: Path, flags: dict[str, str]) -> int:
         root: the folder of all runs.
         flags: sort, limit, json, and filters such as status.
     """
+    # all runs below `root`, the newest first, of which names and filters select some
     runs = select_runs(index.list_runs(root), names, root, flags)
     if "sort" in flags:
         runs = filters.sort_runs(runs, flags["sort"])

@@ -305,6 +305,7 @@ class ConfigErrorFinder:
             else subclasses_by_name.get(name)
         )
         if chosen_class is None:
+            # an error with the nearest of these classes
             raise unknown_class_name(
                 config_value, f"no {base_names} is called {name!r}", subclasses_by_name
             )
@@ -353,6 +354,7 @@ def import_class(config_value: ConfigValue, base_names: str, bases: tuple[type, 
         # the module itself or a package of its path, not a module that its code imports
         if missing and f"{path}.".startswith(f"{missing}."):
             if os.path.isfile(config_value.text):  # a config that the parser could not read
+                # raises an error that says what is wrong in the file
                 presets.check_config_file(config_value.text)
             files = [file.stem for file in Path().glob("[!.]*.py")]
             problem = (
@@ -371,6 +373,7 @@ def import_class(config_value: ConfigValue, base_names: str, bases: tuple[type, 
     }
     imported_class = getattr(module, name, None)
     if imported_class is None:
+        # an error with the nearest of these classes
         raise unknown_class_name(
             config_value, f"{path} has no {base_names} called {name!r}", classes_by_name, f"{path}."
         )

@@ -317,6 +317,7 @@ def inspected_parameters(target: object, text: str) -> list[Parameter]:
         target: the class or function.
         text: its docstring, whose Args section describes the arguments.
     """
+    # by argument, its text in the Args section
     descriptions = source_index.argument_descriptions(text)
     try:
         parameters = inspect.signature(target).parameters.values()  # type: ignore[arg-type]
