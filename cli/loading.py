@@ -147,6 +147,7 @@ def hyperparameters_in(file: Path) -> dict[str, Any]:
             f"load_model: hparams_file={str(file)!r} does not exist",
             hint="remove hparams_file, because the checkpoint has the hyperparameters",
         )
+    # a YAML file may hold a list or a single value instead of names and values
     values = readers[file.suffix.lower()](file)
     if not isinstance(values, Mapping):
         raise UsageError(

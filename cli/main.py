@@ -141,6 +141,7 @@ def split_argv(argv: list[str]) -> tuple[str, list[str], list[str]]:
             configs.append(word.partition("=")[2])
         else:
             other_words.append(word)
+    # COMMANDS: fit, validate, test, predict, generate and export
     command = next((word for word in other_words if word in COMMANDS), None)
     if command is None:
         first_word = other_words[0] if other_words else ""

@@ -432,6 +432,7 @@ def _check_idx_splits(files: IdxFiles, splits: list[str]) -> None:
         files: the paths by (split, "images" or "labels").
         splits: the splits with images.
     """
+    # a path of a split without images can only be a file of labels
     if unpaired := [str(path) for (split, _), path in files.items() if split not in splits]:
         raise UsageError(
             f"{unpaired[0]} has no file of images in its folder",

@@ -408,6 +408,7 @@ def stratified_split(images: ImageSet, fraction: float, split: str) -> tuple[Ima
         order = torch.randperm(
             len(class_positions), generator=seeded_generator(0, split, class_index)
         )
+        # the first `count` of the shuffled images of this class
         is_selected[class_positions[order[:count]]] = True
     return images.select(~is_selected), images.select(is_selected)
 

@@ -252,6 +252,7 @@ def _check_token_width(file: Path, array: np.ndarray) -> None:
         array: its tokens as read (n).
     """
     with file.open("rb") as opened:
+        # the first bytes of every .npy file
         if opened.read(6) == b"\x93NUMPY":
             raise UsageError(
                 f"{file} is a .npy file with a header",

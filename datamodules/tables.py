@@ -195,6 +195,7 @@ def _find_column(
         is_number = requested.isdecimal() and len(requested) < 6
         if not matches and is_number and int(requested) < len(columns):
             return int(requested)
+        # the most similar name, else the first column that has a name
         closest = suggest_names(requested, columns, 1) or [c for c in columns if c][:1]
         if not matches:
             raise UsageError(

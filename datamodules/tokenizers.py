@@ -469,6 +469,7 @@ class NumberTokenizer(Tokenizer):
         """
         token_texts = text.split()
         for word in token_texts:
+            # at most ten digits, as any id of a vocabulary has
             if not (word.isascii() and word.isdigit() and len(word) < 11):
                 raise UsageError(
                     f"{word[:40]!r} is not a token id, and the text of the tokens is not known",

@@ -69,6 +69,7 @@ def select_device(name: str | None) -> torch.device:
     available += ["cuda"] if torch.cuda.is_available() else []
     available += ["mps"] if torch.backends.mps.is_available() else []
     if name not in available:
+        # suggests the nearest available device as --device=NAME, or cpu if none is near
         raise unknown_name_error(
             f"this machine has no device {name!r}",
             name,

@@ -28,11 +28,13 @@ def run_argv(argv: list[str]) -> int:
             flag=f"{program_name()} list {words[0]} {words[1]}",
         )
     if not words:
+        # the kinds, such as optimizers and configs, with what each is for
         lines = list_kinds()
     # the kind that the word names, or None
     elif kind := find_kind(words[0]):
         lines = list_kind(kind, words[1] if len(words) > 1 else "")
     elif len(words) == 1:
+        # the names of all kinds that contain the word
         lines = search_all(words[0])
     else:
         raise unknown_kind_error(words[0])

@@ -79,6 +79,7 @@ def parse_words(
                 allowed[0],
             )
         if not equals and name not in SWITCHES:
+            # the form `--key value`: the next word is the value
             value = next(remaining, None)
             if value is None:
                 raise UsageError(f"--{name} has no value", flag=f"--{name}=VALUE")

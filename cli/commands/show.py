@@ -43,6 +43,7 @@ def read_names(words: list[str]) -> list[str]:
     for word in remaining:
         flag, equals, value = word.partition("=")
         if flag in ("-c", "--config"):
+            # a missing name is an empty text, which is reported below
             names.append(value if equals else next(remaining, ""))
         elif word.startswith("-"):
             raise UsageError(

@@ -244,6 +244,7 @@ def read_curves(
     curves: dict[str, list[tuple[float, float]]] = {}
     if not text:
         return curves
+    # a row has the values of one step by column; most cells of a row are empty
     for row in csv.DictReader(text.splitlines()):
         with suppress(TypeError, ValueError):
             # a row without a step raises ValueError here, and is left out
