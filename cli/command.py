@@ -193,7 +193,8 @@ class RavineCLI(CommandLine):
         typed_keys = {value.key for value in values}  # keys that the user gave, also in a config
         if any(word.partition("=")[0] == "--config" for word in argv):
             typed_keys.add("config")
-        # classes that the user names are trusted; the checkpoint alone may name those of Ravine
+        # Classes that the user names are trusted. Of others, the checkpoint may name those of Ravine,
+        # torch.nn, torch.optim and Lightning's callbacks.
         trust_policy = trust.TrustPolicy(self.trusted_packages, trust.find_dotted_names(values))
         trust_policy.check_config(
             self.saved_config_values,
@@ -225,7 +226,7 @@ class RavineCLI(CommandLine):
         """
         command, source = argv[0], str(self.checkpoint_path)
         # Which callbacks are added depends on those of the first parse.
-        # the parsed arguments as plain values, with all defaults
+        # `_resolved_config`: the parsed arguments as plain values, with all defaults.
         parsed = self._resolved_config(command)
         if extra_argv := saved_config.extra_argv(
             self.saved_config_values, parsed, trust_policy, source, command, typed_keys
@@ -252,7 +253,7 @@ class RavineCLI(CommandLine):
             return
         folder, step = str(self.trainer.log_dir), self.trainer.global_step
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore
-        # None if training did not start
+        # None if training did not start.
         # ConfigSaver: the callback that saves the configuration, and notes the step at which
         # training starts
         start_step = next(

@@ -149,8 +149,8 @@ def find_latest(
     # newest first; required_name: a name that the checkpoint must have, because runs share its
     # folder
     for path, required_name in iter_checkpoints(folder, name):
-        # `reason`: why the checkpoint cannot be used, or None
-        # the other two are the run name and the model's class path, as saved in it
+        # `reason`: why the checkpoint cannot be used, or None.
+        # The other two are the run name and the model's class path, as saved in it
         reason, checkpoint_run_name, class_path = _inspect_checkpoint(path)
         if reason is None:
             if name is None and class_path and not accepts(class_path):

@@ -105,8 +105,8 @@ def list_files(path: Path, argument: str = "path") -> list[Path]:
         for file in (Path(folder, name) for name in names if not name.startswith(".")):
             if not file.is_file():
                 continue
-            # fail before the listing is complete: a wrong folder may hold millions of files
-            # only suffixes of known binary formats, because opening every file takes time
+            # fail before the listing is complete: a wrong folder may hold millions of files.
+            # Only suffixes of known binary formats, because opening every file takes time
             if file.suffix.lower() in BINARY_SUFFIXES:
                 with file.open("rb") as opened:
                     check_not_binary(file, opened.read(NUM_HEADER_BYTES), argument)

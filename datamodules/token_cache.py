@@ -59,7 +59,7 @@ def write_token_file(
     token_dtype = _token_dtype(tokenizer, is_memmap)
     # In the mode "error" a special token in the text is an error. Tokens that another mode has
     # cached are not used, because the text would not be searched.
-    # cache_key: differs for tokenizers that give different tokens
+    # `cache_key` differs for tokenizers that give different tokens.
     name = tokenizer.cache_key + ("-error" if tokenizer.special_tokens == "error" else "")
     path = cache_folder() / "tokens" / f"{sha256}-{name}.{token_dtype}"
     if path.is_file():

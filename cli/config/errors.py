@@ -67,7 +67,7 @@ def parse_argv(parser: ArgumentParser, argv: list[str]) -> Namespace:
         # A single callback is put into a list. Otherwise its constructor's error is lost.
         trainer["callbacks"] = [trainer["callbacks"]]
     # Lightning resolves these names later, so the parser accepts any.
-    # names of strategies, accelerators and precisions, by key such as trainer.strategy
+    # `registered_names`: strategies, accelerators and precisions, by key.
     for key, names in registered_names().items():
         if isinstance(name := config[argv[0]].get(key), str) and name.lower() not in names:
             finder.check_argv(argv)
@@ -264,7 +264,7 @@ class ConfigErrorFinder:
             raise UsageError(
                 f"{config_value.location}: class_path is missing", flag="class_path: NAME"
             )
-        # CLASS_SPEC_KEYS: class_path, init_args and others that describe a class
+        # CLASS_SPEC_KEYS: class_path, init_args and dict_kwargs
         stray_args = [child for name, child in children.items() if name not in CLASS_SPEC_KEYS]
         if stray_args and "class_path" in children:
             fix = f"init_args: {{{stray_args[0].name}: {stray_args[0].text}}}"

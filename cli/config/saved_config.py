@@ -238,7 +238,7 @@ def report_changes(config: Config, parsed: Config, path: str, command: str = "te
     # values by dotted key, such as model.d_model
     parsed_leaves = dict(_compared_leaves(parsed, is_fit))
     saved_leaves = dict(_compared_leaves(config, is_fit))
-    # a key of one side only is a default of another version or class
+    # a key that only one of both configurations has is not compared
     changed = [
         key
         for key in sorted(parsed_leaves.keys() & saved_leaves.keys())

@@ -70,7 +70,7 @@ def find_dotted_names(config_values: Iterable[ConfigValue]) -> set[str]:
     File names are excluded: `--ckpt_path=model.ckpt` must not allow an import of model.py.
     """
     dotted_names: set[str] = set()
-    # YAML nodes that are not yet searched
+    # YAML nodes that are not yet searched.
     # FILE_KEYS: keys whose values name no class, such as ckpt_path
     pending = [value.node for value in config_values if value.key not in FILE_KEYS]
     while pending:

@@ -243,11 +243,11 @@ def config_classes(arguments: list[str]) -> dict[str, list[str]]:
         except Exception:  # an incomplete or broken config completes nothing
             continue
     if not nodes:
-        # `class_path`: the name of the class in a text, or in a mapping with this key
         return {}
     # later configs replace values of earlier ones, as in a command
     merged = config_pages.plain_value(config_pages.merge_configs(nodes))
     callbacks = (merged.get("trainer") or {}).get("callbacks") or ()
+    # `class_path`: the name of the class in a text, or in a mapping with this key
     return {
         "--model": [class_path(merged.get("model"))],
         "--data": [class_path(merged.get("data"))],
