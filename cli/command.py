@@ -193,8 +193,8 @@ class RavineCLI(CommandLine):
         typed_keys = {value.key for value in values}  # keys that the user gave, also in a config
         if any(word.partition("=")[0] == "--config" for word in argv):
             typed_keys.add("config")
-        # Classes that the user names are trusted. Of others, the checkpoint may name those of Ravine,
-        # torch.nn, torch.optim and Lightning's callbacks.
+        # Classes that the user names are trusted. Of others, the checkpoint may name those of
+        # Ravine, torch.nn, torch.optim and Lightning's callbacks.
         trust_policy = trust.TrustPolicy(self.trusted_packages, trust.find_dotted_names(values))
         trust_policy.check_config(
             self.saved_config_values,

@@ -320,6 +320,10 @@ class Trainer(L.Trainer):
 
         In a run that is resumed in its own directory, csv and tensorboard drop what was logged
         after the steps that it keeps.
+
+        Args:
+            logger: csv, tensorboard, wandb or mlflow, or a Logger.
+            folder: the run directory.
         """
         root, version = os.path.split(folder)
         name = os.path.relpath(folder, self.default_root_dir)

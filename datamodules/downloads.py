@@ -193,6 +193,11 @@ def download_if_missing(source_name: str, remote_file: RemoteFile, root: str | N
 
     Only local rank 0 calls this. The text becomes part of the error that every rank raises if its
     own search (`find_local`) fails.
+
+    Args:
+        source_name: the dataset's name, "auto" or "embedded", which needs no file.
+        remote_file: the file of the dataset, with its URL and SHA-256.
+        root: the folder of datasets; by default the variable DATA_ROOT.
     """
     try:
         if source_name in (remote_file.name, "auto"):
@@ -298,6 +303,10 @@ def _verify_content(content: bytes, remote_file: RemoteFile) -> bytes:
 
     A member of a zip archive is extracted. A gzip file stays compressed, but the SHA-256 is that of
     its decompressed content.
+
+    Args:
+        content: the bytes as downloaded.
+        remote_file: the expected file, with its SHA-256, size and compression.
 
     Raises:
         DownloadError: the archive is damaged, or the SHA-256 differs.

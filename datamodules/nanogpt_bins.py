@@ -284,7 +284,12 @@ def _check_token_width(file: Path, array: np.ndarray) -> None:
 
 
 def _load_or_compute_token_range(file: Path, array: np.ndarray) -> tuple[int, int]:
-    """Return the smallest and the largest token of a file; the range of a long file is cached."""
+    """Return the smallest and the largest token of a file; the range of a long file is cached.
+
+    Args:
+        file: the file of tokens.
+        array: its tokens (n), memory-mapped.
+    """
     state = file.stat()
     # a file that was written again has another time or size
     key = f"{file.resolve()} {state.st_size} {state.st_mtime_ns} {array.dtype}"

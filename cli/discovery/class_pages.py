@@ -260,7 +260,12 @@ def find_dotted(path: str) -> list[Entry]:
 
 
 def import_entry(module_name: str, name: str) -> Entry:
-    """Import a class that cannot be read from source text, and return its entry."""
+    """Import a class that cannot be read from source text, and return its entry.
+
+    Args:
+        module_name: the dotted path of the module.
+        name: the class or function in it.
+    """
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # a user's file can raise anything

@@ -189,7 +189,14 @@ def _as_class(node: ConfigNode) -> ConfigNode:
 
 
 def _merge(old: ConfigNode, new: ConfigNode) -> ConfigNode:
-    # a mapping is merged key by key; any other value replaces the old one
+    """Return a node in which values of a later config replace those of an earlier one.
+
+    Mappings are merged key by key; any other value replaces the old one.
+
+    Args:
+        old: a value of the earlier config, with the comment of its line.
+        new: the value of the same key in the later config.
+    """
     if not isinstance(old.value, dict) or not isinstance(new.value, dict):
         return new
     merged = dict(old.value)

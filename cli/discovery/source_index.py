@@ -313,7 +313,14 @@ def find_init(definition: Definition) -> ast.FunctionDef | None:
 def _function_parameters(
     definition: Definition, function: Any, owner: Definition | None, depth: int
 ) -> list[Parameter]:
-    # owner: the class of which the function is __init__; None for a plain function
+    """Return the arguments of a function, in which `**kwargs` is replaced by what it may hold.
+
+    Args:
+        definition: the function or class, and its file.
+        function: the syntax tree of the function, or of the class's __init__.
+        owner: the class of which the function is __init__; None for a plain function.
+        depth: number of calls and base classes followed so far, which ends a cycle.
+    """
     arguments = function.args
     positional = [*arguments.posonlyargs, *arguments.args]
     # the syntax tree has defaults of the last arguments only
@@ -347,7 +354,14 @@ def _text(node: ast.expr | None) -> str:
 def _forwarded_parameters(
     definition: Definition, function: Any, owner: Definition | None, depth: int
 ) -> list[Parameter]:
-    """Return the arguments that `**kwargs` of a function may hold: those of the call it is in."""
+    """Return the arguments that `**kwargs` of a function may hold: those of the call it is in.
+
+    Args:
+        definition: the function or class, and its file.
+        function: the syntax tree of the function, or of the class's __init__.
+        owner: the class; None for a plain function.
+        depth: number of calls and base classes followed so far, which ends a cycle.
+    """
     name = function.args.kwarg.arg
     # the calls in the body that contain `**kwargs`
     for call in _calls_with_kwargs(function, name, owner):
@@ -558,8 +572,16 @@ def default_value(parameter: Parameter) -> Any:
 
 
 def _evaluate(node: ast.expr, source: SourceFile | None, depth: int) -> Any:
-    # Evaluates an expression from source text without running it. Anything but constants, simple
-    # operators and dataclasses is unknown.
+    """Return the value of an expression, which is read from source text and not run.
+
+    Args:
+        node: the expression in the syntax tree: constants, operators, names or a dataclass.
+        source: its file, in which names are looked up; None without one.
+        depth: number of nested expressions and names so far.
+
+    Raises:
+        UnknownValueError: it is another kind of expression.
+    """
     if depth > MAX_BASES:
         raise UnknownValueError(ast.unparse(node))
     try:
@@ -623,7 +645,13 @@ def literal_choices(annotation: str, source: SourceFile | None, depth: int = 0) 
 
 
 def _literal_choices(node: ast.expr, source: SourceFile | None, depth: int) -> list[Any]:
-    # The texts of Literal[...] in a type hint. `X | Y` gives those of both; a name is looked up.
+    """Return the values of Literal[...] in a type hint; [] for another hint.
+
+    Args:
+        node: the hint in the syntax tree; `X | Y` gives the values of both.
+        source: its file, in which names are looked up; None without one.
+        depth: number of nested hints and names so far.
+    """
     match node:
         case ast.BinOp(left=left, op=ast.BitOr(), right=right):
             return [

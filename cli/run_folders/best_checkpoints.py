@@ -51,6 +51,10 @@ def named_files(states: dict[str, Any], checkpoint: Path) -> list[Path]:
     """Return the existing files that checkpoint callbacks name as a best or last one.
 
     A run's folder may have moved: a name is looked for beside `checkpoint` too.
+
+    Args:
+        states: by name, the state of each callback in the checkpoint.
+        checkpoint: its path.
     """
     names: list[str] = []
     for state in states.values():

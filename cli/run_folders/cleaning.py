@@ -256,6 +256,10 @@ def opened_folder(root: Path, segments: tuple[str, ...]) -> Iterator[int]:
 def delete(deletion: Deletion, root: Path) -> None:
     """Delete one entry below `root` without following a link.
 
+    Args:
+        deletion: the run, and the names of folders from its folder to the entry.
+        root: the folder of all runs.
+
     Raises:
         UsageError: the entry is no longer what was shown.
     """

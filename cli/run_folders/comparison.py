@@ -122,6 +122,10 @@ def flatten(value: Any, key: str = "") -> list[tuple[str, Any]]:
     """Return the leaves of a configuration as the command line names them: without init_args.
 
     A list of classes is addressed by their names: `trainer.callbacks.EMA.decay`.
+
+    Args:
+        value: a configuration, or a value in it.
+        key: the dotted key of this value; empty for the whole configuration.
     """
     if isinstance(value, dict):
         leaves = []
@@ -271,7 +275,12 @@ def choose_metrics(runs: list[ComparedRun], requested: str | None) -> list[str]:
 
 
 def draw_curves(runs: list[ComparedRun], metrics: list[str]) -> bytes:
-    """Return a PNG with one panel for each metric, and one line for each run."""
+    """Return a PNG with one panel for each metric, and one line for each run.
+
+    Args:
+        runs: the compared runs, each with its curves: by metric, points (step, value).
+        metrics: the metrics to draw.
+    """
     import warnings
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -386,6 +395,11 @@ def command_text(run: ComparedRun) -> str:
 
 def write_files(folder: Path, picture: bytes, page_text: str) -> None:
     """Write the picture and the page; earlier ones of the same folder are replaced.
+
+    Args:
+        folder: the output folder, which is created.
+        picture: the PNG.
+        page_text: the HTML.
 
     Raises:
         UsageError: the folder cannot be written to.

@@ -40,6 +40,10 @@ def _sign(run: RunSummary) -> int:
 def apply_filters(runs: list[RunSummary], filters: dict[str, str]) -> list[RunSummary]:
     """Return the runs that satisfy every filter; `filters` maps task, status, best, ... to texts.
 
+    Args:
+        runs: the summaries of runs.
+        filters: the texts of the flags by name, such as {"steps": "100.."}.
+
     Raises:
         UsageError: no run has the task, a status does not exist, or a range cannot be read.
     """

@@ -110,7 +110,12 @@ def list_runs(root: Path) -> list[RunSummary]:
 
 
 def summarize(folder: Path, root: Path) -> RunSummary:
-    """Summarize a run from its record, and from its files where the record says nothing."""
+    """Summarize a run from its record, and from its files where the record says nothing.
+
+    Args:
+        folder: the run's folder.
+        root: the folder of all runs, which is left out of the run's name.
+    """
     # record: the content of run.json, or None. facts: sizes and times of the files.
     record, facts = read_record(folder), inspect_folder(folder)
     known = record or {}
@@ -260,6 +265,10 @@ def joined_curves(run: RunSummary, root: Path) -> dict[str, list[tuple[float, fl
     """Return the curves of a run, before its first step those of the runs it was resumed from.
 
     Only runs below `root` are read, whatever the record says.
+
+    Args:
+        run: the summary of the run, with its record.
+        root: the folder of all runs.
     """
     # `seen` ends the loop if records name each other as parents
     curves, seen, current = read_curves(run.folder), {run.folder.resolve()}, run.record
@@ -345,6 +354,10 @@ def split_run_request(request: str, root: Path) -> tuple[Path, bool] | None:
     None is returned for the path of a checkpoint, for a URL, and for a name that is no run's.
     `task/config/3` and `task/config/3/last` are the newest checkpoint; `task/config/3/best` is the
     best one.
+
+    Args:
+        request: the text of `--ckpt_path`.
+        root: the folder of all runs.
 
     Raises:
         UsageError: several runs begin with that name.
