@@ -148,7 +148,7 @@ class Trainer(L.Trainer):
         default_callbacks = {  # class: whether it is added
             ExactResume: not is_dry_run,
             GracefulStop: not is_dry_run,
-            TokenWeightedLoss: True,
+            TokenWeightedLoss: True,  # part of the result: the weight of each token in the loss
             Checkpoint: enable_checkpointing and not is_dry_run,
             ProgressBar: enable_progress_bar and not is_barebones,
             LossPlot: bool(self._requested_loggers) and not is_dry_run,
@@ -158,7 +158,8 @@ class Trainer(L.Trainer):
         super().__init__(
             precision=resolve_precision(precision, kwargs.get("accelerator", "auto")),
             logger=logger_objects or False,  # `log_dir` adds the loggers given by name
-            # default callbacks are added unless one of their kind is given; RunChecks comes first
+            # Default callbacks are added unless one of their kind is given. RunChecks, which tries
+            # the first batch before training, is added as the first.
             callbacks=put_run_checks_first(
                 add_default_callbacks(as_list(callbacks), default_callbacks)
             ),

@@ -401,7 +401,7 @@ class ExactResume(Callback):
         keeps_position = [
             isinstance(train_loader, Stateful | Iterator) for train_loader in loader.flattened
         ]
-        _print_iterators(loader.flattened)
+        _print_iterators(loader.flattened)  # a warning: a resume from an iterator is not exact
         if not any(keeps_position):
             self._start_all_loaders(trainer, num_done)
         elif not all(keeps_position) and combined_iterator(loader) is not None:
@@ -410,11 +410,12 @@ class ExactResume(Callback):
             for index, train_loader in enumerate(loader.flattened):
                 if not keeps_position[index]:
                     iterator = iter(train_loader)
-                    # `_seed_epoch` has told the others to skip
+                    # `_seed_epoch` set the start of loaders that can skip by their sampler;
+                    # of any other loader the batches are read again
                     for _ in range(0 if can_skip(train_loader, num_done) else num_done):
                         next(iterator, None)
                     combined_iterator(loader).iterators[index] = iterator
-        else:  # all loaders have their own position
+        else:  # all loaders keep their position, or no iterator of them exists yet
             return
         if is_mid_epoch:  # the loader is at its position; Lightning assumes that it cannot be
             warnings.filterwarnings("ignore", ".*your dataloader is not resumable")

@@ -232,7 +232,9 @@ def apply_saved_transforms(module: L.LightningModule, checkpoint: dict[str, Any]
     """
     # only imported classes; nothing that a checkpoint names is imported
     known_classes = {cls.__name__: cls for cls in _all_subclasses(Transform)}
-    has_adapters_only = not checkpoint.get("lora", {"frozen": True})["frozen"]  # no base weights
+    # LoRA saves `frozen`: whether the file also has the frozen base weights. A file without an
+    # entry of LoRA has all weights.
+    has_adapters_only = not checkpoint.get("lora", {"frozen": True})["frozen"]
 
     def phase_index(phase: str) -> int:
         return PHASES.index(phase) if phase in PHASES else -1  # first, to be refused
@@ -247,7 +249,7 @@ def apply_saved_transforms(module: L.LightningModule, checkpoint: dict[str, Any]
                 hint="read it with the version of Ravine that wrote it",
             )
         if phase == "load" and not has_adapters_only:
-            continue  # the checkpoint has all weights
+            continue  # "load" is the phase of Pretrained; the checkpoint has all weights
         if saved["class"] not in known_classes:
             raise UsageError(
                 f"the checkpoint was trained with {saved['class']}, which is not imported",
@@ -264,6 +266,7 @@ def apply_saved_transforms(module: L.LightningModule, checkpoint: dict[str, Any]
             )
         transform.check_checkpoint(module, checkpoint)
         _get_state(module).applied[phase] = transform.config_key()
+        # these phases change names or shapes of parameters: the next checkpoint records them, too
         if phase in RENAMING_PHASES:
             _get_state(module).records[phase] = saved
     if has_adapters_only:

@@ -115,7 +115,7 @@ def flag_values(command: str, flag: str, value: str, arguments: list[str]) -> li
     if flag == "--ckpt_path":
         # RESOLVED_CHECKPOINTS: auto and last, which are no files
         return [*starting_with(value, RESOLVED_CHECKPOINTS), *file_names(value)]
-    if command not in TRAINING_COMMANDS:
+    if command not in TRAINING_COMMANDS:  # list, show and so on have no flags with values
         return []
     # `--trainer.callbacks+=X` adds to a list
     key = flag.rstrip("+")

@@ -82,13 +82,15 @@ def find_structural_damage(path: Path) -> str | None:
                 return f"its file {name} does not match its checksum"
         if (reason := find_checksum_mismatch(path, [META_FILE, INDEX_FILE])) is not None:
             return reason
+        # A checksum finds accidents. Whoever forges a file also writes its checksum, so entries and
+        # pickled tensors must have sizes that fit the file.
         with (path / META_FILE).open("rb") as file, zipfile.ZipFile(file) as table:
             zip_archive.validate_zip_entries(table, files[META_FILE][0])
             zip_archive.validate_pickled_tensors(table, files[META_FILE][0])
-        _load_index(path)
+        _load_index(path)  # raises an error for an invalid index
     except CheckpointError as error:
         return error.problem
-    except Exception as error:  # a changed byte can make zipfile raise nearly any type
+    except Exception as error:  # zipfile raises many types for a forged archive
         text = " ".join(str(error).split())[:80] or type(error).__name__
         return f"its file {META_FILE} is damaged ({text})"
     return None

@@ -235,7 +235,9 @@ class _PlainTensorStepper:
         loss = None
         if closure is not None:
             with torch.enable_grad():
-                loss = closure()  # before the parameters are replaced by plain tensors
+                # The first call trains the module, which needs its own parameters. Here no swap to
+                # plain tensors has to be undone for it; later calls undo it, see below.
+                loss = closure()
         is_first_call = True
 
         # the closure that the original step gets: its first call returns the loss from above
@@ -247,7 +249,8 @@ class _PlainTensorStepper:
             with self.with_module_params(), torch.enable_grad():
                 return closure()  # pyright: ignore[reportOptionalCall]
 
-        # within it groups and state have plain tensors in place of DTensors
+        # Within it groups and state have plain tensors in place of DTensors. `step=True`: their
+        # gradients, too.
         with self.with_plain_params(step=True) as has_params:
             if not has_params:  # other ranks own all parameters
                 return loss
