@@ -259,7 +259,8 @@ def test_a_disk_that_fills_while_logging_does_the_same(tmp_path):
     assert "no checkpoint was saved" in said
     assert "--ckpt_path" not in said
     error.checkpoint = "runs/x/version_0/checkpoints/step=000004.ckpt"
-    assert f"go on with --ckpt_path={error.checkpoint}" in error_report.message_of(error, ["fit"])
+    said = error_report.message_of(error, ["fit"])
+    assert f"run the same command with --ckpt_path={error.checkpoint}" in said
 
 
 def test_an_error_within_pythons_own_packages_is_one_line_that_names_the_section():
@@ -328,7 +329,7 @@ def test_an_invalid_file_name_and_missing_memory_are_one_line(action, status, sa
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("a" * 300, "too long"), ("a\0b", "NUL")], ids=["long", "NUL"]
+    ("name", "said"), [("a" * 300, "has 300 bytes"), ("a\0b", "NUL")], ids=["long", "NUL"]
 )
 def test_a_run_with_such_a_name_is_refused(name, said, tmp_path):
     error = failed(lambda: fit(tmp_path, 1, name=name, logger="csv"))
