@@ -273,8 +273,8 @@ def set_plain_ticks(axes: Any, values: Sequence[float]) -> None:
     ratio = max(positive) / min(positive) if positive else 1
     if ratio > 3:
         axes.set_yscale("log")
-        parts = (1, 1.5, 2, 3, 4, 6) if ratio < 20 else (1, 2, 5) if ratio < 1000 else (1,)
-        axes.yaxis.set_major_locator(LogLocator(subs=parts))
+        mantissas = (1, 1.5, 2, 3, 4, 6) if ratio < 20 else (1, 2, 5) if ratio < 1000 else (1,)
+        axes.yaxis.set_major_locator(LogLocator(subs=mantissas))
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
