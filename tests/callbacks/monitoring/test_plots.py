@@ -121,7 +121,7 @@ def test_curves_are_drawn_and_continue(tmp_path: Path) -> None:
 class Rewarded(Scripted):
     """A module whose reward no list of metrics contains."""
 
-    plotted_metrics = ("train/mine", "train/reward", "train/missing")
+    plotted_metrics = ("train/own_metric", "train/reward", "train/missing")
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("val/reward", 0.5)
@@ -132,9 +132,9 @@ def test_curves_include_the_rewards_of_the_module_and_by_default_all_metrics(
     tmp_path: Path,
 ) -> None:
     for metrics, expected in (
-        (["train/reward"], {"train/reward", "train/mine"}),
-        (None, {"train/reward", "train/mine", "train_loss", "val/reward"}),
+        (["train/reward"], {"train/reward", "train/own_metric"}),
+        (None, {"train/reward", "train/own_metric", "train_loss", "val/reward"}),
     ):
-        module, curves = Rewarded(reward=[0.1, 0.2], mine=[3.0]), MetricPlot(metrics)
+        module, curves = Rewarded(reward=[0.1, 0.2], own_metric=[3.0]), MetricPlot(metrics)
         fit(module, curves, tmp_path, 2, limit_val_batches=1)
         assert set(curves.state_dict()) == expected
