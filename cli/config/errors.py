@@ -235,7 +235,7 @@ class ConfigErrorFinder:
             name, text = config_value.name, config_value.display_text
             problem = f"{config_value.location}: {name} cannot be {text}"
             values, example = typehints.describe(hint), typehints.example_value(hint)
-            # suggests the nearest accepted value, or else an example, in the place of the wrong one
+            # replaces the wrong value by the nearest accepted one, or else by an example
             raise unknown_name_error(
                 problem, config_value.text, values, config_value.with_value, example
             )

@@ -188,7 +188,7 @@ def iter_imported_names(
 ) -> Iterator[Any]:
     """Yield the names that the parser imports for a saved value: class paths and function names.
 
-    A malformed checkpoint may have any value in the place of a name; it is yielded too.
+    A malformed checkpoint may have any value instead of a name; it is yielded too.
 
     Args:
         value: a class specification (a mapping with a `class_path`), or any value.

@@ -60,7 +60,7 @@ def complete_line(line: str, commands: Iterable[str]) -> list[str]:
         return starting_with(current, config_names()) or file_names(current)
     flag, equals, value = current.partition("=")
     if equals:
-        # the values that begin with `value`, in the place of this flag
+        # the values that begin with `value` replace this flag
         values = flag_values(command, flag, value, arguments)
         return [f"{flag}={word}" for word in values]
     if current and not current.startswith("-"):

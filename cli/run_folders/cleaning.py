@@ -1,4 +1,4 @@
-"""Cleaning: delete what is asked from the folders of runs, after showing it.
+"""Cleaning: list the requested files in the folders of runs, then delete them.
 
     checkpoints    neither the newest nor a best one of any run
     evaluations    folders of test, validate and predict inside of runs

@@ -82,8 +82,8 @@ def find_structural_damage(path: Path) -> str | None:
                 return f"its file {name} does not match its checksum"
         if (reason := find_checksum_mismatch(path, [META_FILE, INDEX_FILE])) is not None:
             return reason
-        # A checksum finds accidents. Whoever forges a file also writes its checksum, so entries and
-        # pickled tensors must have sizes that fit the file.
+        # A checksum detects accidental damage only: a forged file can have a matching checksum. So
+        # entries and pickled tensors must also have sizes that fit the file.
         with (path / META_FILE).open("rb") as file, zipfile.ZipFile(file) as table:
             zip_archive.validate_zip_entries(table, files[META_FILE][0])
             zip_archive.validate_pickled_tensors(table, files[META_FILE][0])
