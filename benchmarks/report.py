@@ -171,7 +171,7 @@ def duration(seconds: float) -> str:
 
 
 def speeds() -> str:
-    """A line for each comparison, in the order of SPEEDS."""
+    """A line for each comparison, in the order of SPEEDS: of its last run with a steady control."""
     lines = [
         "| measurement | compared with | Ravine | other | ratio | 95 % interval | A/A "
         "| machine | commit |",
@@ -181,7 +181,7 @@ def speeds() -> str:
         path = HERE / "rows" / f"{file}.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         prefix = "a training step on 2 ranks: " if file == "bare_loops" else ""
-        for row in {row["what"]: row for row in rows if "ratios" in row}.values():
+        for row in {row["what"]: row for row in rows if row.get("ratios")}.values():
             median = {name: statistics.median(spent) for name, spent in row["seconds"].items()}
             title = prefix + (TITLES.get(row["what"]) or row["what"])
             for other, ratio in row["ratios"].items():

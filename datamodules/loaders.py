@@ -157,6 +157,7 @@ class ResumableLoader:
                 flag="--ckpt_path=FILE",
             )
         self.epoch, self.num_consumed = state["epoch"], state["num_consumed"]
+        # `epoch` counts this loader's epochs; after a resume the trainer's number may be one higher
         self._trainer_epoch = state["trainer_epoch"]
         # used once by the next iteration; the lines above are for `state_dict` before it
         self._resume_state = state

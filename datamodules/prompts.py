@@ -257,7 +257,7 @@ def read_prompt_rows(path: Path) -> list[dict[str, Any]]:
             )
         for name, value in row.items():
             if isinstance(value, str):
-                # raises an error for U+0000 and for half of a character
+                # raises an error for U+0000 and for a lone surrogate, which is half of a character
                 check_text_characters(value, location, name)
         prompts.append(row)
     if len(prompts) < 2:

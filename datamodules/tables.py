@@ -146,7 +146,9 @@ def _parse_rows(lines: list[str], name: str, delimiter: str) -> list[tuple[int, 
             raise UsageError(
                 f"{name}, line {reader.line_num}: {error}", ["a CSV row"], "correct the line"
             ) from None
-        if rows:  # an unclosed quote puts the rest of the file into one cell of the last row
+        # An unclosed quote puts the rest of the file into one cell of the last row. Only this error
+        # of the strict mode counts; quotes within a cell are accepted.
+        if rows:
             try:
                 list(csv.reader(lines[last_start:], delimiter=delimiter, strict=True))
             except csv.Error as error:

@@ -135,17 +135,18 @@ class HashedLinear(nn.Module):
         Axes: b messages, n n-grams of all messages, out outputs.
         """
         # bucket, 1 + ln count and type (0 word, 1 character) of the n-grams of each message
-        buckets, counts, ngram_types = zip(
+        buckets, log_counts, ngram_types = zip(
             *(hash_ngrams(m, len(self.idf)) for m in messages), strict=True
         )
         sizes = torch.tensor([len(b) for b in buckets])  # (b) n-grams of each message
         message_index = torch.arange(len(sizes)).repeat_interleave(sizes)  # (n)
         segment = 2 * message_index + torch.cat(ngram_types)  # (n) one of 2b: message and type
         offsets = sizes.cumsum(0) - sizes  # (b) of a message's first n-gram
-        bucket, count, segment, offsets = (
-            x.to(self.idf.device) for x in (torch.cat(buckets), torch.cat(counts), segment, offsets)
+        bucket, log_count, segment, offsets = (
+            x.to(self.idf.device)
+            for x in (torch.cat(buckets), torch.cat(log_counts), segment, offsets)
         )
-        weight = count * self.idf[bucket]  # (n)
+        weight = log_count * self.idf[bucket]  # (n)
         squared_norm = weight.new_zeros(2 * len(messages)).index_add(0, segment, weight.square())
         weight = weight / squared_norm.clamp(min=1e-12).sqrt()[segment]
         weighted_sum = F.embedding_bag(

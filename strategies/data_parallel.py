@@ -195,7 +195,8 @@ def check_gradients_in_buckets(optimizer: Any) -> None:
     """Raise UsageError if `p.grad.data = new` has replaced the memory of a bucket view.
 
     With `gradient_as_bucket_view=True` a gradient is a view of a bucket, the flat tensor that DDP
-    all-reduces. DDP would reduce the bucket, and the gradient would not get the result.
+    all-reduces. DDP would reduce the bucket, and the gradient would not get the result. It is
+    called after the steps 1, 2, 4, 8, and so on.
     """
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
         gradient = parameter.grad

@@ -40,7 +40,7 @@ from .checkpoint.atomic_io import (
     check_serializable,
     collective_loading,
     require_valid_folder,
-    resolve_parent,
+    with_resolved_parent,
     write_error,
 )
 from .checkpoint.plain_values import with_plain_hyperparameters
@@ -644,7 +644,8 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
     ) -> None:
         """Write a single file, or a folder to which each rank writes its shards.
 
-        Every rank calls it.
+        Every rank calls it. It is a folder if `save_distributed_checkpoint` was set; then
+        `storage_options` are not used.
 
         Raises:
             CheckpointError: a file cannot be written, or a value is not serializable.
@@ -660,7 +661,7 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         path = Path(self.broadcast(filepath))
         if isinstance(self.checkpoint_io, AtomicCheckpointIO):
             # it removes only paths that it knows to be written by this run
-            self.checkpoint_io.written_paths.add(resolve_parent(path))
+            self.checkpoint_io.written_paths.add(with_resolved_parent(path))
         try:
             sharded.save_sharded(checkpoint, path)
         except OSError as error:

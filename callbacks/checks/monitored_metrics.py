@@ -268,7 +268,9 @@ def record_logged_names(module: L.LightningModule, num_loaders: int) -> Iterator
     """Record the names that are passed to Lightning's `log` of the module within the context.
 
     A module's own `log`, which may change the names, is called as in a training step. Nothing is
-    logged. With several loaders Lightning adds a suffix to the names, so both forms are recorded.
+    logged. Lightning may log a name as it is, or with `_step` and `_epoch`, depending on options
+    and on defaults that differ between hooks; with several loaders it adds a suffix at the end. All
+    of these forms are recorded, because a name that nobody logs has none of them.
     """
     names: set[str] = set()
     original = L.LightningModule.log
@@ -277,13 +279,10 @@ def record_logged_names(module: L.LightningModule, num_loaders: int) -> Iterator
         if self is not module:
             original(self, name, *args, **kwargs)
             return
-        variants = {name}
+        forms = (name, f"{name}_step", f"{name}_epoch")
+        names.update(forms)
         if num_loaders > 1:
-            variants.update(f"{name}/dataloader_idx_{i}" for i in range(num_loaders))
-        for variant in variants:
-            names.add(variant)
-            if logs_step_and_epoch(kwargs):
-                names.update((f"{variant}_step", f"{variant}_epoch"))
+            names.update(f"{n}/dataloader_idx_{i}" for n in forms for i in range(num_loaders))
 
     # the class is patched, because a module's own `log` calls it by `super().log`
     L.LightningModule.log = record_name
@@ -291,11 +290,6 @@ def record_logged_names(module: L.LightningModule, num_loaders: int) -> Iterator
         yield names
     finally:
         L.LightningModule.log = original
-
-
-def logs_step_and_epoch(options: dict[str, Any]) -> bool:
-    """Whether a value is logged per step and per epoch, which adds two names."""
-    return bool(options.get("on_step") and options.get("on_epoch"))
 
 
 def collect_callback_metric_names(trainer: Any) -> set[str]:

@@ -73,6 +73,7 @@ def set_base_lr(
         lr_scales: factor on the base rate by label of a rule.
     """
     factor = scheduler.current_factor() if scheduler is not None else 1.0
+    # 1.0 for a rule whose first parameters were added during training: it stands on its own rate
     base_lrs = {
         id(group): lr * lr_scales.get(label, 1.0)
         for label, (_, groups) in composite.groups_by_label().items()

@@ -82,7 +82,7 @@ class MetricAlert(OptimizerStepCallback):
     def on_optimizer_step_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any
     ) -> None:
-        """Check the metrics after the first step, and every log interval.
+        """Check the metrics after the first step of the run, and every log interval.
 
         The base class calls it after each optimizer step and counts the steps in `self.step`.
 
@@ -95,6 +95,7 @@ class MetricAlert(OptimizerStepCallback):
         metrics = trainer.callback_metrics
         watched = {*self.min_value, *self.min_fraction_of_first}
         values = {name: float(metrics[name]) for name in sorted(watched & metrics.keys())}
+        # self.requested: the metrics that the user named
         missing = self.requested - values.keys() if values else watched
         if missing:
             name = type(pl_module).__name__

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]  # folder of callbacks/, strategies/, cli/
-MAX_BASES = 20  # depth of a class hierarchy, against a circle of names
+MAX_LOOKUP_DEPTH = 20  # of classes or names followed one after the other, against a circle
 # Base classes by which a class is recognized. The search for bases ends at them.
 BASE_NAMES = frozenset(
     ("Callback", "Optimizer", "LightningModule", "LightningDataModule", "Strategy", "Reward")
@@ -208,7 +208,7 @@ def resolve(source: SourceFile, expression: str, depth: int = 0) -> Definition |
         expression: the name, with dots for attributes.
         depth: number of steps so far, which ends a cycle.
     """
-    if depth > MAX_BASES:
+    if depth > MAX_LOOKUP_DEPTH:
         return None
     head, _, remainder = expression.partition(".")
     node = source.definitions.get(head)
@@ -248,7 +248,7 @@ def bases_of(definition: Definition) -> Iterator[tuple[str, Definition | None]]:
 def ancestor_names(definition: Definition, depth: int = 0) -> list[str]:
     """Return the names of all base classes; the search ends at the classes of BASE_NAMES."""
     names = []
-    if not isinstance(definition.node, ast.ClassDef) or depth > MAX_BASES:
+    if not isinstance(definition.node, ast.ClassDef) or depth > MAX_LOOKUP_DEPTH:
         return names
     for base in definition.node.bases:
         text = ast.unparse(base.value if isinstance(base, ast.Subscript) else base)
@@ -275,7 +275,7 @@ def parameters_of(definition: Definition, depth: int = 0) -> list[Parameter] | N
         depth: number of base classes followed so far.
     """
     node = definition.node
-    if depth > MAX_BASES:
+    if depth > MAX_LOOKUP_DEPTH:
         return None
     if isinstance(node, FunctionNode):
         return _function_parameters(definition, node, None, depth)
@@ -464,7 +464,7 @@ def _constant_texts(expr: ast.expr, source: SourceFile, depth: int = 0) -> Itera
                 yield from _constant_texts(value, source, depth)
         case ast.FormattedValue(value=value):
             yield from _constant_texts(value, source, depth)
-        case ast.Name(id=name) if depth < MAX_BASES:
+        case ast.Name(id=name) if depth < MAX_LOOKUP_DEPTH:
             resolved = resolve(source, name)
             value = getattr(resolved.node, "value", None) if resolved else None
             if resolved and isinstance(value, ast.Constant):
@@ -582,7 +582,7 @@ def _evaluate(node: ast.expr, source: SourceFile | None, depth: int) -> Any:
     Raises:
         UnknownValueError: it is another kind of expression.
     """
-    if depth > MAX_BASES:
+    if depth > MAX_LOOKUP_DEPTH:
         raise UnknownValueError(ast.unparse(node))
     try:
         return ast.literal_eval(node)
@@ -641,7 +641,7 @@ def literal_choices(annotation: str, source: SourceFile | None, depth: int = 0) 
         node = ast.parse(annotation, mode="eval").body
     except SyntaxError:
         return []
-    return [] if depth > MAX_BASES else _literal_choices(node, source, depth)
+    return [] if depth > MAX_LOOKUP_DEPTH else _literal_choices(node, source, depth)
 
 
 def _literal_choices(node: ast.expr, source: SourceFile | None, depth: int) -> list[Any]:
@@ -650,7 +650,7 @@ def _literal_choices(node: ast.expr, source: SourceFile | None, depth: int) -> l
     Args:
         node: the hint in the syntax tree; `X | Y` gives the values of both.
         source: its file, in which names are looked up; None without one.
-        depth: number of nested hints and names so far.
+        depth: number of nested hints and names so far; `literal_choices` limits it.
     """
     match node:
         case ast.BinOp(left=left, op=ast.BitOr(), right=right):
@@ -664,7 +664,7 @@ def _literal_choices(node: ast.expr, source: SourceFile | None, depth: int) -> l
         case ast.Name() | ast.Attribute() if source:
             resolved = resolve(source, ast.unparse(node))
             value = getattr(resolved.node, "value", None) if resolved else None
-            if resolved and isinstance(value, ast.expr) and not isinstance(value, ast.Constant):
+            if resolved and isinstance(value, ast.expr):  # the hint is a name for another hint
                 return literal_choices(ast.unparse(value), resolved.source, depth + 1)
     return []
 

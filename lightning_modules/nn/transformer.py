@@ -403,7 +403,7 @@ class Transformer(nn.Module):
         strategies/tensor_parallel.py reads the plan. "colwise" and "rowwise" split a matrix by
         heads or hidden channels; "shared" marks a module whose input several such matrices read.
         The others count only if the sequence is split, too: "scatter" splits it, a module marked
-        "sequence" runs on a part of it, and "gather" joins it.
+        "sequence" runs on a part of it, and "gather" joins the module's input.
 
         Embedding and head are not split: they may share their storage. An attention is split if
         query, key, value and output are learned. In the other variants a projection that is not
@@ -417,6 +417,7 @@ class Transformer(nn.Module):
             styles |= {"attention": "shared", **dict.fromkeys(qkv_projections, "colwise")}
             styles["attention.out_proj"] = "rowwise"
         if isinstance(first.mlp, MLP):
+            # an MLP without SwiGLU has no `gate`, and the strategy skips names that do not exist
             styles |= {"mlp": "shared", "mlp.up": "colwise", "mlp.gate": "colwise"}
             styles["mlp.down"] = "rowwise"
         plan = {f"blocks.*.{name}": style for name, style in styles.items()}

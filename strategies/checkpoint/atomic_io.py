@@ -108,7 +108,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         checkpoint = with_plain_hyperparameters(checkpoint)
         check_serializable(checkpoint)
         # `remove_checkpoint` removes only these paths
-        self.written_paths.add(resolve_parent(target))
+        self.written_paths.add(with_resolved_parent(target))
         try:
             _save_atomically(checkpoint, target)
         except OSError as error:
@@ -154,8 +154,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         target = _local_path(path)
         if target is None:
             super().remove_checkpoint(path)
-        elif resolve_parent(target) in self.written_paths and not target.is_symlink():
-            self.written_paths.discard(resolve_parent(target))
+        elif with_resolved_parent(target) in self.written_paths and not target.is_symlink():
+            self.written_paths.discard(with_resolved_parent(target))
             if target.is_dir():
                 # a reader never finds a folder of which some files are missing under the old name
                 removed_path = target.with_name(f".tmp-{uuid.uuid4().hex}")
@@ -166,7 +166,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 target.unlink(missing_ok=True)
 
 
-def resolve_parent(path: Path) -> Path:
+def with_resolved_parent(path: Path) -> Path:
     """Resolve links and `..` in the parent folders of a path, but not the path itself."""
     return path.parent.resolve() / path.name
 
@@ -557,6 +557,7 @@ def write_error(path: Path, error: OSError) -> CheckpointError:
         f"the checkpoint {path} cannot be written ({error.strerror or error}); earlier "
         "checkpoints are unchanged"
     )
+    # EFBIG is the limit of the process on the size of a file (ulimit -f)
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         # list_checkpoints: pairs of time and path, so the maximum is the newest one
         latest = max(list_checkpoints(path.parent), default=None)

@@ -112,7 +112,8 @@ def _probe_case(
     # a scalar is not split over ranks
     if example.ndim == 0:
         return "elementwise", ""
-    # _probe_shape: small or large with the axes of the example; an even number of rows
+    # _probe_shape: small or large, like the example, because some rules treat the two differently;
+    # with the axes of the example and an even number of rows
     shape = _probe_shape(example)
     half = shape[0] // 2
     with _preserve_rng_states():
@@ -127,6 +128,7 @@ def _probe_case(
         # GRADIENT_SCALES: a factor for each step; a rule may depend on the size of gradients
         values, gradients = draw_values(), [draw_values() * scale for scale in GRADIENT_SCALES]
         other_values = draw_values()
+        # smaller by a factor that no rounding hides, so that a joint statistic differs
         other_gradients = [draw_values() * scale / 7 for scale in GRADIENT_SCALES]
 
         new_flags: StateShapeFlags = {}
@@ -152,7 +154,8 @@ def _probe_case(
                 return "elementwise", ""
         except Exception:  # it does not accept tensors of this shape
             pass
-        # per tensor: stepping two parameters together gives the same as stepping each alone
+        # per tensor: stepping two parameters together gives the same as stepping each alone. The
+        # first trial has passed with this shape, so an error here is a fault, and is raised.
         joint_results = run_trial((values, gradients), (other_values, other_gradients))
         separate_results = [full_result, *run_trial((other_values, other_gradients))]
         if all(
@@ -255,15 +258,15 @@ def _record_saved_shapes(trial: Any, parameter: Tensor, has_param_shape: StateSh
 def _copy_optimizer(optimizer: Optimizer, group_index: int, parameters: list[nn.Parameter]) -> Any:
     """Copy an optimizer with one of its param groups, which gets other parameters.
 
-    The memory of the real parameters is not copied. Optimizers in attributes (a composite one, a
-    wrapper) are copied as well.
+    The memory of the real parameters is not copied; other tensors, such as a state, are. Optimizers
+    in attributes (a composite one, a wrapper) are copied as well.
 
     Args:
         optimizer: the optimizer.
         group_index: index of the group that the copy keeps.
         parameters: the parameters of the copy.
     """
-    originals = list(iter_nested_optimizers(optimizer))
+    originals = list(iter_nested_optimizers(optimizer))  # the first is `optimizer` itself
     duplicates = [object.__new__(type(original)) for original in originals]
     pairs = list(zip(originals, duplicates, strict=True))
     # for deepcopy: objects by the id of the object that they replace
@@ -291,6 +294,7 @@ def _copy_optimizer(optimizer: Optimizer, group_index: int, parameters: list[nn.
 
 def _keep_only_group(optimizer: Any, group_index: int, parameters: list[nn.Parameter]) -> None:
     groups = optimizer.param_groups
+    # a nested optimizer with fewer groups keeps all of them
     if len(groups) > group_index:
         groups[:] = [groups[group_index]]
     for group in groups:

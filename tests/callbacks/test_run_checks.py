@@ -494,6 +494,44 @@ def test_metrics_that_are_logged_are_accepted(name) -> None:
     assert trainer.global_step == 4
 
 
+class LogsInAllForms(Noisy1):
+    """Logs by positional options, and by the defaults of each hook."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("default", loss, on_epoch=True)  # on_step is True in a training step
+        self.log("positional", loss, False, False, True, True)
+        return loss
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        value = torch.tensor(1.0)
+        self.log("val_default", value, on_step=True)  # on_epoch is True in a validation step
+        self.log("val_both", value, on_step=True, on_epoch=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "default_epoch",
+        "positional_epoch",
+        "val_default_epoch/dataloader_idx_0",
+        "val_both_epoch/dataloader_idx_1",
+    ],
+)
+def test_each_form_of_a_logged_name_is_accepted(name) -> None:
+    loaders = LOADERS()
+    loaders["val_dataloaders"] = [loaders["val_dataloaders"]] * 2
+    trainer = L.Trainer(
+        **QUIET,
+        max_epochs=1,
+        log_every_n_steps=1,
+        callbacks=[EarlyStopping(name, check_on_train_epoch_end=True), GradientClipping(1.0)],
+    )
+    trainer.fit(LogsInAllForms(), **loaders)
+    assert name in trainer.callback_metrics
+    assert trainer.global_step == 4
+
+
 def test_a_metric_that_another_callback_or_hook_logs_is_not_refused() -> None:
     class Late(Noisy1):
         def on_train_epoch_end(self):
