@@ -19,6 +19,7 @@ from jsonargparse import (
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import ravine.callbacks
@@ -30,8 +31,8 @@ from ravine.lightning_compat.command_line import CommandLine
 from ravine.strategies.rank_agreement import flatten_config
 
 from . import resume_path
+from .config import callback_flags, presets, saved_config, trust
 from .config import errors as config_errors
-from .config import presets, saved_config, trust
 from .config.saved_config import ConfigSaver
 from .error_report import is_raised_by_parser, program_name, unwrap_error
 from .resume_path import iter_values
@@ -116,6 +117,8 @@ class RavineCLI(CommandLine):
         self.command = argv[0]
         # without --trust, and the packages that it names: their classes may be imported
         argv, self.trusted_packages = trust.split_trust_flags(argv)
+        # without `--trainer.callbacks.Muon.lr` and `--optimizer.lr`: the parser lacks such flags
+        argv, self.callback_flags = callback_flags.split_flags(argv)
         self.changed_keys: list[str] = []  # config keys that differ from the checkpoint
         self.saved_config_values: saved_config.Config = {}  # of the checkpoint
         super().__init__(
@@ -195,7 +198,10 @@ class RavineCLI(CommandLine):
             typed_keys.add("config")
         # Classes that the user names are trusted. Of others, the checkpoint may name those of
         # Ravine, torch.nn, torch.optim and Lightning's callbacks.
-        trust_policy = trust.TrustPolicy(self.trusted_packages, trust.find_dotted_names(values))
+        flag_values = [flag.as_value() for flag in self.callback_flags]
+        trust_policy = trust.TrustPolicy(
+            self.trusted_packages, trust.find_dotted_names([*values, *flag_values])
+        )
         trust_policy.check_config(
             self.saved_config_values,
             str(self.checkpoint_path),
@@ -205,9 +211,28 @@ class RavineCLI(CommandLine):
         # model, data, seed and others as flags. Later flags win, so the user's follow.
         saved_argv = saved_config.to_argv(self.saved_config_values, argv[0], typed_keys)
         argv = [argv[0], *saved_argv, *argv[1:]]
+        # printed after the flags of callbacks are applied
+        print_words = [word for word in argv if word.startswith(callback_flags.PRINT_CONFIG_FLAG)]
+        if self.callback_flags or self.saved_config_values:
+            argv = [word for word in argv if word not in print_words]
         self.config = config_errors.parse_argv(parser, argv)
         if self.saved_config_values:
             self._add_saved_callbacks(parser, argv, trust_policy, typed_keys)
+        elif self.callback_flags:
+            self._apply_callback_flags(parser, argv)
+        if argv[0] == "fit":
+            model = self.config[argv[0]]["model"]
+            class_path = model["class_path"] if "class_path" in model else str(model)
+            for note in callback_flags.replacement_notes(values, class_path):
+                rank_zero_only(print)(note)
+        if print_words:
+            extra_argv = callback_flags.to_argv(self.config[argv[0]])
+            config_errors.parse_argv(parser, [*argv, *extra_argv, *print_words])
+
+    def _apply_callback_flags(self, parser: LightningArgumentParser, argv: list[str]) -> None:
+        """Change the parsed callbacks by flags such as `--trainer.callbacks.Muon.lr=0.01`."""
+        command = argv[0]
+        callback_flags.apply_flags(parser, command, self.config[command], self.callback_flags)
 
     def _add_saved_callbacks(
         self,
@@ -232,6 +257,7 @@ class RavineCLI(CommandLine):
             self.saved_config_values, parsed, trust_policy, source, command, typed_keys
         ):
             self.config = config_errors.parse_argv(parser, [*argv, *extra_argv])
+        self._apply_callback_flags(parser, argv)
         resolved = self._resolved_config(command)
         if "trainer.name" not in typed_keys:  # the name comes from the checkpoint
             root = resolved["trainer"]["default_root_dir"] or "."

@@ -4,17 +4,24 @@ The learning rate of optimizer step k (k = 0, 1, ...) is `lr * factor(k, total_s
 `warmup` steps the factor rises linearly, (k + 1) / warmup, so that no step has the rate 0. After
 the warmup the shape of `kind` begins. With `warmup_from_zero` the factor rises as k / warmup, as in
 CS336 and in Hugging Face's schedules.
+
+The number W of warmup steps follows from `warmup` = w and the run's number T of optimizer steps:
+
+    w is a whole number below T      W = w
+    w is a whole number, T or more   W = max(1, floor(T / 10)), at most T - 1: a tenth of the run
+    0 < w < 1                        W = max(1, round(w T)), at most T - 1: a fraction of the run
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from ravine.errors import UsageError
+from ravine.errors import UsageError, format_arguments
 
 ScheduleKind = Literal[
     "constant", "linear", "cosine", "wsd", "step", "inverse_sqrt", "exponential", "cosine_restarts"
@@ -30,7 +37,8 @@ class LRSchedule:
 
     Args:
         kind: the shape after the warmup.
-        warmup: the number of optimizer steps with a linearly rising rate.
+        warmup: the number of optimizer steps with a linearly rising rate; below 1 a fraction of
+            the run. A run that is not longer takes a tenth of its steps.
         final_fraction: the lowest rate, as a fraction of the peak rate.
         cooldown: wsd only: the fraction of the run, at its end, with a linearly falling rate.
         period: step and cosine_restarts only: optimizer steps between two drops, or in one cosine.
@@ -39,26 +47,59 @@ class LRSchedule:
     """
 
     kind: ScheduleKind = "constant"
-    warmup: int = 0
+    warmup: int | float = 0
     final_fraction: float = 0.0
     cooldown: float = 0.2
     period: int = 100
     decay_factor: float = 0.5
     warmup_from_zero: bool = False
 
+    def __str__(self) -> str:
+        """Return the schedule with the arguments that differ from their defaults."""
+        values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
+        changed = {name: value for name, (value, default) in values.items() if value != default}
+        return f"LRSchedule({format_arguments(changed)})"
+
     @property
     def needs_total_steps(self) -> bool:
-        """Whether the shape depends on the length of the run."""
-        return self.kind in ("linear", "cosine", "wsd")
+        """Whether the learning rates depend on the length of the run."""
+        return self.kind in ("linear", "cosine", "wsd") or 0 < self.warmup < 1
+
+    def warmup_steps(self, total_steps: float) -> int:
+        """Return the number of warmup steps in a run of `total_steps` optimizer steps, maybe inf.
+
+        A fraction of a run whose length is not known yet has 0 steps.
+        """
+        is_fraction = 0 < self.warmup < 1
+        if math.isinf(total_steps):
+            return 0 if is_fraction else int(self.warmup)
+        if is_fraction:
+            steps = max(1, round(self.warmup * total_steps))
+        elif self.warmup < total_steps:
+            return int(self.warmup)
+        else:
+            steps = max(1, int(total_steps // 10))
+        return max(0, min(steps, int(total_steps) - 1))
 
     def factor(self, step: int, total_steps: float) -> float:
         """Return the fraction of the peak learning rate at step `step` of `total_steps`."""
-        if step < self.warmup:
-            return (step + (not self.warmup_from_zero)) / self.warmup
-        span = max(total_steps - self.warmup, 1)
+        warmup = self.warmup_steps(total_steps)
+        if step < warmup:
+            return (step + (not self.warmup_from_zero)) / warmup
+        span = max(total_steps - warmup, 1)
+        schedule = self if warmup == self.warmup else replace(self, warmup=warmup)
         return max(
             self.final_fraction,
-            SCHEDULE_SHAPES[self.kind](min(step - self.warmup, span), span, self),
+            SCHEDULE_SHAPES[self.kind](min(step - warmup, span), span, schedule),
+        )
+
+    def shortened_warmup_message(self, total_steps: float) -> str | None:
+        """Return a message if the warmup does not fit into the run and is shortened, else None."""
+        if self.warmup < max(1, total_steps):
+            return None
+        return (
+            f"LRSchedule({self.kind!r}): warmup={self.warmup} does not fit into the run of "
+            f"{total_steps:g} optimizer steps, so the warmup has {self.warmup_steps(total_steps)}"
         )
 
     def validate(self, total_steps: float) -> None:
@@ -68,27 +109,27 @@ class LRSchedule:
         """
         name = f"LRSchedule({self.kind!r})"
         if self.needs_total_steps and math.isinf(total_steps):
+            argument = "kind=constant" if self.kind in ("linear", "cosine", "wsd") else "warmup=100"
             raise UsageError(
                 f"{name} depends on the length of the run, and this run has no end",
                 hint="pass max_steps=1000 to Trainer, or use LRSchedule('constant')",
-                flag="--trainer.max_steps=1000, or in the config schedule: {kind: constant}",
+                flag=f"--trainer.max_steps=1000, or --schedule.{argument}",
             )
-        if not 0 <= self.warmup < total_steps:
-            example = 0 if math.isinf(total_steps) else int(total_steps // 10)
-            longer_flag = f"--trainer.max_steps={2 * self.warmup}, or " if self.warmup > 0 else ""
+        # not less than 0, no infinity and no NaN; above 1 there are only whole steps
+        if not 0 <= self.warmup < math.inf or (self.warmup > 1 and self.warmup % 1):
             raise UsageError(
-                f"{name}: warmup={self.warmup} does not fit into the run, which has "
-                f"{total_steps:g} optimizer steps",
-                [f"0 to {total_steps - 1:g}"],
-                hint=f"use warmup={example}",
-                flag=f"{longer_flag}in the config schedule: {{warmup: {example}}}",
+                f"{name}: warmup={self.warmup} is neither a number of steps nor a fraction",
+                ["0 or more optimizer steps", "a fraction of the run between 0 and 1"],
+                hint="use warmup=0.1",
+                flag="--schedule.warmup=0.1",
             )
+        warmup = self.warmup_steps(total_steps)
         if self.warmup_from_zero and not self.warmup:
             raise UsageError(
                 f"{name}: warmup_from_zero=True needs a warmup, and warmup is 0",
                 ["warmup of 1 step or more"],
                 hint="use warmup=100",
-                flag="in the config schedule: {warmup: 100, warmup_from_zero: true}",
+                flag="--schedule.warmup=100",
             )
         fractions = {"final_fraction": self.final_fraction, "decay_factor": self.decay_factor}
         for argument, fraction in fractions.items():
@@ -97,21 +138,21 @@ class LRSchedule:
                     f"{name}: {argument}={fraction} is not a fraction of the peak learning rate",
                     ["0 to 1"],
                     hint=f"use {argument}=0.1",
-                    flag=f"in the config schedule: {{{argument}: 0.1}}",
+                    flag=f"--schedule.{argument}=0.1",
                 )
         # wsd: the rate rises in the warmup, is constant, and falls in the cooldown
-        num_changing_steps = self.warmup + self.cooldown * total_steps  # rising or falling rate
+        num_changing_steps = warmup + self.cooldown * total_steps  # rising or falling rate
         fits_wsd = 0 < self.cooldown <= 1 and num_changing_steps <= total_steps
         if self.kind == "wsd" and not fits_wsd:
-            longest = f"{1 - self.warmup / total_steps:.2f}"
+            longest = f"{1 - warmup / total_steps:.2f}"
             raise UsageError(
-                f"{name}: warmup={self.warmup} and cooldown={self.cooldown} do not fit into "
+                f"{name}: warmup={warmup} and cooldown={self.cooldown} do not fit into "
                 f"{total_steps:g} optimizer steps",
                 [f"cooldown of {longest} or less"],
                 hint=f"use cooldown={longest}",
-                flag=f"in the config schedule: {{cooldown: {longest}}}",
+                flag=f"--schedule.cooldown={longest}",
             )
-        num_decay_steps = total_steps - self.warmup
+        num_decay_steps = total_steps - warmup
         if self.kind in ("step", "cosine_restarts") and not 0 < self.period <= num_decay_steps:
             quarter = f"{max(1, num_decay_steps // 4):g}"
             raise UsageError(
@@ -119,7 +160,7 @@ class LRSchedule:
                 "optimizer steps after the warmup",
                 [f"1 to {num_decay_steps:g}"],
                 hint=f"use period={quarter}",
-                flag=f"in the config schedule: {{period: {quarter}}}",
+                flag=f"--schedule.period={quarter}",
             )
 
 
@@ -138,6 +179,19 @@ class ScheduleLR(LambdaLR):
     def current_factor(self) -> float:
         """Return the schedule factor of the next optimizer step."""
         return self.lr_lambdas[0](self.last_epoch)
+
+    def set_current_lrs(self) -> None:
+        """Set the rates of the current step again, after the function of the factor has changed."""
+        factor = self.current_factor()
+        for index, (group, base_lr) in enumerate(
+            zip(self.optimizer.param_groups, self.base_lrs, strict=True)
+        ):
+            lr = base_lr * factor
+            if isinstance(group["lr"], Tensor):  # the optimizer reads this tensor
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+            self._last_lr[index] = group["lr"]
 
     def get_lr(self) -> list[Any]:
         """Return the base rate times the factor for each group; torch calls it at each step.

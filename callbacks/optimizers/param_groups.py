@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ravine.errors import UsageError, suggest_names
+from ravine.errors import UsageError, format_arguments, suggest_names
 
 from . import optimizer_errors
 from .composite import CompositeOptimizer, ParamGroup, RuleGroups
@@ -240,6 +240,21 @@ def call_factory(factory: OptimizerFactory | None, parameters: Sequence[Any]) ->
             hint="use optimizer=torch.optim.AdamW",
         )
     return built
+
+
+def describe_factory(factory: OptimizerFactory | None) -> str:
+    """Return an optimizer with the arguments that differ from its defaults: AdamW(lr=0.005)."""
+    optimizer_type = get_optimizer_class(factory)
+    if optimizer_type is None:
+        return getattr(factory, "__name__", "an optimizer")
+    signature = _constructor_parameters(optimizer_type)
+    # the arguments of a partial
+    changed_args = {
+        name: value
+        for name, value in getattr(factory, "keywords", {}).items()
+        if name not in signature or signature[name].default != value
+    }
+    return f"{optimizer_type.__name__}({format_arguments(changed_args)})"
 
 
 def _constructor_parameters(cls: type | None) -> dict[str, inspect.Parameter]:

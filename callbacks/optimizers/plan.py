@@ -30,7 +30,13 @@ from ..stock_callbacks.gradient_accumulation import count_optimizer_steps
 from .composite import CompositeOptimizer, ParamGroup, RuleGroups, needs_closure
 from .lr_finder import check_single_lr, find_lr_finders, get_suggested_lr, set_base_lr
 from .lr_schedules import LRSchedule, ScheduleLR
-from .param_groups import RuleParams, build_optimizer, make_added_groups, make_plan_table
+from .param_groups import (
+    RuleParams,
+    build_optimizer,
+    describe_factory,
+    make_added_groups,
+    make_plan_table,
+)
 from .parameter_rules import (
     DecayFilter,
     OptimizerFactory,
@@ -202,15 +208,24 @@ class OptimizerPlan(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Compute the total number of steps from the loaders, which now exist."""
+        scheduler = self._lr_context[1] if self._lr_context is not None else None
+        first_factor = scheduler.current_factor() if scheduler is not None else 1.0
         if trainer.max_epochs != -1 and self is attached_plans(trainer)[-1]:
             self._set_total_steps(trainer, count_optimizer_steps(trainer))
+        # the rates of the first step were set before the length of the run was known
+        if (
+            scheduler is not None
+            and trainer.global_step == 0
+            and scheduler.current_factor() != first_factor
+        ):
+            scheduler.set_current_lrs()
         if (
             trainer.global_step == 0
             and (rate := get_suggested_lr(trainer))
             and self._lr_context is not None
         ):
             set_base_lr(rate, *self._lr_context)
-        self._log_schedule_rescaling(trainer)
+        self._log_schedule_changes(trainer)
         self._schedule_free.use_train_weights(pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -365,9 +380,14 @@ class OptimizerPlan(Callback):
         ]
 
     def _log_replaced_optimizers(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Print which plans and which method of the module are not used, with what is lost."""
         name, console = str(self), Console()
         for other in attached_plans(trainer)[:-1]:
-            console.print(f"{other} is not used, because {name} comes after it", soft_wrap=True)
+            text = (
+                f"{other} is not used, because {name} comes after it. Not used: "
+                f"{other.describe_settings()}. Used: {self.describe_settings()}"
+            )
+            console.print(text, soft_wrap=True, highlight=False, markup=False)
         module_hook = type(module).configure_optimizers
         if not module_hook.__module__.startswith(("ravine.", "lightning.")):
             console.print(
@@ -375,18 +395,36 @@ class OptimizerPlan(Callback):
                 soft_wrap=True,
             )
 
-    def _log_schedule_rescaling(self, trainer: L.Trainer) -> None:
-        """Print the change of the learning rate if a resumed run has another length.
+    def describe_settings(self) -> str:
+        """Return the optimizers with their arguments, and the schedule, in one line."""
+        rules = [
+            (rule.label, describe_factory(rule.optimizer), rule.lr_scale) for rule in self.rules
+        ]
+        texts = [
+            f"{label + ': ' if len(rules) > 1 else ''}{text}"
+            f"{f' with lr_scale={scale:g}' if scale != 1 else ''}"
+            for label, text, scale in rules
+        ]
+        if self.decay != "matrices":
+            texts.append(f"decay={self.decay}")
+        return f"{', '.join(texts)}, {'no schedule' if self.schedule is None else self.schedule}"
+
+    def _log_schedule_changes(self, trainer: L.Trainer) -> None:
+        """Print a shortened warmup, and the change of rates if a resumed run has another length.
 
         `_saved_total_steps` is the length of the checkpoint's run, and None if it is not resumed.
         """
         saved_total_steps = self._saved_total_steps
         self._saved_total_steps = None  # print once
+        if self.schedule is None or not trainer.is_global_zero:
+            return
+        # None if the warmup fits into the run
+        if message := self.schedule.shortened_warmup_message(self._total_steps):
+            Console().print(message, soft_wrap=True, highlight=False)
         if saved_total_steps is None or saved_total_steps == self._total_steps:
             return
-        if self.schedule is None or not self.schedule.needs_total_steps:
-            return
-        if trainer.is_global_zero:
+        warmups = {self.schedule.warmup_steps(n) for n in (saved_total_steps, self._total_steps)}
+        if self.schedule.needs_total_steps or len(warmups) > 1:
             step = trainer.global_step
             # factors of the peak learning rate, at this step of a run with that number of steps
             old_factor = self.schedule.factor(step, saved_total_steps)

@@ -25,7 +25,7 @@ from ravine.errors import UsageError
 from ravine.lightning_compat import precision_names
 
 from ..error_report import program_name, unknown_name_error
-from . import presets, typehints
+from . import callback_arguments, presets, typehints
 from .values import ConfigValue, from_argv, from_env
 
 CLASS_SPEC_KEYS = ("class_path", "init_args", "dict_kwargs")
@@ -93,6 +93,7 @@ class ConfigErrorFinder:
         self.command = command
         # by key: the class and the number of supplied arguments
         self.chosen_classes: dict[str, tuple[type, int]] = {}
+        self.callbacks: list[ConfigValue] = []  # those of the run so far
 
     def check_argv(self, argv: list[str]) -> None:
         """Check the environment variables, then the configs and flags."""
@@ -167,6 +168,12 @@ class ConfigErrorFinder:
             else section or self.command
         )
         problem = f"{config_value.location}: {owner_name} has no argument {name!r}"
+        if owner == "trainer.callbacks" and config_value.source.startswith("-"):
+            # `--trainer.callbacks.lr` is of the last callback, and another one may be meant
+            specs = [spec for value in self.callbacks if (spec := value.class_spec)]
+            key = config_value.key.removeprefix(f"{owner}.")
+            if flags := callback_arguments.flags_of_argument(specs, key, config_value.flag_text):
+                return UsageError(problem, flags, flag=flags[0], label="arguments of the run")
         return unknown_name_error(
             problem, name, allowed, lambda right: config_value.with_key(name, right), "KEY"
         )
@@ -185,6 +192,8 @@ class ConfigErrorFinder:
         Raises:
             UsageError: the value does not fit.
         """
+        if key == "trainer.callbacks" and not remaining:
+            self._record_callback(config_value)
         # base classes that the type hint accepts, each with the number of arguments that the code
         # supplies
         class_choices = typehints.configurable_classes(hint)
@@ -239,6 +248,15 @@ class ConfigErrorFinder:
             raise unknown_name_error(
                 problem, config_value.text, values, config_value.with_value, example
             )
+
+    def _record_callback(self, config_value: ConfigValue) -> None:
+        """Add a value of `trainer.callbacks`, or an element of one, to the callbacks of the run."""
+        if isinstance(config_value.node, yaml.SequenceNode):  # its elements follow
+            self.callbacks = self.callbacks if config_value.is_appended else []
+        elif config_value.is_appended or config_value.name.isdigit():
+            self.callbacks.append(config_value)
+        else:
+            self.callbacks = [config_value]
 
     def _names_class(self, hint: Any, config_value: ConfigValue) -> bool:
         return config_value.node.tag.endswith(":str") and str not in typehints.union_members(hint)

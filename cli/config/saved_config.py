@@ -30,6 +30,7 @@ from ravine.lightning_compat import checkpoint_connector
 
 from ..checkpoint_connector import RavineCheckpointConnector
 from ..checkpoint_metadata import load_metadata, saved_config_of
+from ..model_optimizer import model_optimizer_message
 from .trust import TrustPolicy
 
 Config = dict[str, Any]
@@ -90,8 +91,11 @@ class ConfigSaver(L.Callback):
             Path(folder, "config.yaml").write_text("".join(lines) + text, encoding="utf-8")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Record the step."""
+        """Record the step, and print which optimizer the model builds if no plan does."""
         self.start_step = trainer.global_step
+        # None if an OptimizerPlan builds the optimizer, and prints a table of it
+        if trainer.is_global_zero and (message := model_optimizer_message(trainer, pl_module)):
+            print(message)
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]

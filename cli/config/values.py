@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -51,11 +52,31 @@ class ConfigValue:
         return yaml.safe_dump(self.value, default_flow_style=True).strip()
 
     @property
+    def flag_text(self) -> str:
+        """Return the value as it follows a flag, also a list or a mapping."""
+        if isinstance(self.node, yaml.ScalarNode):
+            return self.text
+        return yaml.safe_dump(self.value, default_flow_style=True, width=10**6).strip()
+
+    @property
     def value(self) -> object:
         """Return the value for the parser, which parses a scalar's text itself."""
         if isinstance(self.node, yaml.ScalarNode):
             return None if self.node.tag.endswith(":null") else self.node.value
         return yaml.safe_load(yaml.serialize(self.node))
+
+    @property
+    def class_spec(self) -> dict[str, Any] | None:
+        """Return a class with its arguments as a mapping with class_path; None for other values."""
+        value = self.value
+        if isinstance(value, str):
+            return {"class_path": value}
+        return value if isinstance(value, dict) and "class_path" in value else None
+
+    @property
+    def is_appended(self) -> bool:
+        """Return whether the value is added to a list: `--trainer.callbacks+=EMA`."""
+        return self.source.endswith("+") or self.key.endswith("+")
 
     def children(self) -> list["ConfigValue"]:
         """Return the values inside a list or a mapping."""
@@ -93,7 +114,8 @@ class ConfigValue:
     def _is_top_level(self) -> bool:
         """Return whether this is the whole value of a flag or variable, not a part of it."""
         typed_key = self.source.lstrip("-").rstrip("+")
-        return self.key == typed_key or _env_var_key(self.source) == self.key
+        key = self.key.replace(".init_args.", ".")  # which nobody types
+        return typed_key in (key, self.key) or _env_var_key(self.source) == self.key
 
 
 def from_yaml(path: str) -> list[ConfigValue]:
@@ -111,21 +133,22 @@ def from_argv(argv: list[str]) -> Iterator[ConfigValue]:
             yield from from_yaml(value)
         elif flag.startswith("--") and flag not in ("--print_config", "--help"):
             value = value if equals else next(remaining, None)
-            yield ConfigValue(flag[2:].rstrip("+"), _parse_node(value), flag)
+            yield ConfigValue(flag[2:].rstrip("+"), parse_node(value), flag)
 
 
 def from_env(command: str) -> Iterator[ConfigValue]:
     """Yield the values of environment variables for ``command``: PL_FIT__TRAINER__MAX_STEPS."""
     for name in sorted(os.environ):
         if name.startswith(f"PL_{command.upper()}__"):
-            yield ConfigValue(_env_var_key(name), _parse_node(os.environ[name]), name)
+            yield ConfigValue(_env_var_key(name), parse_node(os.environ[name]), name)
 
 
 def _env_var_key(name: str) -> str:
     return name.partition("__")[2].lower().replace("__", ".")
 
 
-def _parse_node(text: str | None) -> yaml.Node:
+def parse_node(text: str | None) -> yaml.Node:
+    """Return the value of a flag as a YAML node; a text that is no YAML is a string."""
     null = yaml.ScalarNode("tag:yaml.org,2002:null", "")
     if text == "":  # the parser also reads it as a text
         return yaml.ScalarNode("tag:yaml.org,2002:str", "")

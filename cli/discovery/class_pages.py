@@ -128,8 +128,7 @@ def example_command(entry: Entry, program: str) -> str:
         case "schedules" if entry.group:
             return f"{fit} diffusion/digits --model.noise_schedule={name}"
         case "schedules":
-            schedule = f"'--trainer.callbacks.schedule={{kind: {name}, warmup: 50}}'"
-            return f"{fit} shakespeare/quick_adamw --trainer.callbacks+=Muon {schedule}"
+            return f"{fit} shakespeare/quick --schedule.kind={name}"
         # a data set without a class of its own is a value of --data.source
         case "data" if not entry.path:
             config = "diffusion/digits" if "images" in entry.group else "shakespeare/quick"

@@ -1,9 +1,12 @@
 """Words that complete a command line: commands, configs, flags, class names and their values."""
 
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from .. import help_text
 from ..config import presets
@@ -14,6 +17,7 @@ TRAINING_COMMANDS = ("fit", "validate", "test", "predict")
 CONFIG_FLAGS = ("-c", "--config")
 BARE_FLAGS = ("--print_config", "--help", "--debug", "--help=all")
 CALLBACKS_FLAG = "--trainer.callbacks"
+SHORT_FORMS = ("--optimizer", "--schedule")  # arguments of the run's optimizer callback
 CLASS_FLAG_KINDS = {  # kinds of the classes that a flag may name
     "--model": ("tasks",),
     "--data": ("data",),
@@ -120,7 +124,7 @@ def flag_values(command: str, flag: str, value: str, arguments: list[str]) -> li
     # `--trainer.callbacks+=X` adds to a list
     key = flag.rstrip("+")
     # flags whose value is the name of a class, such as --model
-    if key in CLASS_FLAG_KINDS or key.endswith(".optimizer"):
+    if key in CLASS_FLAG_KINDS or key.endswith((".optimizer", "_optimizer")):
         return class_names(key, value)
     head, _, name = key.rpartition(".")
     if name == "source" and head == "--data":
@@ -178,17 +182,23 @@ def flag_names(command: str, current: str, arguments: list[str]) -> list[str]:
     head = current.rpartition(".")[0]
     # the arguments of the class that `head`, such as --model, has in this line
     parameters = section_parameters(head, arguments) if head else []
-    if parameters:
+    if parameters or head == CALLBACKS_FLAG:
         flags = []
+        if head == CALLBACKS_FLAG:  # one callback of the run: --trainer.callbacks.Muon.
+            names = [class_path(spec).rpartition(".")[2] for spec in run_callbacks(arguments)]
+            flags += [f"{head}.{name}." for name in names]
         for p in parameters:
-            flags.append(f"{head}.{p.name}=")
+            name = f"{head}.{p.name}"
+            flags.append(f"{name}=")
             # such an argument has arguments of its own below it
-            if class_pages.dataclass_fields(p) or f"{head}.{p.name}" == CALLBACKS_FLAG:
-                flags.append(f"{head}.{p.name}.")
+            has_arguments = name == CALLBACKS_FLAG or named_class(name, arguments)
+            if has_arguments or class_pages.dataclass_fields(p):
+                flags.append(f"{name}.")
         return [*flags, *([f"{CALLBACKS_FLAG}+="] if head == "--trainer" else [])]
     sections = ("--model", "--data", "--trainer")
     names = [f"{name}=" for name in ("--config", "--ckpt_path", "--seed_everything", "--trust")]
-    names += [f"{name}=" for name in sections[:2]] + [f"{name}." for name in sections]
+    names += [f"{name}=" for name in sections[:2]]
+    names += [f"{name}." for name in (*sections, *SHORT_FORMS)]
     return [*names, *BARE_FLAGS]
 
 
@@ -201,10 +211,12 @@ def page_text(command: str) -> str:
 
 
 def section_parameters(head: str, arguments: list[str]) -> list[Parameter]:
-    """Return the arguments below `--model`, `--trainer.callbacks` or `--model.kl`."""
+    """Return the arguments below `--model`, `--trainer.callbacks.Muon`, `--optimizer` or others."""
     if head == "--trainer":
         entry = registry.find_named("Trainer")
         return (entry[0].parameters or []) if entry else []
+    if head in SHORT_FORMS:
+        return short_form_parameters(head, arguments)
     if name := named_class(head, arguments):
         return config_pages.class_parameters(name) or []
     outer, _, name = head.rpartition(".")
@@ -216,6 +228,23 @@ def section_parameters(head: str, arguments: list[str]) -> list[Parameter]:
     return []
 
 
+def short_form_parameters(head: str, arguments: list[str]) -> list[Parameter]:
+    """Return the arguments below `--schedule` or `--optimizer`: of the run's optimizer callback.
+
+    Those of the optimizer that OptimizerPlan is given follow its own.
+    """
+    if head == "--schedule":
+        return config_pages.class_parameters("LRSchedule") or []
+    parameters: list[Parameter] = []
+    for spec in run_callbacks(arguments):
+        entries = registry.find_named(class_path(spec))
+        if entries and entries[0].is_plan:
+            inner = nested_class(spec, ["optimizer"])
+            parameters += entries[0].parameters or []
+            parameters += (config_pages.class_parameters(inner) or []) if inner else []
+    return parameters
+
+
 def named_class(head: str, arguments: list[str]) -> str:
     """Return the class whose arguments a flag sets: that of an earlier flag or of a config."""
     names = [
@@ -225,38 +254,61 @@ def named_class(head: str, arguments: list[str]) -> str:
     ]
     if names:
         return names[-1]
-    classes = config_classes(arguments)
-    if head.startswith(f"{CALLBACKS_FLAG}."):  # --trainer.callbacks.Muon.lr
-        name = head.rpartition(".")[2]
-        return name if name in classes.get(CALLBACKS_FLAG, []) else ""
-    paths = classes.get(head, [])
-    return paths[-1] if paths else ""
+    callbacks = run_callbacks(arguments)
+    if head == CALLBACKS_FLAG:
+        return class_path(callbacks[-1]) if callbacks else ""
+    if head.startswith(f"{CALLBACKS_FLAG}."):
+        # --trainer.callbacks.Muon.aux_optimizer: the class Muon, and the path aux_optimizer
+        owner, *path = head.removeprefix(f"{CALLBACKS_FLAG}.").split(".")
+        for spec in callbacks:
+            if class_path(spec).rpartition(".")[2] == owner:
+                return nested_class(spec, path)
+        # of the last callback: --trainer.callbacks.optimizer
+        return nested_class(callbacks[-1], [owner, *path]) if callbacks else ""
+    spec = merged_config(arguments).get(head.removeprefix("--"))
+    return class_path(spec)
 
 
-def config_classes(arguments: list[str]) -> dict[str, list[str]]:
-    """Return the classes that the configs of a line name for model, data and callbacks."""
+def nested_class(spec: object, path: list[str]) -> str:
+    """Return the class at a path below a mapping with class_path; "" if none is named there."""
+    for name in path:
+        arguments = spec.get("init_args") if isinstance(spec, dict) else None
+        spec = arguments.get(name) if isinstance(arguments, dict) else None
+    return class_path(spec)
+
+
+def run_callbacks(arguments: list[str]) -> list[object]:
+    """Return the callbacks of the configs and flags of a line, as they stand in a config."""
+    callbacks = list((merged_config(arguments).get("trainer") or {}).get("callbacks") or ())
+    for word in arguments:
+        flag, equals, value = word.partition("=")
+        if equals and flag.rstrip("+") == CALLBACKS_FLAG:
+            callbacks = [*(callbacks if flag.endswith("+") else ()), {"class_path": value}]
+    return callbacks
+
+
+def merged_config(arguments: list[str]) -> dict[str, Any]:
+    """Return the values of the configs of a line; later configs replace values of earlier ones."""
+    return _merged_config(tuple(config_arguments(arguments)), os.getcwd())
+
+
+@cache
+def _merged_config(names: tuple[str, ...], folder: str) -> dict[str, Any]:
     nodes = []
-    for name in config_arguments(arguments):
+    for name in names:
         try:
             # `find_config` finds the file of a name; a node is a value with the comment of its line
             nodes.append(config_pages.load_config(presets.find_config(name)))
         except Exception:  # an incomplete or broken config completes nothing
             continue
-    if not nodes:
-        return {}
-    # later configs replace values of earlier ones, as in a command
-    merged = config_pages.plain_value(config_pages.merge_configs(nodes))
-    callbacks = (merged.get("trainer") or {}).get("callbacks") or ()
-    # `class_path`: the name of the class in a text, or in a mapping with this key
-    return {
-        "--model": [class_path(merged.get("model"))],
-        "--data": [class_path(merged.get("data"))],
-        CALLBACKS_FLAG: [class_path(spec) for spec in callbacks],
-    }
+    merged = config_pages.plain_value(config_pages.merge_configs(nodes)) if nodes else {}
+    return merged if isinstance(merged, dict) else {}
 
 
 def class_path(spec: object) -> str:
-    """Return the class of a mapping with class_path; "" for anything else."""
+    """Return the class that a text or a mapping with class_path names; "" for anything else."""
+    if isinstance(spec, str):
+        return spec
     return str(spec.get("class_path", "")) if isinstance(spec, dict) else ""
 
 

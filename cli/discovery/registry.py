@@ -313,7 +313,7 @@ KINDS: dict[str, Kind] = {
     ),
     "schedules": Kind(
         "how the learning rate changes",
-        "schedule: {kind: NAME, warmup: 50} of a callback that trains",
+        "--schedule.kind=NAME --schedule.KEY=VALUE",
         find_schedules,
     ),
 }

@@ -1,0 +1,571 @@
+"""Flags that change one argument of one callback and leave all others as they are.
+
+    --trainer.callbacks.Muon.lr=0.01            the callback of the class Muon
+    --trainer.callbacks.Muon.1.lr=0.01          the second of two callbacks of the class Muon
+    --trainer.callbacks.OptimizerPlan.rules.0.lr_scale=2    an element of a list, by its index
+    --optimizer.lr=0.01 --schedule.warmup=20    the one callback that trains: OptimizerPlan, Muon
+
+The parser first builds the list of callbacks, from configs, other flags and the checkpoint. These
+flags are then applied to that list, in the order in which they were typed. The plain form
+`--trainer.callbacks.lr`, which addresses the last callback, is left to the parser.
+"""
+
+import argparse
+import functools
+import json
+import shlex
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn, cast
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace, get_loader
+from lightning import LightningModule
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
+from torch.optim import Optimizer
+
+from ravine.errors import UsageError, suggest_names
+
+from ..discovery.class_pages import EXAMPLE_VALUES
+from ..error_report import program_name
+from . import typehints
+from .callback_arguments import (
+    FLAG_PREFIX,
+    CallbackSpec,
+    argument_paths,
+    class_name,
+    find_argument,
+    flag_of,
+    flags_of_argument,
+    is_plan,
+    load_class,
+    nearest_paths,
+    numbered_name,
+    optimizers_of,
+)
+from .errors import ConfigErrorFinder
+from .values import ConfigValue, parse_node
+
+CALLBACKS_KEY = "trainer.callbacks"
+SHORT_FORMS = ("optimizer", "schedule")  # --optimizer.KEY, --schedule.KEY
+PRINT_CONFIG_FLAG = "--print_config"
+
+
+@dataclass(frozen=True)
+class CallbackFlag:
+    """A flag that addresses a callback of the run.
+
+    Args:
+        owner: the name of a class; optimizer or schedule for a short form.
+        path: the argument, such as schedule.warmup; it ends in + if the value is appended.
+        text: the value as typed.
+        flag: the flag as typed, without the value.
+        number: which of several callbacks of the class, from 0; None without a number.
+        is_applied: whether the parser applies it, as `--trainer.callbacks.path` of the last
+            callback.
+        is_overridden: whether a later `--trainer.callbacks.path` sets the same argument, if the
+            callback is the last one.
+    """
+
+    owner: str
+    path: str
+    text: str
+    flag: str
+    number: int | None = None
+    is_applied: bool = False
+    is_overridden: bool = False
+
+    @property
+    def quoted_text(self) -> str:
+        """Return the value, quoted for a shell."""
+        return shlex.quote(self.text)
+
+    @property
+    def location(self) -> str:
+        """Return the location for error messages."""
+        return f"on the command line, {self.flag}"
+
+    def as_value(self) -> ConfigValue:
+        """Return the value with its key as typed."""
+        return ConfigValue(self.flag[2:].rstrip("+"), parse_node(self.text), self.flag)
+
+
+def split_flags(argv: Sequence[str]) -> tuple[list[str], list[CallbackFlag]]:
+    """Return the arguments for the parser, and the flags that address callbacks by class.
+
+    Args:
+        argv: the command and its arguments.
+
+    Raises:
+        UsageError: a value is missing.
+    """
+    words: list[str] = []
+    flags: list[CallbackFlag] = []
+    appended = ""  # the class that the last `--trainer.callbacks+=X` names
+    remaining = iter(argv)
+    for word in remaining:
+        name, equals, text = word.partition("=")
+        # None for any other argument
+        flag = _parse_flag(name)
+        if flag is None:
+            words.append(word)
+            if not name.startswith(f"--{CALLBACKS_KEY}"):
+                continue
+            if not equals and (value := next(remaining, None)) is not None:
+                words.append(value)
+                text = value
+            if name.rstrip("+") == f"--{CALLBACKS_KEY}":
+                appended = _last_class_name(text)
+                flags = [replace(earlier, is_overridden=False) for earlier in flags]
+            else:  # of the last callback
+                path = _without_init_args(name.removeprefix(FLAG_PREFIX).split("."))
+                flags = [
+                    replace(earlier, is_overridden=True) if earlier.path == path else earlier
+                    for earlier in flags
+                ]
+            continue
+        value = text if equals else next(remaining, None)
+        if value is None:
+            raise UsageError(f"{flag.location}: the value is missing", flag=f"{flag.flag}=VALUE")
+        flag = replace(flag, text=value)
+        # The parser needs a required argument at once.
+        if flag.owner == appended and flag.number is None and _is_required(appended, flag.path):
+            words.append(f"{FLAG_PREFIX}{flag.path}={value}")
+            flag = replace(flag, is_applied=True)
+        flags.append(flag)
+    return words, flags
+
+
+def _parse_flag(name: str) -> CallbackFlag | None:
+    """Return a flag, without its value; None if it does not address a callback by class.
+
+    Classes begin with a capital letter, and arguments do not.
+    """
+    if name.startswith(FLAG_PREFIX):
+        owner, *segments = name.removeprefix(FLAG_PREFIX).split(".")
+        if not owner[:1].isupper() and not owner.isdigit():
+            return None
+        number = int(segments.pop(0)) if segments and segments[0].isdigit() else None
+        return CallbackFlag(owner.rstrip("+"), _without_init_args(segments), "", name, number)
+    short, dot, path = name.removeprefix("--").partition(".")
+    if name.startswith("--") and short in SHORT_FORMS and dot:
+        return CallbackFlag(short, _without_init_args(path.split(".")), "", name)
+    return None
+
+
+def _without_init_args(segments: Iterable[str]) -> str:
+    return ".".join(segment for segment in segments if segment != "init_args")
+
+
+def _last_class_name(text: str) -> str:
+    """Return the class in the value of `--trainer.callbacks+=`; of a list, the last one."""
+    value = ConfigValue(CALLBACKS_KEY, parse_node(text), "").value
+    value = value[-1] if isinstance(value, list) and value else value
+    value = value.get("class_path") if isinstance(value, dict) else value
+    return str(value).rpartition(".")[2]
+
+
+def _is_required(name: str, path: str) -> bool:
+    """Return whether an argument of a known callback class has no default."""
+    callback_class = load_class(name)
+    if callback_class is None:
+        return False
+    actions = typehints.class_parser(callback_class, 0)._actions
+    return any(action.required and action.dest == path for action in actions)
+
+
+def apply_flags(
+    parser: ArgumentParser,
+    command: str,
+    config: Namespace,
+    flags: Sequence[CallbackFlag],
+    is_silent: bool = False,
+) -> None:
+    """Change the callbacks of a parsed configuration, and print what the short forms stand for.
+
+    Args:
+        parser: the parser of all commands, for errors.
+        command: the command.
+        config: the arguments of the command; its list of callbacks is replaced.
+        flags: the flags in the order in which they were typed.
+        is_silent: print nothing.
+
+    Raises:
+        UsageError: no callback or several callbacks match, or an argument or a value is wrong.
+    """
+    if not flags:
+        return
+    trainer = config["trainer"]
+    callbacks: list[Namespace] = list(trainer.get("callbacks") or [])
+    for flag in flags:
+        specs = [callback.as_dict() for callback in callbacks]
+        # the position of the callback in the list, and the path of the argument
+        index, path = _resolve(specs, flag, command)
+        is_overridden = flag.is_overridden and index == len(callbacks) - 1
+        if not flag.is_applied and not is_overridden:
+            callbacks[index] = _set_argument(parser, command, callbacks[index], path, flag)
+        if flag.owner in SHORT_FORMS and not is_silent:
+            full_flag = flag_of(numbered_name(specs, index), path, flag.text)
+            rank_zero_only(print)(f"{flag.flag.removeprefix('--')}: {full_flag}")
+    trainer["callbacks"] = callbacks
+
+
+def replacement_notes(values: Iterable[ConfigValue], model: str) -> list[str]:
+    """Return a line for each flag or config that discards callbacks or the arguments of a plan.
+
+    Args:
+        values: the user's values in order, from configs and flags.
+        model: the dotted path of the model's class, which may build its own optimizer.
+    """
+    notes: list[str] = []
+    specs: list[CallbackSpec] = []  # the callbacks of the run so far
+    # a plan that an appended plan of its class replaces, and its name in flags
+    replaced: tuple[CallbackSpec, str] | None = None
+    for value in values:
+        key = value.key.rstrip("+")
+        if replaced is not None and key.startswith(f"{CALLBACKS_KEY}."):
+            plan, name = replaced
+            path = _without_init_args(key.removeprefix(f"{CALLBACKS_KEY}.").split("."))
+            # the same argument of the plan that is there
+            if found := find_argument(plan, path):
+                flag = flag_of(name, found[0], value.flag_text)
+                notes.append(f"to change one argument of {name} and keep the others: {flag}")
+        if key != CALLBACKS_KEY:
+            continue
+        elements = value.children() if isinstance(value.node, yaml.SequenceNode) else [value]
+        new = [spec for element in elements if (spec := element.class_spec)]
+        if not value.is_appended:
+            if specs:
+                notes.append(_dropped_note(value, specs, new, model))
+            specs, replaced = new, None
+            continue
+        replaced = None
+        for index, spec in enumerate(specs):
+            if new and is_plan(spec) and class_name(spec) == class_name(new[-1]):
+                replaced = spec, numbered_name(specs, index)
+        specs += new
+    return notes
+
+
+def _dropped_note(
+    value: ConfigValue, old: list[CallbackSpec], new: list[CallbackSpec], model: str
+) -> str:
+    """Return the line that names the callbacks that `--trainer.callbacks=X` drops."""
+    if plans := [class_name(spec) for spec in new if is_plan(spec)]:
+        trains = plans[-1]
+    else:
+        model_class = load_class(model, LightningModule)
+        method = getattr(model_class, "configure_optimizers", None)
+        trains = getattr(method, "__qualname__", f"{model}.configure_optimizers")
+    source = value.source if value.line else f"{value.source}={shlex.quote(value.flag_text)}"
+    keep = "" if value.line else f"; {value.source}+={shlex.quote(value.flag_text)} would keep them"
+    names = ", ".join(class_name(spec) for spec in old)
+    return f"{source} drops the callbacks {names}{keep}; {trains} now gives the optimizer"
+
+
+def to_argv(config: Namespace) -> list[str]:
+    """Return the flags that set the callbacks of a parsed configuration, for a second parse."""
+    callbacks = config["trainer"].get("callbacks") or []
+    specs = [_to_plain(callback) for callback in callbacks]
+    # null first: a list of the same length would be merged with the one before
+    words = [f"--{CALLBACKS_KEY}=null"]
+    return [*words, f"--{CALLBACKS_KEY}+={json.dumps(specs)}"] if specs else words
+
+
+def _resolve(specs: list[CallbackSpec], flag: CallbackFlag, command: str) -> tuple[int, str]:
+    """Return the position of the callback that a flag addresses, and the path of its argument."""
+    if flag.owner in SHORT_FORMS:
+        return _resolve_short_form(specs, flag, command)
+    names = [class_name(spec) for spec in specs]
+    if flag.owner.isdigit():
+        raise _position_error(specs, flag)
+    indices = [i for i, name in enumerate(names) if name == flag.owner]
+    if not indices:
+        raise _missing_callback_error(specs, flag)
+    if flag.number is None and len(indices) > 1:
+        choices = [flag_of(f"{flag.owner}.{i}", flag.path, flag.text) for i in range(len(indices))]
+        raise UsageError(
+            f"{flag.location}: the run has {len(indices)} callbacks {flag.owner}",
+            choices,
+            flag=choices[-1],
+        )
+    if flag.number is not None and flag.number >= len(indices):
+        raise UsageError(
+            f"{flag.location}: the run has {len(indices)} callbacks {flag.owner}, numbered from 0",
+            [str(i) for i in range(len(indices))],
+            flag=flag_of(numbered_name(specs, indices[-1]), flag.path, flag.text),
+        )
+    index = indices[flag.number or 0]
+    if not flag.path:
+        raise UsageError(
+            f"{flag.location}: no argument of {flag.owner} is named",
+            [path for path in argument_paths(specs[index]) if "." not in path],
+            flag=f"{program_name()} show {flag.owner}",
+        )
+    return index, flag.path
+
+
+def _resolve_short_form(
+    specs: list[CallbackSpec], flag: CallbackFlag, command: str
+) -> tuple[int, str]:
+    """Return the position of the run's plan, and the path that a short form stands for."""
+    plans = [index for index, spec in enumerate(specs) if is_plan(spec)]
+    key = f"schedule.{flag.path}" if flag.owner == "schedule" else flag.path
+    if not plans:
+        raise _no_plan_error(specs, flag, key, command)
+    # the position of each plan with the paths of its arguments
+    found = [(index, path) for index in plans for path in find_argument(specs[index], key)]
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise _unknown_short_form_error([specs[index] for index in plans], flag, key)
+    choices = [flag_of(numbered_name(specs, index), path, flag.text) for index, path in found]
+    raise UsageError(
+        f"{flag.location}: it may mean {len(choices)} arguments of this run",
+        choices,
+        flag=choices[-1],
+    )
+
+
+def _unknown_short_form_error(
+    plans: list[CallbackSpec], flag: CallbackFlag, key: str
+) -> UsageError:
+    """Return the error for a short form whose argument no plan has."""
+    names = " and ".join(class_name(plan) for plan in plans)
+    prefix = "schedule." if flag.owner == "schedule" else ""
+    paths = [path for path in argument_paths(plans[-1]) if path.startswith(prefix)]
+    # `nearest_paths`: those that end in the same word, or else similar ones
+    near = [path.removeprefix(f"{flag.owner}.") for path in nearest_paths(key, paths)]
+    # arguments of an optimizer without the path, as they are typed after --optimizer.
+    allowed = [
+        path.removeprefix(prefix) if prefix else path.rpartition(".")[2]
+        for path in paths
+        if prefix or not path.startswith("schedule.")
+    ]
+    return UsageError(
+        f"{flag.location}: {names} has no argument {key!r}",
+        near or dict.fromkeys(allowed),
+        flag=f"--{flag.owner}.{near[0]}={flag.quoted_text}"
+        if near
+        else f"{program_name()} show {class_name(plans[-1])}",
+        label="nearest" if near else "allowed",
+    )
+
+
+def _position_error(specs: list[CallbackSpec], flag: CallbackFlag) -> UsageError:
+    """Return the error for `--trainer.callbacks.0.lr`."""
+    names = [class_name(spec) for spec in specs]
+    position = int(flag.owner)
+    key = f"{flag.number}.{flag.path}" if flag.number is not None else flag.path
+    if position < len(specs):
+        path = next(iter(find_argument(specs[position], key)), key)
+        fixes = [flag_of(numbered_name(specs, position), path, flag.text)]
+    else:
+        fixes = flags_of_argument(specs, key, flag.text)
+    return UsageError(
+        f"{flag.location}: a callback is addressed by its class",
+        names or ["this run has no callbacks"],
+        flag=fixes[0] if fixes else "",
+        label="callbacks of the run" if names else "allowed",
+    )
+
+
+def _missing_callback_error(specs: list[CallbackSpec], flag: CallbackFlag) -> UsageError:
+    """Return the error for a class that is not in the list: how to add it, or the nearest name."""
+    names = list(dict.fromkeys(class_name(spec) for spec in specs))
+    problem = f"{flag.location}: the run has no callback {flag.owner}"
+    plans = [spec for spec in specs if is_plan(spec)]
+    callback_class = load_class(flag.owner)
+    trained_by = load_class(flag.owner, Optimizer)
+    fixes = []
+    # the argument of the run's own plan that was meant, for Muon.lr or AdamW.lr
+    is_optimizer = trained_by is not None or is_plan({"class_path": flag.owner})
+    if plans and is_optimizer:
+        key = flag.path.removeprefix("aux_optimizer.").removeprefix("optimizer.")
+        index = len(specs) - 1 - specs[::-1].index(plans[-1])
+        if len(plans) == len(find_argument(plans[-1], key)) == 1:
+            fixes.append(f"--optimizer.{key}={flag.quoted_text}")
+        else:  # the optimizers of that class
+            fixes += [
+                flag_of(numbered_name(specs, index), f"{path}.{key}", flag.text)
+                for path, optimizer_class in optimizers_of(plans[-1]).items()
+                if optimizer_class is trained_by
+            ][:1]
+    if callback_class is not None:
+        fixes.append(_adding_flags(callback_class, flag))
+        if plans and is_optimizer:
+            fixes[-1] += f", which replaces {class_name(plans[-1])}"
+    elif trained_by is not None:
+        fixes = fixes or [
+            f"{FLAG_PREFIX[:-1]}+=OptimizerPlan {FLAG_PREFIX}optimizer={flag.owner} "
+            f"{FLAG_PREFIX}optimizer.{flag.path}={flag.quoted_text}"
+        ]
+    elif near := suggest_names(flag.owner, names):
+        fixes.append(flag_of(near[0], flag.path, flag.text))
+    elif near := suggest_names(flag.owner, typehints.subclasses_by_name((Callback,))):
+        near_class = typehints.subclasses_by_name((Callback,))[near[0]]
+        fixes.append(_adding_flags(near_class, flag))
+    return UsageError(problem, names, flag=", or ".join(fixes), label="callbacks of the run")
+
+
+def _adding_flags(callback_class: type, flag: CallbackFlag) -> str:
+    """Return the flags that add a callback with an argument; a wrong argument is corrected."""
+    spec = {"class_path": f"{callback_class.__module__}.{callback_class.__qualname__}"}
+    path, names = flag.path, argument_paths(spec)
+    if path.partition(".")[0].rstrip("+") not in names:
+        path = next(iter(nearest_paths(path, names)), "")
+    values = {path: flag.text} if path else {}
+    for action in typehints.class_parser(callback_class, 0)._actions:
+        if action.required and action.dest not in values:
+            values[action.dest] = EXAMPLE_VALUES.get(action.dest, "VALUE")
+    words = [f"{FLAG_PREFIX[:-1]}+={callback_class.__name__}"]
+    return " ".join(
+        [*words, *(f"{FLAG_PREFIX}{name}={shlex.quote(text)}" for name, text in values.items())]
+    )
+
+
+def _no_plan_error(
+    specs: list[CallbackSpec], flag: CallbackFlag, key: str, command: str
+) -> UsageError:
+    """Return the error for a short form in a run without OptimizerPlan."""
+    if command != "fit":
+        return UsageError(
+            f"{flag.location}: {command} trains nothing", flag=f"{command} without it"
+        )
+    optimizer_key = f"optimizer.{key}" if flag.owner == "optimizer" else key
+    return UsageError(
+        f"{flag.location}: no callback of the run trains, the model builds its own optimizer",
+        [class_name(spec) for spec in specs] or "no callbacks",
+        flag=f"{FLAG_PREFIX[:-1]}+=OptimizerPlan {FLAG_PREFIX}optimizer=AdamW "
+        f"{FLAG_PREFIX}{optimizer_key}={flag.quoted_text}",
+        label="callbacks of the run",
+    )
+
+
+@functools.cache
+def _callback_parser() -> ArgumentParser:
+    """Return a parser for one callback: `--callback.lr=0.01` changes one argument of it."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--callback", type=Callback)
+    return parser
+
+
+def _to_plain(callback: Namespace) -> dict[str, Any]:
+    """Return a parsed callback as plain values."""
+    text = _callback_parser().dump(Namespace(callback=callback), format="json", skip_unset=False)
+    return json.loads(text)["callback"]
+
+
+def _set_argument(
+    parser: ArgumentParser, command: str, callback: Namespace, path: str, flag: CallbackFlag
+) -> Namespace:
+    """Return a callback with one argument changed.
+
+    Args:
+        parser: the parser of all commands, for errors.
+        command: the command.
+        callback: class_path and init_args, as the parser has built them.
+        path: the argument; a number is the index of a list.
+        flag: the flag with the value.
+    """
+    segments, text, spec = path.split("."), flag.text, _to_plain(callback)
+    if any(segment.rstrip("+").isdigit() for segment in segments):
+        # the parser has no form for an element: the whole list is set
+        path, text = _changed_list(spec, segments, flag)
+    try:
+        changed = _callback_parser().parse_args(
+            [f"--callback={json.dumps(spec)}", f"--callback.{path}={text}"]
+        )
+    except argparse.ArgumentError as error:
+        _raise_argument_error(parser, command, callback, path, text, flag, error)
+    return cast(Namespace, changed.callback)
+
+
+def _changed_list(spec: dict[str, Any], segments: list[str], flag: CallbackFlag) -> tuple[str, str]:
+    """Return the path of the list in which a flag changes an element, and the list as JSON."""
+    first = next(i for i, segment in enumerate(segments) if segment.rstrip("+").isdigit())
+    changed: Any = deepcopy(spec)
+    for segment in segments[:first]:
+        changed = _child(changed, segment)
+    container: Any = changed
+    for position, segment in enumerate(segments[first:]):
+        key: Any = segment
+        if isinstance(container, list):
+            if not segment.isdigit() or int(segment) >= len(container):
+                start, _, end = flag.flag.rpartition(f".{segment}")
+                raise UsageError(
+                    f"{flag.location}: {'.'.join(segments[: first + position])} has "
+                    f"{len(container)} elements, numbered from 0",
+                    [str(i) for i in range(len(container))],
+                    flag=f"{start}.{len(container) - 1}{end}={flag.quoted_text}"
+                    if container
+                    else "",
+                )
+            key = int(segment)
+        elif isinstance(container, dict) and "class_path" in container:
+            container = container.setdefault("init_args", {})
+        if not isinstance(container, dict | list):
+            raise UsageError(
+                f"{flag.location}: {'.'.join(segments[: first + position])} has no arguments"
+            )
+        if position == len(segments) - first - 1:
+            container[key] = get_loader("yaml")(flag.text)  # reads 1e-3 as a number
+        else:
+            container = container[key] if isinstance(container, list) else container.get(key)
+    return ".".join(segments[:first]), json.dumps(changed)
+
+
+def _child(value: Any, name: str) -> Any:
+    if isinstance(value, dict) and "class_path" in value:
+        value = value.get("init_args") or {}
+    return value.get(name) if isinstance(value, dict) else None
+
+
+def _raise_argument_error(
+    parser: ArgumentParser,
+    command: str,
+    callback: Namespace,
+    path: str,
+    text: str,
+    flag: CallbackFlag,
+    error: argparse.ArgumentError,
+) -> NoReturn:
+    """Raise the error that names the wrong argument or value of a flag.
+
+    Args:
+        parser: the parser of all commands.
+        command: the command.
+        callback: the callback before the change.
+        path: the argument that is set.
+        text: the value of that argument.
+        flag: the flag as typed.
+        error: the parser's error.
+    """
+    spec = _to_plain(callback)
+    paths = argument_paths(spec)
+    name = class_name(spec)
+    first = path.partition(".")[0].rstrip("+")
+    if paths and first not in paths:
+        # such as lr of OptimizerPlan, which is optimizer.lr
+        near = nearest_paths(path, paths)
+        prefix = flag.flag.removesuffix(".".join(flag.path.split("."))).rstrip("+")
+        raise UsageError(
+            f"{flag.location}: {name} has no argument {first!r}",
+            near or [p for p in paths if "." not in p],
+            flag=f"{prefix}{(near or paths)[0]}={flag.quoted_text}",
+            label="nearest" if near else "allowed",
+        ) from error
+    # reads values against the types of the arguments, and raises an error that names the wrong one
+    finder = ConfigErrorFinder(parser, command)
+    spec_value = ConfigValue(CALLBACKS_KEY, yaml.compose(json.dumps(spec)), flag.flag)
+    finder.check_value(Callback, CALLBACKS_KEY, [], spec_value)
+    if CALLBACKS_KEY in finder.chosen_classes:
+        # the key of a whole list, so that the keys of its elements are those that were typed
+        index_part = flag.path.removeprefix(path) if flag.path.startswith(f"{path}.") else ""
+        typed_key = flag.flag.removeprefix("--").rstrip("+").removesuffix(index_part)
+        value = ConfigValue(typed_key, parse_node(text), flag.flag)
+        class_parser = typehints.class_parser(*finder.chosen_classes[CALLBACKS_KEY])
+        finder.check_key(class_parser, CALLBACKS_KEY, path, value)
+    raise UsageError(f"{flag.location}={flag.quoted_text}: {error}") from error

@@ -1,0 +1,185 @@
+"""One flag changes one argument of one callback: by class, by number, or by a short form."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from parsed_config import changes, config_of
+
+from ravine.cli.main import main
+
+QUICK = ("fit", "--config=shakespeare/quick")  # Muon, GradientClipping, GenerateSamples
+ADAMW = ("fit", "--config=shakespeare/quick_adamw")  # OptimizerPlan with AdamW
+TWICE = """\
+trainer:
+  callbacks+:
+  - {class_path: GradientClipping, init_args: {max_norm: 3.0}}
+"""
+RULES = """\
+trainer:
+  callbacks:
+  - class_path: OptimizerPlan
+    init_args:
+      optimizer: {class_path: AdamW, init_args: {lr: 0.1, betas: [0.8, 0.9]}}
+      rules:
+      - {kind: hidden_matrix, optimizer: {class_path: SGD, init_args: {lr: 0.2}}}
+      - {kind: rest}
+"""
+MUON = "trainer.callbacks.0.init_args"
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["ravine"])
+    Path("twice.yaml").write_text(TWICE)
+    Path("rules.yaml").write_text(RULES)
+
+
+@pytest.fixture(scope="module")
+def quick() -> dict[str, Any]:
+    return config_of(*QUICK)
+
+
+@pytest.mark.parametrize(
+    ("flag", "key", "value"),
+    [
+        ("--trainer.callbacks.Muon.lr=0.01", f"{MUON}.lr", 0.01),
+        ("--trainer.callbacks.Muon.init_args.lr=0.01", f"{MUON}.lr", 0.01),
+        ("--optimizer.lr=1e-2", f"{MUON}.lr", 0.01),
+        ("--optimizer.weight_decay=0.1", f"{MUON}.weight_decay", 0.1),
+        (
+            "--trainer.callbacks.Muon.aux_optimizer.lr=0.01",
+            f"{MUON}.aux_optimizer.init_args.lr",
+            0.01,
+        ),
+        ("--optimizer.eps=1e-6", f"{MUON}.aux_optimizer.init_args.eps", 1e-6),
+        (
+            "--trainer.callbacks.Muon.aux_optimizer.betas.1=0.95",
+            f"{MUON}.aux_optimizer.init_args.betas.1",
+            0.95,
+        ),
+        ("--trainer.callbacks.Muon.schedule.warmup=5", f"{MUON}.schedule.warmup", 5),
+        ("--schedule.warmup=0.2", f"{MUON}.schedule.warmup", 0.2),
+        ("--schedule.kind=cosine", f"{MUON}.schedule.kind", "cosine"),
+        (
+            "--trainer.callbacks.GradientClipping.max_norm=0.5",
+            "trainer.callbacks.1.init_args.max_norm",
+            0.5,
+        ),
+        (
+            "--trainer.callbacks.GenerateSamples.arguments.max_new_tokens=7",
+            "trainer.callbacks.2.init_args.arguments.max_new_tokens",
+            7,
+        ),
+    ],
+)
+def test_a_flag_changes_one_value_of_the_resolved_configuration(
+    quick: dict[str, Any], flag: str, key: str, value: Any
+) -> None:
+    changed = changes(quick, config_of(*QUICK, flag))
+    assert {key: new for key, (_, new) in changed.items()} == {key: value}
+    # the same as two words
+    if flag.startswith("--opt"):
+        assert changes(quick, config_of(*QUICK, *flag.split("="))) == changed
+
+
+@pytest.mark.parametrize(
+    ("flags", "position", "arguments"),
+    [
+        # a callback of a flag, before or after
+        (["--trainer.callbacks+=EMA", "--trainer.callbacks.EMA.decay=0.9"], 3, {"decay": 0.9}),
+        (["--trainer.callbacks.EMA.decay=0.9", "--trainer.callbacks+=EMA"], 3, {"decay": 0.9}),
+        # a required argument
+        (["--trainer.callbacks+=Pretrained", "--trainer.callbacks.Pretrained.path=a.ckpt"], 3,
+         {"path": "a.ckpt"}),
+        # the later flag applies, also between both forms
+        (["--trainer.callbacks.Muon.lr=1", "--optimizer.lr=2"], 0, {"lr": 2.0}),
+        (["--optimizer.lr=2", "--trainer.callbacks.Muon.lr=1"], 0, {"lr": 1.0}),
+        (["--trainer.callbacks+=EMA", "--trainer.callbacks.EMA.decay=0.9",
+          "--trainer.callbacks.decay=0.8"], 3, {"decay": 0.8}),
+        (["--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.8",
+          "--trainer.callbacks.EMA.decay=0.9"], 3, {"decay": 0.9}),
+        # the plain form is that of the last callback
+        (["--trainer.callbacks.arguments={max_new_tokens: 9}"], 2,
+         {"arguments": {"max_new_tokens": 9}}),
+        # numbers where a class stands twice
+        (["--config=twice.yaml", "--trainer.callbacks.GradientClipping.1.max_norm=2"], 3,
+         {"max_norm": 2.0}),
+        (["--config=twice.yaml", "--trainer.callbacks.GradientClipping.0.max_norm=2"], 1,
+         {"max_norm": 2.0}),
+        # a class of an argument
+        (["--trainer.callbacks.Muon.aux_optimizer=SGD",
+          "--trainer.callbacks.Muon.aux_optimizer.momentum=0.5"], 0, {"momentum": 0.5}),
+        # an element of a list, and a class and an argument in it
+        (["--config=rules.yaml", "--trainer.callbacks.OptimizerPlan.rules.1.lr_scale=0.5"], 0,
+         {"lr_scale": 0.5, "kind": "rest"}),
+        (["--config=rules.yaml", "--trainer.callbacks.OptimizerPlan.rules.0.optimizer.lr=7"], 0,
+         {"lr": 7.0}),
+        (["--config=rules.yaml", "--trainer.callbacks+=MetricPlot",
+          "--trainer.callbacks.metrics=[train/loss]",
+          "--trainer.callbacks.MetricPlot.metrics+=val/loss"], 1,
+         {"metrics": ["train/loss", "val/loss"]}),
+    ],
+)  # fmt: skip
+def test_callbacks_of_configs_and_flags_are_addressed_by_class_or_number(
+    flags: list[str], position: int, arguments: dict[str, Any]
+) -> None:
+    callbacks = config_of(*QUICK, *flags)["trainer"]["callbacks"]
+
+    def mappings(value: Any) -> list[dict[str, Any]]:
+        if isinstance(value, list | tuple):
+            return [found for child in value for found in mappings(child)]
+        if not isinstance(value, dict):
+            return []
+        return [value, *mappings(list(value.values()))]
+
+    assert any(arguments.items() <= found.items() for found in mappings(callbacks[position])), (
+        callbacks
+    )
+
+
+def test_a_short_form_is_printed_in_full(capsys: pytest.CaptureFixture[str]) -> None:
+    config_of(*QUICK, "--optimizer.lr=0.01", "--schedule.warmup=3")
+    config_of(*ADAMW, "--optimizer.lr=0.01")
+    assert capsys.readouterr().out.splitlines() == [
+        "optimizer.lr: --trainer.callbacks.Muon.lr=0.01",
+        "schedule.warmup: --trainer.callbacks.Muon.schedule.warmup=3",
+        "optimizer.lr: --trainer.callbacks.OptimizerPlan.optimizer.lr=0.01",
+    ]
+
+
+# the words after `fit --config=shakespeare/quick`, and the lines of the answer
+ERRORS: dict[str, tuple[str, list[str]]] = {
+    "a callback that is not in the run": (
+        "--trainer.callbacks.EMA.decay=0.9",
+        [
+            "on the command line, --trainer.callbacks.EMA.decay: the run has no callback EMA",
+            "  callbacks of the run: Muon, GradientClipping, GenerateSamples",
+            "  type: --trainer.callbacks+=EMA --trainer.callbacks.decay=0.9",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_a_wrong_flag_is_answered_with_one_that_works(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words, lines = ERRORS[name]
+    assert main([*QUICK, *shlex.split(words)]) == 2
+    err = capsys.readouterr().err
+    assert err.splitlines() == [f"ravine: error: {lines[0]}", *lines[1:]]
+
+
+def test_print_config_shows_the_changed_value(capsys: pytest.CaptureFixture[str]) -> None:
+    def printed(*flags: str) -> str:
+        assert main([*QUICK, *flags, "--print_config"]) == 0
+        return capsys.readouterr().out
+
+    before, after = printed(), printed("--trainer.callbacks.Muon.aux_optimizer.lr=0.25")
+    assert changes(yaml.safe_load(before), yaml.safe_load(after)) == {
+        f"{MUON}.aux_optimizer.init_args.lr": (0.005, 0.25)
+    }
