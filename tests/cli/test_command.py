@@ -312,7 +312,7 @@ def test_an_external_module_is_sharded_from_the_command_line(
 
 def test_a_run_that_fails_before_its_first_step_leaves_no_folder() -> None:
     words = ["fit", "--config", "text.yaml", "--trainer.callbacks.arguments={prompt: so}"]
-    schedule = "--trainer.callbacks.schedule={kind: linear, warmup: 50}"
+    schedule = "--trainer.callbacks.schedule={kind: step, period: 50}"
     plan = ["--trainer.callbacks+=OptimizerPlan", "--trainer.callbacks.optimizer=SGD", schedule]
     assert main([*words, *plan]) == 2
     assert list(Path("runs").glob("*/version_*")) == []

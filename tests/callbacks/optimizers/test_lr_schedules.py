@@ -76,42 +76,102 @@ def test_a_cosine_from_zero_equals_the_cosine_of_the_course():
             LRSchedule("cosine"),
             math.inf,
             "this run has no end; pass max_steps=1000 to Trainer, or use",
-            "--trainer.max_steps=1000, or in the config schedule: {kind: constant}",
+            "--trainer.max_steps=1000, or --schedule.kind=constant",
         ),
         (
-            LRSchedule("constant", warmup=100),
-            100,
-            "has 100 optimizer steps; allowed: 0 to 99; use warmup=10",
-            "--trainer.max_steps=200, or in the config schedule: {warmup: 10}",
+            LRSchedule(warmup=0.1),
+            math.inf,
+            "this run has no end; pass max_steps=1000 to Trainer",
+            "--trainer.max_steps=1000, or --schedule.warmup=100",
         ),
-        (LRSchedule(warmup=-1), 100, "allowed: 0 to 99; use warmup=10", "{warmup: 10}"),
-        (LRSchedule(warmup=-1), math.inf, "use warmup=0", "{warmup: 0}"),
+        (
+            LRSchedule(warmup=-1),
+            100,
+            "allowed: 0 or more optimizer steps, a fraction",
+            "warmup=0.1",
+        ),
+        (LRSchedule(warmup=-0.1), 100, "use warmup=0.1", "--schedule.warmup=0.1"),
+        (LRSchedule(warmup=2.5), 100, "neither a number of steps nor a fraction", "warmup=0.1"),
+        (LRSchedule(warmup=math.nan), 100, "warmup=nan is neither", "warmup=0.1"),
+        (LRSchedule(warmup=math.inf), math.inf, "warmup=inf is neither", "warmup=0.1"),
         (
             LRSchedule(warmup_from_zero=True),
             100,
             "warmup is 0; allowed: warmup of 1 step or more; use warmup=100",
-            "{warmup: 100, warmup_from_zero: true}",
+            "--schedule.warmup=100",
         ),
         (
             LRSchedule("wsd", warmup=50, cooldown=0.6),
             100,
             "allowed: cooldown of 0.50 or less; use cooldown=0.50",
-            "{cooldown: 0.50}",
+            "--schedule.cooldown=0.50",
         ),
         (
             LRSchedule("step", period=200),
             100,
             "period=200 does not occur in the 100 optimizer steps after the warmup; "
             "allowed: 1 to 100; use period=25",
-            "{period: 25}",
+            "--schedule.period=25",
         ),
-        (LRSchedule("cosine_restarts", period=0), 100, "period=0 does not occur", "{period: 25}"),
+        (
+            LRSchedule("cosine_restarts", period=0),
+            100,
+            "period=0 does not occur",
+            "--schedule.period=25",
+        ),
     ],
 )
 def test_a_schedule_that_does_not_fit_the_run_is_refused(schedule, length, message, flag):
     with pytest.raises(UsageError, match=re.escape(message)) as error:
         schedule.validate(length)
     assert error.value.flag.endswith(flag)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "length", "steps"),
+    [
+        (20, 100, 20),  # it fits
+        (99, 100, 99),
+        (100, 100, 10),  # a tenth of the run
+        (2000, 40, 4),
+        (50, 39, 3),
+        (50, 9, 1),  # at least one step, and one step after it
+        (50, 2, 1),
+        (1, 1, 0),
+        (0.1, 100, 10),  # a fraction
+        (0.29, 100, 29),
+        (0.1, 30, 3),
+        (0.05, 50, 2),
+        (0.001, 100, 1),
+        (0.999, 10, 9),
+        (20, math.inf, 20),
+    ],
+)
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine", "inverse_sqrt", "exponential"])
+def test_a_fraction_or_a_warmup_that_is_too_long_equals_a_number_of_steps(
+    kind, warmup, length, steps
+):
+    schedule, equal = LRSchedule(kind, warmup=warmup), LRSchedule(kind, warmup=steps)
+    assert schedule.warmup_steps(length) == steps
+    if kind == "constant" or not math.isinf(length):
+        schedule.validate(length)
+    counts = range(min(length, 300) + 1)
+    assert [schedule.factor(k, length) for k in counts] == [equal.factor(k, length) for k in counts]
+    assert (schedule.shortened_warmup_message(length) is not None) == (1 <= length <= warmup)
+
+
+def test_the_message_of_a_shortened_warmup_has_both_numbers():
+    assert LRSchedule("linear", warmup=50).shortened_warmup_message(40) == (
+        "LRSchedule('linear'): warmup=50 does not fit into the run of 40 optimizer steps, so the "
+        "warmup has 4"
+    )
+
+
+def test_a_wsd_schedule_with_a_fraction_rises_is_constant_and_falls():
+    schedule = LRSchedule("wsd", warmup=0.25, cooldown=0.5)
+    schedule.validate(100)
+    expected = {0: 1 / 25, 24: 1, 25: 1, 50: 1, 75: 0.5, 100: 0}
+    assert {k: schedule.factor(k, 100) for k in expected} == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

@@ -139,14 +139,50 @@ def test_a_scheduled_run_equals_the_closed_form_in_a_bare_loop():
     assert same(module, by_hand(partial(AdamW, lr=0.1), 9, lambda k: schedule.factor(k, 9)))
 
 
-def test_a_schedule_longer_than_the_run_is_refused_before_the_first_step():
-    plan = OptimizerPlan(partial(SGD, lr=1.0), schedule=LRSchedule("linear", warmup=50))
+def test_a_schedule_that_does_not_fit_is_refused_before_the_first_step():
+    plan = OptimizerPlan(partial(SGD, lr=1.0), schedule=LRSchedule("step", period=50))
     module = Net()
-    with pytest.raises(
-        ValueError, match="warmup=50 does not fit into the run, which has 6 optimizer steps"
-    ):
+    with pytest.raises(ValueError, match="period=50 does not occur in the 6 optimizer steps"):
         trained(plan, module=module)
     assert not module.rates
+
+
+@pytest.mark.parametrize(
+    ("warmup", "said"), [(50, "warmup=50 does not fit into the run of 20"), (0.1, "")]
+)
+@pytest.mark.parametrize("length", [{"steps": 20}, {"steps": -1, "max_epochs": 2}])
+def test_a_long_warmup_and_a_fraction_take_a_tenth_of_the_run(capsys, warmup, said, length):
+    """In epochs the length is known after the scheduler was built."""
+    if "max_epochs" in length:
+        length = length | {"limit_train_batches": 10}
+    plan = OptimizerPlan(partial(SGD, lr=1.0), schedule=LRSchedule("linear", warmup=warmup))
+    _, module = trained(plan, loader=data(2), **length)
+    assert [rates[0] for rates in module.rates] == pytest.approx(
+        [0.5, 1.0, *((20 - k) / 18 for k in range(2, 20))]
+    )
+    lines = [line for line in capsys.readouterr().out.splitlines() if "warmup" in line]
+    assert len(lines) == bool(said)
+    assert all(said in line for line in lines)
+
+
+@pytest.mark.parametrize("warmup", [0.5, 50])
+def test_a_resume_within_a_shortened_warmup_is_bitwise_the_uninterrupted_run(tmp_path, warmup):
+    class Cut(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 1:
+                trainer.save_checkpoint(tmp_path / "cut.ckpt")
+
+    def run(*callbacks, ckpt_path=None):
+        schedule = LRSchedule("cosine", warmup=warmup)
+        plan = OptimizerPlan(partial(AdamW, lr=0.1), schedule=schedule)
+        length = {"steps": -1, "max_epochs": 5, "limit_train_batches": 4}  # a tenth: 2 steps
+        callbacks = [plan, ExactResume(), *callbacks]
+        return trained(None, callbacks=callbacks, ckpt_path=ckpt_path, **length)[1]
+
+    whole, resumed = run(Cut()), run(ckpt_path=tmp_path / "cut.ckpt")
+    assert same(whole, resumed)
+    assert whole.rates[1:] == resumed.rates
+    assert whole.rates[0][0] == pytest.approx(0.1 / (10 if warmup == 0.5 else 2))
 
 
 @pytest.mark.parametrize(("length", "said"), [(8, False), (16, True)])
@@ -173,7 +209,7 @@ def test_a_resume_with_another_length_prints_the_old_and_the_new_length(
 def test_a_fast_dev_run_accepts_a_warmup_longer_than_the_run():
     plan = OptimizerPlan(partial(SGD, lr=1.0), schedule=LRSchedule("linear", warmup=50))
     _, module = trained(plan, fast_dev_run=True)
-    assert module.rates == [[0.02]]
+    assert module.rates == [[1.0]]
 
 
 @pytest.mark.parametrize(
@@ -244,9 +280,10 @@ def test_of_two_plans_the_last_one_is_used_with_a_line(capsys, tmp_path):
     trainer, module = trained(None, callbacks=[first, SignSGD(lr=0.5)])
     assert module.rates == [[0.5]] * 6
     assert (
-        "OptimizerPlan(AdamW) is not used, because SignSGD(SignSGDOptimizer) comes after it"
-        in capsys.readouterr().out
-    )
+        "OptimizerPlan(AdamW) is not used, because SignSGD(SignSGDOptimizer) comes after it. Not "
+        "used: AdamW(), LRSchedule(kind='linear', warmup=1000000). Used: SignSGDOptimizer(lr=0.5), "
+        "no schedule"
+    ) in capsys.readouterr().out
     trainer.save_checkpoint(tmp_path / "cut.ckpt")
     trained(None, 12, ckpt_path=tmp_path / "cut.ckpt", callbacks=[first, SignSGD(lr=0.5)])
 
