@@ -4,6 +4,7 @@ import enum
 import inspect
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn, cast, get_args
 
@@ -175,12 +176,33 @@ class RavineCLI(CommandLine):
         """Parse the checkpoint's arguments, then the user's, which take precedence.
 
         The constructor of LightningCLI calls this; it sets `config`, the parsed arguments.
+        `--print_config` prints them and ends the program.
 
         Args:
             parser: the parser of all commands.
             args: the command and the user's arguments.
         """
         argv: list[str] = args  # type: ignore
+        print_words = [word for word in argv if word.startswith("--print_config")]
+        if not print_words:
+            self._parse(parser, argv)
+            return
+        # The first parse lacks the checkpoint's callbacks. Its lines are not part of the config.
+        with redirect_stdout(sys.stderr):
+            argv = self._parse(parser, [word for word in argv if word not in print_words])
+        extra_argv = callback_flags.to_argv(self.config[argv[0]])
+        config_errors.parse_argv(parser, [*argv, *extra_argv, *print_words])
+
+    def _parse(self, parser: LightningArgumentParser, argv: list[str]) -> list[str]:
+        """Set `config` to the arguments of the checkpoint and the user.
+
+        Args:
+            parser: the parser of all commands.
+            argv: the command and the user's arguments.
+
+        Returns:
+            The command and all arguments, except the flags that address one callback.
+        """
         # the user's values, each with its key, from flags and from configs
         values = list(iter_values(argv))
         if self.checkpoint_path:
@@ -211,23 +233,17 @@ class RavineCLI(CommandLine):
         # model, data, seed and others as flags. Later flags win, so the user's follow.
         saved_argv = saved_config.to_argv(self.saved_config_values, argv[0], typed_keys)
         argv = [argv[0], *saved_argv, *argv[1:]]
-        # printed after the flags of callbacks are applied
-        print_words = [word for word in argv if word.startswith(callback_flags.PRINT_CONFIG_FLAG)]
-        if self.callback_flags or self.saved_config_values:
-            argv = [word for word in argv if word not in print_words]
         self.config = config_errors.parse_argv(parser, argv)
         if self.saved_config_values:
-            self._add_saved_callbacks(parser, argv, trust_policy, typed_keys)
-        elif self.callback_flags:
+            argv = self._add_saved_callbacks(parser, argv, trust_policy, typed_keys)
+        else:
             self._apply_callback_flags(parser, argv)
         if argv[0] == "fit":
             model = self.config[argv[0]]["model"]
             class_path = model["class_path"] if "class_path" in model else str(model)
             for note in callback_flags.replacement_notes(values, class_path):
                 rank_zero_only(print)(note)
-        if print_words:
-            extra_argv = callback_flags.to_argv(self.config[argv[0]])
-            config_errors.parse_argv(parser, [*argv, *extra_argv, *print_words])
+        return argv
 
     def _apply_callback_flags(self, parser: LightningArgumentParser, argv: list[str]) -> None:
         """Change the parsed callbacks by flags such as `--trainer.callbacks.Muon.lr=0.01`."""
@@ -240,7 +256,7 @@ class RavineCLI(CommandLine):
         argv: list[str],
         trust_policy: trust.TrustPolicy,
         typed_keys: set[str],
-    ) -> None:
+    ) -> list[str]:
         """Parse again with the checkpoint's callbacks and data source, and report the differences.
 
         Args:
@@ -248,6 +264,9 @@ class RavineCLI(CommandLine):
             argv: the command, the checkpoint's arguments, and the user's.
             trust_policy: decides which callbacks of the checkpoint may be imported.
             typed_keys: the keys that the user gave.
+
+        Returns:
+            All arguments, with those that were added.
         """
         command, source = argv[0], str(self.checkpoint_path)
         # Which callbacks are added depends on those of the first parse.
@@ -256,7 +275,8 @@ class RavineCLI(CommandLine):
         if extra_argv := saved_config.extra_argv(
             self.saved_config_values, parsed, trust_policy, source, command, typed_keys
         ):
-            self.config = config_errors.parse_argv(parser, [*argv, *extra_argv])
+            argv = [*argv, *extra_argv]
+            self.config = config_errors.parse_argv(parser, argv)
         self._apply_callback_flags(parser, argv)
         resolved = self._resolved_config(command)
         if "trainer.name" not in typed_keys:  # the name comes from the checkpoint
@@ -266,6 +286,7 @@ class RavineCLI(CommandLine):
         self.changed_keys += saved_config.report_changes(
             self.saved_config_values, resolved, source, command
         )
+        return argv
 
     def after_fit(self) -> None:
         """Print the run directory and the next command; LightningCLI calls this after `fit`."""

@@ -49,8 +49,8 @@ from .errors import ConfigErrorFinder
 from .values import ConfigValue, parse_node
 
 CALLBACKS_KEY = "trainer.callbacks"
+CLASS_ARGUMENTS = ("optimizer", "aux_optimizer", "rules")  # arguments of plans with classes
 SHORT_FORMS = ("optimizer", "schedule")  # --optimizer.KEY, --schedule.KEY
-PRINT_CONFIG_FLAG = "--print_config"
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,6 @@ def apply_flags(
     command: str,
     config: Namespace,
     flags: Sequence[CallbackFlag],
-    is_silent: bool = False,
 ) -> None:
     """Change the callbacks of a parsed configuration, and print what the short forms stand for.
 
@@ -190,7 +189,6 @@ def apply_flags(
         command: the command.
         config: the arguments of the command; its list of callbacks is replaced.
         flags: the flags in the order in which they were typed.
-        is_silent: print nothing.
 
     Raises:
         UsageError: no callback or several callbacks match, or an argument or a value is wrong.
@@ -206,7 +204,7 @@ def apply_flags(
         is_overridden = flag.is_overridden and index == len(callbacks) - 1
         if not flag.is_applied and not is_overridden:
             callbacks[index] = _set_argument(parser, command, callbacks[index], path, flag)
-        if flag.owner in SHORT_FORMS and not is_silent:
+        if flag.owner in SHORT_FORMS:
             full_flag = flag_of(numbered_name(specs, index), path, flag.text)
             rank_zero_only(print)(f"{flag.flag.removeprefix('--')}: {full_flag}")
     trainer["callbacks"] = callbacks
@@ -221,17 +219,21 @@ def replacement_notes(values: Iterable[ConfigValue], model: str) -> list[str]:
     """
     notes: list[str] = []
     specs: list[CallbackSpec] = []  # the callbacks of the run so far
-    # a plan that an appended plan of its class replaces, and its name in flags
+    # a plan that an appended plan of its class replaces, its name in flags, and the flags for the
+    # arguments that were typed
     replaced: tuple[CallbackSpec, str] | None = None
+    kept_flags: list[str] = []
     for value in values:
         key = value.key.rstrip("+")
         if replaced is not None and key.startswith(f"{CALLBACKS_KEY}."):
             plan, name = replaced
             path = _without_init_args(key.removeprefix(f"{CALLBACKS_KEY}.").split("."))
             # the same argument of the plan that is there
-            if found := find_argument(plan, path):
-                flag = flag_of(name, found[0], value.flag_text)
-                notes.append(f"to change one argument of {name} and keep the others: {flag}")
+            found = find_argument(plan, path)
+            if found and path not in CLASS_ARGUMENTS:
+                kept_flags.append(flag_of(name, found[0], value.flag_text))
+            else:  # another optimizer is meant
+                replaced, kept_flags = None, []
         if key != CALLBACKS_KEY:
             continue
         elements = value.children() if isinstance(value.node, yaml.SequenceNode) else [value]
@@ -239,13 +241,15 @@ def replacement_notes(values: Iterable[ConfigValue], model: str) -> list[str]:
         if not value.is_appended:
             if specs:
                 notes.append(_dropped_note(value, specs, new, model))
-            specs, replaced = new, None
+            specs, replaced, kept_flags = new, None, []
             continue
-        replaced = None
         for index, spec in enumerate(specs):
             if new and is_plan(spec) and class_name(spec) == class_name(new[-1]):
                 replaced = spec, numbered_name(specs, index)
         specs += new
+    if replaced is not None and kept_flags:
+        flags = " ".join(kept_flags)
+        notes.append(f"to keep the other arguments of the {replaced[1]} that is there: {flags}")
     return notes
 
 

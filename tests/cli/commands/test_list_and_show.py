@@ -203,7 +203,8 @@ def test_the_command_of_a_page_is_accepted_by_the_parser(name: str, capsys: Capt
     (entry, *_) = registry.find_entries(name)
     program, *words = shlex.split(class_pages.example_command(entry, "lightning"))
     assert program == "lightning"
-    assert out(capsys, *words, "--print_config").startswith("# lightning.pytorch")
+    assert main([*words, "--print_config"]) == 0
+    assert capsys.readouterr().out.startswith("# lightning.pytorch")
 
 
 def test_every_page_can_be_made() -> None:
