@@ -38,10 +38,10 @@ def load_class(path: str, base: type = Callback) -> type | None:
     if not module:
         return typehints.subclasses_by_name((base,)).get(name)
     try:
-        found = getattr(import_module(module), name, None)
+        imported = getattr(import_module(module), name, None)
     except Exception:  # the file of a user may raise anything; the parser reports it
         return None
-    return found if isinstance(found, type) and issubclass(found, base) else None
+    return imported if isinstance(imported, type) and issubclass(imported, base) else None
 
 
 def is_plan(spec: CallbackSpec) -> bool:

@@ -229,15 +229,15 @@ def replacement_notes(values: Iterable[ConfigValue], model: str) -> list[str]:
             plan, name = replaced
             path = _without_init_args(key.removeprefix(f"{CALLBACKS_KEY}.").split("."))
             # the same argument of the plan that is there
-            found = find_argument(plan, path)
-            if found and path not in CLASS_ARGUMENTS:
-                kept_flags.append(flag_of(name, found[0], value.flag_text))
+            same_paths = find_argument(plan, path)
+            if same_paths and path not in CLASS_ARGUMENTS:
+                kept_flags.append(flag_of(name, same_paths[0], value.flag_text))
             else:  # another optimizer is meant
                 replaced, kept_flags = None, []
         if key != CALLBACKS_KEY:
             continue
         elements = value.children() if isinstance(value.node, yaml.SequenceNode) else [value]
-        new = [spec for element in elements if (spec := element.class_spec)]
+        new: list[CallbackSpec] = [s for element in elements if (s := element.class_spec)]
         if not value.is_appended:
             if specs:
                 notes.append(_dropped_note(value, specs, new, model))
@@ -254,7 +254,7 @@ def replacement_notes(values: Iterable[ConfigValue], model: str) -> list[str]:
 
 
 def _dropped_note(
-    value: ConfigValue, old: list[CallbackSpec], new: list[CallbackSpec], model: str
+    value: ConfigValue, old: Sequence[CallbackSpec], new: Sequence[CallbackSpec], model: str
 ) -> str:
     """Return the line that names the callbacks that `--trainer.callbacks=X` drops."""
     if plans := [class_name(spec) for spec in new if is_plan(spec)]:
@@ -278,7 +278,7 @@ def to_argv(config: Namespace) -> list[str]:
     return [*words, f"--{CALLBACKS_KEY}+={json.dumps(specs)}"] if specs else words
 
 
-def _resolve(specs: list[CallbackSpec], flag: CallbackFlag, command: str) -> tuple[int, str]:
+def _resolve(specs: Sequence[CallbackSpec], flag: CallbackFlag, command: str) -> tuple[int, str]:
     """Return the position of the callback that a flag addresses, and the path of its argument."""
     if flag.owner in SHORT_FORMS:
         return _resolve_short_form(specs, flag, command)
@@ -312,7 +312,7 @@ def _resolve(specs: list[CallbackSpec], flag: CallbackFlag, command: str) -> tup
 
 
 def _resolve_short_form(
-    specs: list[CallbackSpec], flag: CallbackFlag, command: str
+    specs: Sequence[CallbackSpec], flag: CallbackFlag, command: str
 ) -> tuple[int, str]:
     """Return the position of the run's plan, and the path that a short form stands for."""
     plans = [index for index, spec in enumerate(specs) if is_plan(spec)]
@@ -320,12 +320,12 @@ def _resolve_short_form(
     if not plans:
         raise _no_plan_error(specs, flag, key, command)
     # the position of each plan with the paths of its arguments
-    found = [(index, path) for index in plans for path in find_argument(specs[index], key)]
-    if len(found) == 1:
-        return found[0]
-    if not found:
+    matches = [(index, path) for index in plans for path in find_argument(specs[index], key)]
+    if len(matches) == 1:
+        return matches[0]
+    if not matches:
         raise _unknown_short_form_error([specs[index] for index in plans], flag, key)
-    choices = [flag_of(numbered_name(specs, index), path, flag.text) for index, path in found]
+    choices = [flag_of(numbered_name(specs, index), path, flag.text) for index, path in matches]
     raise UsageError(
         f"{flag.location}: it may mean {len(choices)} arguments of this run",
         choices,
@@ -334,7 +334,7 @@ def _resolve_short_form(
 
 
 def _unknown_short_form_error(
-    plans: list[CallbackSpec], flag: CallbackFlag, key: str
+    plans: Sequence[CallbackSpec], flag: CallbackFlag, key: str
 ) -> UsageError:
     """Return the error for a short form whose argument no plan has."""
     names = " and ".join(class_name(plan) for plan in plans)
@@ -358,7 +358,7 @@ def _unknown_short_form_error(
     )
 
 
-def _position_error(specs: list[CallbackSpec], flag: CallbackFlag) -> UsageError:
+def _position_error(specs: Sequence[CallbackSpec], flag: CallbackFlag) -> UsageError:
     """Return the error for `--trainer.callbacks.0.lr`."""
     names = [class_name(spec) for spec in specs]
     position = int(flag.owner)
@@ -376,7 +376,7 @@ def _position_error(specs: list[CallbackSpec], flag: CallbackFlag) -> UsageError
     )
 
 
-def _missing_callback_error(specs: list[CallbackSpec], flag: CallbackFlag) -> UsageError:
+def _missing_callback_error(specs: Sequence[CallbackSpec], flag: CallbackFlag) -> UsageError:
     """Return the error for a class that is not in the list: how to add it, or the nearest name."""
     names = list(dict.fromkeys(class_name(spec) for spec in specs))
     problem = f"{flag.location}: the run has no callback {flag.owner}"
@@ -388,7 +388,7 @@ def _missing_callback_error(specs: list[CallbackSpec], flag: CallbackFlag) -> Us
     is_optimizer = trained_by is not None or is_plan({"class_path": flag.owner})
     if plans and is_optimizer:
         key = flag.path.removeprefix("aux_optimizer.").removeprefix("optimizer.")
-        index = len(specs) - 1 - specs[::-1].index(plans[-1])
+        index = max(i for i, spec in enumerate(specs) if spec is plans[-1])
         if len(plans) == len(find_argument(plans[-1], key)) == 1:
             fixes.append(f"--optimizer.{key}={flag.quoted_text}")
         else:  # the optimizers of that class
@@ -431,7 +431,7 @@ def _adding_flags(callback_class: type, flag: CallbackFlag) -> str:
 
 
 def _no_plan_error(
-    specs: list[CallbackSpec], flag: CallbackFlag, key: str, command: str
+    specs: Sequence[CallbackSpec], flag: CallbackFlag, key: str, command: str
 ) -> UsageError:
     """Return the error for a short form in a run without OptimizerPlan."""
     if command != "fit":

@@ -278,12 +278,14 @@ def nested_class(spec: object, path: list[str]) -> str:
 
 
 def run_callbacks(arguments: list[str]) -> list[object]:
-    """Return the callbacks of the configs and flags of a line, as they stand in a config."""
-    callbacks = list((merged_config(arguments).get("trainer") or {}).get("callbacks") or ())
+    """Return the callbacks of the configs and flags of a line, in the form of a config."""
+    trainer = merged_config(arguments).get("trainer") or {}
+    callbacks: list[object] = list(trainer.get("callbacks") or ())
     for word in arguments:
         flag, equals, value = word.partition("=")
         if equals and flag.rstrip("+") == CALLBACKS_FLAG:
-            callbacks = [*(callbacks if flag.endswith("+") else ()), {"class_path": value}]
+            kept = callbacks if flag.endswith("+") else []
+            callbacks = [*kept, {"class_path": value}]
     return callbacks
 
 
