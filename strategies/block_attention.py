@@ -61,6 +61,7 @@ def attention_with_lse(
     # kernel: "flash" or "efficient" on a GPU, "cpu", or "chunks" if torch has none for them
     kernel = _select_kernel(query, key, value, causal)
     options = {"dropout_p": 0.0, "is_causal": causal}
+    # the first two results of each kernel are out and lse; others are for dropout
     if kernel == "flash":
         return aten._scaled_dot_product_flash_attention(query, key, value, **options)[:2]
     if kernel == "efficient":
@@ -92,6 +93,7 @@ def attention_with_lse_backward(
         lse: log-sum-exp over all keys (b h t).
         causal: whether the keys after a query are masked.
     """
+    # the kernel whose forward has computed `out`: "flash", "efficient", "cpu" or "chunks"
     kernel = _select_kernel(query, key, value, causal)
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()  # a sum gives strides of 0
     if kernel == "flash":
@@ -109,7 +111,8 @@ def attention_with_lse_backward(
         )
     if kernel == "efficient":
         seed = torch.zeros((), dtype=torch.long, device=query.device)  # unused: dropout is 0
-        # the kernel expects rows of lse of a multiple of LSE_ALIGNMENT elements
+        # The kernel expects rows of lse of a multiple of LSE_ALIGNMENT elements. With infinity the
+        # added rows have weights exp(s - lse) of 0.
         lse = F.pad(lse, (0, -lse.shape[2] % LSE_ALIGNMENT), value=torch.inf).contiguous()
         return aten._scaled_dot_product_efficient_attention_backward(
             *(d_out, query, key, value, None, out, lse),  # None: no bias
@@ -189,9 +192,11 @@ def _attention_backward_in_chunks(
         torch.zeros_like(key),
         torch.zeros_like(value),
     )
+    # autocast would compute the products in half precision
     with torch.autocast(query.device.type, enabled=False):
         # rows: slice of the queries whose scores fit into the memory of a chunk
         for rows in _query_slices(query, key):
+            # slice of the keys: with `causal` up to the last query of the chunk
             visible = slice(rows.stop if causal else None)
             q, d = query[:, :, rows], d_out[:, :, rows]
             # the last argument is the index of the first query, for the causal mask

@@ -123,6 +123,7 @@ def find_changed_buffers(
     """
     changed = [
         # buffer_fingerprint: address, version counter and sum of a buffer
+        # a buffer that the module has deleted counts as unchanged
         name in buffers and buffer_fingerprint(buffers[name]) != old
         for name, old in old_fingerprints.items()
     ]

@@ -18,8 +18,8 @@ stores scores. Sending keys, values and their gradients overlaps with the comput
 
 A net supports context parallelism by two attributes of its modules:
 
-    attend(query, key, value, dropout)    the attention function
-    times                                 the positions (t) of the input tokens, or None
+    attention_fn(query, key, value)    the attention function
+    position_ids_override              the positions (t) of the input tokens, or None
 
 Axes: b batch, t time (of this rank), h heads, k head width.
 """
@@ -85,6 +85,7 @@ class ContextParallel:
                 'use Trainer(strategy="zero3")',
                 flag="--trainer.strategy=zero3",
             )
+        # find_experts: the submodules called `experts`
         if find_experts(module):
             raise UsageError(
                 f"cp={self.num_ranks}: the capacity and the load balancing loss of experts need "
@@ -230,6 +231,7 @@ def ring_slices(key: Tensor, num_groups: int) -> list[tuple[slice, slice]]:
     """
     batch_size, num_heads = key.shape[:2]
     num_bytes = 2 * key.numel() * key.element_size()  # of keys and values
+    # another device than those of the table: 4 MiB, as for a GPU
     max_groups = max(1, num_bytes // MIN_MESSAGE_BYTES.get(key.device.type, 2**22))
     num_groups = min(num_groups, max_groups)
     heads_per_slice = max(1, num_heads // num_groups)
@@ -259,6 +261,7 @@ def ring_attention(query: Tensor, key: Tensor, value: Tensor, group: str) -> tup
     ring, length = _RingNeighbours(group), query.shape[2]
     out, lse = _empty_results(query)
     for ring_slice in ring_slices(key, FORWARD_HEAD_GROUPS):  # slices of batch and heads
+        # keys and values as one message (t 2 b h k), of which a rank can send the first half of t
         local_kv = _pack_kv(key[ring_slice], value[ring_slice], key.dtype)
         block_kv = local_kv  # keys and values of the rank of this step
         slice_query, slice_out, slice_lse = query[ring_slice], out[ring_slice], lse[ring_slice]
@@ -279,6 +282,7 @@ def ring_attention(query: Tensor, key: Tensor, value: Tensor, group: str) -> tup
                 total.copy_(block_out)
                 slice_lse.copy_(block_lse)
             else:
+                # combines the block with the result over earlier blocks, by their log-sum-exp
                 _merge_blocks(
                     total[:, :, query_slice], slice_lse[:, :, query_slice], block_out, block_lse
                 )
@@ -314,6 +318,7 @@ def ring_attention_backward(
     # gradients of query, key and value
     results = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     add_pending: Callable[[], None] | None = None  # adds the gradients that another rank is sending
+    # BACKWARD_HEAD_GROUPS: by the number of ranks; 4 for numbers that are not in the table
     num_groups = BACKWARD_HEAD_GROUPS.get(ring.num_ranks, 4)
     for ring_slice in ring_slices(key, num_groups):  # slices of batch and heads
         local_kv = _pack_kv(key[ring_slice], value[ring_slice], key.dtype)
@@ -323,6 +328,7 @@ def ring_attention_backward(
         # the result slices, or new tensors in the dtype of lse if that is wider
         totals = [_accumulator(grad, lse.dtype) for grad in slice_grads]
         for step in range(ring.num_ranks):
+            # starts to send this rank's keys and values; None after the last step
             transfer = ring.exchange_kv(local_kv, step + 1)
             # keys of a later rank are visible to the second half of the queries only
             query_slice = visible_queries(ring.rank, ring.rank_at(step), length)

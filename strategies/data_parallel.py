@@ -155,6 +155,7 @@ class DataParallelStrategy(DDPStrategy):
         try:
             return super().training_step(*args, **kwargs)
         except RuntimeError as error:
+            # a part of DDP's message about gradients that did not arrive
             if UNFINISHED_REDUCTION_TEXT not in str(error):
                 raise
             raise UsageError(

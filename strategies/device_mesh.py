@@ -222,6 +222,7 @@ def build_mesh(degrees: dict[str, int], zero_stage: int, device: torch.device) -
         zero_stage: 1, 2 or 3; with 1 parameters are not sharded.
         device: its type determines the backend.
     """
+    # MESH_AXES: pp, dp_replicate, dp_shard, cp, tp
     pp, num_replicas, num_shards, cp, tp = (degrees[axis] for axis in MESH_AXES)
     world_mesh = init_device_mesh(
         device.type, (pp * num_replicas * num_shards * cp * tp,), mesh_dim_names=("all",)
@@ -256,6 +257,7 @@ def build_mesh(degrees: dict[str, int], zero_stage: int, device: torch.device) -
         )
         replicate_shard_mesh = submesh["copies", "shards"]
         fsdp_mesh = replicate_shard_mesh if num_copies > 1 else submesh["shards"]
+        # one axis, over which gradients are averaged
         data_mesh = replicate_shard_mesh._flatten("data")
         tp_mesh = submesh[TP_AXIS]
     # tp_mesh and data_mesh are used for gradients, fsdp_mesh for shards

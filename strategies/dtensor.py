@@ -197,6 +197,7 @@ def _copy_shard_from(
         full: the full tensor, on the CPU.
     """
     shape = [sum(index_range.length for index_range in ranges) for ranges in indices]
+    # rows: first and end row of a chunk; with sender=None the chunk is `local` itself
     for rows, chunk in _receive_chunks(shape, local, sender):
         # _ranges_within: the parts of the ranges inside the chunk; a scalar has no indices
         chunk_indices = [_ranges_within(indices[0], rows), *indices[1:]] if indices else []

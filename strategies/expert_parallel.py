@@ -46,6 +46,7 @@ def shard_experts(module: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
     expert_modules = find_experts(module)
     if not expert_modules:
         flag = "--trainer.strategy=zero3"
+        # the module has this argument: the error recommends it
         if "num_experts" in (getattr(module, "hparams", None) or {}):
             flag = f"--model.num_experts=8, or {flag}"
         raise UsageError(
@@ -89,14 +90,14 @@ def _all_to_all_forward(
 
     def dispatch_forward(x: Tensor) -> Tensor:
         """Map the slots of this rank for all experts (E n d) to their outputs (E n d)."""
-        e, n, d = x.shape
-        num_slots = n
+        num_experts, n, d = x.shape
+        num_slots = n  # without padding
         if not torch.is_grad_enabled():  # in evaluation ranks may have batches of unequal size
             max_slots = torch.tensor(n, device=x.device)
             dist.all_reduce(max_slots, dist.ReduceOp.MAX, group=group)
             n = int(max_slots)
             x = pad(x, (0, 0, 0, n - num_slots))
-        num_local_experts = e // num_ranks
+        num_local_experts = num_experts // num_ranks
         # (r e n d): the slots of each rank r for the local experts e
         # _AllToAll: sends a part of the first axis to each rank; its backward does the reverse
         received = _AllToAll.apply(x, group).view(num_ranks, num_local_experts, n, d)
@@ -111,7 +112,8 @@ def _all_to_all_forward(
         finally:
             experts._parameters.update(sharded_params)
         # (e (r n) d) -> (r e n d): the outputs for each rank r
-        outputs = outputs.view(num_local_experts, num_ranks, n, d).transpose(0, 1).reshape(e, n, d)
+        outputs = outputs.view(num_local_experts, num_ranks, n, d).transpose(0, 1)
+        outputs = outputs.reshape(num_experts, n, d)
         return _AllToAll.apply(outputs, group)[:, :num_slots]
 
     return dispatch_forward

@@ -95,6 +95,7 @@ def find_gradient_readers(trainer: Any) -> list[str]:
     if getattr(trainer.precision_plugin, "scaler", None) is not None:
         reader_names.append("the gradient scaler")
     plugin = type(trainer.precision_plugin)
+    # a plugin that clips in another way than Lightning, whose clipping MeshStrategy replaces
     if trainer.gradient_clip_val and plugin.clip_grad_by_norm is not Precision.clip_grad_by_norm:
         reader_names.append(plugin.__name__)
     pipeline = getattr(trainer.strategy, "pipeline", None)
@@ -119,13 +120,14 @@ def find_gradient_readers(trainer: Any) -> list[str]:
             # _may_read_gradients: searches the bytecode of the hook and of code that it calls
             if is_overridden(hook, owner, base) and _may_read_gradients(getattr(owner, hook), owner)
         ]
+        # only of callbacks: those of the module were added above
         if base is not None and is_overridden(ZEROING_HOOKS[0], owner, base):
             hooks.append(ZEROING_HOOKS[0])
         # reads_gradients: whether the bytecode of any of its methods reads gradients
         if hooks or reads_gradients(owner):
             reader_names.append(".".join([type(owner).__name__, *hooks[:1]]))
     for optimizer in trainer.optimizers:
-        # such an optimizer is not split over ranks at all
+        # every rank steps all of its parameters, so every rank needs all gradients anyway
         if getattr(optimizer, "needs_full_gradient", False):
             continue
         # a `zero_grad` of its own may read gradients
@@ -184,7 +186,7 @@ def free_before_forward(trainer: Any) -> None:
         if batch_idx == 0:
             should_free = can_free_gradients_early(trainer)
         if should_free and batch_idx % trainer.accumulate_grad_batches == 0:
-            free_gradients(trainer.optimizers[0])
+            free_gradients(trainer.optimizers[0])  # automatic optimization has one optimizer
 
     replace_method(strategy, "on_train_start", on_train_start)
     replace_method(strategy, "on_train_batch_start", on_train_batch_start)
@@ -303,8 +305,10 @@ def _record_uses(
     elif name == "grad" and (is_attribute or instruction.opname == "LOAD_CONST"):
         if previous is None or previous.argval != "autograd":  # not torch.autograd.grad
             uses.has_gradient = True
+            # true unless the gradient is only tested, or asked for its shape or dtype
             uses.reads_values |= _next_reads_values(instruction, following)
     elif is_attribute:
+        # VALUE_DEPENDENT_NAMES: e.g. `norm` or `mul_`
         uses.reads_values |= name in VALUE_DEPENDENT_NAMES
         # PARAM_HOLDER_NAMES: e.g. `parameters` or `optimizers`
         uses.passes_params |= name in PARAM_HOLDER_NAMES
@@ -313,6 +317,7 @@ def _record_uses(
     elif instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
         argument_names = function.__code__.co_varnames[: function.__code__.co_argcount]
         # arguments besides `self` that may be an optimizer, a module or parameters
+        # NON_PARAM_ARGUMENTS: arguments of hooks that are none, e.g. `batch`
         param_arguments = set(argument_names[1:]) - NON_PARAM_ARGUMENTS
         # LOAD_FAST_LOAD_FAST of Python 3.13 loads two variables
         loaded = instruction.argval if isinstance(instruction.argval, tuple) else (name,)

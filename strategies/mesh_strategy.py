@@ -94,7 +94,8 @@ def destroy_process_group_at_exit() -> None:
 class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
     """Shard parameters, gradients and optimizer state, and split matrices, of any module.
 
-    The optimizer states in a checkpoint are already indexed by parameter order (`numbered`).
+    With every layout, optimizer states in a checkpoint are indexed by the order of
+    `named_parameters()`.
 
     Args:
         dp_shard: number of data-parallel ranks that shard each parameter; -1: all remaining ranks.
@@ -672,10 +673,11 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
     ) -> dict[str, Any]:
         """Load a checkpoint of any strategy and layout into the module and the optimizers.
 
-        Every rank calls it, and copies its shards.
+        Every rank calls it, and copies its shards. `weights_only` is for a single file: a folder
+        never holds more than tensors and plain values.
 
         Returns:
-            the checkpoint; of a folder, the parts that are not loaded here.
+            the checkpoint; of a folder without optimizer states, which are loaded already.
         """
         path = Path(self.broadcast(checkpoint_path))
         module, optimizers = self.lightning_module, self.optimizers

@@ -126,6 +126,7 @@ class ParallelModule:
         data_mesh = self.mesh_layout.data_mesh
         if data_mesh.size() > 1 and self.zero1_reducer is None:  # ZeRO-1 averages all gradients
             _all_reduce_flat(
+                # trainable parameters that FSDP2 has not sharded
                 self._replicated_params_unnamed(),
                 data_mesh.get_group(),
                 factor=1 / data_mesh.size(),
@@ -267,6 +268,7 @@ def parallelize_module(
     if mesh_layout.expert_mesh is not None:
         parallel_module.expert_modules = shard_experts(module, mesh_layout.expert_mesh)
     has_no_model_axes = tp_mesh.size() * mesh_layout.degrees["pp"] == 1
+    # with a single data rank, tp or pp alone divide the parameters
     if options.is_sharded and (mesh_layout.data_mesh.size() > 1 or has_no_model_axes):
         ignored_ids = {
             id(p) for experts in parallel_module.expert_modules for p in experts.parameters()
@@ -286,6 +288,7 @@ def parallelize_module(
             ["a tensor_parallel_plan that splits none of them"],
             "leave them out of tensor_parallel_plan",
         )
+    # with pp a rank has its stage only, which need not be sharded further
     if options.is_sharded and not has_sharded_params(module) and mesh_layout.degrees["pp"] == 1:
         raise UsageError(
             f"{type(module).__name__} has nothing to shard: no child module holds a parameter",
@@ -326,6 +329,7 @@ def shard_module(
             for r in fsdp_roots
             if not _contains_any(r, fsdp_blocks) and _param_bytes(r) < min_unit_bytes
         ]
+        # the unit is in memory during the whole step, so its size is limited
         if len(small) > 1 and sum(map(_param_bytes, small)) <= MAX_JOINT_UNIT_BYTES:
             joint_modules = small
     replicated_ids = _find_replicated_ids(module, fsdp_roots)
@@ -374,6 +378,7 @@ def _find_replicated_ids(module: nn.Module, fsdp_roots: list[nn.Module]) -> set[
     """Return ids of the parameters that FSDP2 cannot shard: they stay replicated.
 
     These are parameters of several units, scalars, empty ones, and those of a class of their own.
+    Parameters outside of all units are not listed: fully_shard is not applied to them.
     """
     # ids, because they hold no references
     num_holders = Counter(id(p) for root in fsdp_roots for p in root.parameters())
@@ -386,7 +391,7 @@ def _find_replicated_ids(module: nn.Module, fsdp_roots: list[nn.Module]) -> set[
             or num_holders[id(p)] > 1
             # a parameter of a class of its own, which its shard would lose
             or _is_param_subclass(p)
-            or (is_integer and not CAN_SHARD_INTEGERS)
+            or (is_integer and not CAN_SHARD_INTEGERS)  # it depends on the version of torch
         ):
             replicated_ids.add(id(p))
     return replicated_ids

@@ -277,6 +277,11 @@ class Pipeline:
 
     @contextmanager
     def _record_logs(self, number: int) -> Iterator[None]:
+        """Within the context `module.log` only records; micro-batch `number` gets the records.
+
+        The values are logged later, on all ranks, as their mean over the micro-batches.
+        """
+        # an attribute of the object, which hides the method of the class
         attributes, records = self.module.__dict__, {}
         previous_log = attributes.get("log")
 
@@ -359,6 +364,7 @@ class Pipeline:
         for stage in range(self.num_stages):
             is_local = stage in self.local_stages
             stage_input = activation
+            # _probe_output: runs the stage, after the first time on the meta device only
             stage_output = self._probe_output(stage, stage_input) if is_local else None
             # stage s is on rank s modulo the number of ranks
             activation = self._broadcast(stage_output, stage % self.num_ranks)

@@ -86,6 +86,7 @@ def apply_tensor_parallel(
             )
         for name, style in styles.items():
             _parallelize_submodule(net, name, style, mesh, sequence_parallel)
+            # "sequence": a replicated module, such as a norm, that gets the tokens of its rank only
             if sequence_parallel and style == "sequence":
                 partial_sum_modules.append(net.get_submodule(name))
     return partial_sum_modules
@@ -99,7 +100,9 @@ def _parallelize_submodule(
     Args:
         net: the net.
         name: name of the module in the net.
-        style: a key of PLAN_STYLES.
+        style: a key of PLAN_STYLES: "colwise" and "rowwise" split the matrix; "shared" replicates
+            the input of several split matrices; "scatter", "sequence" and "gather" mark where the
+            sequence is split, is in parts, and is full again.
         mesh: the tp ranks.
         sequence_parallel: whether activations between split matrices are sharded along t.
     """

@@ -477,6 +477,7 @@ class Zero1Reducer:
                     loss = closure()
             self._rebuild_buckets()  # assigns owners to new parameters
             parameters = [p for group in stepped.param_groups for p in group["params"]]
+            # every rank steps a parameter without an owner, such as one of an expert
             unowned_params = [p for p in parameters if self.owner_of.get(p, self.rank) != self.rank]
             gradients = [p.grad for p in unowned_params]
             for p in unowned_params:  # so that the original step skips them

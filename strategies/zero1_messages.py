@@ -79,7 +79,7 @@ def iter_messages(
         flagged = same_dtype if with_flags else []
         numels = [local_view(p).numel() for p in small]
         total = sum(numels) + len(flagged)
-        if total:
+        if total:  # a joined message has start=None, a slice the index of its first element
             yield ParamMessage(small, total, dtype, numels, start=None, flagged_params=flagged)
         max_numel = MAX_MESSAGE_BYTES // dtype.itemsize
         for parameter in large:

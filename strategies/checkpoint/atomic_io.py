@@ -123,7 +123,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Validate and read a checkpoint; `weights_only=False` allows any pickled object.
 
         The path may also be an open file, which only one process reads. In the context of
-        `collective_loading` all ranks read the checkpoint together.
+        `collective_loading` all ranks read the checkpoint together. A folder (sharded checkpoint)
+        is always read onto the CPU, as tensors and plain values only.
 
         Raises:
             CheckpointError: the checkpoint is missing or damaged.
@@ -143,6 +144,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 # all shards of the folder are joined into full tensors
                 return sharded.load_full(source)
             except CheckpointError as error:
+                # _damage_error: adds the newest valid checkpoint to the message
                 raise _damage_error(source, error.problem) from error
         return _load_file(source, map_location, is_safe, readers, mapped_sections)
 
@@ -154,6 +156,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         target = _local_path(path)
         if target is None:
             super().remove_checkpoint(path)
+        # a link may lead to a checkpoint of another run
         elif with_resolved_parent(target) in self.written_paths and not target.is_symlink():
             self.written_paths.discard(with_resolved_parent(target))
             if target.is_dir():
@@ -230,6 +233,7 @@ def require_valid_folder(path: Path) -> None:
             sizes = sharded_index.tensor_file_sizes(path)
         except (OSError, CheckpointError) as error:  # it is being removed
             reason = error.problem if isinstance(error, CheckpointError) else str(error)
+    # raises on all ranks if one of them has found a reason
     readers.raise_first_problem(reason, make_error)
     # without the device number: nodes may number a shared file system differently
     # assign_parts: the files that this rank verifies; none if a rank has verified this folder
@@ -265,7 +269,8 @@ def list_checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
         folders[:] = [  # changed in place: os.walk enters these folders
             name
             for name in folders
-            # a folder that is being written or removed has a temporary name
+            # a candidate is a checkpoint itself; a folder that is being written or removed has a
+            # temporary name
             if name not in candidates and not STAGING_PATTERN.fullmatch(name)
         ]
         for name in candidates:
@@ -383,6 +388,7 @@ def _load_file(
             else:
                 reason = _missing_file_error(path)
         try:
+            # raises on all ranks if one of them has found a reason
             readers.raise_first_problem(reason, make_error)
             assert file is not None
             # key: device, then inode, size and times
@@ -468,7 +474,8 @@ def _find_file_damage(file: IO[bytes], is_safe: bool = True) -> str | None:
         if not any(name.partition("/")[2] == "data.pkl" for name in table.namelist()):
             return "it is not a checkpoint: a zip archive without data.pkl"
         if any(entry.external_attr for entry in table.infolist()):
-            # no checksum covers the table; torch returns uninitialized memory for a "folder"
+            # torch.save writes no attributes, and no checksum covers the table. An attribute can
+            # mark a record as a folder, for which torch returns uninitialized memory.
             return "it is damaged: its table of contents was changed"
         zip_archive.validate_zip_entries(table, size)
         if corrupt_record := zip_archive.find_corrupt_record(

@@ -39,6 +39,7 @@ def load_mapped(file: IO[bytes], sections: Collection[str]) -> Any:
         UnmappableFileError: a tensor or object is not plain, or memory cannot be mapped.
     """
     with zipfile.ZipFile(file) as table:
+        # torch.load would swap the bytes of each number, which a view cannot
         for name in table.namelist():
             is_byte_order = name.partition("/")[2] == "byteorder"
             if is_byte_order and table.read(name).decode(errors="replace") != sys.byteorder:
@@ -55,7 +56,7 @@ def load_mapped(file: IO[bytes], sections: Collection[str]) -> Any:
         raise UnmappableFileError(str(error)) from error
     # _TensorMapper: replaces the meta tensors of the tree by views of the pages
     tree = _TensorMapper(pages).map_tree(tree)
-    if not isinstance(tree, dict):
+    if not isinstance(tree, dict):  # it has no sections: everything is copied
         return copy.deepcopy(tree)
     # one deepcopy, so that sections that share a tensor share its copy
     copied = copy.deepcopy({key: value for key, value in tree.items() if key not in sections})

@@ -27,7 +27,8 @@ def to_plain(value: Any) -> Any:
         return value.item()
     for plain_type in (bool, int, float, str, bytes):
         if isinstance(value, plain_type):  # of a subclass
-            return plain_type.__new__(plain_type, value)  # type: ignore[call-overload]  # also for an enum
+            # not str(value), which is "Color.RED" for an enum of text
+            return plain_type.__new__(plain_type, value)  # type: ignore[call-overload]
     if isinstance(value, Mapping):
         return {to_plain(key): to_plain(item) for key, item in value.items()}
     for plain_type in (list, tuple, set, frozenset):
@@ -35,7 +36,7 @@ def to_plain(value: Any) -> Any:
             items = [to_plain(item) for item in value]
             if plain_type is list:
                 return items
-            # a frozenset becomes a set
+            # a frozenset becomes a set, because torch.load(weights_only=True) rejects it
             return tuple(items) if plain_type is tuple else set(items)
     return value
 

@@ -82,6 +82,7 @@ class ReadingRanks:
         same_file_ranks = [
             rank for rank, (identity, _) in enumerate(reports) if identity == file_identity
         ]
+        # one verification of a copy is enough for all of its ranks
         if any(verified for identity, verified in reports if identity == file_identity):
             return []
         names = sorted(sizes)

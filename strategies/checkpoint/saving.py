@@ -31,6 +31,7 @@ def save_on_all_ranks(trainer: L.Trainer, path: str | Path) -> None:
     """
     error: Exception | None = None
     try:
+        # weights_only=False: with the optimizer states
         trainer.save_checkpoint(path, weights_only=False)
     except Exception as problem:
         error = problem
@@ -79,6 +80,7 @@ def _defer_hook(
         callback: the callback.
         name: name of the hook.
     """
+    # _pending_hooks: the dict that the module's hook runs; installed at the first call
     pending = _pending_hooks(trainer, module, name)
     is_overridden = getattr(type(callback), name) is not getattr(L.Callback, name)
     if callback in pending or not is_overridden:

@@ -102,6 +102,7 @@ def save_sharded(checkpoint: dict[str, Any], path: Path) -> None:
                 checksums: dict[str, list[int]] = {}
                 for rank_checksums in checksums_by_rank:
                     checksums |= rank_checksums
+                # _save_manifest: adds the checksums of META_FILE and of torch's index
                 _save_manifest(staging, checksums)
                 replace_folder(staging, path)
             except OSError as problem:
@@ -304,6 +305,7 @@ def _load_chunk(
                 or stored_tensor.dtype != dtype
             ):
                 raise UsageError("a file has another tensor")
+            # the elements of the tensor, as a file
             record = zip_archive.open_tensor_record(table, window)  # type: ignore[arg-type]
         is_dense = (
             stored_tensor.is_contiguous()

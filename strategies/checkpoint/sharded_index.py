@@ -144,7 +144,7 @@ def _load_manifest(path: Path) -> dict[str, tuple[int, int]]:
         CheckpointError: the manifest is damaged, or does not list META_FILE and INDEX_FILE.
     """
     num_files = sum(1 for _ in path.iterdir())
-    limit = MAX_ENTRY_BYTES * (2 + num_files)
+    limit = MAX_ENTRY_BYTES * (2 + num_files)  # 2: for what surrounds the entries
     with (path / MANIFEST_FILE).open("rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:  # a megabyte of nested lists takes seconds to parse
@@ -207,8 +207,8 @@ def _parse_metadata(root: Any, file_sizes: dict[str, int]) -> Metadata:
             _decode_path(key)  # raises if the key is not valid
             entries[key] = entry = _parse_tensor_entry(record)
             total_bytes += math.prod(entry.size) * entry.properties.dtype.itemsize
-    # several names may refer to one stored tensor, so the total may exceed the size of the files
-    # MAX_EXTRA_BYTES: small files may have a larger ratio
+    # Several names may refer to one stored tensor, so the total may exceed the size of the files.
+    # A factor of 4 is allowed, and MAX_EXTRA_BYTES beyond it, because small files may have more.
     if total_bytes > 4 * sum(file_sizes.values()) + zip_archive.MAX_EXTRA_BYTES:
         raise UsageError("its tensors are larger than its files")
     storage_infos = _parse_storage_infos(fields["storage_data"], file_sizes)
@@ -247,7 +247,8 @@ def _parse_storage_infos(
             raise UsageError("a file is compressed")
         if name not in file_sizes or not 0 <= start <= start + length <= file_sizes[name]:
             raise UsageError("a tensor is outside its file")
-        # MetadataIndex: name of the tensor (fqn) and first indices of the chunk
+        # MetadataIndex: name of the tensor (fqn) and first indices of the chunk; an object that is
+        # no tensor has no indices
         offset = None if index.get("offset") is None else _parse_shape(index["offset"])
         storage_infos[MetadataIndex(index["fqn"], offset)] = _StorageInfo(name, start, length)
     return storage_infos

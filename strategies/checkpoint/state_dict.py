@@ -192,7 +192,8 @@ def gather_optimizer_state(
             sending_ranks = [first + offset for first in collecting_ranks for offset in offsets]
 
         def collect_tensor(tensor: Tensor) -> Tensor:
-            return _collect_value(tensor, sending_ranks)  # every rank of its mesh must call it
+            # the full tensor on these ranks, else None; every rank of its mesh must call it
+            return _collect_value(tensor, sending_ranks)
 
         state = tree_map_only(Tensor, collect_tensor, state)
         if "members" in state_dict:  # other state of member optimizers, equal on all ranks
@@ -248,6 +249,7 @@ def load_full_state(
         for name, value in weights.items()
     }
     module.load_state_dict(loaded_weights, strict=module.strict_loading)  # type: ignore[arg-type]
+    # without optimizers (evaluation) no states are loaded
     saved_states = checkpoint.get("optimizer_states", []) if optimizers else []
     _check_optimizer_count(optimizers, saved_states)
     indices = param_indices(module, stages) if stages else None
@@ -290,7 +292,7 @@ def load_sharded_state(
         is_unsharded: whether the owner of a sharded parameter keeps its full state.
 
     Returns:
-        the rest of the checkpoint.
+        the checkpoint without optimizer states; its weights are the module's own tensors.
     """
     # the checkpoint without the tensors that are stored in shards
     checkpoint = sharded.load_unsharded(path)
@@ -326,6 +328,7 @@ def load_sharded_state(
                 )
         elif section not in ("state_dict", "optimizer_states"):  # e.g. ("ema", ..., name)
             name = tensor_path[-1]
+            # a pipeline stage leaves out the weights of other stages
             if stages is None or name in params_by_name:
                 parameter = params_by_name.get(str(name))
                 tensors[tensor_path] = sharded.empty_like_entry(entry, parameter)

@@ -205,7 +205,8 @@ def find_changed_kinds(states: list[Any], recorded: Any, param_names: list[str])
     if recorded is None:
         return ""
     changes = []
-    # per optimizer {index of the parameter: {name of the entry: kind}}
+    # per optimizer {index of the parameter: {name of the entry: kind}}; not strict, because
+    # find_damaged_states reports another number of optimizers
     for before, after in zip(recorded, optimizer_state_kinds(states), strict=False):
         for number in before.keys() | after.keys():
             old, new = before.get(number, {}), after.get(number, {})
@@ -244,7 +245,8 @@ def find_damaged_states(
             f"and was written with {len(recorded)}"
         )
     problems = []
-    # per optimizer {index of the parameter: {name of the entry: shape}}
+    # per optimizer {index of the parameter: {name of the entry: shape}}; not strict: optimizers
+    # that were not recorded are not compared
     for before, after in zip(recorded, current_shapes, strict=False):
         for number, entries in before.items():
             # _param_name: the name by index, or the text of the index

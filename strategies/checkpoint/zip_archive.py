@@ -188,7 +188,9 @@ def validate_pickled_tensors(archive: zipfile.ZipFile, size: int) -> None:
             todo += item.values()
         elif isinstance(item, list | tuple | set):
             todo += item
-    if total_bytes > 4 * size + MAX_EXTRA_BYTES:  # tensors may share a storage
+    # Tensors may share a storage, so the total may exceed the size of the file. A factor of 4 is
+    # allowed, and MAX_EXTRA_BYTES beyond it, because small files may have more.
+    if total_bytes > 4 * size + MAX_EXTRA_BYTES:
         raise DamagedArchiveError("its tensors are larger than the file")
 
 

@@ -44,7 +44,8 @@ def find_escaping_groups(
         for p in group.fsdp_params
         if hasattr(p, "_unsharded_param")
     }
-    root = loss.grad_fn
+    root = loss.grad_fn  # None if the loss needs no gradient
+    # readers: for each node the nodes that use its output; leaves: the nodes of the parameters
     readers, leaves_by_group = _search_graph(root, group_by_param_id)
     escaping_groups: set[Any] = set()
     for group, leaves in leaves_by_group.items():

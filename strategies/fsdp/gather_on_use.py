@@ -136,7 +136,7 @@ class GatherOnUse:
             # within a backward pass the gathered groups are still needed
             if not self.is_in_backward:
                 self.release_groups()  # of earlier steps
-                self.output_nodes.clear()
+                self.output_nodes.clear()  # which the units record in their forward
             was_in_step = self.is_in_step  # true if a step calls another one
             self.is_in_step = True
             try:

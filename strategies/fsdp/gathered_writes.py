@@ -83,6 +83,7 @@ def write_back_group(group: Any, refuse: Callable[[Any], None], compare_values: 
     """
     # rows: views of this rank's rows of the gathered copies, and the shards; kept for later calls
     rows: Any = vars(group).get("_written_rows")
+    # is_stale: the shards have other memory now
     if rows is None or rows.is_stale():
         rows = group._written_rows = _GroupRows(group)
     for p in rows.parameters:
@@ -98,7 +99,7 @@ def write_back_group(group: Any, refuse: Callable[[Any], None], compare_values: 
             with grad_mode._unsafe_preserve_version_counter(p.all_gather_outputs[0]):
                 gathered.copy_(gathered_param)
             gathered_param.data = gathered
-    if not rows.parameters:  # all of them are frozen
+    if not rows.parameters:  # this rank has no rows of any parameter
         return
     if rows.has_same_dtypes:
         _foreach_copy_(rows.shards, rows.copies)

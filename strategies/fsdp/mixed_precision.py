@@ -123,7 +123,9 @@ def uses_weights_in_matmul_only(layer: nn.Module) -> bool:
     # REPARAMETRIZED: ends of the names that weight_norm and spectral_norm give
     if any(name.endswith(REPARAMETRIZED) for name in names):
         return False
-    forward = layer.__dict__.get("forward")  # replaced on this object
+    # A forward that was replaced on this object may use the weights in another way, except for the
+    # forward of keep_embeddings_in_fp32.
+    forward = layer.__dict__.get("forward")
     if forward is not None and getattr(forward, "__func__", None) is not _embedding_forward_fp32:
         return False
     for owner in type(layer).__mro__:

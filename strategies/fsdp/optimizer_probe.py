@@ -83,6 +83,7 @@ def _probe_cases(optimizer: Optimizer) -> Iterator[tuple[int, Tensor]]:
             # of a float only whether it is 0 counts: a factor of 0 disables a term
             (key, value == 0 if type(value) is float else repr(value)[:100])
             for key, value in sorted(group.items(), key=lambda item: str(item[0]))
+            # a learning rate scales the update, and does not change its kind
             if key not in ("params", "param_names", "lr", "initial_lr", "max_lr", "min_lr")
         )
         for parameter in group["params"]:
@@ -90,6 +91,7 @@ def _probe_cases(optimizer: Optimizer) -> Iterator[tuple[int, Tensor]]:
                 continue  # codes of quantized weights are not trained
             # groups with equal settings are probed once
             case = (settings, parameter.ndim, parameter.dtype)
+            # the largest, because some optimizers treat large tensors differently
             _, largest = cases.setdefault(case, (group_index, parameter))
             if parameter.numel() > largest.numel():
                 cases[case] = (group_index, parameter)
@@ -194,7 +196,7 @@ def _run_steps(
     parameters = [nn.Parameter(values.clone()) for values, _ in tensors]
     # the copy has one param group, with these parameters
     trial = _copy_optimizer(optimizer, group_index, parameters)
-    # the same random numbers in each trial
+    # the same random numbers in each trial; _probe_case restores the generators
     torch.default_generator.manual_seed(0)
     random.seed(0)
     numpy.random.seed(0)
@@ -286,6 +288,8 @@ def _copy_optimizer(optimizer: Optimizer, group_index: int, parameters: list[nn.
         no_hooks = {k: OrderedDict() for k in attributes if k.startswith("_optimizer_")}
         duplicate.__dict__ = copy.deepcopy({**attributes, **no_hooks}, memo)
     for original, duplicate in pairs:
+        # A wrapped optimizer has the same groups as its wrapper, and so the same index. One with
+        # fewer groups keeps all of them.
         _keep_only_group(duplicate, group_index, parameters)
         # state that the class creates in its constructor, which was not called
         _init_trial_state(original, duplicate, parameters)

@@ -81,8 +81,9 @@ def gather_to_owners(pairs: list[tuple[Any, Tensor]], owner: dict[int, int]) -> 
                 full_tensors[index] = pairs[index][1].clone()
             continue
         num_ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-        # holder: the rank that has the rows
-        sizes = _exchange_sizes(pairs, indices, owner, num_ranks)  # [owner][holder][tensor]
+        # numbers of elements [owner][holder][tensor]; holder: the rank that has the rows
+        sizes = _exchange_sizes(pairs, indices, owner, num_ranks)
+        # for each rank the indices of the pairs that it owns
         by_owner = [[i for i in indices if owner[id(pairs[i][0])] == r] for r in range(num_ranks)]
         send = torch.cat(
             [pairs[i][1].reshape(-1) for owned_indices in by_owner for i in owned_indices]
@@ -120,7 +121,9 @@ def scatter_from_owners(pairs: list[tuple[Any, Tensor]], owner: dict[int, int]) 
                 pairs[index][0]._local_tensor.copy_(pairs[index][1])
             continue
         num_ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-        sizes = _exchange_sizes(pairs, indices, owner, num_ranks)  # [owner][holder][tensor]
+        # numbers of elements [owner][holder][tensor]; holder: the rank that gets the rows
+        sizes = _exchange_sizes(pairs, indices, owner, num_ranks)
+        # for each rank the indices of the pairs that it owns
         by_owner = [[i for i in indices if owner[id(pairs[i][0])] == r] for r in range(num_ranks)]
         send_chunks = []
         for holder in range(num_ranks):

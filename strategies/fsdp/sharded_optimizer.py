@@ -208,11 +208,12 @@ class _PlainTensorStepper:
 
         Args:
             name: name of the method.
-            original: the optimizer's method.
+            original: the optimizer's method, bound to the optimizer.
             replacement: called with `original` and the arguments of the call.
         """
 
         def method(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            # call_depth: number of replaced methods that are running
             return (
                 replacement(original, *args, **kwargs)
                 if self.call_depth == 0
@@ -246,6 +247,7 @@ class _PlainTensorStepper:
             if is_first_call:
                 is_first_call = False
                 return loss
+            # groups and state have the module's parameters again while the closure runs
             with self.with_module_params(), torch.enable_grad():
                 return closure()  # pyright: ignore[reportOptionalCall]
 
@@ -412,6 +414,9 @@ class LocalShardStepper(_PlainTensorStepper):
         Args:
             step: whether the rows also get the local gradients.
             use_placeholders: not used, because local rows need no memory.
+
+        Returns:
+            true: no parameter is removed from its group.
         """
         self._param_pairs = []
         with torch._C.DisableTorchFunctionSubclass():  # attributes of sharded parameters are slow
@@ -431,7 +436,6 @@ class LocalShardStepper(_PlainTensorStepper):
                     # _local_gradient: this rank's rows, with the placements of the parameter
                     plain.grad = _local_gradient(p, gradient)
                 self._param_pairs.append((p, plain))
-        # true: no parameter is removed from its group
         self._replace_params(lambda p: True)
         return True
 
@@ -548,7 +552,8 @@ class OwnerStepper(_PlainTensorStepper):
         A checkpoint has the param group settings of rank 0. Their step counters advance only if
         rank 0 steps a parameter of each group.
         """
-        load: dict[int, list[int]] = {}  # elements on each rank, by the number of ranks
+        # elements on each rank, by the number of ranks of a shard group
+        loads_by_num_ranks: dict[int, list[int]] = {}
         for group in self.optimizer.param_groups:
             params_by_num_ranks: dict[int, list[DTensor]] = {}  # by the size of the shard group
             for p in group["params"]:
@@ -559,7 +564,7 @@ class OwnerStepper(_PlainTensorStepper):
                 num_ranks = dist.get_world_size(shard_group(p)) if is_sharded else 1
                 params_by_num_ranks.setdefault(num_ranks, []).append(p)
             for num_ranks, parameters in params_by_num_ranks.items():
-                loads = load.setdefault(num_ranks, [0] * num_ranks)
+                loads = loads_by_num_ranks.setdefault(num_ranks, [0] * num_ranks)
                 first, *others = sorted(parameters, key=lambda p: p.numel())
                 loads[0] += first.numel()
                 # a rank for each size; it adds the sizes to `loads`, which stay about equal
@@ -607,6 +612,7 @@ class OwnerStepper(_PlainTensorStepper):
                 # without elements: only its owner sets the data below
                 full_param = nn.Parameter(p._local_tensor.new_empty(0), False)
                 self.plain_params[id(p)] = full_param
+            # keeps_state_of: whether this rank is the owner
             if self.keeps_state_of(p) and use_placeholders:
                 full_param.data = p._local_tensor.new_empty(p.shape)
             elif self.keeps_state_of(p):

@@ -230,9 +230,11 @@ def _apply_operation(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[s
         return _apply_on_copies(func, args, kwargs, is_random=True)
     # torch rejects it for a plain leaf tensor, too
     is_refused = is_in_place and torch.is_grad_enabled() and target.requires_grad
+    # names of functions that torch computes on shards element by element
     has_torch_rule = (
         not is_in_place or name in _INPLACE_OPERATORS or name.strip("_") in _ELEMENTWISE_FUNCTIONS
     )
+    # _foreach functions do an elementwise operation on lists of tensors
     if has_plain_tensors or not (has_torch_rule or name.startswith("_foreach") or is_refused):
         return _apply_on_copies(func, args, kwargs, is_random=name in _RANDOM_FUNCTIONS)
     try:

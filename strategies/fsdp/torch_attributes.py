@@ -72,6 +72,7 @@ def _find_missing_attrs(module: nn.Module) -> Iterator[str]:
     for owner, (holder, name) in REQUIRED_FUNCTIONS.items():
         if not hasattr(holder, name):
             yield f"{owner}.{name}"
+    # _missing_attrs_of: yields the names of this list that the object lacks
     for unit in fsdp_units(module):
         yield from _missing_attrs_of(unit, ("_get_fsdp_state",), "FSDPModule")
         state: Any = unit._get_fsdp_state()
