@@ -259,7 +259,7 @@ def ring_attention(query: Tensor, key: Tensor, value: Tensor, group: str) -> tup
     Axes: b batch, h heads, t tokens of this rank, k channels of a head.
     """
     ring, length = _RingNeighbours(group), query.shape[2]
-    out, lse = _empty_results(query)
+    out, lse = _empty_results(query)  # without values: the first step sets them
     for ring_slice in ring_slices(key, FORWARD_HEAD_GROUPS):  # slices of batch and heads
         # keys and values as one message (t 2 b h k), of which a rank can send the first half of t
         local_kv = _pack_kv(key[ring_slice], value[ring_slice], key.dtype)

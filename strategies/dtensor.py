@@ -126,7 +126,7 @@ def local_shard(full: Tensor, like: Tensor) -> Tensor:
         return full.to_local()
     if not isinstance(like, DTensor):
         return full
-    indices = shard_indices(like)
+    indices = shard_indices(like)  # for each dimension the ranges of this rank's shard
     if all(len(ranges) <= 1 for ranges in indices):  # one block, or an empty shard
         for dim, ranges in enumerate(indices):
             index_range = ranges[0] if ranges else IndexRange(0, 0, 0)

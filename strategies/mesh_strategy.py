@@ -659,7 +659,7 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
             # SHARDED_KEYS: weights, optimizer states and averaged weights, which hold DTensors
             {k: v for k, v in checkpoint.items() if k not in sharded_index.SHARDED_KEYS}
         )
-        path = Path(self.broadcast(filepath))
+        path = Path(self.broadcast(filepath))  # rank 0's: a name with a time may differ
         if isinstance(self.checkpoint_io, AtomicCheckpointIO):
             # it removes only paths that it knows to be written by this run
             self.checkpoint_io.written_paths.add(with_resolved_parent(path))

@@ -261,6 +261,7 @@ def parallelize_module(
     parallel_module = ParallelModule(module, mesh_layout)
     tp_mesh = mesh_layout.tp_mesh
     if tp_mesh.size() > 1:
+        # with sequence parallelism these modules get the tokens of their rank only
         parallel_module.partial_sum_modules = apply_tensor_parallel(
             module, tp_mesh, sequence_parallel
         )

@@ -176,6 +176,7 @@ class Pipeline:
         # torch's schedule for this input shape; a first call builds the stages
         schedule = self._get_schedule(net_inputs[0])
         self.current_microbatches, self.step_args = microbatches, args
+        # (m) of each micro-batch in the mean over the batch
         self.microbatch_weights = self._compute_microbatch_weights(microbatches)
         parameters = [p for p in self.module.parameters() if p.requires_grad]
         grads = self._compute_gradients(schedule, net_inputs, parameters)

@@ -140,6 +140,7 @@ class Zero1Reducer:
         self.module, self.group, self.ignored_params = module, group, ignored_params
         self.find_gradient_readers = find_gradient_readers
         self.rank, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
+        # true for gloo: isend and irecv; otherwise reductions and broadcasts of the backend
         self.is_point_to_point = dist.get_backend(group) in POINT_TO_POINT_BACKENDS
         # Newton needs all gradients on every rank, and has no state to shard
         self.optimizers = [
@@ -349,7 +350,7 @@ class Zero1Reducer:
         bucket = self._buckets[self._num_launched]
         plan = self._gradient_plans[self._num_launched]
         self._num_launched += 1
-        self._make_gradients_contiguous(bucket)
+        self._make_gradients_contiguous(bucket)  # a message is a slice of a gradient's memory
         for message in plan.get(None, []):  # gradients that every rank keeps
             # one flat tensor: the gradients, and a flag for each parameter
             data = join_gradients(message)

@@ -197,6 +197,7 @@ def add_gradients(data: Tensor, message: ParamMessage) -> None:
         _unpack_flags(data, message),
         strict=True,
     ):
+        # a gradient that only the sender has is added to zeros; set_gradient: also of a DTensor
         if has_grad and parameter.grad is None:
             set_gradient(
                 parameter,

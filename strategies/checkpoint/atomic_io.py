@@ -134,7 +134,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if not isinstance(path, str | Path):
             return _load_open(path, map_location, is_safe)
         source = _local_path(path)
-        if source is None:
+        if source is None:  # a remote address
             # by default Lightning unpickles any object from an http address: is_safe is passed
             return super().load_checkpoint(path, map_location, is_safe)
         readers, mapped_sections = _collective_context.get()
@@ -154,9 +154,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         A folder is renamed first, and then deleted.
         """
         target = _local_path(path)
-        if target is None:
+        if target is None:  # a remote address
             super().remove_checkpoint(path)
-        # a link may lead to a checkpoint of another run
+        # with_resolved_parent: as the path was recorded. A link may lead to the checkpoint of
+        # another run.
         elif with_resolved_parent(target) in self.written_paths and not target.is_symlink():
             self.written_paths.discard(with_resolved_parent(target))
             if target.is_dir():
@@ -293,6 +294,7 @@ def check_serializable(value: Any, name: str = "") -> None:
         name: path of the part in the checkpoint, for the error, e.g. "callbacks['EMA']".
     """
     value_type = type(value)
+    # SAFE_TYPES: numbers, text and None; SAFE_TORCH_TYPES: shapes, devices, dtypes and layouts
     if isinstance(value, Tensor) or value_type in SAFE_TYPES or value_type in SAFE_TORCH_TYPES:
         return
     if value_type in (dict, OrderedDict, Counter):

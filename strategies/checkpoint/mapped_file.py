@@ -82,6 +82,7 @@ class _TensorMapper:
         value_type = type(value)
         if isinstance(value, Tensor):
             return self.map_tensor(value)
+        # SAFE_TYPES: numbers, text and None; SAFE_TORCH_TYPES: shapes, devices, dtypes and layouts
         if value_type in SAFE_TYPES or value_type in SAFE_TORCH_TYPES:
             return value
         if id(value) in self.mapped_containers:

@@ -66,6 +66,7 @@ def save_sharded(checkpoint: dict[str, Any], path: Path) -> None:
         path: the folder.
     """
     rank = dist.get_rank()
+    # tensors of weights, optimizer states and averages, by path; unsharded: everything else
     tensors, unsharded = split_tensors(checkpoint)
     # staging: the temporary folder that rank 0 has created; error: of rank 0, or None
     with StagingFolder(path, rank) as (staging, error):
@@ -75,6 +76,7 @@ def save_sharded(checkpoint: dict[str, Any], path: Path) -> None:
         alias_keys_of_all_ranks: dict[str, str] = {}
         for rank_alias_keys in _all_gather(alias_keys):
             alias_keys_of_all_ranks |= rank_alias_keys
+        # encode_path: the path as text, which is the name of the tensor in the index
         tensors_by_key = {
             encode_path(tensor_path): tensor for tensor_path, tensor in tensors.items()
         }

@@ -97,6 +97,7 @@ class GatherOnUse:
                     state,
                     state._register_pre_backward_hook,
                 )
+                # a step with its own backward pass (a gradient penalty) uses the parameters again
                 state._root_post_backward_final_callback = _keep_gathered_in_step(state)
 
     def attach_original_attributes(

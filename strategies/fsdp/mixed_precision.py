@@ -117,6 +117,7 @@ def uses_weights_in_matmul_only(layer: nn.Module) -> bool:
     Layers of torch do, unless parameters were replaced, as by weight_norm. A subclass does unless
     its own methods name a parameter. Classes with `only_matmul_weights = True` are not searched.
     """
+    # MATMUL_LAYERS: torch's linear, convolution, attention and embedding layers
     if not isinstance(layer, MATMUL_LAYERS):
         return getattr(layer, "only_matmul_weights", False)
     names = {name for name, p in layer._parameters.items() if p is not None}
@@ -139,6 +140,7 @@ def uses_weights_in_matmul_only(layer: nn.Module) -> bool:
             # the function of a property, class method or decorated method
             function = getattr(attribute, "fget", None) or attribute
             function = inspect.unwrap(getattr(function, "__func__", function))
+            # the names that its bytecode mentions
             used = _names_in(function.__code__) if isinstance(function, FunctionType) else set()
             # PARAM_LISTS: names such as `parameters`, which give access to all of them
             if not used.isdisjoint(names | PARAM_LISTS):

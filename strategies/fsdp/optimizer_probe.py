@@ -109,6 +109,7 @@ def _probe_case(
         example: a parameter with the number of axes and the dtype to be probed.
         has_param_shape: flags of state entries; those of this case are added.
     """
+    # needs_closure: true for LBFGS
     if needs_closure(optimizer):
         return "coupled", "computes the gradient of all parameters several times a step"
     # a scalar is not split over ranks

@@ -206,7 +206,7 @@ def _apply_operation(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[s
         return iter(_apply_operation(Tensor.unbind, "unbind", args, kwargs))
     # GatheredView: a view of a gathered copy; its plain tensor is used here
     args, kwargs = tree_map_only(GatheredView, GatheredView.to_plain, (args, kwargs))
-    is_in_place = _is_in_place(name, args, kwargs)
+    is_in_place = _is_in_place(name, args, kwargs)  # also true with the argument `out`
     target = _find_target(args, kwargs)  # into which an in-place operation writes
     if is_in_place and not isinstance(target, DTensor):
         args, kwargs = tree_map_only(DTensor, lambda t: t.full_tensor(), (args, kwargs))
@@ -230,7 +230,7 @@ def _apply_operation(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[s
         return _apply_on_copies(func, args, kwargs, is_random=True)
     # torch rejects it for a plain leaf tensor, too
     is_refused = is_in_place and torch.is_grad_enabled() and target.requires_grad
-    # names of functions that torch computes on shards element by element
+    # _INPLACE_OPERATORS: e.g. `__iadd__`; _ELEMENTWISE_FUNCTIONS: e.g. `mul`, without underscore
     has_torch_rule = (
         not is_in_place or name in _INPLACE_OPERATORS or name.strip("_") in _ELEMENTWISE_FUNCTIONS
     )
