@@ -69,6 +69,7 @@ class TokenizedExamples(NamedTuple):
     characters: str  # the distinct characters, sorted
     tokenizer_key: str  # cache key of the tokenizer
     num_examples: int  # number of examples
+    num_truncated: int  # examples that were longer than the context
     lengths: np.ndarray  # tokens per example, int32 (num_examples,)
     prompt_lengths: np.ndarray  # prompt tokens per example, int32 (num_examples,)
     tokens: np.ndarray  # int32, all examples concatenated
@@ -193,14 +194,17 @@ class InstructionDataModule(BaseDataModule):
         tokenizer = make_tokenizer(self.tokenizer_name, characters, self.special_tokens)
         # (tokens of prompt and answer, number of prompt tokens) per example
         rows = [self._tokenize_example(example, tokenizer) for example in examples]
+        max_tokens = self.context_length + 1  # + 1: targets are shifted by one
+        truncated_tokens = [tokens[:max_tokens] for tokens, _ in rows]
         return TokenizedExamples(
             sha256=compute_sha256(*list_files(self.path)),
             characters=characters,
             tokenizer_key=tokenizer.cache_key,
             num_examples=len(examples),
-            lengths=np.array([len(tokens) for tokens, _ in rows], np.int32),
+            num_truncated=sum(len(tokens) > max_tokens for tokens, _ in rows),
+            lengths=np.array([len(tokens) for tokens in truncated_tokens], np.int32),
             prompt_lengths=np.array([prompt_length for _, prompt_length in rows], np.int32),
-            tokens=torch.cat([tokens for tokens, _ in rows]).numpy().astype(np.int32),
+            tokens=torch.cat(truncated_tokens).numpy().astype(np.int32),
         )
 
     def setup(self, stage: str) -> None:
@@ -222,7 +226,7 @@ class InstructionDataModule(BaseDataModule):
         all_tokens = torch.from_numpy(tokenized.tokens.astype(np.int64))
         example_tokens = all_tokens.split(tokenized.lengths.tolist())
         rows = list(zip(example_tokens, tokenized.prompt_lengths.tolist(), strict=True))
-        # `_tokenize_example` cuts an example at the context length, maybe to its prompt alone.
+        # a long example is truncated at the context length, maybe to its prompt alone
         self.rows = [
             (tokens, prompt_length) for tokens, prompt_length in rows if prompt_length < len(tokens)
         ]
@@ -234,9 +238,7 @@ class InstructionDataModule(BaseDataModule):
                 f"use context_length={2 * self.context_length}",
                 flag=f"--data.context_length={2 * self.context_length}",
             )
-        # a longer example is stored with context_length + 1 tokens, since targets are shifted by
-        # one
-        num_truncated = sum(len(tokens) > self.context_length for tokens, _ in rows)
+        num_truncated = tokenized.num_truncated
         self.provenance = {"source": "path", "file": str(self.path), "sha256": tokenized.sha256}
         num_dropped = len(rows) - len(self.rows)
         truncation_note = (
@@ -255,7 +257,7 @@ class InstructionDataModule(BaseDataModule):
         tokens = torch.cat(
             (prompt_tokens, answer_tokens, torch.tensor(eos_tokens, dtype=torch.int64))
         )
-        return tokens[: self.context_length + 1], len(prompt_tokens)
+        return tokens, len(prompt_tokens)
 
     def _make_batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         rows = [self.rows[int(number)] for number in indices]

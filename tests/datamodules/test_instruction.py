@@ -67,12 +67,18 @@ def test_two_epochs_have_other_orders_and_the_same_examples(sums: Path) -> None:
 def test_an_example_longer_than_the_context_is_truncated(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [("ab", "cdefgh"), ("a", "b"), ("abcdefg", "h"), ("a", "bc")]
+    # with the end token ("abc", "de") has 6 tokens, which fit: targets are shifted by one
+    rows = [("ab", "cdefgh"), ("a", "b"), ("abcdefg", "h"), ("a", "bc"), ("abc", "de")]
     path = written(tmp_path / "long.jsonl", [{"prompt": p, "answer": a} for p, a in rows])
     data = data_of(path, context_length=5, batch_size=1)
     found = [row for batch in data.train_dataloader() for row in texts(data, *batch)]
     found += [row for batch in data.val_dataloader() for row in texts(data, *batch)]
-    assert sorted(found) == [("a", [98, 0]), ("a", [98, 99, 0]), ("ab", [99, 100, 101, 102])]
+    assert sorted(found) == [
+        ("a", [98, 0]),
+        ("a", [98, 99, 0]),
+        ("ab", [99, 100, 101, 102]),
+        ("abc", [100, 101, 0]),
+    ]
     assert "2 longer than the context are cut, 1 left out" in capsys.readouterr().out.replace(
         "\n", " "
     )
