@@ -60,6 +60,7 @@ class BaseDataModule(L.LightningDataModule, metaclass=ABCMeta):
             self.batch_size if batch_size is None else batch_size,
             # rank, number of ranks, and micro-batches per optimizer step
             DataParallelInfo.from_trainer(trainer),
+            # overfit_batches trains on the same few batches in every epoch
             repeat_first_epoch=bool(trainer and trainer.overfit_batches),
         )
 

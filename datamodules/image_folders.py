@@ -111,6 +111,7 @@ def read_image_folder(
     files_by_split: dict[str, dict[str, list[Path]]]  # files by class name, for each split
     # the folders called train, val and test, by split; empty without them
     if split_folders := _find_split_folders(subfolder_paths):
+        # each split folder has class folders, or images of one class with the name of `folder`
         files_by_split = {
             split: _images_by_class(path, folder.name, skipped)
             for split, path in split_folders.items()

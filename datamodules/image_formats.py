@@ -97,7 +97,8 @@ def _parse_idx(file: gzip.GzipFile | object, path: Path, is_gzipped: bool) -> Te
         )
     start, length = 4 + 4 * len(sizes), math.prod(sizes)  # bytes of the header, and after it
     dimensions, size = " x ".join(map(str, sizes)), path.stat().st_size
-    # a small damaged file could otherwise ask for any amount of memory
+    # A small damaged file could otherwise ask for any amount of memory. Images seldom compress to
+    # less than a quarter; the allowance is for those that do, such as blank ones.
     if is_gzipped and length > 4 * size + GZIP_ALLOWANCE:
         raise UsageError(
             f"the header of {path} states {dimensions} bytes, but the gzip file has {size:,}",
@@ -366,7 +367,7 @@ def convert_mode(picture: Any, mode: ColorMode, image_format: ImageFormat) -> An
     """
     from PIL import Image
 
-    target = {"gray": "L", "rgb": "RGB"}.get(mode)
+    target = {"gray": "L", "rgb": "RGB"}.get(mode)  # None with auto
     if target is None:
         # 1: black and white; P: a palette of colors; L: 8-bit gray
         lossless_mode = {"1": "L", "P": "RGB", "L": "L", "RGB": "RGB"}.get(image_format.mode)

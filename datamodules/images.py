@@ -128,6 +128,7 @@ class ImageDataModule(BaseDataModule):
                 "use mode='rgb'",
                 flag="--data.mode=rgb",
             )
+        # with `predict_path` they have an effect on the images to predict
         if (
             source in NAMED_DATASETS
             and (mode != "auto" or resize is not None)
@@ -228,6 +229,7 @@ class ImageDataModule(BaseDataModule):
         folder = Path(self.source).expanduser()
         # paths of idx files (the format of MNIST), or None
         if idx_files := find_idx_files(folder):
+            # with `predict_path` mode and resize have an effect on the images to predict
             if (self.mode != "auto" or self.resize) and self.predict_path is None:
                 raise UsageError(
                     f"mode={self.mode!r} and resize={self.resize} have no effect for the idx "
@@ -307,6 +309,7 @@ class ImageDataModule(BaseDataModule):
             # uint8 to floats from -1 to 1
             batch = to_float(images[items])  # (b c y x)
             if self.flip:
+                # `loader`: the loader that is created below, and calls this function
                 if loader.epoch not in mask_by_epoch:
                     # one draw for all samples, so that it does not depend on the batches
                     g = seeded_generator(seed, "flip", loader.epoch)

@@ -54,6 +54,7 @@ def read_nanogpt_bins(
         return None
     # the content of meta.pkl or meta.json ({} without one), and its path for errors
     meta, meta_path = _read_meta(folder)
+    # that of the meta file is uint16 by default
     token_dtype = np.dtype(dtype or _meta_dtype(meta, meta_path))
     arrays = [memmap_tokens(file, token_dtype) for file in files]
     for file, array in zip(files, arrays, strict=True):
@@ -80,6 +81,7 @@ def read_nanogpt_bins(
         # raises an error for a token outside of the vocabulary
         check_token_range(str(file), array, token_range, known_tokenizer)
     note = ""  # for the log
+    # any longer text in GPT-2's tokens has one of the upper half
     if known_tokenizer.tokenizer_type == "gpt2" and largest < known_tokenizer.vocab_size // 2:
         note = (
             f"no token is above {largest:,} of GPT-2's {known_tokenizer.vocab_size:,}: if they "

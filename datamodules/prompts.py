@@ -109,6 +109,7 @@ class PromptDataModule(BaseDataModule):
             self.rows = read_prompt_rows(file)
             size = f"{len(self.rows):,} prompts"
         else:
+            # python_docs_text: the embedded text
             self.corpus_text = "".join(read_text(list_files(file)) if file else python_docs_text())
             self._snippets = self.corpus_text
             size = f"snippets of {self.prompt_length} characters"
@@ -161,6 +162,7 @@ class PromptDataModule(BaseDataModule):
         _, first, last = self._get_bounds()  # positions of the held-out prompts
         # rank, number of ranks, and micro-batches per optimizer step
         data_parallel = DataParallelInfo.from_trainer(self.trainer)
+        # each row once; snippets may overlap, so there are always enough
         count = min(self.num_val_prompts, last - first) if self.rows else self.num_val_prompts
         # a multiple of the ranks, so that their batches are equal
         even_count = count - count % data_parallel.dp_size
