@@ -213,7 +213,7 @@ class Diffusion(TaskModule):
             index: index of the micro-batch in the epoch.
         """
         x0, y, *_ = batch
-        trainer = attached_trainer(self)
+        trainer = attached_trainer(self)  # None if a script calls the step without a trainer
         data_parallel, b = DataParallelInfo.from_trainer(trainer), len(x0)
         # index of this batch's first image among the images of the step: by micro-batch, then rank
         micro_batch = index % data_parallel.accumulate

@@ -81,6 +81,7 @@ class GraphCache:
         weights = list(net.parameters())
         is_unsharded = all(type(p) is nn.Parameter for p in weights)
         device = weights[0].device
+        # `self.capture`: another capture function, which was passed to the constructor
         capture = self.capture or (capture_cuda_graph if device.type == "cuda" else None)
         if capture is None or not is_unsharded:
             yield no_capture

@@ -81,6 +81,8 @@ def check_ids(name: str, ids: Tensor, vocab_size: int, ignore_index: int | None 
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
+    """The summed cross-entropy of a head, with gradients that are computed in the forward pass."""
+
     @staticmethod
     def forward(
         ctx: Any,

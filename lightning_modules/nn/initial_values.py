@@ -90,9 +90,10 @@ class _InitRecorder(TorchDispatchMode):
             # an operation on a part of a tensor gives it no simple distribution
             covers_storage = target.numel() * target.itemsize == target.untyped_storage().nbytes()
             distribution = _parse_init_op(function, args[1:], kwargs) if covers_storage else None
-            # a later operation on the same tensor replaces the entry
+            # a later operation on the same tensor replaces the entry; the keys are the ids of the
+            # tensor and of its storage
             self.distributions |= dict.fromkeys(_tensor_keys(target), distribution)
-            self.keep_alive += [target, target.untyped_storage()]
+            self.keep_alive += [target, target.untyped_storage()]  # so that no id is used again
         return result
 
     def distribution_of(self, parameter: Tensor) -> Distribution | None:

@@ -82,11 +82,12 @@ def plot_bigrams(net: Transformer, tokens: Tensor, token_names: Sequence[str]) -
     figure, axes = _make_figure(1, 3, 15, 5)  # rows, columns, width, height
     panels = (counted_probs, "counted"), (learned_probs, "learned")
     for axis, (probs, title) in zip(axes[0, :2], panels, strict=True):
+        # colors from 1e-4 to 1; log10 of 0 is not finite
         axis.imshow(probs.clamp(min=1e-4).log10().numpy(), cmap="viridis", vmin=-4, vmax=0)
         axis.set_title(f"log10 p(next | last), {title}")
         axis.set_xticks(range(vocab_size), map(printable_token, token_names), fontsize=4)
         axis.set_yticks(range(vocab_size), map(printable_token, token_names), fontsize=4)
-    is_frequent = token_counts > 100
+    is_frequent = token_counts > 100  # the counted share of a rare token is noise
     axis = axes[0, 2]
     axis.plot([0, 1], [0, 1], color=ACCENT_COLOR, linewidth=1)
     axis.scatter(

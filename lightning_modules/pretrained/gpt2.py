@@ -450,7 +450,7 @@ def copy_weights(net: Transformer, weights: dict[str, Tensor], name: str) -> Non
             flag="--config gpt2/finetune",
         )
     for key, parameter in parameters.items():
-        tensor = weights[key][: len(parameter)]
+        tensor = weights[key][: len(parameter)]  # the net's context may be shorter
         # a parameter on the meta device: it has no memory before a strategy shards the net
         values = getattr(parameter, "initial_values", None)
         if values is not None:

@@ -63,6 +63,7 @@ def make_shared_prefix_batch(
         return None
     blocks = [cast(TransformerBlock, block) for block in net.blocks.values()]
     has_experts = any(isinstance(block.mlp, MixtureOfExperts) for block in blocks)
+    # ATTENTION_FNS: the attention functions of this package
     has_replaced_attention = any(
         block.attention.attention_fn not in ATTENTION_FNS.values() for block in blocks
     )
