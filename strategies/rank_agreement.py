@@ -75,11 +75,13 @@ def check_same_config(config: dict[str, Any], group: ProcessGroup | None = None)
     all_keys = sorted(set().union(*configs))
     key = next(key for key in all_keys if len({config.get(key) for config in configs}) > 1)
     # ABSENT_VALUE: text for a key that a rank does not have
-    values = [_truncate(config.get(key, ABSENT_VALUE)) for config in configs]
+    values = [config.get(key, ABSENT_VALUE) for config in configs]
     differing_rank = next(rank for rank, value in enumerate(values) if value != values[0])
+    # of long values the message has the part in which they differ
+    first_value, other_value = _shorten_pair(values[0], values[differing_rank])
     raise RankMismatchError(
-        f"the ranks of this job have different configurations: {key} is {values[0]} on rank 0 and "
-        f"{values[differing_rank]} on rank {differing_rank}",
+        f"the ranks of this job have different configurations: {key} is {first_value} on rank 0 "
+        f"and {other_value} on rank {differing_rank}",
         hint="start every rank with the same arguments, config files and environment variables",
     )
 
@@ -115,8 +117,21 @@ def _all_gather(value: Any, group: ProcessGroup | None) -> list[Any]:
     return values
 
 
-def _truncate(value: str) -> str:
-    return value if len(value) <= MAX_SHOWN_CHARS else f"{value[:MAX_SHOWN_CHARS]}..."
+def _shorten_pair(first: str, second: str) -> tuple[str, str]:
+    """Shorten two different texts to MAX_SHOWN_CHARS characters that contain their difference."""
+    pairs = zip(first, second, strict=False)
+    # the shorter text may be the beginning of the other one
+    num_equal = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+    # the first difference is in the middle, or in its place if that is earlier
+    start = max(0, num_equal - MAX_SHOWN_CHARS // 2)
+    if max(len(first), len(second)) <= MAX_SHOWN_CHARS:
+        start = 0
+    end = start + MAX_SHOWN_CHARS
+    first, second = (
+        f"{'...' if start else ''}{text[start:end]}{'...' if len(text) > end else ''}"
+        for text in (first, second)
+    )
+    return first, second
 
 
 def _class_path(value: Any) -> str:
