@@ -18,8 +18,8 @@ stores scores. Sending keys, values and their gradients overlaps with the comput
 
 A net supports context parallelism by two attributes of its modules:
 
-    attention_fn(query, key, value)    the attention function
-    position_ids_override              the positions (t) of the input tokens, or None
+    attention_fn(query, key, value, dropout)    the attention function
+    position_ids_override                       the positions (t) of the input tokens, or None
 
 Axes: b batch, t time (of this rank), h heads, k head width.
 """
@@ -66,7 +66,7 @@ class ContextParallel:
             mesh: the ranks that each hold a part of every sequence (axis cp).
         """
         self.group, self.rank, self.num_ranks = mesh.get_group(), mesh.get_local_rank(), mesh.size()
-        # `attention_fn(query, key, value)` computes the attention; a step replaces it
+        # `attention_fn(query, key, value, dropout)` computes the attention; a step replaces it
         self.attention_modules: list[Any] = [
             m for m in module.modules() if hasattr(m, "attention_fn")
         ]

@@ -399,8 +399,9 @@ def _load_file(
             sizes, table_checksum = zip_archive.tensor_record_sizes(file)
             if len(set(readers.gather_values(table_checksum))) > 1:
                 continue  # the file was replaced before the last rank opened it: open it again
-            # without the device number: nodes may number a shared file system differently
-            # the records that this rank verifies; none if a rank has verified this file
+            # The records that this rank verifies; none if a rank has verified this file. Without
+            # the device number, because nodes may number a shared file system differently.
+            # _verified_files: identities of the files that this process has verified
             assigned_records = readers.assign_parts(sizes, key[1:], key in _verified_files)
             checkpoint = None
             try:

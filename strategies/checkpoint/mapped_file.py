@@ -46,6 +46,7 @@ def load_mapped(file: IO[bytes], sections: Collection[str]) -> Any:
                 raise UnmappableFileError("it was written on a machine with another byte order")
     file.seek(0)
     try:
+        # on the meta device a tensor has no values, but its offset in the file
         tree = torch.load(file, "meta", weights_only=True)
     except NotImplementedError as error:  # torch compares the indices of a sparse tensor
         raise UnmappableFileError("it holds a sparse tensor") from error
