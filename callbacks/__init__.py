@@ -20,11 +20,14 @@ from .generation.predictions import PredictionTable
 from .generation.rollout_table import RolloutTable
 from .generation.samples import GenerateSamples
 from .lora import LoRA, lora_disabled
+from .monitoring.convergence_plot import ConvergencePlot, Panel
 from .monitoring.memory import MemoryMonitor
 from .monitoring.plots import LossPlot, MetricPlot
 from .monitoring.progress import ProgressBar
+from .monitoring.steps_to_target import StepsToTarget
 from .monitoring.summary import Summary
 from .monitoring.throughput import Throughput
+from .monitoring.trajectory_plot import TrajectoryPlot
 from .optimizers.lr_schedules import LRSchedule
 from .optimizers.parameter_rules import ParamRule
 from .optimizers.plan import OptimizerPlan
@@ -44,6 +47,7 @@ __all__ = [
     "ActivationCheckpointing",
     "Checkpoint",
     "Compile",
+    "ConvergencePlot",
     "ExactResume",
     "FrechetDistance",
     "GenerateSamples",
@@ -57,6 +61,7 @@ __all__ = [
     "MetricPlot",
     "NaNGuard",
     "OptimizerPlan",
+    "Panel",
     "ParamRule",
     "PredictionTable",
     "Pretrained",
@@ -66,9 +71,11 @@ __all__ = [
     "RolloutTable",
     "RunChecks",
     "SaveFigures",
+    "StepsToTarget",
     "Summary",
     "Throughput",
     "TokenWeightedLoss",
+    "TrajectoryPlot",
     "UpdateMonitor",
     "lora_disabled",
 ]

@@ -2,6 +2,7 @@ from .images import ImageDataModule
 from .instruction import InstructionDataModule
 from .loaders import DataParallelInfo, EvalLoader, ResumableLoader
 from .prompts import PromptBatch, PromptDataModule
+from .regression import RegressionDataModule
 from .samplers import EpochSampler, seeded_generator
 from .spam import SpamDataModule
 from .text import TextDataModule
@@ -21,6 +22,7 @@ __all__ = [
     "NumberTokenizer",
     "PromptBatch",
     "PromptDataModule",
+    "RegressionDataModule",
     "ResumableLoader",
     "SpamDataModule",
     "TextDataModule",

@@ -3,6 +3,8 @@
 from .diffusion import Diffusion
 from .image_classifier import ClassifierFeatures, ImageClassifier
 from .language_model import LanguageModel
+from .objective import Objective
+from .regression import Regression
 from .reinforce import Reinforce
 from .rl.rewards import builtin
 from .rl.rewards.base import Reward
@@ -16,6 +18,8 @@ __all__ = [
     "Diffusion",
     "ImageClassifier",
     "LanguageModel",
+    "Objective",
+    "Regression",
     "Reinforce",
     "Reward",
     "RewardFunction",

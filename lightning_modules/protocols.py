@@ -151,6 +151,41 @@ class RestrictsParallelism(Protocol):
         ...
 
 
+class HasMembers(Protocol):
+    """GradientClipping and OptimizerSweep treat each member of a sweep as a run of its own."""
+
+    def member_parameters(self) -> Sequence[Sequence[nn.Parameter]]:
+        """Return the parameters of each member."""
+        ...
+
+
+class EvaluatesPoints(Protocol):
+    """ConvergencePlot, StepsToTarget and TrajectoryPlot draw the paths of members of few variables.
+
+    Axes: k points, m members, d variables, p minimizers.
+    """
+
+    def member_points(self) -> Tensor:
+        """Return the current point of each member (m d)."""
+        ...
+
+    def evaluate_points(self, points: Tensor) -> Tensor:
+        """Return the objective (k m) at points (k m d)."""
+        ...
+
+    def compute_gradients(self, points: Tensor) -> Tensor:
+        """Return the gradients (k m d) of the objective at points (k m d)."""
+        ...
+
+    def known_minimizers(self) -> Tensor | None:
+        """Return the minimizers (m p d); None if they are unknown."""
+        ...
+
+    def known_minimum(self) -> Tensor | None:
+        """Return the smallest values (m); None if they are unknown."""
+        ...
+
+
 # Hooks of a net, or of a layer
 
 

@@ -82,6 +82,13 @@ class EMA(OptimizerStepCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a second average for the evaluation: another EMA, or that of an optimizer."""
         add_run_checks(trainer, pl_module, stage)
+        if getattr(pl_module, "steps_per_batch", 1) > 1:
+            raise UsageError(
+                f"EMA averages the weights once a batch, and a batch of {type(pl_module).__name__} "
+                f"has {pl_module.steps_per_batch} optimizer steps",
+                ["steps_per_batch=1"],
+                hint="use steps_per_batch=1, or remove EMA() from Trainer(callbacks=...)",
+            )
         averages = find_callbacks(trainer, EMA)
         if len(averages) > 1:
             decays = " and ".join(f"EMA(decay={ema.decay})" for ema in averages)

@@ -72,7 +72,6 @@ def set_base_lr(
         scheduler: the plan's ScheduleLR; None without a schedule.
         lr_scales: factor on the base rate by label of a rule.
     """
-    factor = scheduler.current_factor() if scheduler is not None else 1.0
     # 1.0 for a rule whose first parameters were added during training: it stands on its own rate
     base_lrs = {
         id(group): lr * lr_scales.get(label, 1.0)
@@ -82,6 +81,7 @@ def set_base_lr(
     # the scheduler numbers the groups in the order of `param_groups`
     for index, group in enumerate(composite.param_groups):
         base_lr = base_lrs[id(group)]
+        factor = scheduler.current_factor(index) if scheduler is not None else 1.0
         group["lr"] = base_lr * factor
         if scheduler is not None:  # torch's scheduler keeps copies of both rates
             group["initial_lr"] = base_lr

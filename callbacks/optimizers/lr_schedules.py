@@ -24,7 +24,15 @@ from torch.optim.lr_scheduler import LambdaLR
 from ravine.errors import UsageError, format_arguments
 
 ScheduleKind = Literal[
-    "constant", "linear", "cosine", "wsd", "step", "inverse_sqrt", "exponential", "cosine_restarts"
+    "constant",
+    "linear",
+    "cosine",
+    "wsd",
+    "step",
+    "inverse_sqrt",
+    "exponential",
+    "cosine_restarts",
+    "power",
 ]
 
 
@@ -44,6 +52,8 @@ class LRSchedule:
         period: step and cosine_restarts only: optimizer steps between two drops, or in one cosine.
         decay_factor: step and exponential only: the factor of one drop, or of one optimizer step.
         warmup_from_zero: rise as k / warmup; the first step then has the rate 0.
+        power: power only: the exponent p of 1 / (1 + k / timescale)^p.
+        timescale: power only: the optimizer steps after which the rate has fallen by 2^p.
     """
 
     kind: ScheduleKind = "constant"
@@ -53,6 +63,8 @@ class LRSchedule:
     period: int = 100
     decay_factor: float = 0.5
     warmup_from_zero: bool = False
+    power: float = 1.0
+    timescale: float = 1.0
 
     def __str__(self) -> str:
         """Return the schedule with the arguments that differ from their defaults."""
@@ -140,6 +152,14 @@ class LRSchedule:
                     hint=f"use {argument}=0.1",
                     flag=f"--schedule.{argument}=0.1",
                 )
+        for argument in ("power", "timescale"):
+            if not 0 < getattr(self, argument) < math.inf:
+                raise UsageError(
+                    f"{name}: {argument}={getattr(self, argument)} is not positive",
+                    ["above 0"],
+                    hint=f"use {argument}=1.0",
+                    flag=f"--schedule.{argument}=1.0",
+                )
         # wsd: the rate rises in the warmup, is constant, and falls in the cooldown
         num_changing_steps = warmup + self.cooldown * total_steps  # rising or falling rate
         fits_wsd = 0 < self.cooldown <= 1 and num_changing_steps <= total_steps
@@ -171,22 +191,37 @@ class ScheduleLR(LambdaLR):
     A rate that a callback sets later, such as Lightning's BackboneFinetuning, is scaled likewise.
     """
 
-    def __init__(self, optimizer: Optimizer, factor: Callable[[int], float]) -> None:
-        """Use the same factor for all groups."""
-        self.num_initial_groups = len(optimizer.param_groups)  # number of groups at the start
-        super().__init__(optimizer, factor)
+    def __init__(
+        self, optimizer: Optimizer, factor_of_group: Callable[[int], Callable[[int], float]]
+    ) -> None:
+        """Find the factor of each group.
 
-    def current_factor(self) -> float:
-        """Return the schedule factor of the next optimizer step."""
-        return self.lr_lambdas[0](self.last_epoch)
+        Args:
+            optimizer: the optimizer.
+            factor_of_group: maps the index of a param group to a function of the optimizer step.
+        """
+        self.num_initial_groups = len(optimizer.param_groups)  # number of groups at the start
+        self._factor_of_group = factor_of_group
+        super().__init__(optimizer, [factor_of_group(i) for i in range(self.num_initial_groups)])
+
+    def current_factor(self, index: int) -> float:
+        """Return the schedule factor of a param group at the next optimizer step."""
+        return self.lr_lambdas[index](self.last_epoch)
+
+    def current_factors(self) -> list[float]:
+        """Return the schedule factor of every param group at the next optimizer step."""
+        return [factor(self.last_epoch) for factor in self.lr_lambdas]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return torch's state without the function, which a checkpoint cannot hold."""
+        return {k: v for k, v in super().state_dict().items() if k != "_factor_of_group"}
 
     def set_current_lrs(self) -> None:
         """Set the rates of the current step again, after the function of the factor has changed."""
-        factor = self.current_factor()
         for index, (group, base_lr) in enumerate(
             zip(self.optimizer.param_groups, self.base_lrs, strict=True)
         ):
-            lr = base_lr * factor
+            lr = base_lr * self.current_factor(index)
             if isinstance(group["lr"], Tensor):  # the optimizer reads this tensor
                 group["lr"].fill_(lr)
             else:
@@ -201,9 +236,12 @@ class ScheduleLR(LambdaLR):
         """
         groups = self.optimizer.param_groups
         # `lr_lambdas` of torch's LambdaLR: functions of the step that return the factor
-        old_factor = self.lr_lambdas[0](max(self.last_epoch - 1, 0))  # of the previous step
+        self.lr_lambdas += [
+            self._factor_of_group(i) for i in range(len(self.lr_lambdas), len(groups))
+        ]
         for index in range(self.num_initial_groups, len(groups)):
             group = groups[index]
+            old_factor = self.lr_lambdas[index](max(self.last_epoch - 1, 0))  # of the previous step
             is_new = index >= len(self.base_lrs)
             # `_last_lr`: the rates that this scheduler has set
             is_changed = is_new or group["lr"] != self._last_lr[index]
@@ -216,8 +254,6 @@ class ScheduleLR(LambdaLR):
             elif is_changed:
                 self.base_lrs[index] = base_lr
             group["initial_lr"] = self.base_lrs[index]
-        # all groups have the same factor
-        self.lr_lambdas += [self.lr_lambdas[0]] * (len(groups) - len(self.lr_lambdas))
         return super().get_lr()
 
 
@@ -266,6 +302,11 @@ def _cosine_restarts(t: float, span: float, s: LRSchedule) -> float:
     return _cosine(t % s.period, s.period, s)
 
 
+def _power(t: float, span: float, s: LRSchedule) -> float:
+    """Fall as 1 / (1 + k / `timescale`)^`power` (Robbins and Monro, 1951; lecture 2)."""
+    return (1 + t / s.timescale) ** -s.power
+
+
 SCHEDULE_SHAPES: dict[str, Callable[[float, float, LRSchedule], float]] = {
     "constant": _constant,
     "linear": _linear,
@@ -275,4 +316,5 @@ SCHEDULE_SHAPES: dict[str, Callable[[float, float, LRSchedule], float]] = {
     "inverse_sqrt": _inverse_sqrt,
     "exponential": _exponential,
     "cosine_restarts": _cosine_restarts,
+    "power": _power,
 }

@@ -17,6 +17,8 @@ from torch.optim import Muon, Optimizer
 
 from ravine.errors import UsageError, suggest_names
 
+from .lr_schedules import LRSchedule
+
 ParamKind = Literal["hidden_matrix", "embedding", "head", "norm", "bias", "convolution", "scalar"]
 RuleKind = ParamKind | Literal["rest"]
 DecayFilter = Literal["none", "matrices", "all"]
@@ -41,6 +43,7 @@ class ParamRule:
         lr_scale: a factor on the optimizer's learning rate.
         decay: which tensors get weight decay; by default the plan's `decay`.
         allow_embeddings: allow embeddings and heads for an optimizer of matrices.
+        schedule: the learning-rate schedule of these parameters; by default the plan's `schedule`.
     """
 
     kind: RuleKind | list[RuleKind] = "rest"
@@ -49,6 +52,7 @@ class ParamRule:
     lr_scale: float = 1.0
     decay: DecayFilter | None = None
     allow_embeddings: bool = False
+    schedule: LRSchedule | None = None
 
     @property
     def kinds(self) -> list[str]:

@@ -5,7 +5,7 @@ plan overrides this one method. Gradient accumulation, mixed precision, clipping
 work as usual.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -182,7 +182,7 @@ class OptimizerPlan(Callback):
 
         # HOOK_NAME is configure_optimizers; `teardown` restores the module's own method
         override_hook(trainer, pl_module, HOOK_NAME, configure_optimizers, self)
-        if self.schedule is None:  # a module that reads its schedulers gets the rates only
+        if not self._schedules():  # a module that reads its schedulers gets the rates only
             rates = ReadOnlyLRs(trainer, type(pl_module).__name__, type(self).__name__)
             override_hook(trainer, pl_module, "lr_schedulers", lambda module: rates, self)
 
@@ -209,14 +209,14 @@ class OptimizerPlan(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Compute the total number of steps from the loaders, which now exist."""
         scheduler = self._lr_context[1] if self._lr_context is not None else None
-        first_factor = scheduler.current_factor() if scheduler is not None else 1.0
+        first_factors = scheduler.current_factors() if scheduler is not None else []
         if trainer.max_epochs != -1 and self is attached_plans(trainer)[-1]:
             self._set_total_steps(trainer, count_optimizer_steps(trainer))
         # the rates of the first step were set before the length of the run was known
         if (
             scheduler is not None
             and trainer.global_step == 0
-            and scheduler.current_factor() != first_factor
+            and scheduler.current_factors() != first_factors
         ):
             scheduler.set_current_lrs()
         if (
@@ -269,9 +269,22 @@ class OptimizerPlan(Callback):
 
     def _set_total_steps(self, trainer: L.Trainer, total_steps: float) -> None:
         is_trial = getattr(trainer, "fast_dev_run", 0)  # a dry run of a few steps
-        if self.schedule is not None and not is_trial:
-            self.schedule.validate(total_steps)
+        for schedule in self._schedules() if not is_trial else ():
+            schedule.validate(total_steps)
         self._total_steps = total_steps
+
+    def _schedules(self) -> list[LRSchedule]:
+        """Return the schedules of the plan and of its rules."""
+        schedules = (self.schedule, *(rule.schedule for rule in self.rules))
+        return [schedule for schedule in schedules if schedule is not None]
+
+    def _factor_of_rule(self, rule: ParamRule) -> Callable[[int], float]:
+        """Return the factor of a rule's schedule as a function of the optimizer step.
+
+        The total is read at each step, because it is known only at the start of training.
+        """
+        schedule = rule.schedule or self.schedule or LRSchedule("constant")
+        return lambda k: schedule.factor(k, self._total_steps)
 
     def _build_optimizer(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
         """Build the plan's optimizers; Lightning calls this as the module's configure_optimizers.
@@ -310,8 +323,8 @@ class OptimizerPlan(Callback):
         def route(parameters: list[Tensor], settings: ParamGroup) -> list[RuleGroups]:
             if isinstance(trainer.strategy, DDPStrategy):
                 _check_gradients_reduced(module, parameters, initially_trainable)
-            factor = scheduler.current_factor() if scheduler is not None else None
-            return self._route_params(module, rule_params, composite, parameters, settings, factor)
+            step = None if scheduler is None else scheduler.last_epoch
+            return self._route_params(module, rule_params, composite, parameters, settings, step)
 
         composite.router = route
         lr_scales = {one_rule.label: one_rule.rule.lr_scale for one_rule in rule_params}
@@ -319,9 +332,14 @@ class OptimizerPlan(Callback):
         if self._suggested_lr is not None and not find_lr_finders(trainer):
             # found in an earlier fit by a Tuner
             set_base_lr(self._suggested_lr, composite, scheduler=None, lr_scales=lr_scales)
-        if (schedule := self.schedule) is not None:
-            # the total is read at each step, because it is known only at the start of training
-            scheduler = ScheduleLR(composite, lambda k: schedule.factor(k, self._total_steps))
+        if self._schedules():
+
+            def factor_of_group(index: int) -> Callable[[int], float]:
+                label = composite.labels[index]
+                rule = next(one_rule.rule for one_rule in rule_params if one_rule.label == label)
+                return self._factor_of_rule(rule)
+
+            scheduler = ScheduleLR(composite, factor_of_group)
         self._lr_context = (composite, scheduler, lr_scales)
         if scheduler is None:
             return {"optimizer": composite}
@@ -337,7 +355,7 @@ class OptimizerPlan(Callback):
         composite: CompositeOptimizer,
         parameters: list[Tensor],
         settings: ParamGroup,
-        factor: float | None,
+        step: int | None,
     ) -> list[RuleGroups]:
         """Return the optimizers and groups, by the same rules, of newly trained parameters.
 
@@ -347,7 +365,7 @@ class OptimizerPlan(Callback):
             composite: the plan's optimizer.
             parameters: those of `add_param_group`.
             settings: settings passed with them, which take precedence.
-            factor: current factor of the schedule; None without a schedule.
+            step: the next optimizer step; None without a schedule.
         """
         added_groups = []
         groups_by_label = composite.groups_by_label()
@@ -362,6 +380,7 @@ class OptimizerPlan(Callback):
             member, _ = groups_by_label.get(one_rule.label, (None, []))
             # `member` is None if the rule's optimizer does not exist yet; it is then built
             added_rule = one_rule._replace(named_params=named_params)
+            factor = None if step is None else self._factor_of_rule(rule)(step)
             added_groups.append(make_added_groups(added_rule, member, self.decay, settings, factor))
         return added_groups
 
@@ -398,12 +417,14 @@ class OptimizerPlan(Callback):
     def describe_settings(self) -> str:
         """Return the optimizers with their arguments, and the schedule, in one line."""
         rules = [
-            (rule.label, describe_factory(rule.optimizer), rule.lr_scale) for rule in self.rules
+            (rule.label, describe_factory(rule.optimizer), rule.lr_scale, rule.schedule)
+            for rule in self.rules
         ]
         texts = [
             f"{label + ': ' if len(rules) > 1 else ''}{text}"
             f"{f' with lr_scale={scale:g}' if scale != 1 else ''}"
-            for label, text, scale in rules
+            f"{f' with {schedule}' if schedule is not None else ''}"
+            for label, text, scale, schedule in rules
         ]
         if self.decay != "matrices":
             texts.append(f"decay={self.decay}")
@@ -416,26 +437,27 @@ class OptimizerPlan(Callback):
         """
         saved_total_steps = self._saved_total_steps
         self._saved_total_steps = None  # print once
-        if self.schedule is None or not trainer.is_global_zero:
+        if not trainer.is_global_zero:
             return
-        # None if the warmup fits into the run
-        if message := self.schedule.shortened_warmup_message(self._total_steps):
-            Console().print(message, soft_wrap=True, highlight=False)
-        if saved_total_steps is None or saved_total_steps == self._total_steps:
-            return
-        warmups = {self.schedule.warmup_steps(n) for n in (saved_total_steps, self._total_steps)}
-        if self.schedule.needs_total_steps or len(warmups) > 1:
-            step = trainer.global_step
-            # factors of the peak learning rate, at this step of a run with that number of steps
-            old_factor = self.schedule.factor(step, saved_total_steps)
-            new_factor = self.schedule.factor(step, self._total_steps)
-            text = (
-                f"LRSchedule({self.schedule.kind!r}): the run of the checkpoint has "
-                f"{saved_total_steps:g} optimizer steps, and this run has {self._total_steps:g}; "
-                f"at step {step} the learning rate changes from {old_factor:.3g} to "
-                f"{new_factor:.3g} of its peak"
-            )
-            Console().print(text, soft_wrap=True, highlight=False)
+        for schedule in dict.fromkeys(self._schedules()):  # each of them once
+            # None if the warmup fits into the run
+            if message := schedule.shortened_warmup_message(self._total_steps):
+                Console().print(message, soft_wrap=True, highlight=False)
+            if saved_total_steps is None or saved_total_steps == self._total_steps:
+                continue
+            warmups = {schedule.warmup_steps(n) for n in (saved_total_steps, self._total_steps)}
+            if schedule.needs_total_steps or len(warmups) > 1:
+                step = trainer.global_step
+                # factors of the peak learning rate, at this step of a run with that many steps
+                old_factor = schedule.factor(step, saved_total_steps)
+                new_factor = schedule.factor(step, self._total_steps)
+                text = (
+                    f"LRSchedule({schedule.kind!r}): the run of the checkpoint has "
+                    f"{saved_total_steps:g} optimizer steps, and this run has "
+                    f"{self._total_steps:g}; at step {step} the learning rate changes from "
+                    f"{old_factor:.3g} to {new_factor:.3g} of its peak"
+                )
+                Console().print(text, soft_wrap=True, highlight=False)
 
     def _check_same_optimizers(self) -> None:
         if (
@@ -454,7 +476,7 @@ class OptimizerPlan(Callback):
 
     def _validate(self, trainer: L.Trainer, composite: CompositeOptimizer) -> None:
         """Raise UsageError before the first step for settings that an optimizer lacks."""
-        acts_on_lr = self.schedule is not None or any(rule.lr_scale != 1 for rule in self.rules)
+        acts_on_lr = bool(self._schedules()) or any(rule.lr_scale != 1 for rule in self.rules)
         for member in composite.optimizers:
             name = type(member).__name__
             lrs = [group.get("lr") for group in member.param_groups]

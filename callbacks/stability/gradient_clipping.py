@@ -118,6 +118,14 @@ def _as_real(gradient: Tensor) -> Tensor:
     return torch.view_as_real(local_gradient) if local_gradient.is_complex() else local_gradient
 
 
+def _member_gradients(trainer: L.Trainer) -> list[list[Tensor]]:
+    """Return the gradients of each member, if the module trains several members of a sweep."""
+    list_members: Any = getattr(trainer.lightning_module, "member_parameters", None)
+    members = list_members() if callable(list_members) else []
+    gradients = [[p.grad for p in member if p.grad is not None] for member in members]
+    return [member for member in gradients if member] if len(members) > 1 else []
+
+
 def clip_by_norm(gradients: Sequence[Tensor], max_norm: float, *norm_args: Any) -> Tensor:
     """Scale gradients in place to a global norm of at most max_norm; return the norm before.
 
@@ -146,7 +154,8 @@ class GradientClipping(Callback):
     """Clip gradients once per optimizer step, after accumulation, unscaling and reduction.
 
     Logs `train/grad_norm` (before clipping) and `train/frac_steps_clipped`, the fraction of
-    clipped steps since the last log line. Example: `GradientClipping(max_norm=1.0)`.
+    clipped steps since the last log line. The members of a sweep (`member_parameters`) are clipped
+    each by its own norm, and the largest norm is logged. Example: `GradientClipping(max_norm=1.0)`.
 
     Args:
         max_norm: largest global norm; 1.0 if neither bound is given.
@@ -330,7 +339,12 @@ class GradientClipping(Callback):
             owned = (owner_group, (wide_params or parameters)[0])
         norm_args = (pipeline, excluded, owned)  # arguments of `global_norm` after the gradients
         # both functions return the norm before the clipping
-        if self.max_norm is not None:
+        if self.max_norm is not None and (members := _member_gradients(trainer)):
+            # the members of a sweep are separate runs: each has its own norm
+            norms = [clip_by_norm(member, self.max_norm, *norm_args) for member in members]
+            norm = torch.stack(norms).max()
+            is_clipped = norm > self.max_norm
+        elif self.max_norm is not None:
             norm = clip_by_norm(gradients, self.max_norm, *norm_args)
             is_clipped = norm > self.max_norm
         else:

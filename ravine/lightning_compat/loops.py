@@ -340,3 +340,20 @@ def without_profiling(trainer: Any) -> None:
     """
     if type(trainer.profiler) is PassThroughProfiler:
         trainer.profiler = _WithoutProfiling()
+
+
+def count_optimizer_step(trainer: L.Trainer) -> None:
+    """Count an optimizer step beside the one that the loop counts in each batch.
+
+    Reason: a module may take several optimizer steps in one batch. `trainer.global_step`, max_steps
+    and the steps of log lines count the steps, and the loop adds one for each batch.
+
+    Upstream: pytorch/loops/training_epoch_loop.py
+    Seen on: 2.5.6 to 2.6.6
+    """
+    loop = trainer.fit_loop.epoch_loop
+    progress = loop.automatic_optimization.optim_progress.optimizer.step
+    progress.increment_ready()
+    progress.increment_completed()
+    # the step of log lines
+    set_private(loop, "_batches_that_stepped", private(loop, "_batches_that_stepped") + 1)

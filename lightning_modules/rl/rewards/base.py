@@ -23,6 +23,8 @@ from torch import Tensor
 
 from ravine.errors import UsageError
 
+from ...imported_function import format_error
+
 MAX_FLOAT32 = float(torch.finfo(torch.float32).max)  # advantages are multiplied in fp32
 CANCELLATION_TOLERANCE = (
     1e-12  # relative to the sum of absolute values; a smaller sum is rounding error
@@ -292,11 +294,6 @@ def _describe_sample(inputs: RewardInputs, i: int) -> str:
 def shorten(text: str) -> str:
     """Shorten a text for a message."""
     return text if len(text) <= MAX_CHARS_SHOWN else text[: MAX_CHARS_SHOWN - 1] + "…"
-
-
-def format_error(error: Exception) -> str:
-    """Format an error's type and message in one line."""
-    return ": ".join([type(error).__name__, *filter(None, [" ".join(str(error).split())])])
 
 
 def _format_location(error: Exception) -> str:

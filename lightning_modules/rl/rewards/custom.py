@@ -1,16 +1,13 @@
 """Custom reward functions: a user's function, imported by its dotted path."""
 
-import importlib
 import inspect
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
 
-from ravine.errors import sort_by_similarity
+from ...imported_function import FunctionKind, import_function
+from .base import Reward, RewardError, RewardInputs
 
-from .base import Reward, RewardError, RewardInputs, format_error, shorten
-
+KIND = FunctionKind("reward", "reward", "function", "--model.rewards.function", RewardError)
 VARIADIC_KINDS = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 
 
@@ -37,7 +34,7 @@ class RewardFunction(Reward):
     ) -> None:
         """Import the function if needed, and read its signature."""
         if isinstance(function, str):
-            function = import_reward_function(function)
+            function = import_function(function, KIND)
         default_name = getattr(function, "__name__", type(function).__name__)
         if default_name == "reward":  # the name of the sum; the file's name is used instead
             default_name = function.__module__.rpartition(".")[2]
@@ -120,74 +117,3 @@ class RewardFunction(Reward):
                 hint="rename the column of the data",
             )
         return available | inputs.columns
-
-
-def import_reward_function(path: str) -> Callable[..., Any]:
-    """Import the function at a path such as my_file.reward.
-
-    Raises:
-        RewardError: there is no such function; the message lists similar names.
-    """
-    file, _, name = path.rpartition(".")  # my_file, reward
-    if not file:
-        problem = "the path names no file, or no function in it"
-        raise _not_found_error(path, problem, ["my_file.my_function"], path.strip("."), [])
-    module = _import_module(path, file, name)
-    function = getattr(module, name, None)
-    if callable(function):
-        return function
-    # functions of the module, the most similar name first
-    similar_names = sort_by_similarity(
-        name, [k for k, v in vars(module).items() if inspect.isfunction(v)]
-    )
-    problem = f"{file} has no such function"
-    if function is not None:
-        problem = f"it is {shorten(repr(function))}, not a function"
-    allowed = [f"{file}.{similar_name}" for similar_name in similar_names[:9]]
-    # the error shows the path, the problem, existing functions and the nearest one
-    raise _not_found_error(path, problem, allowed, file, similar_names)
-
-
-def _import_module(path: str, file: str, name: str) -> ModuleType:
-    """Import the module of a reward function.
-
-    Args:
-        path: import path of the function, my_file.reward, for messages.
-        file: the part before the last dot, my_file.
-        name: the part after it, reward, for messages.
-
-    Raises:
-        RewardError: there is no such module, or importing it fails.
-    """
-    try:
-        return importlib.import_module(file)
-    except Exception as error:  # importing a user's file can raise any error
-        missing_module = error.name if isinstance(error, ModuleNotFoundError) else None
-        # the module itself or its package is missing, and not a module that it imports
-        if missing_module and f"{file}.".startswith(f"{missing_module}."):
-            # Python files of the current folder, the most similar name first
-            files = sort_by_similarity(
-                file, [file_path.stem for file_path in Path().glob("[!._]*.py")]
-            )
-            problem = f"there is no file {missing_module}.py"
-            allowed = [f"{similar_file}.py" for similar_file in files[:9]]
-            nearest = files[0] if files else file
-            raise _not_found_error(path, problem, allowed, nearest, [name]) from error
-        raise RewardError(
-            f"the reward function {path} cannot be imported: importing {file} raises "
-            f"{format_error(error)}",
-            hint=f"correct the file, and try import {file} in Python",
-            flag=f'python -c "import {file}"',
-        ) from error
-
-
-def _not_found_error(
-    path: str, problem: str, allowed: Sequence[str], file: str, names: Sequence[str]
-) -> RewardError:
-    suggestion = f"{file}.{names[0] if names else 'reward'}"
-    return RewardError(
-        f"the reward function {path} does not exist: {problem}",
-        allowed,
-        f"use function={suggestion!r}",
-        flag=f"--model.rewards.function={suggestion}",
-    )
