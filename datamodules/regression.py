@@ -154,7 +154,7 @@ class RegressionDataModule(BaseDataModule):
         super().__init__()
         check_at_least_one(
             "RegressionDataModule",
-            "--data.",
+            flag_prefix="--data.",
             num_samples=num_samples,
             num_replicas=num_replicas,
             steps_per_batch=steps_per_batch,

@@ -1,6 +1,6 @@
 """Import a function of the user by its dotted path, with an error that lists similar names.
 
-    import_function("my_file.f", FunctionKind("objective", "f", "function", "--model.function"))
+    import_function("my_file.f", FunctionKind("objective", "f", "function", flag="--model.f"))
 
 Only paths that the user names are imported: `cli/config/trust.py` checks the paths of a checkpoint.
 """

@@ -22,7 +22,7 @@ from .imported_function import FunctionKind, format_error, import_function
 from .objectives.functions import FunctionName, ObjectiveFunction, make_function
 from .optimization_problem import DtypeName, MemberParameters, OptimizationProblem, check_dtype
 
-KIND = FunctionKind("objective", "f", "function", "--model.function")
+KIND = FunctionKind("objective", "f", "function", flag="--model.function")
 BATCHES_PER_EPOCH = 1000  # of a run without max_steps
 
 
@@ -71,7 +71,7 @@ class Objective(OptimizationProblem):
         """
         super().__init__(steps_per_batch)
         self.save_hyperparameters(ignore=["function"])
-        check_at_least_one("Objective", "--model.", num_members=num_members)
+        check_at_least_one("Objective", flag_prefix="--model.", num_members=num_members)
         self.dtype_name, self.num_members = dtype, num_members
         self.start = _check_start(start, check_dtype("Objective", dtype))
         self.function = self._find_function(function, condition_number, center, minimizer)
@@ -128,7 +128,8 @@ class Objective(OptimizationProblem):
         """Return the sum of the members' objectives."""
         values = self._evaluate(self.forward())
         self._values = values.detach()
-        self.log("train/objective", self._values.mean())
+        if self.step_in_batch == 0:  # once in a batch
+            self.log("train/objective", self._values.mean())
         return values.sum()
 
     def on_after_backward(self) -> None:
@@ -274,7 +275,7 @@ def _check_differentiable(function: Callable[[Tensor], Any], start: Tensor) -> b
         )
     if not (bool(value.isfinite().all()) and bool(gradient.isfinite().all())):
         raise UsageError(
-            f"Objective: {name} is {float(value):g} at start={start.tolist()}, with the gradient "
+            f"Objective: {name} is {value.item():g} at start={start.tolist()}, with the gradient "
             f"{gradient.tolist()}",
             ["a start with a finite value and gradient"],
             "use another start",

@@ -48,7 +48,8 @@ class MemberParameters(nn.Module):
 
     def forward(self) -> Tensor:
         """Stack the members (m d)."""
-        return torch.stack(self.list_params())
+        # the dict itself: a search for parameters takes as long as the rest of a small step
+        return torch.stack(list(self.members._parameters.values()))  # type: ignore[arg-type]
 
 
 class OptimizationProblem(TaskModule):
@@ -65,7 +66,9 @@ class OptimizationProblem(TaskModule):
     def __init__(self, steps_per_batch: int = 1) -> None:
         """Store the number of steps; the net is built later."""
         super().__init__()
-        check_at_least_one(type(self).__name__, "--model.", steps_per_batch=steps_per_batch)
+        check_at_least_one(
+            type(self).__name__, flag_prefix="--model.", steps_per_batch=steps_per_batch
+        )
         self.steps_per_batch = steps_per_batch
         self.step_in_batch = 0  # the optimizer step within the batch, from 0
 

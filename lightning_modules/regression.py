@@ -142,13 +142,17 @@ class Regression(OptimizationProblem):
     def training_step(self, batch: RegressionBatch) -> Tensor:
         """Return the sum over members of the mean loss of their draws in this step."""
         step = self.step_in_batch
-        x, y = batch.x[step].to(self.tensor_dtype), batch.y[step].to(self.tensor_dtype)
+        x, y = batch.x[step], batch.y[step]
+        if self.tensor_dtype is not x.dtype:
+            x, y = x.to(self.tensor_dtype), y.to(self.tensor_dtype)
         points = self.forward()  # (m d)
         losses = LOSSES[self.loss](self._predict(x, points), y)  # (m b)
         weights = None if batch.weights is None else batch.weights[step]
         values = losses.mean(-1) if weights is None else (losses * weights).sum(-1)  # (m)
-        values = values + self._penalty(points, with_l1=not self.proximal)
-        self.log("train/objective", values.detach().mean())
+        if self.l2 or (self.l1 and not self.proximal):
+            values = values + self._penalty(points, with_l1=not self.proximal)
+        if step == 0:  # once in a batch
+            self.log("train/objective", values.detach().mean())
         return values.sum()
 
     def validation_step(self, batch: RegressionBatch) -> None:
@@ -270,6 +274,8 @@ class Regression(OptimizationProblem):
 
     def _predict(self, x: Tensor, points: Tensor) -> Tensor:
         """Return predictions: points (... m d) with features (m b d) or (n d) give (... m b)."""
+        if self.num_outputs == 1 and points.shape[-1] == 1:
+            return x.squeeze(-1) * points  # one variable: without a matrix product
         if self.num_outputs == 1:
             return (x @ points.unsqueeze(-1)).squeeze(-1)
         matrices = points.unflatten(-1, (self.sizes["num_features"], self.num_outputs))

@@ -56,7 +56,8 @@ def hinge(predictions: Tensor, labels: Tensor) -> Tensor:
 
 def softmax(predictions: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of class scores (... classes) with class numbers (...)."""
-    chosen = predictions.gather(-1, labels.long().unsqueeze(-1)).squeeze(-1)  # (...)
+    classes = labels.long().expand(predictions.shape[:-1])  # (...)
+    chosen = predictions.gather(-1, classes.unsqueeze(-1)).squeeze(-1)  # (...)
     return predictions.logsumexp(-1) - chosen
 
 

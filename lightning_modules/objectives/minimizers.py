@@ -3,7 +3,7 @@
     squared losses     a linear system, with l2 on its diagonal
     squared + l1       scikit-learn's coordinate descent finds the signs; the system of the nonzero
                        weights then gives their values
-    smooth losses      Newton's method with halved steps, until the gradient is rounding error
+    smooth losses      Newton's method with halved steps, until a step is rounding error
     absolute, hinge    a linear program, solved by scipy (HiGHS)
 
 A problem without a minimizer, such as the logistic loss of separable data, has none here too: the
@@ -21,8 +21,8 @@ from torch import Tensor
 from .losses import CURVATURES, LOSSES
 
 MAX_NEWTON_STEPS = 200
-MAX_WEIGHT = 1e4  # beyond, the iteration drifts to infinity: the data are separable
-GRADIENT_PRECISION = 1e-13  # relative to the largest gradient of a sample
+STEP_PRECISION = 1e-12  # relative to the largest weight: the last Newton step
+SMALLEST_FRACTION = 1e-10  # of a Newton step
 
 
 def find_minimizer(
@@ -88,21 +88,20 @@ def _minimize_smooth(
         return LOSSES[loss](x @ w, y).mean() + penalty
 
     weights = torch.zeros(x.shape[1] * num_classes, dtype=x.dtype)
-    scale = float(x.abs().max())
     for _ in range(MAX_NEWTON_STEPS):
         gradient = torch.func.grad(objective)(weights)
-        if float(gradient.abs().max()) <= GRADIENT_PRECISION * scale:
-            return weights
-        if float(weights.abs().max()) > MAX_WEIGHT:
-            return None
-        hessian = torch.func.hessian(objective)(weights)
+        hessian = torch.func.jacrev(torch.func.grad(objective))(weights)
         # equal shifts of all class scores change nothing, so the system may be singular
         step = torch.linalg.lstsq(hessian, gradient[:, None], driver="gelsd").solution[:, 0]
+        scale = max(1.0, float(weights.abs().max()))
+        # on separable data each step is about 1, however small the gradient is
+        if float(step.abs().max()) <= STEP_PRECISION * scale:
+            return weights - step
         value, size = float(objective(weights)), 1.0
-        while size > 1e-10 and not float(objective(weights - size * step)) <= value:
+        while size > SMALLEST_FRACTION and not float(objective(weights - size * step)) < value:
             size /= 2
-        if size <= 1e-10:  # no smaller value in float64
-            return weights if float(gradient.abs().max()) <= 1e-10 * scale else None
+        if size <= SMALLEST_FRACTION:  # no smaller value in float64
+            return weights if float(step.abs().max()) <= 1e-6 * scale else None
         weights = weights - size * step
     return None
 

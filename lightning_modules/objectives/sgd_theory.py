@@ -50,10 +50,10 @@ def transition_matrix(moments: LeastSquares, lr: float, batch_size: int) -> Tens
     """
     hessian = moments.hessian
     identity = torch.eye(len(hessian), dtype=hessian.dtype)
-    drift = torch.kron(hessian, identity) + torch.kron(identity, hessian)
+    linear = torch.kron(hessian, identity) + torch.kron(identity, hessian)
     square = torch.kron(hessian, hessian)
     noise = moments.fourth_moment / batch_size + (1 - 1 / batch_size) * square
-    return torch.kron(identity, identity) - lr * drift + lr**2 * noise
+    return torch.kron(identity, identity) - lr * linear + lr**2 * noise
 
 
 def expected_gap(moments: LeastSquares, second_moment: Tensor) -> Tensor:

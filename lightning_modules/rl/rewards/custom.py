@@ -7,7 +7,9 @@ from typing import Any
 from ...imported_function import FunctionKind, import_function
 from .base import Reward, RewardError, RewardInputs
 
-KIND = FunctionKind("reward", "reward", "function", "--model.rewards.function", RewardError)
+KIND = FunctionKind(
+    "reward", "reward", "function", flag="--model.rewards.function", error=RewardError
+)
 VARIADIC_KINDS = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 
 

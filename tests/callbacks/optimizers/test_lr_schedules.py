@@ -22,6 +22,8 @@ CLOSED_FORMS = [
     ("inverse_sqrt", {"warmup": 16}, {15: 1, 16: 1, 64: 0.5}),
     ("exponential", {"decay_factor": 0.98}, {0: 1, 1: 0.98, 10: 0.98**10}),
     ("exponential", {"decay_factor": 0.5, "final_fraction": 0.125}, {3: 0.125, 50: 0.125}),
+    ("power", {"power": 0.7}, {0: 1, 1: 0.5**0.7, 99: 0.01**0.7}),
+    ("power", {"timescale": 10.0}, {0: 1, 10: 0.5, 90: 0.1}),
     ("cosine_restarts", {"period": 20, "final_fraction": 0.5}, {0: 1, 10: 0.75, 20: 1, 30: 0.75}),
 ]
 
@@ -125,6 +127,12 @@ def test_a_schedule_that_does_not_fit_the_run_is_refused(schedule, length, messa
     with pytest.raises(UsageError, match=re.escape(message)) as error:
         schedule.validate(length)
     assert error.value.flag.endswith(flag)
+
+
+@pytest.mark.parametrize("name", ["power", "timescale"])
+def test_a_power_schedule_needs_positive_numbers(name):
+    with pytest.raises(UsageError, match=rf"{name}=0.0 is not positive; allowed: above 0; use"):
+        LRSchedule("power", **{name: 0.0}).validate(100)
 
 
 @pytest.mark.parametrize(
