@@ -29,6 +29,7 @@ from .monitoring.summary import Summary
 from .monitoring.throughput import Throughput
 from .monitoring.trajectory_plot import TrajectoryPlot
 from .optimizers.lr_schedules import LRSchedule
+from .optimizers.momentum_schedule import MomentumSchedule
 from .optimizers.parameter_rules import ParamRule
 from .optimizers.plan import OptimizerPlan
 from .optimizers.update_monitor import UpdateMonitor
@@ -59,6 +60,7 @@ __all__ = [
     "MemoryMonitor",
     "MetricAlert",
     "MetricPlot",
+    "MomentumSchedule",
     "NaNGuard",
     "OptimizerPlan",
     "Panel",

@@ -32,6 +32,7 @@ from .member_paths import (
 AxisName = Literal["steps", "samples", "seconds"]
 AXIS_LABELS = {"steps": "optimizer step", "samples": "samples", "seconds": "seconds"}
 MAX_LOGGED_SETTINGS = 8  # beyond, the curves of a sweep are drawn and not logged
+MAX_SPARSE_POINTS = 1000  # curves of more points have thinner lines
 LOGGED_METRICS = ("objective", "gap", "distance", "gradient_norm")
 
 
@@ -66,7 +67,7 @@ class ConvergencePlot(RecordedPaths):
     Example: `ConvergencePlot([Panel("gap"), Panel("distance")])`.
 
     Args:
-        panels: the panels, from left to right.
+        panels: the panels, from left to right; by default one of the objective.
         labels: name of each setting; by default its learning rate.
         show_floor: draw the predicted noise floor beside the gap, and print the measured one.
         num_replicas: neighbouring members with the same settings, whose metrics are averaged.
@@ -76,7 +77,7 @@ class ConvergencePlot(RecordedPaths):
 
     def __init__(
         self,
-        panels: Sequence[Panel] = (Panel(),),
+        panels: Sequence[Panel] | None = None,
         labels: Sequence[str] | None = None,
         show_floor: bool = False,
         num_replicas: int = 1,
@@ -85,14 +86,15 @@ class ConvergencePlot(RecordedPaths):
     ) -> None:
         """Start with empty paths."""
         super().__init__(labels, num_replicas, every_n_steps)
-        if not panels:
+        self.panels = [Panel()] if panels is None else list(panels)
+        if not self.panels:
             raise UsageError(
                 "ConvergencePlot: panels is empty",
                 ["one panel or more"],
                 hint="use panels=[Panel('objective')]",
                 flag="--trainer.callbacks.panels=[{metric: objective}]",
             )
-        self.panels, self.show_floor, self.title = list(panels), show_floor, title
+        self.show_floor, self.title = show_floor, title
         # after the run: by setting, the measured and the predicted noise floor
         self.floors: dict[str, tuple[float, float]] = {}
 
@@ -150,7 +152,8 @@ class ConvergencePlot(RecordedPaths):
             y = values[: lengths[setting], setting]
             if panel.log_x:  # step 0 has no place on a logarithmic axis
                 x, y = x[1:], y[1:]
-            (line,) = axes.plot(x.tolist(), y.tolist(), lw=1.3, label=label)
+            width = 1.3 if len(x) <= MAX_SPARSE_POINTS else 0.8
+            (line,) = axes.plot(x.tolist(), y.tolist(), lw=width, label=label)
             if panel.metric == "gap" and label in self.floors:
                 axes.axhline(self.floors[label][1], ls="--", lw=1, color=line.get_color())
         axes.set_xlabel(AXIS_LABELS[panel.axis])

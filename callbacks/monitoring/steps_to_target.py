@@ -67,9 +67,9 @@ class StepsToTarget(RecordedPaths):
         missed = [lr for lr, k in self.results if k is None]
         if reached:
             axes.plot(*zip(*reached, strict=True), "o-", ms=4, lw=1, label="reached")
-        for index, lr in enumerate(missed):
-            label = f"not reached in {self.steps[-1]} steps" if index == 0 else None
-            axes.axvline(lr, color="#c55a11", lw=0.8, alpha=0.6, label=label)
+        if missed:  # above all others
+            height = 2 * max((k for _, k in reached), default=1)
+            axes.plot(missed, [height] * len(missed), "x", color="#c55a11", label="not reached")
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.grid(alpha=0.3, which="both")

@@ -12,8 +12,6 @@ from torch.optim import Optimizer
 
 from ravine.errors import UsageError
 
-__all__ = ["MomentumSchedule"]
-
 
 class MomentumSchedule(Callback):
     """Move the momentum of every param group linearly from `start` to `stop`.

@@ -1,0 +1,57 @@
+"""Draw the figures of docs/lectures.md: `python docs/draw_lectures.py [NAME ...]`.
+
+Each figure is the plot of a run, `lightning fit --config lectures/NAME`. Without names, all configs
+run in one process, but not 2_4_schedules, which takes minutes. A picture is written to
+docs/figures/lectures/NAME.png, or to NAME_PLOT.png if a run draws several.
+"""
+
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from ravine.cli.main import main
+
+ROOT = Path(__file__).resolve().parent.parent
+FIGURES = ROOT / "docs" / "figures" / "lectures"
+PLOTS = ("convergence", "steps_to_target", "trajectory")
+LONG = ("2_4_schedules",)
+
+
+def list_names() -> list[str]:
+    """Return the names of the configs that run without being named."""
+    names = sorted(path.stem for path in (ROOT / "configs" / "lectures").glob("*.yaml"))
+    return [name for name in names if name not in LONG]
+
+
+def draw(name: str, folder: Path) -> list[Path]:
+    """Run a config in a folder, and copy its pictures; return their paths."""
+    words = ["fit", "--config", f"lectures/{name}", f"--trainer.default_root_dir={folder}"]
+    status = main([*words, "--trainer.logger=csv", "--trainer.enable_progress_bar=false"])
+    if status != 0:
+        raise SystemExit(f"lectures/{name} ended with status {status}")
+    (run,) = (folder / "lectures" / name).glob("version_*")
+    plots = [run / f"{plot}.png" for plot in PLOTS if (run / f"{plot}.png").exists()]
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    targets = [
+        FIGURES / (f"{name}.png" if len(plots) == 1 else f"{name}_{plot.stem}.png")
+        for plot in plots
+    ]
+    for plot, target in zip(plots, targets, strict=True):
+        shutil.copy(plot, target)
+    return targets
+
+
+def draw_all(names: list[str]) -> None:
+    """Draw the figures of these configs, and print the seconds of each."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            start = time.perf_counter()
+            targets = draw(name, Path(folder))
+            seconds = time.perf_counter() - start
+            print(f"{name}: {', '.join(t.name for t in targets)} in {seconds:.1f} s")
+
+
+if __name__ == "__main__":
+    draw_all(sys.argv[1:] or list_names())
