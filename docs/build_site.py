@@ -3,11 +3,12 @@
 1. Copy docs/ to build/docs. A link to a file outside of docs/ becomes a link to the repository
    that `[project.urls]` of pyproject.toml names, or, if it names none, to a page with the file.
 2. Write the pages that are made of other files: the API reference, one page for each package, and
-   results, contributing and changelog.
+   results, supported combinations, contributing and changelog.
 3. Run Zensical on build/docs in strict mode: a broken link ends the build with an error. Nothing is
    read from the network.
 """
 
+import ast
 import importlib
 import inspect
 import os
@@ -23,16 +24,35 @@ ROOT = Path(__file__).resolve().parent.parent
 STAGED = ROOT / "build" / "docs"
 SITE = ROOT / "site"
 API_PACKAGES = ("callbacks", "strategies", "datamodules", "lightning_modules")
-# Markdown files outside of docs/, and their pages. Of README, results.md has two sections.
+# Markdown files outside of docs/, and their pages. Of README, two sections become a page each.
 PROJECT_PAGES = {
     "README.md": "results.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
-README_SECTIONS = ("Results", "Supported combinations")
+README_PAGES = {"results.md": "Results", "support.md": "Supported combinations"}
+# Names that a script imports from a module inside of a package.
+MODULE_NAMES = {
+    "ravine": ("errors.MissingFileError", "errors.RunError", "errors.UsageTypeError"),
+    "ravine.callbacks": (
+        "base.OptimizerStepCallback",
+        "optimizers.elementwise.ElementwiseOptimizer",
+        "transforms.base.Transform",
+    ),
+    "ravine.lightning_modules": (
+        "diffusion_core.noise_schedules.NoiseSchedule",
+        "generation.generate_text.generate",
+        "generation.generate_text.sequence_logprobs",
+        "generation.sampling.DecodingConfig",
+        "nn.transformer.Transformer",
+        "nn.unet.UNet",
+    ),
+}
 LANGUAGES = {".py": "python", ".sh": "bash", ".yaml": "yaml", ".jsonl": "json"}
 FILE_LABEL = re.compile(r"\[(?:docs/)?[\w/]+\.md\]\(([^)#\s]+\.md)([^)]*)\)")
 PREVIEW = 200  # lines of a file of rows, such as .jsonl
+COMMANDS = re.compile(r"(?<=^```bash\n).*?(?=^```)", re.DOTALL | re.MULTILINE)
+COMMAND_WIDTH = 76  # characters of a line of a command
 CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.DOTALL)
 REMOTE = re.compile(r"""<(?:script|img|iframe)[^>]*src=["']?https?:|<link[^>]*href=["']?https?:""")
 LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?\)")
@@ -52,6 +72,8 @@ def rewrite_links(text: str, source: Path, page: str, repository: str | None) ->
         anchor = link[2] or ""
         if target.startswith("docs/") and not target.endswith(".py"):
             new = target.removeprefix("docs/")
+        elif target == "README.md" and anchor == "#supported-combinations":
+            new, anchor = "support.md", ""
         elif target in PROJECT_PAGES:
             new = PROJECT_PAGES[target]
         elif repository:
@@ -74,14 +96,27 @@ def name_links(text: str, page: str, titles: dict[str, str]) -> str:
     return FILE_LABEL.sub(rename, text)
 
 
-def project_page(name: str) -> str:
-    """Return the text of the page that is made of a Markdown file outside of docs/."""
-    text = (ROOT / name).read_text()
-    if name != "README.md":
-        return text
+def wrap_commands(text: str) -> str:
+    """Continue a long command of a bash block on the next line, before a flag."""
+
+    def wrap(line: str) -> str:
+        lines = [""]
+        for words in re.split(r"(?= --)", line):
+            if lines[-1] and len(lines[-1] + words) > COMMAND_WIDTH:
+                lines[-1] += " \\"
+                lines.append("   " + words)
+            else:
+                lines[-1] += words
+        return "\n".join(lines)
+
+    return COMMANDS.sub(lambda block: "\n".join(map(wrap, block[0].split("\n"))), text)
+
+
+def readme_page(title: str) -> str:
+    """Return the text of the page that is made of a section of README."""
+    text = (ROOT / "README.md").read_text()
     sections = dict(re.findall(r"^## ([^\n]*)\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE))
-    parts = [f"## {title}\n{sections[title]}" for title in README_SECTIONS]
-    return "# Results and supported combinations\n\n" + "".join(parts)
+    return f"# {title}\n{sections[title]}"
 
 
 def source_page(path: str) -> str:
@@ -100,13 +135,15 @@ def source_page(path: str) -> str:
 
 
 def api_page(package: str) -> str:
-    """Return the API page of a package: each public name, documented by mkdocstrings."""
+    """Return the API page of a package: public names by mkdocstrings, then all other classes."""
     module = importlib.import_module(f"ravine.{package}")
     first = inspect.cleandoc(module.__doc__ or "").split("\n\n")[0]
     names = sorted(module.__all__)
     lines = [f"# ravine.{package}", first, f"`from ravine.{package} import NAME`"]
     for name in names:
         lines.append(api_entry(name, getattr(module, name), module.__name__))
+    lines += module_entries(module.__name__)
+    lines += ["## All other classes", class_table(package)]
     return "\n\n".join(lines) + "\n"
 
 
@@ -121,6 +158,37 @@ def api_entry(name: str, named: object, package: str) -> str:
     )
 
 
+def module_entries(package: str) -> list[str]:
+    """Return the blocks of the names that are imported from a module inside of the package."""
+    blocks = []
+    for path in MODULE_NAMES.get(package, ()):
+        home, _, name = path.rpartition(".")
+        module = importlib.import_module(f"{package}.{home}")
+        blocks.append(api_entry(name, getattr(module, name), module.__name__))
+        blocks.append(f"`from {module.__name__} import {name}`")
+    return blocks
+
+
+def class_table(package: str) -> str:
+    """Return a table of the public classes in the files of a package, with their modules.
+
+    The classes that have an entry on the page are left out.
+    """
+    exported = importlib.import_module(f"ravine.{package}").__all__
+    documented = {f"ravine.{package}.{path}" for path in MODULE_NAMES.get(f"ravine.{package}", ())}
+    rows = ["| class | module | what it is |", "|---|---|---|"]
+    for file in sorted((ROOT / package).rglob("*.py")):
+        module = ".".join(("ravine", *file.relative_to(ROOT).with_suffix("").parts))
+        for node in ast.parse(file.read_text()).body:
+            if not isinstance(node, ast.ClassDef) or node.name[0] == "_" or node.name in exported:
+                continue
+            if f"{module}.{node.name}" not in documented:
+                paragraph = (ast.get_docstring(node) or "").split("\n\n")[0]
+                text = " ".join(paragraph.split()).replace("|", "\\|")
+                rows.append(f"| `{node.name}` | `{module}` | {text} |")
+    return "\n".join(rows)
+
+
 def script_api_page() -> str:
     """Return the API page of the names that `import ravine` gives."""
     module = importlib.import_module("ravine")
@@ -132,6 +200,7 @@ def script_api_page() -> str:
     ]
     for name in names:
         lines.append(api_entry(name, getattr(module, name), module.__name__))
+    lines += module_entries("ravine")
     return "\n\n".join(lines) + "\n"
 
 
@@ -148,9 +217,11 @@ def stage(folder: Path, repository: str | None = None) -> None:
     sources = {page.relative_to(docs).as_posix(): page for page in docs.rglob("*.md")}
     texts = {name: page.read_text() for name, page in sources.items()}
     for source, name in PROJECT_PAGES.items():
-        sources[name], texts[name] = ROOT / source, project_page(source)
+        sources[name], texts[name] = ROOT / source, (ROOT / source).read_text()
+    for name, title in README_PAGES.items():
+        sources[name], texts[name] = ROOT / "README.md", readme_page(title)
     for name, text in texts.items():
-        texts[name] = rewrite_links(text, sources[name], name, repository)
+        texts[name] = wrap_commands(rewrite_links(text, sources[name], name, repository))
     titles = {name: text.partition("\n")[0].removeprefix("# ") for name, text in texts.items()}
     texts = {name: name_links(text, name, titles) for name, text in texts.items()}
     texts |= {name: write() for name, write in API_PAGES.items()}

@@ -1,10 +1,10 @@
 """The documentation site: each page is in its navigation, and each public name on a page."""
 
+import ast
 import importlib
 import importlib.util
 import inspect
 import re
-import shlex
 from pathlib import Path
 from types import ModuleType
 
@@ -14,10 +14,8 @@ from doc_pages import DOCS
 
 import ravine
 from ravine import callbacks, datamodules, lightning_modules, strategies
-from ravine.cli.main import main
 
 ROOT = DOCS.parent
-NEW_PAGES = ["index", "best_checkpoint", "early_stopping", "loggers", "seeds", "print_config"]
 NOT_INDENTED = re.compile(r"# |lightning |(?:def|class|from) \w+[ (:]|\w+ = ")  # an example
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)")
 
@@ -68,15 +66,39 @@ def test_every_public_name_of_a_package_is_on_its_page_with_a_docstring(
 ) -> None:
     text = (pages / "api" / f"{package.__name__.removeprefix('ravine.')}.md").read_text()
     names = [name for name in package.__all__ if not name.startswith("_")]
-    assert re.findall(r"heading: (\w+)", text) == sorted(names)
-    for path, name in zip(re.findall(r"^::: (\S+)", text, re.M), sorted(names), strict=True):
+    in_modules = SITE.MODULE_NAMES.get(package.__name__, ())
+    headings = [*sorted(names), *(path.rpartition(".")[2] for path in in_modules)]
+    assert re.findall(r"heading: (\w+)", text) == headings
+    for path, name in zip(re.findall(r"^::: (\S+)", text, re.M), headings, strict=True):
         home, _, attribute = path.rpartition(".")
         documented = getattr(importlib.import_module(home), attribute)
-        assert documented is getattr(package, name)
+        assert name not in names or documented is getattr(package, name)
         if inspect.isclass(documented):
             paragraphs = inspect.cleandoc(documented.__doc__ or "").split("\n\n")
             assert paragraphs[0], path
             assert [p for p in paragraphs if NOT_INDENTED.match(p)] == [], path
+
+
+def test_every_public_class_and_every_name_that_a_page_imports_is_on_a_page_of_the_api(
+    pages: Path,
+) -> None:
+    for package in SITE.API_PACKAGES:
+        text = (pages / "api" / f"{package}.md").read_text()
+        known = {*re.findall(r"heading: (\w+)|^\| `(\w+)`", text, re.M)}
+        known = {name for pair in known for name in pair}
+        for file in (ROOT / package).rglob("*.py"):
+            for node in ast.parse(file.read_text()).body:
+                if isinstance(node, ast.ClassDef) and node.name[0] != "_":
+                    assert node.name in known, f"{file}: {node.name}"
+    everything = "".join(page.read_text() for page in pages.glob("api/*.md"))
+    for page in pages.glob("*.md"):
+        for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.M):
+            for node in ast.walk(ast.parse(block)):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ravine"):
+                    for alias in node.names:
+                        named = getattr(importlib.import_module(str(node.module)), alias.name)
+                        if inspect.isclass(named) or inspect.isroutine(named):
+                            assert f"heading: {alias.name}\n" in everything, alias.name
 
 
 def test_every_relative_link_of_the_site_is_a_page_or_a_figure(pages: Path) -> None:
@@ -111,30 +133,18 @@ def test_a_link_that_shows_the_name_of_a_file_shows_the_title_of_its_page(pages:
 
 def test_the_site_names_no_font_or_script_of_the_network() -> None:
     assert CONFIG["theme"]["font"] is False
-    assert not {"extra_javascript", "extra_css"} & set(CONFIG)
+    assert "extra_javascript" not in CONFIG
+    assert all((DOCS / sheet).is_file() for sheet in CONFIG["extra_css"])
     for text in ('<script async src="https://host/a.js">', '<link rel="x" href="https://host/b">'):
         assert SITE.REMOTE.search(text)
     assert not SITE.REMOTE.search('<a href="https://host">x</a> <script src="assets/a.js">')
 
 
-def page_commands() -> list[str]:
-    """The commands in the bash blocks of the short pages, each once."""
-    text = "\n".join((DOCS / f"{name}.md").read_text() for name in NEW_PAGES)
-    lines = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).splitlines()
-    return [*dict.fromkeys(line for line in lines if line.startswith("lightning "))]
-
-
-def test_every_command_of_the_short_pages_is_accepted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    tiny = "--trainer.max_steps=51 --trainer.val_check_interval=51 --data.source=embedded "
-    tiny += "--trainer.limit_val_batches=1 "
-    tiny += "--model.num_layers=1 --model.d_model=16 --data.context_length=8 --data.batch_size=2"
-    fit = ["fit", "--config", "shakespeare/quick", *tiny.split()]
-    assert main(fit) == 0  # the run that `last` and `best` name
-    for line in page_commands():
-        words = shlex.split(line)[1:]
-        if words[0] in ("fit", "test") and "--print_config" not in words:
-            words.append("--print_config")
-        assert main(words) == 0, line
+def test_a_long_command_continues_on_the_next_line_before_a_flag() -> None:
+    line = "lightning fit " + " ".join(f"--trainer.max_steps={n}" for n in range(9))
+    text = f"{line}\n```bash\n{line}\ncd runs\n```\n```python\n{line}\n```\n"
+    wrapped = SITE.wrap_commands(text)
+    block = wrapped.partition("```bash\n")[2].partition("cd runs\n")[0]
+    assert max(map(len, block.splitlines())) <= SITE.COMMAND_WIDTH + 2
+    assert block.replace(" \\\n   ", "") == f"{line}\n"
+    assert wrapped.count("\\\n") == block.count("\\\n") == 3
