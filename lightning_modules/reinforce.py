@@ -324,6 +324,7 @@ class Reinforce(TaskModule):
 
         Axes: g prompts, b = g * group_size samples of this rank, n new tokens, t tokens of a text.
         """
+        # the stopwatch measures the seconds of each phase, for the log
         stopwatch, group_size = self._stopwatch, self.group_size
         # each of `sample_ids` is (epoch, sample); `_encode` raises if a prompt is too long
         prompts = [

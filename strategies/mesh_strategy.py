@@ -696,6 +696,7 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
                     module,
                     optimizers,
                     path,
+                    # whether this rank has optimizer state of a parameter, sharded or full
                     is_owned=self._has_state,
                     stages=self.stage_names,
                     is_unsharded=self._has_full_state,

@@ -180,6 +180,7 @@ class Pipeline:
         self.microbatch_weights = self._compute_microbatch_weights(microbatches)
         parameters = [p for p in self.module.parameters() if p.requires_grad]
         grads = self._compute_gradients(schedule, net_inputs, parameters)
+        # the losses of the micro-batches, each times its weight
         local_loss = torch.stack(self.losses).sum() if self.is_last else None
         loss = self._broadcast_loss_and_logs(local_loss)
         # its backward adds the gradients, scaled, to the parameters

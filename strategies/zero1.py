@@ -102,14 +102,15 @@ def check_not_sharded_over(
 class Zero1Reducer:
     """Reduces gradients to the ranks that own the parameters, and shards the optimizer steps.
 
-    Args:
-        module: the module whose trainable parameters are reduced
-        optimizers: the optimizers; on each rank they step the parameters that the rank owns
-        group: the data-parallel ranks, with different data and the same parameters
-        find_gradient_readers: called at the first backward pass; names other code that reads
-            gradients
-        ignored_params: parameters whose gradients other code reduces
-        known_owners: owners under the replaced optimizers; the owners have the optimizer state
+    A bucket is a list of parameters whose gradients are sent together. In a backward pass a bucket
+    is launched (its messages are started) once all of its gradients have arrived, in order:
+
+        owner_of[p]             the rank that owns a parameter; it has its optimizer state
+        _bucket_of[p]           index of the bucket of a parameter
+        _expected_arrivals[p]   how often the gradient of a parameter arrives, from earlier passes
+        _num_missing[i]         number of gradients that bucket i still waits for
+        _num_launched           number of buckets launched in this pass
+        _gradient_plans[i]      messages of bucket i, by the rank that keeps the gradients
 
     Raises:
         UsageError: an optimizer calls its closure several times a step, or a parameter is sharded
@@ -131,9 +132,9 @@ class Zero1Reducer:
             module: the LightningModule.
             optimizers: its optimizers.
             group: the data ranks, over which gradients are averaged.
-            find_gradient_readers: returns names of code, besides the optimizers, that reads
-                gradients; every rank then keeps all gradients.
-            ignored_params: parameters whose gradients are not reduced here.
+            find_gradient_readers: called at the first backward pass; returns names of code, besides
+                the optimizers, that reads gradients; every rank then keeps all gradients.
+            ignored_params: parameters whose gradients other code reduces.
             known_owners: owner ranks of parameters that have optimizer state already.
         """
         check_not_sharded_over(module, group, ignored_params)

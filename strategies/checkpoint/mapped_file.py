@@ -86,7 +86,7 @@ class _TensorMapper:
         # SAFE_TYPES: numbers, text and None; SAFE_TORCH_TYPES: shapes, devices, dtypes and layouts
         if value_type in SAFE_TYPES or value_type in SAFE_TORCH_TYPES:
             return value
-        if id(value) in self.mapped_containers:
+        if id(value) in self.mapped_containers:  # it occurs a second time
             return self.mapped_containers[id(value)]
         if value_type in (dict, OrderedDict, Counter):
             self.mapped_containers[id(value)] = value

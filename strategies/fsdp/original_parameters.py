@@ -92,7 +92,8 @@ class OriginalParameters:
         Lists, tuples and dicts in attributes are searched as well. Called after sharding.
         """
         self._sharded_params = dict(self.module.named_parameters())
-        # drop weak references to kept parameters: torch does not move a tensor that has one
+        # _names_by_id and _refs_by_id: names of the original parameters, and weak references
+        # drop those of kept parameters: torch does not move a tensor that has a weak reference
         for parameter in self._sharded_params.values():
             if self._names_by_id.pop(id(parameter), None) is not None:
                 del self._refs_by_id[id(parameter)]

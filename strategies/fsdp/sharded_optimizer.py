@@ -148,7 +148,11 @@ def _check_row_sharded(member: Optimizer, parameters: list[DTensor]) -> None:
 
 
 class _PlainTensorStepper:
-    """Replaces the methods of an optimizer, so that they run on plain tensors."""
+    """Replaces the methods of an optimizer, so that they run on plain tensors.
+
+    While a method runs, `plain_params` (by the id of a sharded parameter) take the place of the
+    parameters in groups and state, and `_original_groups` has each group with its parameters.
+    """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
@@ -422,7 +426,7 @@ class LocalShardStepper(_PlainTensorStepper):
         with torch._C.DisableTorchFunctionSubclass():  # attributes of sharded parameters are slow
             for p in self._iter_sharded_params():
                 rows, requires_grad = p._local_tensor, p.requires_grad
-                plain = self.plain_params.get(id(p))  # of an earlier call
+                plain = self.plain_params.get(id(p))  # of an earlier call, which is used again
                 if (
                     plain is None
                     or plain.data_ptr() != rows.data_ptr()  # the shard got other memory
@@ -537,7 +541,10 @@ class LocalShardStepper(_PlainTensorStepper):
 
 
 class OwnerStepper(_PlainTensorStepper):
-    """Steps full tensors with a per-tensor optimizer: each tensor on one rank, its owner."""
+    """Steps full tensors with a per-tensor optimizer: each tensor on one rank, its owner.
+
+    `owner_by_id` has the owner's rank in the shard group, by the id of the sharded parameter.
+    """
 
     def __init__(self, optimizer: Optimizer) -> None:
         """Assign the owners."""
