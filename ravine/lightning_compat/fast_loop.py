@@ -265,7 +265,7 @@ class FastEpochLoop(_TrainingEpochLoop):
             return super().advance(data_fetcher)
         trainer: Any = self.trainer
         progress = self.batch_progress
-        if self.val_loop.restarting:
+        if self.val_loop.restarting:  # set by a resume; this epoch's validation starts anew
             self.val_loop.restarting = False
         if trainer.world_size > 1:
             self._broadcast_sigterm_tensor()  # GracefulStop replaces it
@@ -287,6 +287,7 @@ class FastEpochLoop(_TrainingEpochLoop):
         inputs = (
             OrderedDict(batch=batch, batch_idx=index) if self.step_takes_index else {"batch": batch}
         )
+        # automatic optimization has one optimizer
         output = self.automatic_optimization.run(trainer.optimizers[0], index, inputs)  # type: ignore
         progress.increment_processed()
         is_last = self._num_ready_batches_reached()
