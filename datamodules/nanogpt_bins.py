@@ -263,6 +263,7 @@ def _check_token_width(file: Path, array: np.ndarray) -> None:
             )
     # a part is enough; the file may be large
     head_tokens = array[: 1 << 20]
+    # of a few tokens every second one may be 0 by chance; no type is wider than 8 bytes
     if (
         len(head_tokens) >= 8
         and array.dtype.itemsize < 8

@@ -148,6 +148,7 @@ class HashedLinear(nn.Module):
         )
         weight = log_count * self.idf[bucket]  # (n)
         squared_norm = weight.new_zeros(2 * len(messages)).index_add(0, segment, weight.square())
+        # clamp: no division by 0, even if all idf are 0
         weight = weight / squared_norm.clamp(min=1e-12).sqrt()[segment]
         weighted_sum = F.embedding_bag(
             bucket, self.weight, offsets, mode="sum", per_sample_weights=weight

@@ -80,6 +80,7 @@ def add_row_names(picture: Image.Image, names: tuple[str, ...]) -> Image.Image:
         return picture
     names = tuple(n if len(n) <= MAX_NAME else n[: MAX_NAME - 1] + "…" for n in names)
     font = ImageFont.load_default(FONT_SIZE)
+    # two paddings on each side of the longest name
     margin = math.ceil(max(font.getlength(name) for name in names)) + 4 * PADDING
     labeled = Image.new(
         picture.mode,

@@ -104,6 +104,7 @@ class NoiseSchedule:
         They fall from 1000 to 0 and are evenly spaced; for edm they are those of Karras et al. A
         discrete schedule is defined at integer times only. An image at time t is α x0 + σ ε.
         """
+        # continuous times have no limit of their own; this one shows mistakes
         max_steps = NUM_TRAIN_TIMESTEPS if self.is_discrete else 10 * NUM_TRAIN_TIMESTEPS
         if not 1 <= num_steps <= max_steps:
             nearest = min(max(num_steps, 1), max_steps)

@@ -49,6 +49,7 @@ def _plot_image_sheet(
     figure = Figure(figsize=(len(titles), len(rows) + 0.7), layout="constrained", dpi=120)
     axis: Any = figure.subplots()  # one axis for all images: one for each takes minutes to lay out
     axis.imshow(sheet.numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    # in pixels, the middle of each image with its border of one pixel; a pixel's center is at 0
     tick_positions = [(i + 0.5) * (width + 2) - 0.5 for i in range(len(titles))]
     axis.set_xticks(tick_positions, titles, fontsize=8)
     axis.set_yticks(

@@ -104,6 +104,7 @@ class RolloutScorer:
         # are sums over the tokens of a sample
         gathered = self.all_gather(torch.cat((local_values, local_statistics), 1))
         num_terms = len(self.reward_fns)
+        # (terms B), and (B 5)
         values, statistics = gathered[:, :num_terms].T, gathered[:, num_terms:]
         _k1, _k3, _entropy, num_tokens, kl_penalty = statistics.unbind(1)  # each (B)
         # raises if a term has scored no sample; a single None is NaN, and gets advantage 0
@@ -111,6 +112,7 @@ class RolloutScorer:
         rewards = weighted_sum(self.reward_fns, values)  # (B)
         # of all ranks, as a baseline can be the mean of the whole batch; a rank keeps its own part
         reward_advantages = self.estimator.advantages(rewards, group_size)  # (B)
+        # _kl_advantages (B): 0 unless the KL penalty is in the reward
         advantages = reward_advantages - self._kl_advantages(kl_penalty, rewards)
         metrics = reward_metrics(self.reward_fns, values, rewards)
         metrics |= text_metrics(all_texts, self.corpus_stats)
