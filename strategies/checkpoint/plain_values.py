@@ -25,9 +25,11 @@ def to_plain(value: Any) -> Any:
         return str(value)
     if isinstance(value, numpy.generic):
         return value.item()
-    for plain_type in (bool, int, float, str, bytes):
-        if isinstance(value, plain_type):  # of a subclass
-            # not str(value), which is "Color.RED" for an enum of text
+    if isinstance(value, str):  # of a subclass
+        # not str(value): the text of an enum's member is its value, and not "Color.RED"
+        return str.__str__(value)
+    for plain_type in (bool, int, float, bytes):
+        if isinstance(value, plain_type):  # of a subclass, such as an IntEnum
             return plain_type.__new__(plain_type, value)  # type: ignore[call-overload]
     if isinstance(value, Mapping):
         return {to_plain(key): to_plain(item) for key, item in value.items()}
