@@ -365,8 +365,9 @@ def ring_attention_backward(
                 del grad_transfer, d_key, d_value
             del block_grads, block_key, block_value  # frees memory before the next block
             block_kv = transfer.wait() if transfer else local_kv
+        # the last message of a slice arrives while the next slice is computed
         del local_kv, block_kv, transfer, totals
-    if add_pending is not None:
+    if add_pending is not None:  # of the last slice
         add_pending()
     return results
 

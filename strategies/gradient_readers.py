@@ -125,6 +125,7 @@ def find_gradient_readers(trainer: Any) -> list[str]:
             hooks.append(ZEROING_HOOKS[0])
         # reads_gradients: whether the bytecode of any of its methods reads gradients
         if hooks or reads_gradients(owner):
+            # the class, and its first hook if there is one
             reader_names.append(".".join([type(owner).__name__, *hooks[:1]]))
     for optimizer in trainer.optimizers:
         # every rank steps all of its parameters, so every rank needs all gradients anyway

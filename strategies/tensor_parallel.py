@@ -133,7 +133,8 @@ def _parallelize_submodule(
             placements=[new]
         )
 
-    # ALONG_TIME: sharded along t, the axis 1
+    # ALONG_TIME: sharded along t, the axis 1. The split matrices read one DTensor, whose backward
+    # sums their gradients once.
     def replicate_input(x: Tensor) -> Tensor:
         current = ALONG_TIME if is_sequence_sharded(x) else Replicate()
         return redistribute(x, current, Replicate())

@@ -204,6 +204,7 @@ def gather_optimizer_state(
             # sharded state is on the collecting ranks already: only owned state is sent
             owned_indices = {index for p, index in indices.items() if is_owned(p)}
             state = {index: values for index, values in state.items() if index in owned_indices}
+        # the groups of other tp ranks own the same parameters, and send nothing
         if owner_group is not None and owner_ranks[0] in collecting_ranks:
             # _merge_states: joins the states by index; each parameter is in one of them
             state = _merge_states(gather_trees_to_first_rank(state, owner_group, device))
