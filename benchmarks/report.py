@@ -278,6 +278,8 @@ def verdicts() -> str:
     lines += counted("modules on ddp, zero2 and zero3", layouts, "verdict")
     axes = ("callbacks", "task", "loader", "precision", "accumulate", "strategy", "seed")
     lines += counted("runs interrupted and resumed twice", newest("resume_cover", *axes), "outcome")
+    presets = newest("resume_presets", "preset", "seed")
+    lines += counted("presets resumed by the command that they print", presets, "outcome")
     return "\n".join(lines)
 
 

@@ -13,12 +13,20 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
+from ravine.callbacks.base import find_callbacks
+from ravine.callbacks.checkpointing.exact_resume import ExactResume
+from ravine.callbacks.checkpointing.run_comparison import (
+    compare_data,
+    describe_change,
+    fingerprint_files,
+)
 from ravine.callbacks.optimizers.optimizer_errors import find_user_frame
 from ravine.errors import RunError, UsageError
 from ravine.lightning_compat import CheckpointConnector
 from ravine.strategies import MeshStrategy
 from ravine.strategies.checkpoint import sharded_index, state_dict
 from ravine.strategies.checkpoint.atomic_io import CheckpointError, collective_loading
+from ravine.strategies.checkpoint.validation import find_malformed_resume_record
 
 from .checkpoint_metadata import load_metadata
 from .error_report import exit_status
@@ -48,8 +56,15 @@ class RavineCheckpointConnector(CheckpointConnector):
         self.configured_rates = learning_rates(
             self.trainer
         )  # before a sharding strategy restores its optimizers
-        if checkpoint_path:
-            check_weight_shapes(self.trainer, Path(checkpoint_path), self.changed_keys)
+        if not checkpoint_path:
+            return
+        path = Path(checkpoint_path)
+        # a sharded checkpoint is a folder; the ranks divide its checksums when they load it
+        checkpoint = None if path.is_dir() else load_metadata(path)
+        if checkpoint is not None:
+            # before the shapes, because other data may have another vocabulary
+            compare_with_saved_data(self.trainer, checkpoint)
+        check_weight_shapes(self.trainer, path, self.changed_keys, checkpoint)
 
     def restore_callbacks(self) -> None:
         """Restore the callback states, without Lightning's warning in an evaluation."""
@@ -132,13 +147,49 @@ def explain_restore_errors(section: str) -> Iterator[None]:
         ) from error
 
 
-def check_weight_shapes(trainer: L.Trainer, path: Path, changed_keys: list[str]) -> None:
+def compare_with_saved_data(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Compare the datamodule's data with those of a checkpoint's run, before anything is loaded.
+
+    A fit with other data is refused, unless its ExactResume accepts them. An evaluation prints a
+    line.
+
+    Args:
+        trainer: the trainer, whose datamodule is set up.
+        checkpoint: the content of the checkpoint.
+
+    Raises:
+        UsageError: the data of a fit have changed.
+    """
+    saved = checkpoint.get("exact_resume", {})
+    # a malformed record is reported by ExactResume
+    if find_malformed_resume_record(saved):
+        return
+    if trainer.state.fn == "fit":
+        for callback in find_callbacks(trainer, ExactResume):
+            if "data" not in callback.accept:  # ExactResume itself names what it accepts
+                compare_data(trainer, saved, accept=())
+        return
+    current, before = fingerprint_files(trainer), saved.get("data", {})
+    changed = [key for key in before if key in current and before[key] != current[key]]
+    for key in changed[:1]:
+        text = describe_change(trainer, saved, key)
+        rank_zero_only(print)(f"the data are not those of the training: {text}")
+
+
+def check_weight_shapes(
+    trainer: L.Trainer,
+    path: Path,
+    changed_keys: list[str],
+    checkpoint: dict[str, Any] | None = None,
+) -> None:
     """Raise an error if weight names or shapes of a checkpoint differ from those of the model.
 
     Args:
         trainer: the trainer, whose module and strategy are set up.
         path: the checkpoint, a file or the folder of a sharded one.
         changed_keys: config keys that differ from the checkpoint's, for the suggested command.
+        checkpoint: the content of a file, with tensors that have only shape and type; None for a
+            folder.
     """
     module, strategy = trainer.lightning_module, trainer.strategy
     is_mesh = isinstance(strategy, MeshStrategy)
@@ -148,12 +199,11 @@ def check_weight_shapes(trainer: L.Trainer, path: Path, changed_keys: list[str])
     module_shapes = (
         strategy.weight_shapes() if is_mesh else state_dict.tensor_shapes(module.state_dict())
     )
-    if path.is_dir():
+    if checkpoint is None:
         # from the index of the folder, without a read of the values
         checkpoint_shapes = state_dict.stored_tensor_shapes(path)
     else:
-        # tensors without values, which only have shape and type
-        weights = load_metadata(path)["state_dict"]
+        weights = checkpoint["state_dict"]
         # raises an error for integer or complex values of real weights, or vice versa
         state_dict.check_dtype_kinds(module, module.state_dict(), weights)
         checkpoint_shapes = state_dict.tensor_shapes(weights)

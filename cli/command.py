@@ -5,6 +5,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, cast, get_args
 
@@ -27,17 +28,22 @@ import ravine.callbacks
 import ravine.datamodules
 import ravine.lightning_modules
 import ravine.strategies  # only imported classes are found by a bare name
+from ravine.callbacks.base import find_callbacks
+from ravine.callbacks.checkpointing.exact_resume import ExactResume
 from ravine.errors import UsageError
 from ravine.lightning_compat.command_line import CommandLine
 from ravine.strategies.rank_agreement import flatten_config
 
-from . import resume_path
+from . import resume_command, resume_path
 from .config import callback_flags, presets, saved_config, trust
 from .config import errors as config_errors
+from .config.config_changes import changed_arguments, report_changes
 from .config.saved_config import ConfigSaver
+from .config.trust import packages_to_trust
 from .error_report import is_raised_by_parser, program_name, unwrap_error
 from .resume_path import iter_values
 from .run_dir import check_run_links, raise_if_run_dir_removed, remove_empty_run_dir
+from .run_folders import record
 from .trainer import Trainer
 
 STRATEGY_KEY_PREFIX = "trainer.strategy."  # prefix of the strategy's arguments
@@ -139,22 +145,29 @@ class RavineCLI(CommandLine):
         return {self.command: super().subcommands()[self.command]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add `--print_groups`, which lists the param groups of the optimizer plan."""
+        """Add `--print_groups`, and to `fit` `--allow_changed_data`."""
         text = "list the parameters of each rule of the optimizer plan"
         parser.add_argument("--print_groups", action="store_true", help=text)
+        if self.command == "fit":
+            text = "resume although the data or the tokenizer are not those of the checkpoint"
+            parser.add_argument("--allow_changed_data", action="store_true", help=text)
 
     def instantiate_classes(self) -> None:
         """Build trainer, model and data; the ranks first compare their configurations."""
         super().instantiate_classes()
         config = self._resolved_config(self.subcommand or "fit")
         if self.saved_config_values:
-            cast(Trainer, self.trainer).changed_arguments = saved_config.changed_arguments(
+            cast(Trainer, self.trainer).changed_arguments = changed_arguments(
                 self.saved_config_values, config
             )
+        cast(Trainer, self.trainer).resume_command = partial(resume_command.make_command, config)
         cast(Trainer, self.trainer).check_same_config_on_ranks(flatten_config(config))
 
     def before_fit(self) -> None:
-        """Pass `--print_groups` to the optimizer plan; LightningCLI calls this before `fit`."""
+        """Pass `--allow_changed_data` and `--print_groups` on; LightningCLI calls this."""
+        if self.config_value("allow_changed_data"):
+            for callback in find_callbacks(self.trainer, ExactResume):
+                callback.accept.append("data")
         # --print_groups lists the parameters of each rule of the optimizer plan
         if not self.config_value("print_groups"):
             return
@@ -215,78 +228,78 @@ class RavineCLI(CommandLine):
                 flag=f"{program_name()} {argv[0]} --ckpt_path={self.checkpoint_path} --model=NAME "
                 "--data=NAME",
             )
-        typed_keys = {value.key for value in values}  # keys that the user gave, also in a config
-        if any(word.partition("=")[0] == "--config" for word in argv):
-            typed_keys.add("config")
         # Classes that the user names are trusted. Of others, the checkpoint may name those of
         # Ravine, torch.nn, torch.optim and Lightning's callbacks.
         flag_values = [flag.as_value() for flag in self.callback_flags]
         trust_policy = trust.TrustPolicy(
             self.trusted_packages, trust.find_dotted_names([*values, *flag_values])
         )
-        trust_policy.check_config(
-            self.saved_config_values,
-            str(self.checkpoint_path),
-            # a fit with a config uses the callbacks of the config only
-            with_callbacks=argv[0] != "fit" or "config" not in typed_keys,
-        )
-        # model, data, seed and others as flags. Later flags win, so the user's follow.
-        saved_argv = saved_config.to_argv(self.saved_config_values, argv[0], typed_keys)
+        config, source = self.saved_config_values, str(self.checkpoint_path)
+        is_fit = argv[0] == "fit"
+        # for a fit, `callbacks_argv` checks the callbacks, of which it may need none
+        trust_policy.check_config(config, source, with_callbacks=not is_fit)
+        saved_argv: list[str] = []
+        if config:
+            # model, data, seed and others as flags. Later flags win, so the user's follow.
+            saved_argv = saved_config.to_argv(config, values, argv[0], source)
+        if config and is_fit:
+            saved_argv += saved_config.callbacks_argv(config, values, trust_policy, source)
         argv = [argv[0], *saved_argv, *argv[1:]]
-        self.config = config_errors.parse_argv(parser, argv)
-        if self.saved_config_values:
-            argv = self._add_saved_callbacks(parser, argv, trust_policy, typed_keys)
-        else:
-            self._apply_callback_flags(parser, argv)
-        if argv[0] == "fit":
+        try:
+            self.config = config_errors.parse_argv(parser, argv)
+        except UsageError:
+            # raises another error if the checkpoint's own values are wrong
+            saved_config.check_parsed_alone(parser, [argv[0], *saved_argv], source)
+            raise
+        if config:
+            argv = self._add_missing_parts(parser, argv, trust_policy)
+        # flags such as `--trainer.callbacks.Muon.lr=0.01` change the parsed callbacks
+        callback_flags.apply_flags(parser, argv[0], self.config[argv[0]], self.callback_flags)
+        if config:
+            self._report_changes(argv[0], is_named=any(v.key == "trainer.name" for v in values))
+        if is_fit:
             model = self.config[argv[0]]["model"]
             class_path = model["class_path"] if "class_path" in model else str(model)
             for note in callback_flags.replacement_notes(values, class_path):
                 rank_zero_only(print)(note)
         return argv
 
-    def _apply_callback_flags(self, parser: LightningArgumentParser, argv: list[str]) -> None:
-        """Change the parsed callbacks by flags such as `--trainer.callbacks.Muon.lr=0.01`."""
-        command = argv[0]
-        callback_flags.apply_flags(parser, command, self.config[command], self.callback_flags)
-
-    def _add_saved_callbacks(
-        self,
-        parser: LightningArgumentParser,
-        argv: list[str],
-        trust_policy: trust.TrustPolicy,
-        typed_keys: set[str],
+    def _add_missing_parts(
+        self, parser: LightningArgumentParser, argv: list[str], trust_policy: trust.TrustPolicy
     ) -> list[str]:
-        """Parse again with the checkpoint's callbacks and data source, and report the differences.
+        """Parse again if the user's configs lack a transform or the data source of the checkpoint.
 
         Args:
             parser: the parser of all commands.
             argv: the command, the checkpoint's arguments, and the user's.
             trust_policy: decides which callbacks of the checkpoint may be imported.
-            typed_keys: the keys that the user gave.
 
         Returns:
             All arguments, with those that were added.
         """
-        command, source = argv[0], str(self.checkpoint_path)
-        # Which callbacks are added depends on those of the first parse.
-        # `_resolved_config`: the parsed arguments as plain values, with all defaults.
-        parsed = self._resolved_config(command)
-        if extra_argv := saved_config.extra_argv(
-            self.saved_config_values, parsed, trust_policy, source, command, typed_keys
-        ):
+        # `_resolved_config`: the parsed arguments as plain values, with all defaults
+        parsed, source = self._resolved_config(argv[0]), str(self.checkpoint_path)
+        extra_argv = saved_config.extra_argv(self.saved_config_values, parsed, trust_policy, source)
+        if extra_argv:
             argv = [*argv, *extra_argv]
             self.config = config_errors.parse_argv(parser, argv)
-        self._apply_callback_flags(parser, argv)
+        return argv
+
+    def _report_changes(self, command: str, is_named: bool) -> None:
+        """Print the differences from the checkpoint's configuration; check the run's folder.
+
+        Args:
+            command: the command.
+            is_named: whether the user gives the name of the run; else it is the checkpoint's.
+        """
         resolved = self._resolved_config(command)
-        if "trainer.name" not in typed_keys:  # the name comes from the checkpoint
+        if not is_named:
             root = resolved["trainer"]["default_root_dir"] or "."
             # raises an error if a link in the run's path would lead out of the folder of runs
             check_run_links(resolved["trainer"]["name"], root)
-        self.changed_keys += saved_config.report_changes(
-            self.saved_config_values, resolved, source, command
+        self.changed_keys += report_changes(
+            self.saved_config_values, resolved, str(self.checkpoint_path), command
         )
-        return argv
 
     def after_fit(self) -> None:
         """Print the run directory and the next command; LightningCLI calls this after `fit`."""
@@ -299,6 +312,11 @@ class RavineCLI(CommandLine):
         if not saved_paths or not self.trainer.is_global_zero:
             return
         folder, step = str(self.trainer.log_dir), self.trainer.global_step
+        config = self._resolved_config("fit")
+        command = resume_command.make_command(
+            config, saved_paths[0], resume_command.longer_run_flags(self.trainer)
+        )
+        record.write_command(folder, command)
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore
         # None if training did not start.
         # ConfigSaver: the callback that saves the configuration, and notes the step at which
@@ -311,26 +329,22 @@ class RavineCLI(CommandLine):
             print(
                 f"no step was trained: {saved_paths[0]} is at step {step}, the last step of the run"
             )
-            print(f"next: the same command with --trainer.max_steps={2 * step}")
+            print(resume_command.resume_line(command))
             return
         # a message if the fit ended without any validation, else None
         if unvalidated := missing_validation_message(self.trainer):
             print(unvalidated)
-        print(
-            f"done: {folder}\nnext: {program_name()} {self._next_command()} --ckpt_path "
-            f"{saved_paths[0]}"
-        )
+        print(f"done: {folder}")
+        print(resume_command.resume_line(command))
+        print(f"next: {program_name()} {self._next_command()} --ckpt_path {saved_paths[0]}")
 
     def _next_command(self) -> str:
         """Return the next subcommand, with `--trust` if the model or data are of other packages."""
         subcommand = "test" if is_overridden("test_step", self.model) else "validate"
         subcommand = "generate" if callable(getattr(self.model, "generate", None)) else subcommand
-        module_paths = [
-            type(component).__module__ for component in (self.model, self.datamodule) if component
-        ]
-        packages = [name.partition(".")[0] for name in module_paths]
-        user_packages = sorted({name for name in packages if name not in ("ravine", "lightning")})
-        return f"{subcommand} --trust={','.join(user_packages)}" if user_packages else subcommand
+        # packages of the user whose classes the checkpoint names
+        packages = packages_to_trust(resume_command.saved_form(self._resolved_config("fit")))
+        return f"{subcommand} {trust.TRUST_FLAG}={','.join(packages)}" if packages else subcommand
 
     def run_subcommand(self, subcommand: str) -> None:
         """Run the subcommand; an error gets the newest checkpoint as an attribute."""
@@ -338,7 +352,14 @@ class RavineCLI(CommandLine):
             super().run_subcommand(subcommand)
         except BaseException as error:
             trainer = cast(Trainer, self.trainer)
-            error.checkpoint = find_last_checkpoint(trainer) or self.checkpoint_path  # type: ignore
+            # GracefulStop has written a file that no checkpoint callback knows
+            written = getattr(error, "checkpoint", None) or find_last_checkpoint(trainer)
+            error.checkpoint = written or self.checkpoint_path  # type: ignore
+            if subcommand == "fit" and written and trainer.is_global_zero and trainer.run_dir:
+                config = self._resolved_config(subcommand)
+                record.write_command(
+                    trainer.run_dir, resume_command.make_command(config, str(written))
+                )
             remove_empty_run_dir(trainer)
             raise_if_run_dir_removed(trainer, error)
             raise

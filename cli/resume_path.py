@@ -20,7 +20,7 @@ from ravine.strategies.checkpoint.atomic_io import CheckpointError, find_damage,
 
 from .checkpoint_metadata import load_metadata, saved_config_of
 from .config import presets
-from .config.values import ConfigValue, from_argv, from_env
+from .config.values import ConfigValue, from_argv, from_env, gives_whole_run
 from .rank_zero import call_on_rank_zero
 from .run_dir import CHECKPOINT_FOLDERS_FILE, external_checkpoint_folders
 from .run_folders import index
@@ -44,9 +44,12 @@ def resolve_argv(argv: list[str]) -> tuple[list[str], Path | None]:
         checkpoint, also if `auto` finds none.
     """
     # iter_values yields the user's values with their keys, from flags and configs; later ones win
-    values: dict[str, Any] = {value.key: value.value for value in iter_values(argv)}
+    user_values = list(iter_values(argv))
+    values: dict[str, Any] = {value.key: value.value for value in user_values}
     configs = [word.partition("=")[2] for word in argv if word.startswith("--config=")]
-    if "trainer.name" not in values and configs:
+    # beside an overlay config, the run and its name are those of the checkpoint
+    is_overlay = bool(values.get("ckpt_path")) and not gives_whole_run(user_values)
+    if "trainer.name" not in values and configs and not is_overlay:
         # a run without a name is called by its first config
         values["trainer.name"] = presets.run_name(configs[0])
         argv = [*argv, f"--trainer.name={values['trainer.name']}"]

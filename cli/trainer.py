@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -140,6 +141,9 @@ class Trainer(L.Trainer):
         # On a resume, the arguments that differ from the checkpoint's; None if not known. The
         # command line sets it.
         self.changed_arguments: list[str] | None = None
+        # Makes the command that continues a run from a path; None in a script. The command line
+        # sets it.
+        self.resume_command: Callable[[str], str] | None = None
         is_barebones = bool(kwargs.get("barebones"))
         is_dry_run = is_barebones or bool(kwargs.get("fast_dev_run"))
         self._is_dry_run = is_dry_run  # a dry run has no run directory

@@ -29,7 +29,7 @@ from .samplers import EpochSampler, resolve_seed, seeded_generator
 from .text import IGNORE_INDEX
 from .text_files import list_files
 from .tokenizer_factory import make_tokenizer
-from .tokenizers import SpecialTokenMode, Tokenizer
+from .tokenizers import SpecialTokenMode, Tokenizer, tokenizer_provenance
 
 PAD_MULTIPLE = 64  # batches are padded to a multiple of this length: few distinct shapes
 
@@ -239,7 +239,12 @@ class InstructionDataModule(BaseDataModule):
                 flag=f"--data.context_length={2 * self.context_length}",
             )
         num_truncated = tokenized.num_truncated
-        self.provenance = {"source": "path", "file": str(self.path), "sha256": tokenized.sha256}
+        self.provenance = {
+            "source": "path",
+            "file": str(self.path),
+            "sha256": tokenized.sha256,
+            **tokenizer_provenance(self.tokenizer),
+        }
         num_dropped = len(rows) - len(self.rows)
         truncation_note = (
             f"; {num_truncated} longer than the context are cut, {num_dropped} left out"

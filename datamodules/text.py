@@ -30,7 +30,7 @@ from .loaders import EvalLoader, ResumableLoader, check_positive
 from .nanogpt_bins import TokenType, has_nanogpt_bins, read_nanogpt_bins
 from .samplers import EpochSampler, StridedWindowSampler, resolve_seed
 from .text_files import list_files, read_text
-from .tokenizers import NumberTokenizer, SpecialTokenMode, Tokenizer
+from .tokenizers import NumberTokenizer, SpecialTokenMode, Tokenizer, tokenizer_provenance
 
 IGNORE_INDEX = -100  # target of positions without loss, as in F.cross_entropy
 
@@ -137,7 +137,12 @@ class TextDataModule(BaseDataModule):
         known_tokenizer = NumberTokenizer(tokenizer) if isinstance(tokenizer, int) else tokenizer
         # the tokens with their tokenizer and SHA-256, after a check of their range
         data._corpus = corpus_from_array(tokens, known_tokenizer)
-        data.provenance = {"source": "tokens", "file": "", "sha256": data._corpus.sha256}
+        data.provenance = {
+            "source": "tokens",
+            "file": "",
+            "sha256": data._corpus.sha256,
+            **tokenizer_provenance(data._corpus.tokenizer),
+        }
         # raises an error if training or validation would have too few tokens
         data._check_length("the array", "tokens", data._corpus)
         return data
@@ -242,6 +247,7 @@ class TextDataModule(BaseDataModule):
             "source": resolved_source,
             "file": str(file or ""),
             "sha256": corpus.sha256,
+            **tokenizer_provenance(corpus.tokenizer),
         }
         size = f"{len(corpus.tokens):,} {unit}, {corpus.tokenizer.vocab_size:,} different"
         note = "; ".join(word for word in (reason, corpus.note) if word)

@@ -17,6 +17,8 @@ an error.
 
 import base64
 import functools
+import hashlib
+import json
 import os
 import re
 from abc import ABC, abstractmethod
@@ -94,6 +96,11 @@ class Tokenizer(ABC):
         for state in (own_state, other_state):
             state.pop("special_tokens", None)
         return own_state == other_state
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of the vocabulary, in hex; equivalent tokenizers have the same."""
+        state = {k: v for k, v in self.state_dict().items() if k != "special_tokens"}
+        return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
     @property
     def cache_key(self) -> str:
@@ -207,6 +214,11 @@ class Tokenizer(ABC):
     @abstractmethod
     def state_dict(self) -> dict[str, str]:
         """Return the state from which `tokenizer_from_state_dict` rebuilds the tokenizer."""
+
+
+def tokenizer_provenance(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the entries of a datamodule's `provenance` that identify its tokenizer."""
+    return {"tokenizer_sha256": tokenizer.fingerprint(), "vocab_size": tokenizer.vocab_size}
 
 
 def code_points(text: str) -> np.ndarray:

@@ -74,6 +74,9 @@ class LanguageModel(TaskModule):
         self.vocab_size, self.context_length = vocab_size, context_length
         self.net_kwargs = net_kwargs  # further arguments of Transformer
         self.tokenizer: Tokenizer | None = None
+        # Whether a checkpoint's tokenizer of the same size may differ from that of the data, which
+        # is kept. ExactResume sets it for a resume that accepts changed data.
+        self.accepts_tokenizer = False
         self.eval_sums = torch.zeros(3)  # of an evaluation: loss in nats, tokens, bytes
         # a tensor on the meta device has a shape but no values
         with torch.device("meta"):  # runs the checks without memory; 1 stands for an unknown size
@@ -331,7 +334,13 @@ class LanguageModel(TaskModule):
         """
         current = self.tokenizer
         # equivalent: the same text has the same token ids
-        if current is not None and not current.is_equivalent(tokenizer):
+        is_accepted = (
+            self.accepts_tokenizer
+            and origin == "the checkpoint"
+            and current is not None
+            and current.vocab_size == tokenizer.vocab_size
+        )
+        if current is not None and not is_accepted and not current.is_equivalent(tokenizer):
             raise UsageError(
                 f"LanguageModel: the tokenizer of {origin} ({tokenizer.vocab_size} tokens) "
                 f"differs from that of the model ({current.vocab_size} tokens), because they come "

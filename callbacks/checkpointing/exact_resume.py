@@ -155,6 +155,8 @@ class ExactResume(Callback):
         self._plateau_due, self._saved_run, self._raw_weights = False, {}, {}
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
         self._rank = DataParallelInfo.from_trainer(trainer).dp_rank
+        if stage == "fit" and "data" in self.accept and hasattr(pl_module, "accepts_tokenizer"):
+            pl_module.accepts_tokenizer = True
         for callback in trainer.checkpoint_callbacks if stage == "fit" else ():
             defer_saving_hooks(trainer, pl_module, callback)
 
@@ -360,7 +362,7 @@ class ExactResume(Callback):
     def _compare_loaders(self, trainer: L.Trainer) -> None:
         if not self._saved_run:
             return
-        compare_data(trainer, self._saved_run.get("data", {}), self.accept)
+        compare_data(trainer, self._saved_run, self.accept)
         loader = combined_loader(trainer)
         train_loaders = loader.flattened if loader is not None else []
         if world := self._saved_run.get("world"):

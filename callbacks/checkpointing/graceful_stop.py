@@ -216,7 +216,7 @@ class GracefulStop(Callback):
             save_on_all_ranks(trainer, saved_path)  # an error of the writer is raised on all
         interrupt = SignalInterrupt(self._signum, saved_path)
         name = signal.Signals(self._signum).name
-        hint = f"resume with ckpt_path={saved_path}" if saved_path else "nothing was saved"
+        hint = _resume_hint(trainer, saved_path) if saved_path else "nothing was saved"
         rank_zero_info(f"stopped by {name} at step {step}; {hint}")
         self._signum = 0  # the signal is handled: `teardown` raises nothing
         environment = getattr(trainer.strategy, "cluster_environment", None)
@@ -224,6 +224,14 @@ class GracefulStop(Callback):
         if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0:
             interrupt.code = 0  # the launcher of rank 0 kills all processes if one fails
         raise interrupt
+
+
+def _resume_hint(trainer: L.Trainer, checkpoint: str) -> str:
+    """Return how to resume: the command of a command line, else the argument of `Trainer.fit`."""
+    make_command = getattr(trainer, "resume_command", None)
+    if make_command is not None:
+        return f"resume: {make_command(checkpoint)}"
+    return f"resume with ckpt_path={checkpoint!r}"
 
 
 def _first_weight_version(module: L.LightningModule) -> tuple[int, int] | None:

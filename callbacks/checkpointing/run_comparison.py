@@ -5,6 +5,7 @@ A checkpoint stores under `exact_resume`:
     callbacks    class names of the callbacks that act on training
     optimizers   class names, in their order
     data         fingerprint: `provenance` of the datamodule, and numbers of samples
+    location     file or name of the data, for messages
     world        number of ranks, and of micro-batches in an optimizer step
 
 A difference that makes the training wrong is refused; `ExactResume(accept=["EMA"])` permits one.
@@ -37,6 +38,8 @@ MONITORING_CALLBACKS = (
     Timer,
 )
 LOCATION_KEYS = ("file", "source", "path", "root")  # locations of the data, not their content
+# With other values of these the weights do not fit, so that no argument can accept them.
+SHAPE_KEYS = ("data vocab_size", "data class_names")
 RunProperties = dict[str, Any]
 
 
@@ -62,6 +65,7 @@ def collect_run_properties(trainer: L.Trainer) -> RunProperties:
         "callbacks": list_training_callbacks(trainer),
         "optimizers": [type(optimizer).__name__ for optimizer in trainer.optimizers],
         "data": fingerprint_data(trainer),
+        "location": locate_data(trainer),
         "world": {"ranks": trainer.world_size, "accumulate": trainer.accumulate_grad_batches},
     }
 
@@ -82,10 +86,7 @@ def list_training_callbacks(trainer: Any) -> list[str]:
 
 def fingerprint_data(trainer: Any) -> dict[str, Any]:
     """Return the datamodule's `provenance` values and the number of samples of each loader."""
-    resolved = getattr(trainer.datamodule, "provenance", None) or {}
-    entries = {
-        f"data {key}": to_plain(v) for key, v in resolved.items() if key not in LOCATION_KEYS
-    }
+    entries = fingerprint_files(trainer)
     loader = combined_loader(trainer)
     if loader is not None:
         sizes = [
@@ -93,6 +94,18 @@ def fingerprint_data(trainer: Any) -> dict[str, Any]:
         ]
         entries["samples of the loaders"] = sizes
     return entries
+
+
+def fingerprint_files(trainer: Any) -> dict[str, Any]:
+    """Return the datamodule's `provenance` values without locations; available after `setup`."""
+    resolved = getattr(trainer.datamodule, "provenance", None) or {}
+    return {f"data {key}": to_plain(v) for key, v in resolved.items() if key not in LOCATION_KEYS}
+
+
+def locate_data(trainer: Any) -> str:
+    """Return the file of the data, or the name of their source; "" if neither is known."""
+    resolved = getattr(trainer.datamodule, "provenance", None) or {}
+    return str(resolved.get("file") or resolved.get("source") or "")
 
 
 def to_plain(value: Any) -> Any:
@@ -133,10 +146,11 @@ def compare_callbacks(
             f"the optimizers of the checkpoint ({members}) belong to an OptimizerPlan, which is "
             "missing in this run",
             hint="add the OptimizerPlan(...) of that run to Trainer(callbacks=...)",
-            flag="--config=RUN/config.yaml before --ckpt_path",
+            flag="the same command without --trainer.callbacks= and --config",
         )
     saved = checkpoint.get("exact_resume", {}).get("callbacks")  # names
-    if saved is None:  # the run of the checkpoint had no ExactResume
+    # The run of the checkpoint had no ExactResume, or the command line has named the differences.
+    if saved is None or getattr(trainer, "changed_arguments", None) is not None:
         return
     for name in sorted({*saved} - {*current} - {"EMA"}):
         print_rank_zero(f"{name} was in the run of the checkpoint and is missing in this run")
@@ -151,17 +165,63 @@ def has_callback(trainer: Any, name: str) -> bool:
     )
 
 
-def compare_data(trainer: L.Trainer, saved: RunProperties, accept: Collection[str]) -> None:
-    """Refuse changed training data, unless accepted; called after the loaders are created."""
-    current = fingerprint_data(trainer)
-    changed = [key for key in saved if key in current and saved[key] != current[key]]
-    for key in changed:
-        text = (
-            f"{key}: {shorten(saved[key])} in the checkpoint, {shorten(current[key])} in this run"
+def compare_data(trainer: Any, saved: RunProperties, accept: Collection[str]) -> None:
+    """Refuse training data or a tokenizer that differ from the checkpoint's, unless accepted.
+
+    Before the loaders exist, only the datamodule's `provenance` is compared.
+
+    Args:
+        trainer: of the run that resumes; its datamodule is set up.
+        saved: the record of ExactResume in the checkpoint.
+        accept: permitted differences; with "data" a line is printed instead.
+
+    Raises:
+        UsageError: the data are others, and `accept` does not permit it.
+    """
+    current, before = fingerprint_data(trainer), saved.get("data", {})
+    changed = [key for key in before if key in current and before[key] != current[key]]
+    if not changed:
+        return
+    if "data" in accept:
+        for key in changed:
+            text = describe_change(trainer, saved, key)
+            print_rank_zero(f"the training data have changed, which is accepted: {text}")
+        return
+    # a changed vocabulary, for which the weights do not fit, is named first
+    key = next((key for key in SHAPE_KEYS if key in changed), changed[0])
+    text = describe_change(trainer, saved, key)
+    if key in SHAPE_KEYS:
+        raise UsageError(
+            f"the training data have changed: {text}, for which the weights do not fit",
+            hint="use the data of the checkpoint, or train a new model without ckpt_path",
+            flag="the same command without --ckpt_path, for a new model",
         )
-        if "data" not in accept:
-            raise_mismatch(f"the training data have changed ({text})", "data", "use the same data")
-        print_rank_zero(f"the training data have changed, which is accepted ({text})")
+    raise UsageError(
+        f"the training data have changed: {text}",
+        hint="use the data of the checkpoint, or accept the others with "
+        "ExactResume(accept=['data'])",
+        flag="--allow_changed_data, to go on with the changed data",
+    )
+
+
+def describe_change(trainer: Any, saved: RunProperties, key: str) -> str:
+    """Return which file or set has changed since the checkpoint, and in which value.
+
+    Args:
+        trainer: of the run that resumes.
+        saved: the record of ExactResume in the checkpoint.
+        key: a key of `fingerprint_data` whose values differ.
+    """
+    location, saved_location = locate_data(trainer), saved.get("location") or ""
+    values = (
+        f"{key}: {shorten(saved['data'][key])} in the checkpoint, "
+        f"{shorten(fingerprint_data(trainer)[key])} in this run"
+    )
+    if not location:
+        return values
+    if saved_location and location != saved_location:
+        return f"they are {location} and were {saved_location} ({values})"
+    return f"{location} is not as it was when the checkpoint was written ({values})"
 
 
 def compare_ranks_and_accumulation(

@@ -183,6 +183,32 @@ class TrustPolicy:
         )
 
 
+class _AdmitAll(TrustPolicy):
+    """Admits every class, for the configuration of a run in this process."""
+
+    def is_admitted(self, path: str) -> bool:
+        return True
+
+
+def packages_to_trust(config: dict[str, Any]) -> list[str]:
+    """Return the packages that `--trust` must name when a run of this process is resumed.
+
+    Args:
+        config: model, data and callbacks of the run, as `ConfigSaver` writes them.
+    """
+    callbacks = config.get("trainer.callbacks") or []
+    values = [config.get("model"), config.get("data")]
+    values += callbacks if isinstance(callbacks, list) else [callbacks]
+    # The classes are imported already. Their type hints tell which texts are names.
+    names = {
+        str(name)
+        for value in values
+        for name in iter_imported_names(value, _AdmitAll(), is_class_path=True)
+    }
+    trust = TrustPolicy()
+    return sorted({name.partition(".")[0] for name in names if not trust.is_admitted(name)})
+
+
 def iter_imported_names(
     value: Any, trust: TrustPolicy, is_class_path: bool = False
 ) -> Iterator[Any]:

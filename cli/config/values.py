@@ -1,7 +1,7 @@
 """Config values with their locations: the file and line, flag or variable that sets each key."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,16 @@ class ConfigValue:
         typed_key = self.source.lstrip("-").rstrip("+")
         key = self.key.replace(".init_args.", ".")  # which nobody types
         return typed_key in (key, self.key) or _env_var_key(self.source) == self.key
+
+
+def gives_whole_run(values: Iterable[ConfigValue]) -> bool:
+    """Return whether a config of the command names a model, so that it describes a whole run.
+
+    An overlay, such as `debug/profiler`, names none.
+    """
+    # a value of a file has a line; a flag has none
+    models = [value.value for value in values if value.line and value.key == "model"]
+    return any("class_path" in m if isinstance(m, dict) else m is not None for m in models)
 
 
 def from_yaml(path: str) -> list[ConfigValue]:

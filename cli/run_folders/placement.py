@@ -101,6 +101,16 @@ def run_of_checkpoint(path: Path) -> Path | None:
     return run
 
 
+def recorded_folder(run: Path) -> str | None:
+    """Return the folder in which the command of a run was typed, if it exists and is another one.
+
+    None if the run has no record, or if it is the current folder.
+    """
+    folder = (record.read_record(run) or {}).get("folder")
+    is_other = isinstance(folder, str) and os.path.isdir(folder) and folder != os.getcwd()
+    return folder if is_other else None
+
+
 def is_writable(run: Path) -> bool:
     """Return whether a run's folder belongs to this user and may be written to.
 

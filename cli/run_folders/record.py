@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 RECORD_FILE, DIFF_FILE, PACKAGES_FILE = "run.json", "changes.diff", "packages.txt"
-METADATA_FILES = (RECORD_FILE, DIFF_FILE, PACKAGES_FILE)
+COMMAND_FILE = "command.txt"  # the command that continues the run
+METADATA_FILES = (RECORD_FILE, DIFF_FILE, PACKAGES_FILE, COMMAND_FILE)
 RECORD_FORMAT = 1
 STATUSES = ("running", "done", "failed", "interrupted", "killed", "unknown")
 MAX_RECORD_BYTES, MAX_DIFF_BYTES = 2**20, 2**20
@@ -124,6 +125,14 @@ def write_surroundings(folder: str | Path) -> None:
     if difference := git_state(os.getcwd())[1]:
         write_atomically(Path(folder, DIFF_FILE), difference)
     write_atomically(Path(folder, PACKAGES_FILE), "\n".join(installed_packages()) + "\n")
+
+
+def write_command(folder: str | Path, command: str) -> None:
+    """Write the command that continues a run to its folder, if that still exists."""
+    text = f"# continues this run from its newest checkpoint; type it in {os.getcwd()}\n{command}\n"
+    if os.path.isdir(folder):
+        with suppress(OSError):  # a full disk ends the run elsewhere
+            write_atomically(Path(folder, COMMAND_FILE), text)
 
 
 def read_record(folder: str | Path) -> Record | None:

@@ -63,6 +63,7 @@ EXACT_RESUME_VALIDATORS: dict[str, Callable[[Any], bool]] = {  # by key of Exact
     "callbacks": lambda v: _is_name_list(v),
     "optimizers": lambda v: _is_name_list(v),
     "data": lambda v: isinstance(v, Mapping),
+    "location": lambda v: isinstance(v, str),
     "world": lambda v: isinstance(v, Mapping) and {"ranks", "accumulate"} <= v.keys(),
     "seed": lambda v: type(v) is int and abs(v) < 2**64,
     "metrics": lambda v: isinstance(v, Mapping) and all(map(_is_tensor, v.values())),

@@ -60,7 +60,7 @@ def files(name: str, version: int = 0) -> list[str]:
     """What a run has left, checkpoints and the record apart."""
     folder = Path("runs", name, f"version_{version}")
     names = {p.name.split(".out.")[0] for p in folder.iterdir()}
-    return sorted(names - {"run.json", "changes.diff", "packages.txt"})
+    return sorted(names - {"run.json", "changes.diff", "packages.txt", "command.txt"})
 
 
 def checkpoints(name: str, version: int = 0) -> list[Path]:

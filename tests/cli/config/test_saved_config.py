@@ -14,7 +14,7 @@ from external_modules.net_in_init import NetInInit
 from torch import nn
 
 from ravine.callbacks.transforms.base import Transform
-from ravine.cli.config.saved_config import _without_output_paths
+from ravine.cli.config.callback_paths import without_output_paths
 from ravine.cli.config.trust import TrustPolicy, iter_imported_names
 from ravine.cli.loading import load_model as load_trained_model
 from ravine.cli.main import main
@@ -629,12 +629,12 @@ def test_a_file_name_template_of_a_checkpoint_cannot_leave_the_folder() -> None:
     kept = ["{epoch}-{val/loss:.2f}", "step={step:06d}", "best", "{val.loss:8.3e}"]
     for name in [*kept, "../x", "/x", "{/x}", "{../x}", "{step:c}x", "{epoch].__doc__[9}", "{{x"]:
         spec = callback("lightning.pytorch.callbacks.ModelCheckpoint", filename=name)
-        assert ("filename" in _without_output_paths(spec)["init_args"]) == (name in kept)
+        assert ("filename" in without_output_paths(spec)["init_args"]) == (name in kept)
     spec = {
         "class_path": "ravine.callbacks.FrechetDistance",
         "init_args": {"cache_dir": "x", "num_samples": 9},
     }
-    assert _without_output_paths(spec)["init_args"] == {"num_samples": 9}
+    assert without_output_paths(spec)["init_args"] == {"num_samples": 9}
 
 
 def test_a_run_name_of_a_checkpoint_does_not_lead_outside_by_a_link(
@@ -673,4 +673,4 @@ def test_a_checkpoint_alone_restores_the_configuration_of_its_run(
     assert main([*alone, "--trainer.callbacks=GradientClipping"]) == 2
     err = capsys.readouterr().err
     assert "the optimizers of the checkpoint (SGD of 4 tensors)" in err
-    assert "type: --config=RUN/config.yaml before --ckpt_path" in err
+    assert "type: the same command without --trainer.callbacks= and --config" in err
