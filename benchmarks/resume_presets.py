@@ -96,6 +96,11 @@ def limited(value: Any) -> Any:
     }
 
 
+def class_of(spec: Any) -> str:
+    """The class of a callback in a config, a mapping or a name."""
+    return spec["class_path"] if isinstance(spec, dict) else spec
+
+
 def shorten(preset: str, base: Path | None, steps: int = STEPS) -> Config:
     """The short form of a preset, and the checkpoint that it starts from, or None."""
     config = limited(read(preset))
@@ -104,8 +109,10 @@ def shorten(preset: str, base: Path | None, steps: int = STEPS) -> Config:
     model = config["model"]
     if isinstance(model, dict) and "base_checkpoint" in model.get("init_args", {}):
         model["init_args"]["base_checkpoint"] = str(base)
-    for spec in trainer.get("callbacks", []):
-        if isinstance(spec, dict) and spec["class_path"] == "Pretrained":
+    # a kernel for a network of this size takes longer to compile than the run; a compiler is needed
+    trainer["callbacks"] = [spec for spec in trainer["callbacks"] if class_of(spec) != "Compile"]
+    for spec in trainer["callbacks"]:
+        if class_of(spec) == "Pretrained":
             spec["init_args"]["path"] = str(base)
     if "max_epochs" in trainer:  # the cut may fall into the first or the second epoch
         trainer |= {"max_epochs": 2, "limit_train_batches": steps // 2}
@@ -122,9 +129,7 @@ def train_base(preset: str, folder: Path) -> Path:
     """The last checkpoint of a short run of a preset, without the weights that it starts from."""
     config = shorten(preset, None)
     config["trainer"]["callbacks"] = [
-        spec
-        for spec in config["trainer"]["callbacks"]
-        if not (isinstance(spec, dict) and spec["class_path"] == "Pretrained")
+        spec for spec in config["trainer"]["callbacks"] if class_of(spec) != "Pretrained"
     ]
     if preset == "diffusion/digits":  # as the first command of diffusion/lora
         config["data"]["init_args"]["classes"] = [0, 1, 2, 3, 4]
@@ -155,8 +160,9 @@ def run(folder: Path, *words: str) -> tuple[int, str]:
 def ctrl_c_at(step: int) -> Iterator[None]:
     """Within it, the trainer of a command gets SIGINT in the optimizer step with that number."""
 
-    def press(self: Any, trainer: Any, *args: Any) -> None:
-        if trainer.global_step == step - 1:
+    def press(self: Any, trainer: Any, module: Any, batch: Any, index: int) -> None:
+        is_first_batch = index % trainer.accumulate_grad_batches == 0
+        if trainer.global_step == step - 1 and is_first_batch:  # a second signal stops at once
             os.kill(os.getpid(), signal.SIGINT)
 
     GracefulStop.on_train_batch_start = press  # type: ignore[method-assign]
@@ -174,7 +180,7 @@ def last_checkpoint(run_folder: Path) -> Path:
 def metric_rows(run_folder: Path) -> list[dict[str, str]]:
     """The rows of metrics.csv without measured times."""
     with (run_folder / "version_0" / "metrics.csv").open() as file:
-        return [
+        rows = [
             {
                 key: value
                 for key, value in row.items()
@@ -182,6 +188,7 @@ def metric_rows(run_folder: Path) -> list[dict[str, str]]:
             }
             for row in csv.DictReader(file)
         ]
+    return [row for row in rows if row.keys() - {"epoch", "step"}]
 
 
 def type_in_shell(folder: Path, command: str) -> None:

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from ravine.lightning_compat import (
     after_registering_signals,
     last_saved,
+    log_train_step,
     original_handlers,
     restore_signal_registration,
     restore_sigterm_broadcast,
@@ -124,7 +125,7 @@ class GracefulStop(Callback):
         if self._group is not None:
             self._sync_signals(trainer.global_step)
         if self._signum and (self._group is None or self._next_sync_step < 0):
-            self._save_and_stop(trainer)
+            self._save_and_stop(trainer, is_step_logged=False)
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
@@ -199,8 +200,13 @@ class GracefulStop(Callback):
         self._last_sync_step, self._last_sync_time = step, current_time
         self._next_sync_step = -1 if self._signum else step + wait
 
-    def _save_and_stop(self, trainer: L.Trainer) -> None:
-        """Save a checkpoint unless the step has one, then raise SignalInterrupt; on all ranks."""
+    def _save_and_stop(self, trainer: L.Trainer, is_step_logged: bool = True) -> None:
+        """Save a checkpoint unless the step has one, then raise SignalInterrupt; on all ranks.
+
+        Args:
+            trainer: the trainer to stop.
+            is_step_logged: whether the loggers have the metrics of the step; else they get them.
+        """
         step, saved_path = trainer.global_step, None
         for callback in trainer.checkpoint_callbacks:
             saved_step, path = last_saved(callback)  # of its last file; the step may be None
@@ -214,6 +220,8 @@ class GracefulStop(Callback):
             folder = next(filter(None, folders), root)
             saved_path = os.path.join(trainer.strategy.broadcast(folder), f"step={step:06d}.ckpt")
             save_on_all_ranks(trainer, saved_path)  # an error of the writer is raised on all
+        if not is_step_logged:
+            log_train_step(trainer)
         interrupt = SignalInterrupt(self._signum, saved_path)
         name = signal.Signals(self._signum).name
         hint = _resume_hint(trainer, saved_path) if saved_path else "nothing was saved"

@@ -27,6 +27,21 @@ def should_update_logs(trainer: L.Trainer) -> bool:
     return private(private(trainer, "_logger_connector"), "should_update_logs")
 
 
+def log_train_step(trainer: L.Trainer) -> None:
+    """Pass the metrics of a training step to the loggers, if they are written in this step.
+
+    Reason: a callback that ends the run in `on_train_batch_end` comes before the trainer does this,
+    so that the curves would lack the last step.
+
+    Upstream: pytorch/loops/training_epoch_loop.py
+    Seen on: 2.5.6 to 2.6.6
+    """
+    connector = private(trainer, "_logger_connector")
+    if connector.should_update_logs:
+        connector.on_batch_end()  # computes the metrics of the step
+        connector.update_train_step_metrics()
+
+
 def collected_metrics(trainer: L.Trainer) -> dict[str, Any]:
     """Return the last collected metrics by name, as callbacks read them; it may be changed.
 
