@@ -156,7 +156,8 @@ class ExactResume(Callback):
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
         self._rank = DataParallelInfo.from_trainer(trainer).dp_rank
         if stage == "fit" and "data" in self.accept and hasattr(pl_module, "accepts_tokenizer"):
-            pl_module.accepts_tokenizer = True
+            # an attribute of LanguageModel
+            vars(pl_module)["accepts_tokenizer"] = True
         for callback in trainer.checkpoint_callbacks if stage == "fit" else ():
             defer_saving_hooks(trainer, pl_module, callback)
 

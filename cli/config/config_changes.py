@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from ravine.errors import UsageError
 
+from .callback_arguments import class_name
 from .callback_paths import without_output_paths
 from .trainer_arguments import LENGTH_ARGS, OUTPUT_ARGS, TRAINING_ARGS
 
@@ -82,11 +83,6 @@ def callback_specs(config: Config) -> list[Config]:
     """Return the callbacks of a checkpoint or of a command as a list, also a single one."""
     specs = config["trainer"]["callbacks"] if "trainer" in config else config["trainer.callbacks"]
     return specs if isinstance(specs, list) else [specs] if specs else []
-
-
-def class_name(spec: Config) -> str:
-    """Return the name of a class without its module."""
-    return str(spec["class_path"]).rpartition(".")[2]
 
 
 def import_spec_class(spec: Config) -> Any:

@@ -34,8 +34,9 @@ from ..checkpoint_metadata import load_metadata, saved_config_of
 from ..model_optimizer import model_optimizer_message
 from ..run_folders import record
 from ..run_folders.placement import recorded_folder, run_of_checkpoint
+from .callback_arguments import class_name
 from .callback_paths import without_output_paths
-from .config_changes import MISSING, Config, callback_specs, class_name, import_spec_class
+from .config_changes import MISSING, Config, callback_specs, import_spec_class
 from .errors import parse_argv
 from .trainer_arguments import LENGTH_ARGS, RESTORED_ARGS, is_restorable, trainer_defaults
 from .trust import TrustPolicy
@@ -186,12 +187,9 @@ def _typed_callbacks(values: Iterable[ConfigValue]) -> tuple[bool, set[str]]:
     for value in values:
         if value.key.rstrip("+") != "trainer.callbacks":
             continue
-        # `--trainer.callbacks+=` as a flag and `callbacks+:` in a config append
-        is_replaced |= not (value.key.endswith("+") or value.source.endswith("+"))
-        typed = value.value
-        for item in typed if isinstance(typed, list) else [typed]:
-            path = item.get("class_path") if isinstance(item, dict) else item
-            names.add(str(path).rpartition(".")[2])
+        is_replaced |= not value.is_appended
+        elements = value.children() if isinstance(value.node, yaml.SequenceNode) else [value]
+        names |= {class_name(spec) for element in elements if (spec := element.class_spec)}
     return is_replaced, names
 
 

@@ -180,9 +180,11 @@ def test_an_overlay_and_an_added_callback_keep_those_of_the_run(trained: Path) -
     assert main([*words, "--config=over", "--config=more", *clipping]) == 0
     assert callbacks(version=1) == ["OptimizerPlan", "NaNGuard", "GradientClipping"]
     assert config(version=1)["trainer"]["callbacks"][2]["init_args"]["max_norm"] == 0.5
-    assert main([*words, "--trainer.callbacks.max_norm=0.25"]) == 0
-    assert callbacks(version=2) == ["OptimizerPlan", "GradientClipping"]
-    assert config(version=2)["trainer"]["callbacks"][1]["init_args"]["max_norm"] == 0.25
+    rate = ["--optimizer.lr=0.5", "--trainer.callbacks.GradientClipping.max_norm=0.25"]
+    assert main([*words, *rate]) == 0
+    plan, clipping_spec = config(version=2)["trainer"]["callbacks"]
+    assert plan["init_args"]["optimizer"]["init_args"]["lr"] == 0.5
+    assert clipping_spec["init_args"]["max_norm"] == 0.25
 
 
 def test_a_callback_that_is_left_out_or_added_is_named(
