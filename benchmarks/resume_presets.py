@@ -36,7 +36,7 @@ from resume_cover import SECONDS, content, differences
 
 from ravine.callbacks import GracefulStop
 from ravine.cli.config.presets import CONFIGS_FOLDER, list_presets
-from ravine.cli.main import main as run_program
+from ravine.cli.main import run_command
 
 STEPS = 8  # optimizer steps of a run
 # the largest values of a short run, by name of the argument
@@ -150,7 +150,7 @@ def run(folder: Path, *words: str) -> tuple[int, str]:
     output = io.StringIO()
     with contextlib.chdir(folder), contextlib.redirect_stdout(output):
         sys.argv[:] = ["lightning"]
-        status = run_program(list(words))
+        status = run_command(list(words))
     if status not in (0, 130):
         raise RuntimeError(f"{shlex.join(words)} ended with {status}: {output.getvalue()[-600:]}")
     return status, output.getvalue()

@@ -353,12 +353,12 @@ class RavineCLI(CommandLine):
         except BaseException as error:
             trainer = cast(Trainer, self.trainer)
             # GracefulStop has written a file that no checkpoint callback knows
-            written = getattr(error, "checkpoint", None) or find_last_checkpoint(trainer)
-            error.checkpoint = written or self.checkpoint_path  # type: ignore
-            if subcommand == "fit" and written and trainer.is_global_zero and trainer.run_dir:
+            last_path = getattr(error, "checkpoint", None) or find_last_checkpoint(trainer)
+            error.checkpoint = last_path or self.checkpoint_path  # type: ignore
+            if subcommand == "fit" and last_path and trainer.is_global_zero and trainer.run_dir:
                 config = self._resolved_config(subcommand)
                 record.write_command(
-                    trainer.run_dir, resume_command.make_command(config, str(written))
+                    trainer.run_dir, resume_command.make_command(config, str(last_path))
                 )
             remove_empty_run_dir(trainer)
             raise_if_run_dir_removed(trainer, error)

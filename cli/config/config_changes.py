@@ -37,7 +37,7 @@ def report_changes(config: Config, parsed: Config, path: str, command: str = "te
     _check_model_class(config, parsed, path)
     print_once, changed = rank_zero_only(print), []
     trainer_keys = (*LENGTH_ARGS, *TRAINING_ARGS, *OUTPUT_ARGS) if command == "fit" else ()
-    pairs, left_out, added = pair_callbacks(callback_specs(config), callback_specs(parsed))
+    pairs, omitted, added = pair_callbacks(callback_specs(config), callback_specs(parsed))
     for key, old, new in [
         *_value_differences(config, parsed, trainer_keys),
         *_argument_differences(pairs),
@@ -45,7 +45,7 @@ def report_changes(config: Config, parsed: Config, path: str, command: str = "te
         new_text, old_text = _describe_value(new), _describe_value(old)
         print_once(f"{key} is {new_text} here and {old_text} in the checkpoint: {new_text} is used")
         changed.append(key)
-    for spec in left_out if command == "fit" else ():
+    for spec in omitted if command == "fit" else ():
         changed.append(f"trainer.callbacks.{class_name(spec)}")
         print_once(f"{changed[-1]} of the checkpoint's run is left out in this run")
     for spec in added if command == "fit" else ():
@@ -105,15 +105,15 @@ def pair_callbacks(
     Returns:
         The pairs, the callbacks that only the first run has, and those of the second run only.
     """
-    pairs, left_out, remaining = [], [], list(specs)
+    pairs, omitted, remaining = [], [], list(specs)
     for saved in saved_specs:
         same = next((s for s in remaining if s["class_path"] == saved["class_path"]), None)
         if same is None:
-            left_out.append(saved)
+            omitted.append(saved)
         else:
             pairs.append((saved, same))
             remaining.remove(same)
-    return pairs, left_out, remaining
+    return pairs, omitted, remaining
 
 
 def _check_model_class(config: Config, parsed: Config, path: str) -> None:
