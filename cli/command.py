@@ -444,11 +444,16 @@ def load_bounded_yaml(text: str) -> Any:
     return load_yaml(text)
 
 
-def run_argv(argv: list[str]) -> int:
-    """Run one command and return the exit status; `main` prints the errors."""
+def configure_parser() -> None:
+    """Restrict what a config may name and how large it may be, for all commands with configs."""
     # A config names classes: [] enforces jsonargparse's default denylist (commands, file deletion).
     set_parsing_settings(import_path_denylist=[], config_read_mode_fsspec_enabled=False)
     set_loader("yaml", load_bounded_yaml, (yaml.YAMLError,))
+
+
+def run_argv(argv: list[str]) -> int:
+    """Run one command and return the exit status; `main` prints the errors."""
+    configure_parser()
     argv = expand_strategy_preset(argv)
     sys.argv[1:], checkpoint = resume_path.resolve_argv(
         argv

@@ -7,6 +7,7 @@ usage: {0} COMMAND [--config NAME ...] [--key=value ...]
   validate   measure a checkpoint     {0} validate --ckpt_path=FILE
   test       measure on the test data {0} test --ckpt_path=FILE
   predict    apply it to new data     {0} predict --ckpt_path=FILE
+  estimate   memory and time, before  {0} estimate --config gpt2/124m --gpu h200
   generate   sample texts or images   {0} generate --ckpt_path=FILE --prompt=TEXT
   export     save for other programs  {0} export --ckpt_path=FILE --folder=NAME
   list       configs, classes, names  {0} list configs
@@ -44,6 +45,18 @@ usage: {0} {1} --ckpt_path=FILE [--config NAME ...] [--key=value ...]
   --trust=PACKAGE             import classes of other packages that the checkpoint names
   --print_config, --debug     show the config; show tracebacks
   --help=all                  show every argument; of a class: --data.help=NAME
+"""
+
+ESTIMATE_HELP = """\
+usage: {0} estimate --config NAME [any flag of fit] [--gpu=NAME] [--devices=N] [--json]
+
+  Parameters, FLOPs, memory, communication and time of a run, without a GPU and without training.
+  --gpu=h200                  a GPU by name; or --gpu_memory=80 (GiB) --gpu_tflops=312 (16 bits)
+  --devices=8 --num_nodes=2   the ranks; --link=nvlink or ib400 between them
+  --quick                     by formula, without a simulated step
+  --measure                   run real steps on this machine, for code that needs values
+  --json                      JSON instead of tables
+  every other argument        as for fit: {0} fit --help
 """
 
 GENERATE_HELP = """\
@@ -128,6 +141,7 @@ DATA_DESCRIPTIONS = {"predict": "the input; for the spam classifier --data.predi
 
 COMMAND_HELP = {
     "fit": FIT_HELP,
+    "estimate": ESTIMATE_HELP,
     "generate": GENERATE_HELP,
     "export": EXPORT_HELP,
     "list": LIST_HELP,

@@ -20,7 +20,11 @@ from .run_folders import record
 # Each command and the module whose `run(argv) -> int` executes it.
 COMMANDS: dict[str, str] = dict.fromkeys(
     ("fit", "validate", "test", "predict"), "ravine.cli.command"
-) | {"generate": "ravine.cli.commands.generate", "export": "ravine.cli.commands.export"}
+) | {
+    "estimate": "ravine.cli.commands.estimate",
+    "generate": "ravine.cli.commands.generate",
+    "export": "ravine.cli.commands.export",
+}
 # Commands that read files only, without torch. Each is the first argument.
 LOOKUP_COMMANDS: dict[str, str] = {
     "list": "ravine.cli.commands.list_names",
@@ -141,7 +145,7 @@ def split_argv(argv: list[str]) -> tuple[str, list[str], list[str]]:
             configs.append(word.partition("=")[2])
         else:
             other_words.append(word)
-    # COMMANDS: fit, validate, test, predict, generate and export
+    # COMMANDS: fit, validate, test, predict, estimate, generate and export
     command = next((word for word in other_words if word in COMMANDS), None)
     if command is None:
         first_word = other_words[0] if other_words else ""

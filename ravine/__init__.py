@@ -1,6 +1,6 @@
 """Ravine, a training framework on PyTorch Lightning: the public names for Python scripts.
 
-    from ravine import Trainer, load_model
+    from ravine import Trainer, estimate, load_model
 
 `import ravine` imports only the standard library; each name below is imported at its first use.
 """
@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ravine.cli.estimation import estimate
     from ravine.cli.loading import load_model
     from ravine.cli.trainer import Trainer
     from ravine.errors import UsageError
 
     __version__: str
 
-__all__ = ["Trainer", "UsageError", "__version__", "load_model"]
+__all__ = ["Trainer", "UsageError", "__version__", "estimate", "load_model"]
 
 _DEFINED_IN = {
     "Trainer": ("ravine.cli.trainer", "Trainer"),
+    "estimate": ("ravine.cli.estimation", "estimate"),
     "load_model": ("ravine.cli.loading", "load_model"),
     "UsageError": ("ravine.errors", "UsageError"),
 }

@@ -320,19 +320,11 @@ def shard_module(
     min_unit_bytes = (
         DEFAULT_MIN_UNIT_BYTES if options.min_unit_bytes is None else options.min_unit_bytes
     )
-    # blocks: members of lists and Sequentials; roots: children, for the rest of the parameters
-    fsdp_blocks = _fsdp_blocks(module, min_unit_bytes)
-    fsdp_roots = [root for root in _fsdp_roots(module) if root not in fsdp_blocks]
-    joint_modules: list[nn.Module] = []  # small children that become one unit together
-    if options.gather_around_steps:
-        small = [
-            r
-            for r in fsdp_roots
-            if not _contains_any(r, fsdp_blocks) and _param_bytes(r) < min_unit_bytes
-        ]
-        # the unit is in memory during the whole step, so its size is limited
-        if len(small) > 1 and sum(map(_param_bytes, small)) <= MAX_JOINT_UNIT_BYTES:
-            joint_modules = small
+    # blocks: members of lists and Sequentials; roots: children, for the rest of the parameters;
+    # joint_modules: small children that become one unit together
+    fsdp_blocks, fsdp_roots, joint_modules = _find_units(
+        module, min_unit_bytes, options.gather_around_steps
+    )
     replicated_ids = _find_replicated_ids(module, fsdp_roots)
     for parameter in module.parameters():
         if not isinstance(parameter, DTensor) and not parameter.is_contiguous():
@@ -373,6 +365,48 @@ def shard_module(
             # reshards a unit that a forward without a backward has left gathered
             unit.register_forward_pre_hook(cast(Any, _reshard_stale), prepend=True)
     return replicated_ids - ignored_ids
+
+
+def _find_units(
+    module: nn.Module, min_unit_bytes: int, joins_small: bool
+) -> tuple[list[nn.Module], list[nn.Module], list[nn.Module]]:
+    """Return the blocks, the other children, and which of these become one unit together."""
+    fsdp_blocks = _fsdp_blocks(module, min_unit_bytes)
+    fsdp_roots = [root for root in _fsdp_roots(module) if root not in fsdp_blocks]
+    joint_modules: list[nn.Module] = []
+    if joins_small:
+        small = [
+            r
+            for r in fsdp_roots
+            if not _contains_any(r, fsdp_blocks) and _param_bytes(r) < min_unit_bytes
+        ]
+        # the unit is in memory during the whole step, so its size is limited
+        if len(small) > 1 and sum(map(_param_bytes, small)) <= MAX_JOINT_UNIT_BYTES:
+            joint_modules = small
+    return fsdp_blocks, fsdp_roots, joint_modules
+
+
+def find_unit_names(module: nn.Module) -> list[tuple[str, ...]]:
+    """Return the names of the parameters of each FSDP unit that `shard_module` would make."""
+    blocks, roots, joint_modules = _find_units(module, DEFAULT_MIN_UNIT_BYTES, joins_small=True)
+    names = {id(p): name for name, p in module.named_parameters()}
+    taken: set[int] = set()
+    units = []
+    joint_ids = [id(p) for child in joint_modules for p in child.parameters()]
+    # inner units come first, and a unit has the parameters that no earlier one has
+    for ids in [
+        *(
+            [id(p) for p in unit.parameters()]
+            for unit in [*blocks, *roots]
+            if unit not in joint_modules
+        ),
+        joint_ids,
+    ]:
+        own = [i for i in dict.fromkeys(ids) if i not in taken]
+        taken.update(own)
+        if own:
+            units.append(tuple(names[i] for i in own))
+    return units
 
 
 def _find_replicated_ids(module: nn.Module, fsdp_roots: list[nn.Module]) -> set[int]:

@@ -92,6 +92,32 @@ def apply_tensor_parallel(
     return partial_sum_modules
 
 
+def split_parameter_axes(module: nn.Module) -> tuple[dict[str, int], bool]:
+    """Return the axis along which each parameter is split, by the plans of the nets in a module.
+
+    Returns:
+        The axes by name of the parameter, without parameters that stay whole; and whether the plans
+        also mark where sequences are split. Without a plan: no axes, and false.
+    """
+    axes: dict[str, int] = {}
+    marks: set[str] = set()
+    for net_name, net in module.named_modules():
+        if not callable(getattr(net, "tensor_parallel_plan", None)):
+            continue
+        plan = net.tensor_parallel_plan()  # pyright: ignore[reportCallIssue]
+        marks |= set(plan.values())
+        for name, style in _resolve_plan(net, plan).items():
+            if style not in SPLIT_AXIS:
+                continue
+            prefix = f"{net_name}.{name}" if net_name else name
+            axes[f"{prefix}.weight"] = SPLIT_AXIS[style]
+            # the bias of "rowwise" is added once, after the sum
+            if style == "colwise" and getattr(net.get_submodule(name), "bias", None) is not None:
+                axes[f"{prefix}.bias"] = 0
+    known = {name for name, _ in module.named_parameters()}
+    return {n: axis for n, axis in axes.items() if n in known}, {"scatter", "gather"} <= marks
+
+
 def _parallelize_submodule(
     net: nn.Module, name: str, style: str, mesh: DeviceMesh, sequence_parallel: bool
 ) -> None:

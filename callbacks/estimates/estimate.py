@@ -1,0 +1,372 @@
+"""Estimate: the result of an estimate, as tables, as JSON and as attributes."""
+
+import io
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from torch import nn
+
+from ..monitoring.progress import format_duration
+from .devices import GIB, Device
+from .layouts import Layout, LayoutCalculator, Ranks, describe_module
+from .simulation import Simulation
+from .step_time import StepTime, list_assumptions, step_time
+
+MIB = 2**20
+# memory of a GPU beside the tensors of a run
+RESERVED = {
+    "CUDA context and kernels": 0.5 * GIB,
+    "cuBLAS workspace": 32 * MIB,
+}
+NCCL_BYTES = 0.25 * GIB  # buffers of NCCL, with several ranks
+FRAGMENTATION = 0.05  # of activations and temporary tensors, in the allocator
+COLUMNS = {  # of the table of layouts, with the classes of each
+    "params": ("parameters", "gathered", "weight casts"),
+    "grads": ("gradients",),
+    "states": ("optimizer state",),
+    "act": ("activations",),
+    "temp": ("temporary", "communication"),
+    "other": ("buffers", "copies", "data"),
+}
+SCALED_CLASSES = ("activations", "temporary")  # in proportion to the micro-batch
+
+
+@dataclass
+class Row:
+    """A layout with what follows from the device: whether it fits, time, largest micro-batch."""
+
+    layout: Layout
+    reserved: dict[str, float]
+    fits: bool | None = None
+    largest_micro_batch: int | None = None
+    time: StepTime | None = None
+
+    @property
+    def name(self) -> str:
+        """Return the name of the strategy."""
+        return self.layout.name
+
+    @property
+    def total_bytes(self) -> float:
+        """Return the bytes of a rank, with those that the libraries reserve."""
+        return self.layout.peak_bytes + sum(self.reserved.values())
+
+
+@dataclass
+class Estimate:
+    """What a run holds, computes and sends; `print` shows it as tables.
+
+    Attributes:
+        simulation: of one process.
+        rows: the layouts, in the order in which to try them.
+        ranks: the ranks of the run.
+        device: the GPU; None without one.
+        precision: of the run.
+        configured: the name of the strategy in the config.
+        measured: bytes of the peak of real steps on this machine; None without `--measure`.
+    """
+
+    simulation: Simulation
+    rows: list[Row]
+    ranks: Ranks
+    device: Device | None
+    precision: str
+    configured: str = "auto"
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Return the peak of the tensors in one process without a strategy."""
+        return self.simulation.peak.total
+
+    @property
+    def num_parameters(self) -> int:
+        """Return the number of parameters, trainable and frozen."""
+        return sum(p.numel for p in self.simulation.parameters)
+
+    @property
+    def num_trainable(self) -> int:
+        """Return the number of trainable parameters."""
+        return sum(p.numel for p in self.simulation.parameters if p.is_trainable)
+
+    @property
+    def state_bytes(self) -> int:
+        """Return the bytes of the state of all optimizers."""
+        return self.simulation.state_bytes
+
+    @property
+    def flops_per_step(self) -> int:
+        """Return the FLOPs of an optimizer step over all ranks, counted."""
+        return self.simulation.flops * self.simulation.accumulate * self.ranks.size
+
+    @property
+    def best(self) -> Row | None:
+        """Return the first layout that fits; the configured one if no device is stated."""
+        if self.device is None:
+            named = [row for row in self.rows if row.name == self.configured]
+            return (named or self.rows)[0]
+        return next((row for row in self.rows if row.fits), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all results as plain values."""
+        result = self.simulation
+        kinds = {
+            kind: sum(p.numel for p in result.parameters if p.kind == kind)
+            for kind in dict.fromkeys(p.kind for p in result.parameters)
+        }
+        return {
+            "parameters": {
+                "all": self.num_parameters,
+                "trainable": self.num_trainable,
+                "frozen": self.num_parameters - self.num_trainable,
+                "by_kind": kinds,
+            },
+            "flops": {
+                "per_unit": self._per_unit(result.flops),
+                "per_unit_by_formula": result.flops_per_unit,
+                "per_step": self.flops_per_step if result.is_stepped else None,
+                "optimizers": result.optimizer_flops,
+            },
+            "batch": {
+                "unit": result.unit,
+                "samples": result.samples,
+                "units": result.units,
+                "accumulate": result.accumulate,
+                "ranks": self.ranks.size,
+            },
+            "bytes": {
+                "parameters": sum(p.num_bytes for p in result.parameters),
+                "gradients": sum(p.num_bytes for p in result.parameters if p.is_trainable),
+                "optimizer_state": result.state_bytes,
+                "buffers": result.buffer_bytes,
+                "peak": self.peak_bytes,
+            },
+            "precision": self.precision,
+            "total_steps": result.total_steps,
+            "device": None if self.device is None else asdict(self.device),
+            "layouts": [self._row_to_dict(row) for row in self.rows],
+            "recommended": None if self.best is None else self.best.name,
+            "assumptions": self.assumptions(),
+        }
+
+    def _row_to_dict(self, row: Row) -> dict[str, Any]:
+        return {
+            "name": row.name,
+            "flags": row.layout.flags,
+            "fits": row.fits,
+            "bytes": {name: round(size) for name, size in row.layout.classes.items()},
+            "peak": round(row.layout.peak_bytes),
+            "reserved": {name: round(size) for name, size in row.reserved.items()},
+            "sent_bytes": round(row.layout.sent_bytes),
+            "collectives": row.layout.collectives,
+            "is_exact": row.layout.is_exact,
+            "largest_micro_batch": row.largest_micro_batch,
+            "time": None if row.time is None else asdict(row.time),
+        }
+
+    def to_json(self) -> str:
+        """Return all results as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def _per_unit(self, flops: int) -> float | None:
+        is_known = self.simulation.is_stepped and self.simulation.units
+        return flops / self.simulation.units if is_known else None
+
+    def assumptions(self) -> list[str]:
+        """Return the assumptions behind the numbers, one a line."""
+        result = self.simulation
+        lines = list(self.notes)
+        if result.is_stepped:
+            lines.append(
+                f"a micro-batch of {result.samples} samples ({result.units:,} {result.unit}) on "
+                f"each rank, {result.accumulate} of them in a step; precision {self.precision}"
+            )
+        if self.device is None:
+            return [*lines, "tensors only; name a GPU for libraries, times and what fits"]
+        lines += list_assumptions(self.device, self.ranks, self.is_half)
+        names = ", ".join(
+            f"{name} {size / GIB:.2f} GiB" for name, size in self.rows[0].reserved.items()
+        )
+        return [*lines, f"beside the tensors: {names}"]
+
+    @property
+    def is_half(self) -> bool:
+        """Return whether matrix products use 16 bits."""
+        return "16" in self.precision
+
+    def __rich__(self) -> Group:
+        """Return the tables."""
+        parts: list[Any] = [self._model_table(), self._layout_table()]
+        if self.best is not None and self.device is not None:
+            parts.append(f"recommended: {self.best.name}  {self.best.layout.flags}".rstrip())
+        elif self.device is not None:
+            parts.append(self._advice())
+        if any(not row.layout.is_exact for row in self.rows):
+            parts.append("~ activations by formula, not simulated")
+        return Group(*parts, *(f"- {line}" for line in self.assumptions()))
+
+    def _advice(self) -> str:
+        """Return what to change if no layout fits, from the class with the most bytes."""
+        smallest = min(self.rows, key=lambda row: row.total_bytes)
+        classes = smallest.layout.classes
+        largest = max(classes, key=lambda name: classes[name])
+        if largest in SCALED_CLASSES:
+            text = (
+                "--trainer.callbacks+=ActivationCheckpointing, or twice "
+                "--trainer.accumulate_grad_batches"
+            )
+        else:
+            text = "more ranks, or --trainer.callbacks+=LoRA"
+        return (
+            f"no layout fits; the smallest is {smallest.name}, of which {largest} are "
+            f"{classes[largest] / GIB:.2f} GiB: type {text}"
+        )
+
+    def _model_table(self) -> Table:
+        table = Table("", "", title="one process")
+        result = self.simulation
+        values = self.to_dict()
+        frozen = values["parameters"]["frozen"]
+        table.add_row("parameters", f"{self.num_parameters:,}")
+        for kind, count in values["parameters"]["by_kind"].items():
+            table.add_row(f"  {kind}", f"{count:,}")
+        table.add_row("  trainable, frozen", f"{self.num_trainable:,}, {frozen:,}")
+        if result.is_stepped:
+            per_unit = values["flops"]["per_unit"]
+            unit = result.unit.removesuffix("s")
+            counted = "-" if per_unit is None else f"{per_unit:.4g}"
+            table.add_row(f"FLOPs of a {unit}, counted", counted)
+        if result.flops_per_unit is not None:
+            table.add_row(
+                f"FLOPs of a {result.unit.removesuffix('s')}, by formula",
+                f"{result.flops_per_unit:.4g}",
+            )
+        if result.is_stepped:
+            table.add_row("FLOPs of a step, all ranks", f"{self.flops_per_step:.4g}")
+            if result.optimizer_flops:
+                table.add_row("FLOPs of the optimizers", f"{result.optimizer_flops:.4g}")
+        for name in ("parameters", "gradients", "optimizer_state", "buffers"):
+            table.add_row(f"bytes of {name.replace('_', ' ')}", format_bytes(values["bytes"][name]))
+        if result.is_stepped:
+            peak = result.peak
+            table.add_row("peak of a step", format_bytes(peak.total))
+            for name, size in sorted(
+                zip(_class_names(), peak.num_bytes, strict=True), key=lambda pair: -pair[1]
+            ):
+                if size:
+                    table.add_row(f"  {name}", format_bytes(size))
+        if result.total_steps is not None:
+            table.add_row("optimizer steps of the run", f"{result.total_steps:,}")
+        return table
+
+    def _layout_table(self) -> Table:
+        largest = max(row.total_bytes for row in self.rows)
+        size, unit = (GIB, "GiB") if largest >= GIB else (MIB, "MiB")
+        title = f"{self.ranks.size} ranks: {unit} of a rank at its peak"
+        if self.ranks.size == 1:
+            title = f"1 rank: {unit} at its peak"
+        columns = ["layout", *COLUMNS, "peak", "sent"]
+        if self.device is not None:
+            columns += ["total", "fits", "max batch"]
+        has_time = any(row.time for row in self.rows)
+        if has_time:
+            columns += ["step", f"{self.simulation.unit}/s", "MFU", "run"]
+        table = Table(*columns, title=title)
+        for row in self.rows:
+            classes, mark = row.layout.classes, "" if row.layout.is_exact else "~"
+            cells = [row.name]
+            for names in COLUMNS.values():
+                value = sum(classes.get(name, 0.0) for name in names) / size
+                cells.append(f"{value:,.4g}" if value else "-")
+            cells += [f"{mark}{row.layout.peak_bytes / size:,.4g}"]
+            cells += [f"{row.layout.sent_bytes / size:,.4g}" if row.layout.sent_bytes else "-"]
+            if self.device is not None:
+                cells += [
+                    f"{row.total_bytes / size:,.4g}",
+                    "yes" if row.fits else "no",
+                    "-" if row.largest_micro_batch is None else f"{row.largest_micro_batch:,}",
+                ]
+            if has_time and row.time is not None:
+                run = "-" if row.time.total_s is None else format_duration(row.time.total_s)
+                cells += [f"{row.time.seconds:.3g} s", f"{row.time.units_per_s:,.0f}"]
+                cells += [f"{row.time.mfu:.1%}", run]
+            table.add_row(*cells)
+        return table
+
+    def __str__(self) -> str:
+        """Return the tables as text."""
+        console = Console(file=io.StringIO(), width=160)
+        console.print(self)
+        return str(console.file.getvalue())  # type: ignore[attr-defined]
+
+
+def _class_names() -> tuple[str, ...]:
+    from .tensor_tracker import CLASSES
+
+    return CLASSES
+
+
+def format_bytes(size: float) -> str:
+    """Return a size in bytes with a unit: 512 B, 1.5 KiB, 3.25 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size:,.0f} B" if unit == "B" else f"{size:,.4g} {unit}"
+        size /= 1024
+    raise AssertionError("unreachable")
+
+
+def make_estimate(
+    simulation: Simulation,
+    module: nn.Module,
+    ranks: Ranks,
+    device: Device | None,
+    configured: str,
+    precision: str,
+    divides_batch: bool = False,
+) -> Estimate:
+    """Compute layouts, times and what fits from a simulation.
+
+    Args:
+        simulation: of one rank.
+        module: the module after the simulation, whose structure decides the layouts.
+        ranks: the ranks of the run.
+        device: the GPU; None: no times.
+        configured: the strategy of the config.
+        precision: of the run.
+        divides_batch: whether the datamodule divides its batch over the data-parallel ranks.
+    """
+    is_half = "16" in precision
+    traits = describe_module(module)
+    layouts = LayoutCalculator(simulation, traits, ranks, is_half, divides_batch).all_layouts()
+    rows = []
+    for layout in layouts:
+        reserved: dict[str, float] = {}
+        row = Row(layout, reserved)
+        if device is not None:
+            reserved |= RESERVED | ({"NCCL buffers": NCCL_BYTES} if ranks.size > 1 else {})
+            scaled = sum(layout.classes.get(name, 0.0) for name in SCALED_CLASSES)
+            reserved["fragmentation"] = FRAGMENTATION * scaled
+            row.fits = row.total_bytes <= device.memory_bytes
+            row.time = step_time(simulation, layout, ranks, device, is_half)
+            row.largest_micro_batch = largest_micro_batch(simulation, row, device)
+        rows.append(row)
+    return Estimate(simulation, rows, ranks, device, precision, configured)
+
+
+def largest_micro_batch(simulation: Simulation, row: Row, device: Device) -> int | None:
+    """Return the largest number of samples of a micro-batch that fits; 0 if none does.
+
+    Activations, temporary tensors and the batch are taken as proportional to the micro-batch.
+    """
+    if not simulation.samples or not math.isfinite(device.memory_bytes):
+        return None
+    scaled = sum(row.layout.classes.get(name, 0.0) for name in SCALED_CLASSES)
+    scaled *= 1 + FRAGMENTATION
+    fixed = row.total_bytes - scaled
+    if scaled <= 0:
+        return None
+    return max(0, math.floor((device.memory_bytes - fixed) / scaled * simulation.samples))

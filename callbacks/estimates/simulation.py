@@ -1,0 +1,342 @@
+"""Simulate two optimizer steps of a run on tensors without values, and record what they hold.
+
+The run is a real `trainer.fit` in one process: the data, the callbacks, the transforms, the
+optimizers and the training loop are those of the run. Only the strategy differs, `SimulatedDevice`:
+it replaces parameters by fake tensors before the optimizers are built. A tensor that is computed
+from a fake tensor is fake, so that no operation of the network runs. The batch is real.
+"""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+from ravine.lightning_compat import replace_method
+
+from ..monitoring.memory import measure_memory
+from ..monitoring.progress import count_units
+from ..optimizers.parameter_rules import classify_params
+from .fake_parameters import replace_by_fakes
+from .tensor_tracker import Moment, Operation, TensorTracker
+
+NUM_STEPS = 2  # the optimizer state exists from the first step on, and the second is recorded
+MAX_MICRO_BATCHES = 2  # of a step: the first creates the gradients, and all others are equal
+
+
+@dataclass(frozen=True)
+class ParameterInfo:
+    """A parameter: name, shape, bytes, kind, and the bytes and shapes of its optimizer state."""
+
+    name: str
+    shape: tuple[int, ...]
+    itemsize: int
+    is_trainable: bool
+    kind: str
+    state: tuple[tuple[tuple[int, ...], int], ...] = ()  # (shape, bytes) of each state tensor
+
+    @property
+    def numel(self) -> int:
+        """Return the number of elements."""
+        return torch.Size(self.shape).numel()
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the bytes of the whole parameter."""
+        return self.numel * self.itemsize
+
+    @property
+    def state_bytes(self) -> int:
+        """Return the bytes of its optimizer state."""
+        return sum(num_bytes for _, num_bytes in self.state)
+
+
+@dataclass
+class Simulation:
+    """What one process holds and computes in an optimizer step of a run.
+
+    Attributes:
+        parameters: all parameters of the module, in order.
+        state_bytes: bytes of the state of all optimizers.
+        buffer_bytes: bytes of the module's buffers.
+        moments: the local maxima of live bytes in the recorded step, by class.
+        operations: what the recorded micro-batches and the optimizer step compute.
+        num_micro_batches: recorded micro-batches.
+        accumulate: micro-batches of an optimizer step of the run.
+        samples: samples of a micro-batch on a rank.
+        units: units (such as tokens) of a micro-batch on a rank.
+        unit: the name of a unit.
+        flops_per_unit: FLOPs of a unit by the module's own formula; None without one.
+        total_steps: optimizer steps of the run; None if it has no end.
+        is_stepped: whether a forward and backward pass was simulated.
+    """
+
+    parameters: list[ParameterInfo] = field(default_factory=list)
+    state_bytes: int = 0
+    buffer_bytes: int = 0
+    moments: list[Moment] = field(default_factory=list)
+    operations: list[Operation] = field(default_factory=list)
+    num_micro_batches: int = 1
+    accumulate: int = 1
+    samples: int = 0
+    units: int = 0
+    unit: str = "samples"
+    flops_per_unit: int | None = None
+    total_steps: int | None = None
+    is_stepped: bool = False
+
+    @property
+    def peak(self) -> Moment:
+        """Return the moment with the most bytes."""
+        return max(self.moments, key=lambda moment: moment.total)
+
+    @property
+    def flops(self) -> int:
+        """Return the FLOPs of the forward and backward pass of a micro-batch."""
+        flops = sum(o.flops for o in self.operations if o.phase in ("forward", "backward"))
+        return flops // self.num_micro_batches
+
+    @property
+    def optimizer_flops(self) -> int:
+        """Return the FLOPs of an optimizer step, such as the matrix products of Muon."""
+        return sum(o.flops for o in self.operations if o.phase == "step")
+
+
+class SimulationEnd(Exception):
+    """Ends the fit after the recorded step."""
+
+
+class SimulatedDevice(SingleDeviceStrategy):
+    """One process whose parameters are fake tensors, and whose tensors are tracked.
+
+    Args:
+        dp_size: data-parallel ranks of the run; the datamodule divides its batch by them.
+        has_values: keep real parameters, and run real steps.
+        steps: whether forward and backward passes run at all.
+    """
+
+    def __init__(self, dp_size: int = 1, has_values: bool = False, steps: bool = True) -> None:
+        """Create the modes; they are entered in `setup`."""
+        super().__init__(device="cpu")
+        self.dp_size, self.has_values, self.steps = dp_size, has_values, steps
+        # real tensors, such as batches, become fake when they are combined with fake ones
+        self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.tracker = TensorTracker()
+        self.simulation = Simulation(num_micro_batches=0)
+        self._stack = contextlib.ExitStack()
+        self._num_steps = 0
+        self.divides_batch = False  # whether the datamodule divides its batch over the ranks
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, int]:
+        """Return the data-parallel size, which Ravine's datamodules read."""
+        self.divides_batch = True
+        return {"num_replicas": self.dp_size, "rank": 0}
+
+    def setup_environment(self) -> None:
+        """Let the module defer its initial values, as for a sharding strategy."""
+        super().setup_environment()
+        assert self.lightning_module is not None
+        if not self.has_values:
+            self.lightning_module.__dict__["strategy_draws_values"] = True
+
+    def setup(self, trainer: L.Trainer) -> None:
+        """Replace parameters by fakes, start to track, and build the optimizers."""
+        module = self.lightning_module
+        assert module is not None
+        if not self.has_values:
+            # before parameters are fake, because a fake cannot change its dtype in place
+            self.precision_plugin.convert_module(module)
+            replace_by_fakes(module, self.fake_mode)
+            replace_method(self.precision_plugin, "convert_module", lambda module: module)
+        self._stack.enter_context(self.tracker)
+        super().setup(trainer)
+        self.tracker.label(module.parameters(), "parameters")
+        self.tracker.label(module.buffers(), "buffers")
+        for parameter in module.parameters():
+            if parameter.requires_grad and parameter.is_leaf:
+                parameter.register_post_accumulate_grad_hook(self._label_gradient)
+        self.tracker.phase = "data"  # the loaders are created next
+        if not self.steps:
+            self._step_without_batch(trainer)
+
+    def model_to_device(self) -> None:
+        """Do nothing: everything is on the CPU, and fakes cannot be moved in place."""
+
+    def teardown(self) -> None:
+        """Do nothing: Lightning would move the module to the CPU."""
+
+    def _step_without_batch(self, trainer: L.Trainer) -> None:
+        """Create gradients and the optimizer state without a forward pass, and end the fit."""
+        module = self.lightning_module
+        assert module is not None
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+        self.tracker.start_recording()
+        self.finish(trainer)
+
+    def _label_gradient(self, parameter: Tensor) -> None:
+        self.tracker.label([parameter.grad], "gradients")
+
+    def training_step(self, batch: Any, *args: Any) -> Any:
+        """Run the module's `training_step`; record the last simulated optimizer step."""
+        if self._num_steps == NUM_STEPS - 1:
+            if not self.tracker.is_recording:
+                self.tracker.start_recording()
+            self._describe_batch(batch)
+        self.tracker.label(tree_leaves(batch), "data", adds=False)
+        self.tracker.phase = "forward"
+        return super().training_step(batch, *args)
+
+    def _describe_batch(self, batch: Any) -> None:
+        assert self.lightning_module is not None
+        result = self.simulation
+        result.num_micro_batches += 1
+        leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
+        result.samples = len(leaves[0]) if leaves else 0
+        result.units = count_units(self.lightning_module, batch)
+
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        """Note that the backward pass begins."""
+        self.tracker.phase = "backward"
+        super().pre_backward(closure_loss)
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """Note that the optimizer step may follow."""
+        super().post_backward(closure_loss)
+        self.tracker.phase = "step"
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Step, and label the states that the step has created."""
+        result = super().optimizer_step(*args, **kwargs)
+        self.label_states()
+        self._num_steps += 1
+        return result
+
+    def label_states(self) -> None:
+        """Label the tensors in the states of all optimizers."""
+        states = (leaf for o in self.optimizers for s in o.state.values() for leaf in _leaves(s))
+        self.tracker.label(states, "optimizer state")
+
+    def after_micro_batch(self, trainer: L.Trainer) -> None:
+        """End the fit after the last step; called after all hooks of a micro-batch."""
+        self.tracker.phase = "data"
+        if self._num_steps >= NUM_STEPS:
+            self.finish(trainer)
+
+    def finish(self, trainer: L.Trainer) -> None:
+        """Store the results and end the fit."""
+        module = self.lightning_module
+        assert module is not None
+        self._stack.close()
+        result = self.simulation
+        result.num_micro_batches = max(1, result.num_micro_batches)
+        result.moments, result.operations = self.tracker.moments, self.tracker.operations
+        result.is_stepped = self.steps
+        result.parameters = describe_parameters(module, self.optimizers)
+        result.state_bytes = measure_memory(module, self.optimizers)["optimizer state"].num_bytes
+        result.buffer_bytes = sum(b.numel() * b.itemsize for b in module.buffers())
+        result.unit = getattr(module, "unit", "samples")
+        flops: Any = getattr(module, "flops_per_unit", None)
+        result.flops_per_unit = flops() if callable(flops) else None
+        trainer.callbacks = []  # type: ignore[attr-defined]  no hook of an error runs
+        raise SimulationEnd
+
+    def close(self) -> None:
+        """Stop to track, also after an error."""
+        self._stack.close()
+
+
+def _leaves(state: Any) -> list[Any]:
+    return tree_leaves(dict(state))
+
+
+def describe_parameters(module: nn.Module, optimizers: list[Any]) -> list[ParameterInfo]:
+    """Return name, shape, kind and optimizer state of each parameter of a module."""
+    kinds = classify_params(module)
+    states: dict[int, list[tuple[tuple[int, ...], int]]] = {}
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            if not isinstance(parameter, Tensor):
+                continue
+            for leaf in _leaves(state):
+                if isinstance(leaf, Tensor):
+                    entry = (tuple(leaf.shape), leaf.numel() * leaf.itemsize)
+                    states.setdefault(id(parameter), []).append(entry)
+    return [
+        ParameterInfo(
+            name,
+            tuple(p.shape),
+            p.itemsize,
+            p.requires_grad,
+            kinds[name],
+            tuple(states.get(id(p), ())),
+        )
+        for name, p in module.named_parameters()
+    ]
+
+
+class SimulationLimit(L.Callback):
+    """Ends the simulated fit; the last callback, after all hooks of a micro-batch."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note the length of the run, and limit the micro-batches of a step."""
+        strategy = cast(SimulatedDevice, trainer.strategy)
+        strategy.tracker.phase = "data"
+        result = strategy.simulation
+        result.accumulate = trainer.accumulate_grad_batches
+        steps = trainer.estimated_stepping_batches
+        result.total_steps = int(steps) if 0 < steps < float("inf") else None
+        trainer.accumulate_grad_batches = min(result.accumulate, MAX_MICRO_BATCHES)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
+    ) -> None:
+        """End the fit after the recorded step."""
+        cast(SimulatedDevice, trainer.strategy).after_micro_batch(trainer)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Suppress what a fit prints, logs and warns of."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def simulate(trainer: L.Trainer, module: L.LightningModule, **data: Any) -> Simulation:
+    """Run two optimizer steps without values, and return what they hold and compute.
+
+    Args:
+        trainer: its strategy is a `SimulatedDevice`, and its last callback a `SimulationLimit`.
+        module: any LightningModule; it is used up.
+        data: `datamodule` or `train_dataloaders`, as for `trainer.fit`.
+
+    Raises:
+        UsageError: code reads values of tensors.
+    """
+    strategy = cast(SimulatedDevice, trainer.strategy)
+    try:
+        with quiet(), contextlib.suppress(SimulationEnd):
+            trainer.fit(module, **data)
+    finally:
+        strategy.close()
+    return strategy.simulation

@@ -1,0 +1,178 @@
+"""`estimate`: parameters, FLOPs, memory, communication and time of a run, before it starts.
+
+lightning estimate --config shakespeare/quick
+lightning estimate --config gpt2/124m --data.path=FOLDER --gpu h200 --devices 8
+"""
+
+import sys
+from dataclasses import dataclass, fields
+from typing import Any, cast
+
+from rich.console import Console
+
+from ravine.callbacks.estimates.devices import Device, find_device
+from ravine.callbacks.estimates.estimate import Estimate
+from ravine.callbacks.estimates.fake_parameters import parameters_on_meta
+from ravine.callbacks.estimates.simulation import SimulatedDevice
+from ravine.errors import UsageError
+
+from .. import resume_path
+from ..command import RavineCLI, configure_parser, expand_strategy_preset
+from ..estimation import (
+    Level,
+    estimate_with_trainer,
+    resolve_ranks,
+    simulation_trainer,
+    target_precision,
+)
+
+SWITCHES = ("quick", "measure", "json")
+
+
+@dataclass
+class EstimateFlags:
+    """The flags of `estimate` that `fit` does not have."""
+
+    gpu: str | None = None
+    gpu_memory: float | None = None
+    gpu_tflops: float | None = None
+    link: str | None = None
+    devices: int | None = None
+    num_nodes: int | None = None
+    quick: bool = False
+    measure: bool = False
+    json: bool = False
+
+    @property
+    def level(self) -> Level:
+        """Return how the numbers are found."""
+        return "quick" if self.quick else "measure" if self.measure else "simulate"
+
+    @property
+    def device(self) -> Device | None:
+        """Return the device of the flags."""
+        return find_device(self.gpu, self.gpu_memory, self.gpu_tflops)
+
+
+def split_flags(argv: list[str]) -> tuple[EstimateFlags, list[str]]:
+    """Return the flags of `estimate`, and the arguments that are those of `fit`.
+
+    Raises:
+        UsageError: a flag has no value, or one of another type.
+    """
+    flags, others = EstimateFlags(), []
+    names = {field.name: field.type for field in fields(EstimateFlags)}
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        name = name.removeprefix("--")
+        if not word.startswith("--") or name not in names:
+            others.append(word)
+            continue
+        if name in SWITCHES:
+            if equals:
+                raise UsageError(f"--{name} takes no value", flag=f"--{name}")
+            setattr(flags, name, True)
+            continue
+        value = value if equals else next(words, "")
+        setattr(flags, name, _convert(name, value, str(names[name])))
+    if flags.quick and flags.measure:
+        raise UsageError(
+            "--quick computes by formula, and --measure runs real steps",
+            ["one of the two"],
+            flag="--measure",
+        )
+    return flags, others
+
+
+def _convert(name: str, text: str, type_text: str) -> Any:
+    kind: Any = int if "int" in type_text else float if "float" in type_text else str
+    try:
+        if not text:
+            raise ValueError
+        return kind(text)
+    except ValueError:
+        word = "number" if kind is float else "whole number" if kind is int else "name"
+        example = {"gpu": "h200", "link": "nvlink"}.get(name, "8")
+        raise UsageError(
+            f"--{name}={text} is not a {word}", [f"a {word}"], flag=f"--{name}={example}"
+        ) from None
+
+
+class EstimateCLI(RavineCLI):
+    """Parses the arguments of `fit`, and estimates in place of training."""
+
+    def __init__(self, argv: list[str], checkpoint: Any, flags: EstimateFlags) -> None:
+        """Parse the arguments, build model and data without memory for parameters, estimate."""
+        self.flags = flags
+        self.result: Estimate | None = None
+        super().__init__(argv, checkpoint)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Build the trainer of the simulation in place of that of the run."""
+        self.save_config_callback = None  # nothing is saved
+        original, self.trainer_class = self.trainer_class, cast(Any, self.build_trainer)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        finally:
+            self.trainer_class = original
+
+    def build_trainer(self, **arguments: Any) -> Any:
+        """Return the trainer of the simulation, with the arguments and callbacks of the run."""
+        flags, self.configured = self.flags, arguments.pop("strategy", "auto")
+        devices = flags.devices or _as_count(arguments.get("devices", 1))
+        num_nodes = flags.num_nodes or arguments.get("num_nodes", 1)
+        self.ranks = resolve_ranks(devices, num_nodes, flags.link)
+        arguments["precision"] = target_precision(arguments.get("precision"), flags.device)
+        strategy = SimulatedDevice(
+            self.ranks.size, flags.level == "measure", flags.level != "quick"
+        )
+        return simulation_trainer(strategy, **arguments)
+
+    def instantiate_classes(self) -> None:
+        """Build the model without memory for its parameters, unless real steps are run."""
+        if self.flags.level == "measure":
+            return super().instantiate_classes()
+        with parameters_on_meta():
+            super().instantiate_classes()
+
+    def run_subcommand(self, subcommand: str) -> None:
+        """Estimate in place of `fit`."""
+        self.result = estimate_with_trainer(
+            self.trainer,
+            self.model,
+            {"datamodule": self.datamodule},
+            self.ranks,
+            self.flags.device,
+            self.configured,
+        )
+
+
+def _as_count(devices: Any) -> int:
+    """Return the number of devices of the trainer's argument; 1 for auto."""
+    if isinstance(devices, list):
+        return len(devices)
+    return int(devices) if str(devices).isdigit() else 1
+
+
+def run_argv(argv: list[str]) -> int:
+    """Estimate a run with the arguments of `fit`, and print the result.
+
+    Args:
+        argv: "estimate" and its flags.
+
+    Returns:
+        The exit status.
+    """
+    flags, others = split_flags(argv[1:])
+    _ = flags.device  # an unknown device is an error before anything is built
+    configure_parser()
+    fit_argv, checkpoint = resume_path.resolve_argv(expand_strategy_preset(["fit", *others]))
+    sys.argv[1:] = fit_argv
+    command = EstimateCLI(fit_argv, checkpoint, flags)
+    result = cast(Estimate, command.result)
+    if flags.json:
+        print(result.to_json())
+    else:
+        Console().print(result)
+    return 0

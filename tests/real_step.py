@@ -1,0 +1,104 @@
+"""A real optimizer step on the CPU: its peak by torch's allocator, its states and FLOPs.
+
+step = real_step(LanguageModel(...), TextDataModule(...), callbacks=[Muon()])
+step.peak, step.state_bytes, step.flops
+"""
+
+import contextlib
+import io
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from tensor_bytes import tensor_bytes
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+
+from ravine import Trainer
+from ravine.callbacks.monitoring.memory import measure_memory
+
+aten = torch.ops.aten
+
+
+def unwrapped(formula: Any) -> Any:
+    """A formula of torch's registry, which FlopCounterMode must not wrap again."""
+
+    def count(*args: Any, **kwargs: Any) -> int:
+        return formula(*args, **kwargs)
+
+    count._get_raw = True  # type: ignore[attr-defined]
+    return count
+
+
+CPU_ATTENTION = {
+    aten._scaled_dot_product_flash_attention_for_cpu: unwrapped(sdpa_flop),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: unwrapped(sdpa_backward_flop),
+}
+
+
+@dataclass
+class RealStep:
+    """Bytes at the peak of the second optimizer step, bytes of states, FLOPs of a micro-batch."""
+
+    peak: int = 0
+    state_bytes: int = 0
+    parameters: int = 0
+    flops: int = 0
+
+
+class _Watch(L.Callback):
+    """Notes the times of the second optimizer step, and counts FLOPs in its last micro-batch."""
+
+    def __init__(self, counts_flops: bool) -> None:
+        self.counts_flops = counts_flops
+        self.start = self.end = 0
+        self.flops = self.state_bytes = 0
+        self.counter: Any = None
+
+    def on_train_batch_start(self, trainer, module, batch, index) -> None:
+        if trainer.global_step == 1 and not self.start:
+            self.start = time.time_ns()
+        if trainer.global_step == 2 and self.counts_flops:
+            self.counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+            self.counter.__enter__()
+
+    def on_after_backward(self, trainer, module) -> None:
+        if self.counter is not None:
+            self.flops = self.counter.get_total_flops()
+            self.counter.__exit__(None, None, None)
+            self.counter = None
+
+    def on_train_batch_end(self, trainer, module, *_) -> None:
+        if trainer.global_step == 2 and not self.end:
+            self.end = time.time_ns()
+            self.state_bytes = measure_memory(module, trainer.optimizers)[
+                "optimizer state"
+            ].num_bytes
+
+
+def real_step(
+    build: Any, data: Any = None, counts_flops: bool = True, **arguments: Any
+) -> RealStep:
+    """Train three steps; `build` makes the module, so that its parameters are counted too."""
+    watch = _Watch(counts_flops)
+    steps = 3 if counts_flops else 2
+    arguments["callbacks"] = [*arguments.get("callbacks", []), watch]
+    arguments |= {"max_steps": steps, "limit_val_batches": 0, "num_sanity_val_steps": 0}
+    arguments |= {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    key = "datamodule" if isinstance(data, L.LightningDataModule) else "train_dataloaders"
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.redirect_stdout(io.StringIO()),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        trainer = Trainer(accelerator="cpu", devices=1, default_root_dir=folder, **arguments)
+        with tensor_bytes() as found:
+            module = build()
+            trainer.fit(module, **{key: data})
+    peak = max(alive for at, alive in found.curve if watch.start <= at <= watch.end)
+    parameters = sum(p.numel() for p in module.parameters())
+    return RealStep(peak, watch.state_bytes, parameters, watch.flops)
