@@ -36,7 +36,6 @@ SIMULATION_ARGUMENTS: dict[str, Any] = {  # of the Trainer, in place of those of
     "logger": False,
     "enable_checkpointing": False,
     "enable_progress_bar": False,
-    "limit_val_batches": 0,
     "num_sanity_val_steps": 0,
 }
 

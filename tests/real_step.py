@@ -77,6 +77,8 @@ class _Watch(L.Callback):
             self.state_bytes = measure_memory(module, trainer.optimizers)[
                 "optimizer state"
             ].num_bytes
+        if trainer.global_step == 2 + self.counts_flops:
+            trainer.should_stop = True  # not max_steps, which schedules read
 
 
 def real_step(
@@ -84,9 +86,8 @@ def real_step(
 ) -> RealStep:
     """Train three steps; `build` makes the module, so that its parameters are counted too."""
     watch = _Watch(counts_flops)
-    steps = 3 if counts_flops else 2
     arguments["callbacks"] = [*arguments.get("callbacks", []), watch]
-    arguments |= {"max_steps": steps, "limit_val_batches": 0, "num_sanity_val_steps": 0}
+    arguments |= {"limit_val_batches": 0, "num_sanity_val_steps": 0}
     arguments |= {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     key = "datamodule" if isinstance(data, L.LightningDataModule) else "train_dataloaders"
     with (

@@ -30,7 +30,7 @@ COLUMNS = {  # of the table of layouts, with the classes of each
     "states": ("optimizer state",),
     "act": ("activations",),
     "temp": ("temporary", "communication"),
-    "other": ("buffers", "copies", "data"),
+    "other": ("buffers", "copies", "batch", "data"),
 }
 SCALED_CLASSES = ("activations", "temporary")  # in proportion to the micro-batch
 
@@ -341,7 +341,9 @@ def make_estimate(
     """
     is_half = "16" in precision
     traits = describe_module(module)
-    layouts = LayoutCalculator(simulation, traits, ranks, is_half, divides_batch).all_layouts()
+    layouts = LayoutCalculator(
+        simulation, traits, ranks, is_half, divides_batch, is_on_gpu=device is not None
+    ).all_layouts()
     rows = []
     for layout in layouts:
         reserved: dict[str, float] = {}

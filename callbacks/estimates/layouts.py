@@ -146,6 +146,7 @@ class LayoutCalculator:
         is_half: whether matrix products use 16 bits (mixed precision).
         divides_batch: whether the datamodule divides a batch over the data-parallel ranks. So ranks
             that share one model get a larger micro-batch.
+        is_on_gpu: whether the tensors of data sets are not on the device.
     """
 
     def __init__(
@@ -155,8 +156,11 @@ class LayoutCalculator:
         ranks: Ranks,
         is_half: bool,
         divides_batch: bool,
+        is_on_gpu: bool = False,
     ) -> None:
         """Sum up the parameters."""
+        # data sets stay in the memory of the host
+        self.moments = [_without_data(m) if is_on_gpu else m for m in simulation.moments]
         self.simulation, self.traits, self.ranks = simulation, traits, ranks
         self.is_half, self.divides_batch = is_half, divides_batch
         self.parameters = simulation.parameters
@@ -203,7 +207,7 @@ class LayoutCalculator:
 
     def _peak(self, rescale: Any) -> dict[str, float]:
         """Return the classes of the highest moment, after `rescale(moment) -> {class: bytes}`."""
-        return max((rescale(m) for m in self.simulation.moments), key=lambda c: sum(c.values()))
+        return max((rescale(m) for m in self.moments), key=lambda c: sum(c.values()))
 
     def single(self) -> Layout:
         """One process, as simulated."""
@@ -362,7 +366,7 @@ class LayoutCalculator:
                 "weight casts": 0.0 if shards else moment.of("weight casts") * ratio,
                 "activations": moment.of("activations") * fraction * rows,
                 "temporary": moment.of("temporary") * rows,
-                "data": moment.of("data") * rows,
+                "batch": moment.of("batch") * rows,
                 "gathered": gathered * in_pass,
             }
 
@@ -432,6 +436,13 @@ class LayoutCalculator:
             # a pipeline waits (p - 1) / m of the time
             compute_fraction=rows / size * (1 + (size - 1) / num_micro_batches),
         )
+
+
+def _without_data(moment: Moment) -> Moment:
+    index = CLASSES.index("data")
+    return Moment(
+        moment.phase, tuple(0 if i == index else n for i, n in enumerate(moment.num_bytes))
+    )
 
 
 def _classes_of(moment: Moment) -> dict[str, float]:

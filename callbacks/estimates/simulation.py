@@ -146,11 +146,13 @@ class SimulatedDevice(SingleDeviceStrategy):
         """Let the module defer its initial values, as for a sharding strategy."""
         super().setup_environment()
         assert self.lightning_module is not None
+        self.tracker.phase = "data"  # the datamodule is set up next
+        self._stack.enter_context(self.tracker)
         if not self.has_values:
             self.lightning_module.__dict__["strategy_draws_values"] = True
 
     def setup(self, trainer: L.Trainer) -> None:
-        """Replace parameters by fakes, start to track, and build the optimizers."""
+        """Replace parameters by fakes, and build the optimizers."""
         module = self.lightning_module
         assert module is not None
         if not self.has_values:
@@ -158,14 +160,12 @@ class SimulatedDevice(SingleDeviceStrategy):
             self.precision_plugin.convert_module(module)
             replace_by_fakes(module, self.fake_mode)
             replace_method(self.precision_plugin, "convert_module", lambda module: module)
-        self._stack.enter_context(self.tracker)
         super().setup(trainer)
         self.tracker.label(module.parameters(), "parameters")
         self.tracker.label(module.buffers(), "buffers")
         for parameter in module.parameters():
             if parameter.requires_grad and parameter.is_leaf:
                 parameter.register_post_accumulate_grad_hook(self._label_gradient)
-        self.tracker.phase = "data"  # the loaders are created next
         if not self.steps:
             self._step_without_batch(trainer)
 
@@ -196,7 +196,7 @@ class SimulatedDevice(SingleDeviceStrategy):
             if not self.tracker.is_recording:
                 self.tracker.start_recording()
             self._describe_batch(batch)
-        self.tracker.label(tree_leaves(batch), "data", adds=False)
+        self.tracker.label(tree_leaves(batch), "batch", adds=False)
         self.tracker.phase = "forward"
         return super().training_step(batch, *args)
 
@@ -300,6 +300,8 @@ class SimulationLimit(L.Callback):
         steps = trainer.estimated_stepping_batches
         result.total_steps = int(steps) if 0 < steps < float("inf") else None
         trainer.accumulate_grad_batches = min(result.accumulate, MAX_MICRO_BATCHES)
+        # only now, because callbacks such as GenerateSamples ask in `setup` for a validation
+        trainer.limit_val_batches = 0
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any

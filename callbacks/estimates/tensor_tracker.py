@@ -31,7 +31,7 @@ from ravine.errors import UsageError
 aten = torch.ops.aten
 CLASSES = (
     *("parameters", "buffers", "gradients", "optimizer state", "copies", "weight casts"),
-    *("activations", "temporary", "data"),
+    *("activations", "temporary", "batch", "data"),
 )
 PHASE_CLASSES = {"setup": "copies", "forward": "activations", "backward": "temporary"}
 PHASE_CLASSES |= {"step": "temporary", "data": "data"}
@@ -40,6 +40,11 @@ FLOP_FORMULAS: dict[Any, Any] = {
     **flop_registry,
     aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+}
+# bytes that a kernel of the CPU allocates and frees inside, by its arguments
+WORKSPACES: dict[Any, Any] = {
+    # sorted indices, their order and the bag of each, all int64 (n)
+    aten._embedding_bag_dense_backward.default: lambda grad, indices, *_: 24 * indices.numel(),
 }
 VALUE_READS = (aten._local_scalar_dense.default, aten.item.default)
 LIBRARY_FOLDERS = tuple(str(Path(str(package.__file__)).parent) for package in (torch,))
@@ -207,6 +212,12 @@ class TensorTracker(TorchDispatchMode):
             else:
                 self.moments.append(self.now())
             self._may_replace_last = True
+        if function in WORKSPACES:
+            index, workspace = CLASSES.index("temporary"), WORKSPACES[function](*args)
+            self._bytes[index] += workspace
+            self.moments.append(self.now())
+            self._bytes[index] -= workspace
+            self._may_replace_last = False
 
 
 def _storage_key(value: Any) -> int | None:
