@@ -53,14 +53,20 @@ class _NoRunChecks(RunChecks):
         cast(SimulatedDevice, trainer.strategy).tracker.phase = "setup"
 
 
-def simulation_trainer(
-    strategy: SimulatedDevice, trainer_class: Any = Trainer, **arguments: Any
-) -> L.Trainer:
+class SimulationTrainer(Trainer):
+    """A trainer that writes nothing: it has no run folder."""
+
+    @property
+    def log_dir(self) -> None:
+        """Return None, so that no folder is created."""
+        return None
+
+
+def simulation_trainer(strategy: SimulatedDevice, **arguments: Any) -> L.Trainer:
     """Return a trainer whose `fit` simulates two steps of a run with these arguments.
 
     Args:
         strategy: replaces the strategy of the run.
-        trainer_class: Trainer, or a subclass.
         arguments: those of the run.
     """
     precision = simulated_precision(arguments.pop("precision", None))
@@ -69,7 +75,7 @@ def simulation_trainer(
         for callback in as_list(arguments.pop("callbacks", None))
         if not isinstance(callback, WATCHING_CALLBACKS)
     ]
-    trainer = trainer_class(
+    trainer = SimulationTrainer(
         **arguments | SIMULATION_ARGUMENTS,
         callbacks=[_NoRunChecks(), *callbacks],
         precision=precision,

@@ -66,12 +66,17 @@ class _Watch(L.Callback):
             self.counter.__enter__()
 
     def on_after_backward(self, trainer, module) -> None:
+        if module.automatic_optimization:  # without the FLOPs of the optimizer
+            self.stop_counting()
+
+    def stop_counting(self) -> None:
         if self.counter is not None:
             self.flops = self.counter.get_total_flops()
             self.counter.__exit__(None, None, None)
             self.counter = None
 
     def on_train_batch_end(self, trainer, module, *_) -> None:
+        self.stop_counting()
         if trainer.global_step == 2 and not self.end:
             self.end = time.time_ns()
             self.state_bytes = measure_memory(module, trainer.optimizers)[

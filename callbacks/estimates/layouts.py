@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-from ravine.strategies.device_mesh import resolve_degrees
+from ravine.strategies.device_mesh import MESH_AXES, resolve_degrees
 from ravine.strategies.parallel_module import find_unit_names
 from ravine.strategies.pipeline_stages import count_pipeline_blocks
 from ravine.strategies.presets import STRATEGY_PRESETS
@@ -239,15 +239,23 @@ class LayoutCalculator:
         for owner, parameter in zip(owners, self.trainable, strict=True):
             states[owner] += parameter.state_bytes
             gradients[owner] += parameter.num_bytes
-        # with accumulation, all gradients stay until the last micro-batch
         fraction = max(gradients) / max(1, self.gradient_bytes)
-        fraction = 1.0 if self.simulation.accumulate > 1 else fraction
-        bucket = min(BUCKET_BYTES, self.gradient_bytes)
+        accumulates = self.simulation.accumulate > 1
+
+        def held_gradients(moment: Moment) -> float:
+            """Return own gradients, those in buckets that are not full, and a message."""
+            found = moment.of("gradients")
+            if accumulates and moment.phase != "step":
+                return found  # all gradients stay until the last micro-batch
+            own = found * fraction
+            if moment.phase != "backward":
+                return own
+            message = BUCKET_BYTES if found / n >= BUCKET_BYTES else 0
+            return own + min(found - own, (n - 1) * BUCKET_BYTES) + message
 
         def rescale(moment: Moment) -> dict[str, float]:
-            in_backward = moment.phase == "backward"
             return _classes_of(moment) | {
-                "gradients": moment.of("gradients") * fraction + bucket * in_backward,
+                "gradients": held_gradients(moment),
                 "optimizer state": max(states),
             }
 
@@ -452,4 +460,6 @@ def _classes_of(moment: Moment) -> dict[str, float]:
 def check_divisible(name: str, ranks: Ranks) -> None:
     """Raise UsageError if a preset's axes do not divide the ranks of the run."""
     if name in STRATEGY_PRESETS:
-        resolve_degrees(STRATEGY_PRESETS[name][1], ranks.size)
+        _, arguments = STRATEGY_PRESETS[name]
+        axes = {axis: size for axis, size in arguments.items() if axis in (*MESH_AXES, "ep")}
+        resolve_degrees({"dp_shard": -1} | axes, ranks.size)

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from ravine.lightning_compat import replace_method
+from ravine.strategies.fsdp.optimizer_probe import needs_closure
 
 from ..monitoring.memory import measure_memory
 from ..monitoring.progress import count_units
@@ -183,7 +184,10 @@ class SimulatedDevice(SingleDeviceStrategy):
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = torch.zeros_like(parameter)
-            optimizer.step()
+                    self._label_gradient(parameter)
+            if not needs_closure(optimizer):  # it has no state without a forward pass
+                optimizer.step()
+        self.label_states()
         self.tracker.start_recording()
         self.finish(trainer)
 
