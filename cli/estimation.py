@@ -83,7 +83,7 @@ def simulation_trainer(strategy: SimulatedDevice, **arguments: Any) -> L.Trainer
     )
     kept: list[Callback] = [
         callback
-        for callback in trainer.callbacks
+        for callback in cast(Any, trainer).callbacks
         if isinstance(callback, _NoRunChecks) or not isinstance(callback, WATCHING_CALLBACKS)
     ]
     trainer.callbacks = [*kept, SimulationLimit()]  # type: ignore[attr-defined]

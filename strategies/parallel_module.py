@@ -402,10 +402,10 @@ def find_unit_names(module: nn.Module) -> list[tuple[str, ...]]:
         ),
         joint_ids,
     ]:
-        own = [i for i in dict.fromkeys(ids) if i not in taken]
-        taken.update(own)
-        if own:
-            units.append(tuple(names[i] for i in own))
+        new_ids = [i for i in dict.fromkeys(ids) if i not in taken]
+        taken.update(new_ids)
+        if new_ids:
+            units.append(tuple(names[i] for i in new_ids))
     return units
 
 

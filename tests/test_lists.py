@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 import ravine.callbacks
 from ravine.callbacks import OptimizerPlan, Quantization
+from ravine.callbacks.estimates.devices import DEVICES
 from ravine.callbacks.optimizers import lr_schedules, muon
 from ravine.callbacks.quantization.layers import DEQUANTIZERS
 from ravine.cli import help_text
@@ -106,6 +107,20 @@ def hooks() -> list[Row]:
     return rows
 
 
+def devices() -> list[Row]:
+    """The devices of `lightning estimate` with their figures."""
+    return [
+        (
+            f"`{name}`",
+            device.name,
+            f"{device.memory_bytes / 2**30:g} GiB",
+            f"{device.flops_per_s / 1e12:g}",
+            f"{device.memory_bytes_per_s / 1e12:g}",
+        )
+        for name, device in DEVICES.items()
+    ]
+
+
 def arguments(method: object) -> str:
     """The arguments of a method as in a call; nothing for an attribute."""
     if not inspect.isfunction(method):
@@ -146,6 +161,11 @@ LISTS: dict[str, tuple[str, Row, Callable[[], list[Row]]]] = {
         "parallelism.md",
         ("`--trainer.strategy`", "what is divided", "the same in Python"),
         presets,
+    ),
+    "devices": (
+        "estimate.md",
+        ("`--gpu`", "device", "memory", "16-bit TFLOP/s", "memory TB/s"),
+        devices,
     ),
     "hooks": ("adding_a_task.md", ("attribute or method", "what it is for"), hooks),
     "texts": ("data.md", ("`--data.source`", "text"), texts),

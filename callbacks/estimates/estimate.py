@@ -156,7 +156,6 @@ class Estimate:
     def _row_to_dict(self, row: Row) -> dict[str, Any]:
         return {
             "name": row.name,
-            "flags": row.layout.flags,
             "fits": row.fits,
             "bytes": {name: round(size) for name, size in row.layout.classes.items()},
             "peak": round(row.layout.peak_bytes),
@@ -199,32 +198,47 @@ class Estimate:
         return "16" in self.precision
 
     def __rich__(self) -> Group:
-        """Return the tables."""
-        parts: list[Any] = [self._model_table(), self._layout_table()]
-        if self.best is not None and self.device is not None:
-            parts.append(f"recommended: {self.best.name}  {self.best.layout.flags}".rstrip())
-        elif self.device is not None:
-            parts.append(self._advice())
+        """Return the tables, what to pass to Trainer, and the assumptions."""
+        return self.render(self._advice())
+
+    def render(self, advice: str) -> Group:
+        """Return the tables with a line of advice, and the assumptions.
+
+        Args:
+            advice: what to pass or to type; "" for no line.
+        """
+        lines = [advice] if advice else []
         if any(not row.layout.is_exact for row in self.rows):
-            parts.append("~ activations by formula, not simulated")
-        return Group(*parts, *(f"- {line}" for line in self.assumptions()))
+            lines.append("~ activations by formula, not simulated")
+        lines += [f"- {line}" for line in self.assumptions()]
+        return Group(self._model_table(), self._layout_table(), *lines)
 
     def _advice(self) -> str:
-        """Return what to change if no layout fits, from the class with the most bytes."""
+        """Return the arguments of Trainer for the recommended layout, or what to change."""
+        if self.device is None:
+            return ""
+        if self.best is None:
+            return f"{self.shortage()}: use {'; or '.join(self.remedies())}"
+        name = self.best.name
+        return f"recommended: {name}" + ("" if name == "single" else f", strategy={name!r}")
+
+    def shortage(self) -> str:
+        """Return which class has the most bytes of the smallest layout, if none fits."""
+        smallest, name = self._largest_class()
+        size = smallest.layout.classes[name] / GIB
+        return f"no layout fits; the smallest is {smallest.name}, with {size:.2f} GiB of {name}"
+
+    def remedies(self) -> list[str]:
+        """Return what makes the largest class smaller, as arguments of a Trainer."""
+        if self._largest_class()[1] in SCALED_CLASSES:
+            accumulate = 2 * self.simulation.accumulate
+            return ["ActivationCheckpointing()", f"accumulate_grad_batches={accumulate}"]
+        return [f"devices={2 * self.ranks.devices}", "LoRA()"]
+
+    def _largest_class(self) -> tuple[Row, str]:
         smallest = min(self.rows, key=lambda row: row.total_bytes)
         classes = smallest.layout.classes
-        largest = max(classes, key=lambda name: classes[name])
-        if largest in SCALED_CLASSES:
-            text = (
-                "--trainer.callbacks+=ActivationCheckpointing, or twice "
-                "--trainer.accumulate_grad_batches"
-            )
-        else:
-            text = "more ranks, or --trainer.callbacks+=LoRA"
-        return (
-            f"no layout fits; the smallest is {smallest.name}, of which {largest} are "
-            f"{classes[largest] / GIB:.2f} GiB: type {text}"
-        )
+        return smallest, max(classes, key=lambda name: classes[name])
 
     def _model_table(self) -> Table:
         table = Table("", "", title="one process")

@@ -76,7 +76,6 @@ class Layout:
 
     Attributes:
         name: name of the strategy.
-        flags: flags to type.
         classes: bytes per rank at the peak, by class.
         sent_bytes: bytes that a rank sends in an optimizer step.
         collectives: number of collectives of an optimizer step, by kind.
@@ -86,7 +85,6 @@ class Layout:
     """
 
     name: str
-    flags: str
     classes: dict[str, float]
     sent_bytes: float = 0.0
     collectives: dict[str, int] = field(default_factory=dict)
@@ -211,7 +209,7 @@ class LayoutCalculator:
 
     def single(self) -> Layout:
         """One process, as simulated."""
-        return Layout("single", "", self._peak(_classes_of))
+        return Layout("single", self._peak(_classes_of))
 
     def ddp(self) -> Layout:
         """Every rank has everything, and gradients stay in the buckets that are all-reduced."""
@@ -224,7 +222,6 @@ class LayoutCalculator:
         sent_bytes = 2 * self.gradient_bytes * (n - 1) / n
         return Layout(
             "ddp",
-            "--trainer.strategy=ddp",
             self._peak(rescale),
             sent_bytes,
             {"all_reduce": num_buckets},
@@ -244,14 +241,14 @@ class LayoutCalculator:
 
         def held_gradients(moment: Moment) -> float:
             """Return own gradients, those in buckets that are not full, and a message."""
-            found = moment.of("gradients")
+            total = moment.of("gradients")
             if accumulates and moment.phase != "step":
-                return found  # all gradients stay until the last micro-batch
-            own = found * fraction
+                return total  # all gradients stay until the last micro-batch
+            owned = total * fraction
             if moment.phase != "backward":
-                return own
-            message = BUCKET_BYTES if found / n >= BUCKET_BYTES else 0
-            return own + min(found - own, (n - 1) * BUCKET_BYTES) + message
+                return owned
+            message = BUCKET_BYTES if total / n >= BUCKET_BYTES else 0
+            return owned + min(total - owned, (n - 1) * BUCKET_BYTES) + message
 
         def rescale(moment: Moment) -> dict[str, float]:
             return _classes_of(moment) | {
@@ -263,7 +260,6 @@ class LayoutCalculator:
         num_messages = 2 * math.ceil(self.gradient_bytes / BUCKET_BYTES) * (n - 1)
         return Layout(
             "zero1",
-            "--trainer.strategy=zero1",
             self._peak(rescale),
             sent_bytes,
             {"send": num_messages},
@@ -302,7 +298,6 @@ class LayoutCalculator:
         count = len(self.unit_bytes) * accumulate
         return Layout(
             "zero2",
-            "--trainer.strategy=zero2",
             self._peak(rescale),
             sent_bytes,
             {"all_gather": count, "reduce_scatter": count},
@@ -332,7 +327,6 @@ class LayoutCalculator:
             sent_bytes += 2 * self.gradient_bytes / n * (num_replicas - 1) / num_replicas
         return Layout(
             name,
-            f"--trainer.strategy={name}",
             self._peak(rescale),
             sent_bytes,
             collectives,
@@ -350,14 +344,14 @@ class LayoutCalculator:
         fraction = REPLICATED_FRACTION * kept + (1 - REPLICATED_FRACTION * kept) / size
         rows = size if self.divides_batch else 1  # the micro-batch of fewer data-parallel ranks
 
-        def part(parameter: ParameterInfo, num_bytes: int | None = None) -> float:
+        def shard_size(parameter: ParameterInfo, num_bytes: int | None = None) -> float:
             divisor = size if parameter.name in self.traits.split_axes else 1
             return shard_bytes(parameter, num_shards, num_bytes) / divisor
 
-        parameters = sum(map(part, self.parameters))
-        gradients = sum(map(part, self.trainable))
+        parameters = sum(map(shard_size, self.parameters))
+        gradients = sum(map(shard_size, self.trainable))
         states = sum(
-            part(p, num_bytes) if shape == p.shape else num_bytes
+            shard_size(p, num_bytes) if shape == p.shape else num_bytes
             for p in self.trainable
             for shape, num_bytes in p.state
         )
@@ -379,7 +373,6 @@ class LayoutCalculator:
             }
 
         name = "2d" if shards else "sp" if sequence else "tp"
-        flags = f"--trainer.strategy={name}"
         width = self._width()
         itemsize = 2 if self.is_half else 4
         message = self.simulation.units * rows * width * itemsize
@@ -392,7 +385,6 @@ class LayoutCalculator:
             collectives = {"all_gather": count + 2, "reduce_scatter": count}
         return Layout(
             name,
-            flags,
             self._peak(rescale),
             sent_bytes,
             collectives,
@@ -413,9 +405,9 @@ class LayoutCalculator:
         in_block = sum(
             p.num_bytes for p in self.parameters if ".blocks." in f".{p.name}"
         )  # the rest is at the first and last stage
-        rest = self.param_bytes - in_block
+        outside = self.param_bytes - in_block
         num_blocks = self.traits.num_blocks
-        of_stage = in_block * math.ceil(num_blocks / size) / max(1, num_blocks) + rest
+        of_stage = in_block * math.ceil(num_blocks / size) / max(1, num_blocks) + outside
         fraction = of_stage / max(1, self.param_bytes)
         rows = size if self.divides_batch else 1
         in_flight = min(size, num_micro_batches) / num_micro_batches * rows / size
@@ -434,7 +426,6 @@ class LayoutCalculator:
         message = self.simulation.units * rows * width * (2 if self.is_half else 4)
         return Layout(
             "pp",
-            "--trainer.strategy=pp",
             self._peak(rescale),
             2 * message * accumulate,
             {"send": 2 * num_micro_batches * accumulate},

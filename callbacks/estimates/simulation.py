@@ -16,13 +16,13 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from ravine.lightning_compat import replace_method
 from ravine.strategies.fsdp.optimizer_probe import needs_closure
+from ravine.strategies.one_rank import OneRankStrategy
 
 from ..monitoring.memory import measure_memory
 from ..monitoring.progress import count_units
@@ -116,7 +116,7 @@ class SimulationEnd(Exception):
     """Ends the fit after the recorded step."""
 
 
-class SimulatedDevice(SingleDeviceStrategy):
+class SimulatedDevice(OneRankStrategy):
     """One process whose parameters are fake tensors, and whose tensors are tracked.
 
     Args:
@@ -127,21 +127,14 @@ class SimulatedDevice(SingleDeviceStrategy):
 
     def __init__(self, dp_size: int = 1, has_values: bool = False, steps: bool = True) -> None:
         """Create the modes; they are entered in `setup`."""
-        super().__init__(device="cpu")
-        self.dp_size, self.has_values, self.steps = dp_size, has_values, steps
+        super().__init__(dp_size)
+        self.has_values, self.steps = has_values, steps
         # real tensors, such as batches, become fake when they are combined with fake ones
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.tracker = TensorTracker()
         self.simulation = Simulation(num_micro_batches=0)
         self._stack = contextlib.ExitStack()
         self._num_steps = 0
-        self.divides_batch = False  # whether the datamodule divides its batch over the ranks
-
-    @property
-    def distributed_sampler_kwargs(self) -> dict[str, int]:
-        """Return the data-parallel size, which Ravine's datamodules read."""
-        self.divides_batch = True
-        return {"num_replicas": self.dp_size, "rank": 0}
 
     def setup_environment(self) -> None:
         """Let the module defer its initial values, as for a sharding strategy."""
@@ -218,16 +211,23 @@ class SimulatedDevice(SingleDeviceStrategy):
         super().pre_backward(closure_loss)
 
     def post_backward(self, closure_loss: Tensor) -> None:
-        """Note that the optimizer step may follow."""
+        """Note that the optimizer step follows, or with manual optimization another forward."""
         super().post_backward(closure_loss)
-        self.tracker.phase = "step"
+        self.tracker.phase = "step" if self._is_automatic else "forward"
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         """Step, and label the states that the step has created."""
+        if not self._is_automatic:  # else a closure runs the passes before the step
+            self.tracker.phase = "step"
         result = super().optimizer_step(*args, **kwargs)
         self.label_states()
         self._num_steps += 1
         return result
+
+    @property
+    def _is_automatic(self) -> bool:
+        assert self.lightning_module is not None
+        return self.lightning_module.automatic_optimization
 
     def label_states(self) -> None:
         """Label the tensors in the states of all optimizers."""
@@ -254,7 +254,7 @@ class SimulatedDevice(SingleDeviceStrategy):
         result.buffer_bytes = sum(b.numel() * b.itemsize for b in module.buffers())
         result.unit = getattr(module, "unit", "samples")
         flops: Any = getattr(module, "flops_per_unit", None)
-        result.flops_per_unit = flops() if callable(flops) else None
+        result.flops_per_unit = cast(Any, flops)() if callable(flops) else None
         trainer.callbacks = []  # type: ignore[attr-defined]  no hook of an error runs
         raise SimulationEnd
 

@@ -48,8 +48,8 @@ WORKSPACES: dict[Any, Any] = {
 }
 VALUE_READS = (aten._local_scalar_dense.default, aten.item.default)
 LIBRARY_FOLDERS = tuple(str(Path(str(package.__file__)).parent) for package in (torch,))
-# code of Lightning and Ravine that reads values gets a stand-in
-STAND_IN_FOLDERS = (
+# code of Lightning and Ravine that reads values gets 1.0 or true
+FOLDERS_WITH_DEFAULTS = (
     str(Path(str(lightning.__file__)).parent),
     *(str(Path(__file__).parents[2] / name) for name in ("ravine", "callbacks", "strategies")),
     *(str(Path(__file__).parents[2] / name) for name in ("cli", "datamodules")),
@@ -132,8 +132,7 @@ class TensorTracker(TorchDispatchMode):
     def _add(self, tensor: Tensor, index: int, relabel: bool = False) -> bool:
         """Count a tensor's storage; return whether it is new."""
         if tensor.layout != torch.strided:
-            parts = _parts_of_sparse(tensor)
-            return any([self._add(part, index, relabel) for part in parts])
+            return any([self._add(t, index, relabel) for t in _dense_tensors(tensor)])
         try:
             storage = tensor.untyped_storage()
         except (NotImplementedError, RuntimeError):  # a subclass without a storage
@@ -167,7 +166,7 @@ class TensorTracker(TorchDispatchMode):
         """
         kwargs = kwargs or {}
         if function in VALUE_READS and isinstance(args[0], FakeTensor):
-            return _stand_in(function, args[0])
+            return _default_value(function, args[0])
         if function is aten.index.Tensor or function is aten.index_put_.default:
             args = _with_index_numbers(args)
         try:
@@ -234,7 +233,7 @@ def _num_bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.itemsize
 
 
-def _parts_of_sparse(tensor: Tensor) -> list[Tensor]:
+def _dense_tensors(tensor: Tensor) -> list[Tensor]:
     if tensor.layout == torch.sparse_coo:
         return [tensor._indices(), tensor._values()]
     return []
@@ -259,10 +258,10 @@ def _with_index_numbers(args: Any) -> Any:
     return (tensor, numbers, *others)
 
 
-def _stand_in(function: Any, tensor: Tensor) -> Any:
+def _default_value(function: Any, tensor: Tensor) -> Any:
     """Return a value for code of Ravine and Lightning that reads one; raise for other code."""
     _, path = _calling_frame()
-    if not path.startswith(STAND_IN_FOLDERS):
+    if not path.startswith(FOLDERS_WITH_DEFAULTS):
         raise value_error(function)
     if tensor.dtype == torch.bool:
         return True
@@ -283,10 +282,12 @@ def _calling_frame() -> tuple[Any, str]:
 def value_error(function: Any) -> UsageError:
     """Return the error for code that needs the values of a tensor, with its file and line."""
     frame, path = _calling_frame()
-    place = f"{path}:{frame.f_lineno} in {frame.f_code.co_name}" if frame is not None else "torch"
+    location = "torch"
+    if frame is not None:
+        location = f"{path}:{frame.f_lineno} in {frame.f_code.co_name}"
     return UsageError(
-        f"estimate: {place} needs values of a tensor ({function}), and a simulated step has shapes "
-        "only",
+        f"estimate: {location} needs values of a tensor ({function}), and a simulated step has "
+        "shapes only",
         hint="use estimate(..., level='measure'), which runs real steps",
         flag="--measure",
     )

@@ -4,6 +4,7 @@ lightning estimate --config shakespeare/quick
 lightning estimate --config gpt2/124m --data.path=FOLDER --gpu h200 --devices 8
 """
 
+import json
 import sys
 from dataclasses import dataclass, fields
 from typing import Any, cast
@@ -172,7 +173,37 @@ def run_argv(argv: list[str]) -> int:
     command = EstimateCLI(fit_argv, checkpoint, flags)
     result = cast(Estimate, command.result)
     if flags.json:
-        print(result.to_json())
+        values = result.to_dict() | {"recommended_flags": recommended_flags(result)}
+        print(json.dumps(values, indent=2))
     else:
-        Console().print(result)
+        Console().print(result.render(advice(result)))
     return 0
+
+
+def advice(result: Estimate) -> str:
+    """Return what to type for the recommended layout, or what to change if none fits."""
+    if result.device is None:
+        return ""
+    if result.best is None:
+        return f"{result.shortage()}\n  type: {', or '.join(map(as_flag, result.remedies()))}"
+    return f"recommended: {result.best.name}  {recommended_flags(result)}".rstrip()
+
+
+def recommended_flags(result: Estimate) -> str:
+    """Return the flags of the recommended layout; "" for one process."""
+    if result.best is None or result.best.name == "single":
+        return ""
+    flags = f"--trainer.strategy={result.best.name} --trainer.devices={result.ranks.devices}"
+    nodes = result.ranks.num_nodes
+    return flags if nodes == 1 else f"{flags} --trainer.num_nodes={nodes}"
+
+
+def as_flag(argument: str) -> str:
+    """Return an argument of the trainer as a flag: a callback, or NAME=VALUE."""
+    if argument.endswith("()"):
+        return f"--trainer.callbacks+={argument[:-2]}"
+    return (
+        f"--devices={argument.partition('=')[2]}"
+        if "devices" in argument
+        else (f"--trainer.{argument}")
+    )

@@ -172,7 +172,7 @@ def test_time_grows_with_messages_and_a_run_has_as_many_steps_as_the_trainer() -
         ({"devices": 0}, "devices=0", "1 or more"),
         ({"gpu_memory": -1.0}, "gpu_memory=-1", "a number above 0"),
         ({"level": "fast"}, "level='fast'", "simulate"),
-        ({"devices": 3, "strategy": "2d", "level": "quick"}, "multiple of 2", ""),
+        ({"devices": 3, "strategy": "2d", "level": "quick"}, "and there are 3", ""),
     ],
 )
 def test_bad_input_is_one_line(arguments: Any, problem: str, allowed: str) -> None:

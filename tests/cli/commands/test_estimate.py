@@ -42,7 +42,7 @@ def test_the_table_names_the_flags_to_type(capsys: Any) -> None:
     flags = ["--gpu_memory=40", "--gpu_tflops=100", "--trainer.devices=2", "--quick"]
     assert main([*QUICK, *flags, "--trainer.strategy=zero2"]) == 0
     printed = capsys.readouterr().out
-    assert "recommended: ddp  --trainer.strategy=ddp" in printed
+    assert "recommended: ddp  --trainer.strategy=ddp --trainer.devices=2" in printed
     assert "2 ranks" in printed
     assert "optimizer state" in printed
 
@@ -53,7 +53,11 @@ def test_mistakes_are_one_line_with_what_to_type(capsys: Any) -> None:
         (["--devices=two"], "--devices=two is not a whole number", "--devices=8"),
         (["--quick", "--measure"], "--quick computes by formula", "--measure"),
         (["--json=yes"], "--json takes no value", "--json"),
-        (["--quick", "--devices=3", "--trainer.strategy=2d"], "multiple of 2", "--trainer.devices"),
+        (
+            ["--quick", "--devices=3", "--trainer.strategy=2d"],
+            "and there are 3",
+            "--trainer.devices",
+        ),
         (["--trainer.max_stepz=3"], "max_stepz", "--trainer.max_steps"),
     ):
         assert main([*QUICK, *flags]) == 2
