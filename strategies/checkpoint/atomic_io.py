@@ -323,16 +323,8 @@ def _local_path(path: str | Path) -> Path | None:
 
 def _save_atomically(checkpoint: dict[str, Any], target: Path) -> None:
     with atomic_write(target) as file:
-        try:
-            torch.save(checkpoint, file)
-        except RuntimeError as error:  # torch closes its archive and hides the OSError
-            raise _find_os_error(error) or error from error
-
-
-def _find_os_error(error: BaseException | None) -> OSError | None:
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error
+        # torch.save, which raises the OSError of a full disk
+        zip_archive.save_archive(checkpoint, file)
 
 
 def _open_regular_file(path: Path) -> IO[bytes]:

@@ -100,14 +100,15 @@ def save_sharded(checkpoint: dict[str, Any], path: Path) -> None:
                     for tensor_path, value in rank_states.items():
                         set_nested(unsharded, tensor_path, value)
                 with (staging / META_FILE).open("wb") as file:
-                    torch.save(unsharded, file)
+                    # torch.save, which raises the OSError of a full disk
+                    zip_archive.save_archive(unsharded, file)
                 checksums: dict[str, list[int]] = {}
                 for rank_checksums in checksums_by_rank:
                     checksums |= rank_checksums
                 # _save_manifest: adds the checksums of META_FILE and of torch's index
                 _save_manifest(staging, checksums)
                 replace_folder(staging, path)
-            except OSError as problem:
+            except Exception as problem:  # the other ranks would wait for rank 0
                 error = problem
         _broadcast_error(error)
 
@@ -154,14 +155,19 @@ class _AliasingWriter(FileSystemWriter):
         super().finish(metadata, [*results, alias_results])
 
 
-def _broadcast_error(error: OSError | None) -> None:
-    """Raise rank 0's error on every rank."""
-    message: list[Any] = [None if error is None else (error.errno, error.strerror or str(error))]
+def _broadcast_error(error: Exception | None) -> None:
+    """Raise rank 0's error on every rank; on other ranks as OSError or CheckpointError."""
+    message: list[Any] = [None]  # number (None if it is no OSError) and text of the error
+    if isinstance(error, OSError):
+        message = [(error.errno, error.strerror or str(error))]
+    elif error is not None:
+        message = [(None, str(error))]
     dist.broadcast_object_list(message)
     if error is not None:
         raise error
     if message[0] is not None:
-        raise OSError(*message[0])
+        number, text = message[0]
+        raise CheckpointError(text, exit_status=1) if number is None else OSError(number, text)
 
 
 def _all_gather(value: Any) -> list[Any]:

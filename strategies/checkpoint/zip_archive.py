@@ -2,7 +2,8 @@
 
 torch does not validate the archive. It decompresses records without a limit, and reads as many
 bytes of a record as the pickle states, even beyond its end. This module compares the table of
-contents with the pickle, without reading tensor data.
+contents with the pickle, without reading tensor data. `save_archive` is torch.save, with the
+OSError that torch hides.
 """
 
 import io
@@ -12,6 +13,8 @@ import zipfile
 import zlib
 from collections.abc import Collection
 from typing import IO, Any
+
+import torch
 
 from . import safe_pickle
 from .safe_pickle import CallRecord, GlobalName, UnsafePickle
@@ -68,6 +71,21 @@ class FileWindow(io.RawIOBase):
         count = self.file.readinto(memoryview(buffer).cast("B")[:count])  # type: ignore
         self.position += count
         return count
+
+
+def save_archive(content: Any, file: IO[bytes]) -> None:
+    """Write a content by torch.save.
+
+    Raises:
+        OSError: the file cannot be written, e.g. on a full disk.
+    """
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:  # torch closes its archive and hides the OSError
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        raise cause or error from error
 
 
 def validate_zip_entries(archive: zipfile.ZipFile, size: int) -> None:

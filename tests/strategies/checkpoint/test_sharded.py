@@ -297,17 +297,22 @@ def test_an_index_that_would_run_a_program_is_not_read(written, tmp_path):
         list(sharded_index.iter_tensor_entries(path))
 
 
-def write_more_than_fits(path):
+def write_more_than_fits(path, num_weights):
     dist.init_process_group("gloo")
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # as on a full disk
     strategy = MeshStrategy(save_distributed_checkpoint=True)
     strategy.broadcast = lambda path: path
+    checkpoint = {"state_dict": {"w": torch.ones(num_weights)}, "text": "x" * 100_000}
     with pytest.raises(CheckpointError) as caught:
-        strategy.save_checkpoint({"state_dict": {"w": torch.ones(100_000)}}, path)
+        strategy.save_checkpoint(checkpoint, path)
     return str(caught.value), Path(path).exists()
 
 
-def test_a_folder_that_cannot_be_written_is_one_line_on_all_ranks(ranks, tmp_path):
-    for text, exists in ranks(write_more_than_fits, 2, str(tmp_path / "step=1.ckpt")):
-        assert re.search(r"cannot be written \(no space left, or .*free space in", text)
+@pytest.mark.parametrize("num_weights", [100_000, 10], ids=["shards", "meta.pt of rank 0"])
+def test_a_folder_that_cannot_be_written_is_one_line_on_all_ranks(ranks, tmp_path, num_weights):
+    path = str(tmp_path / "step=1.ckpt")
+    for text, exists in ranks(write_more_than_fits, 2, path, num_weights):
+        assert re.search(
+            r"cannot be written \((no space left, or|File too large).*free space in", text
+        )
         assert not exists
