@@ -27,6 +27,7 @@ from .monitoring.progress import ProgressBar
 from .monitoring.steps_to_target import StepsToTarget
 from .monitoring.summary import Summary
 from .monitoring.throughput import Throughput
+from .monitoring.training_monitor import TrainingMonitor
 from .monitoring.trajectory_plot import TrajectoryPlot
 from .optimizers.lr_schedules import LRSchedule
 from .optimizers.momentum_schedule import MomentumSchedule
@@ -77,6 +78,7 @@ __all__ = [
     "Summary",
     "Throughput",
     "TokenWeightedLoss",
+    "TrainingMonitor",
     "TrajectoryPlot",
     "UpdateMonitor",
     "lora_disabled",

@@ -28,6 +28,7 @@ from ravine.callbacks.checks.run_checks import RunChecks
 from ravine.callbacks.generation.predictions import PredictionTable
 from ravine.callbacks.monitoring.plots import LossPlot
 from ravine.callbacks.monitoring.progress import ProgressBar
+from ravine.callbacks.monitoring.training_monitor import TrainingMonitor
 from ravine.callbacks.stability.rank_watchdog import RankWatchdog
 from ravine.callbacks.stability.token_weighted_loss import TokenWeightedLoss
 from ravine.callbacks.stock_callbacks.gradient_accumulation import count_optimizer_steps
@@ -35,6 +36,7 @@ from ravine.errors import UsageError
 from ravine.lightning_compat import (
     checkpoint_connector,
     install_fast_loop,
+    number_logs_by_step,
     replace_checkpoint_connector,
     replace_method,
     start_method,
@@ -54,8 +56,8 @@ from ravine.strategies.stock_callbacks import check_stock_callbacks
 from .checkpoint_connector import RavineCheckpointConnector
 from .lightning_noise import silence_lightning
 from .run_dir import CHECKPOINT_FOLDERS_FILE, RunCSVLogger, check_run_name, run_dir_error
-from .run_folders.index import FIRST_LOGGED_STEP
 from .run_folders.placement import Placement, create_numbered_folder, place_run
+from .run_folders.record import FIRST_LOGGED_STEP
 from .run_folders.recorder import RunRecorder
 
 EQUIVALENT_CLASSES = {Checkpoint: ModelCheckpoint, ProgressBar: LightningProgressBar}
@@ -94,7 +96,9 @@ class Trainer(L.Trainer):
     Default callbacks, unless one of the same kind is given: ExactResume, GracefulStop,
     TokenWeightedLoss, PredictionTable, RunRecorder and RunChecks, and with several ranks
     RankWatchdog. Default plugin: AtomicCheckpointIO. Unless switched off: Checkpoint
-    (enable_checkpointing), ProgressBar (enable_progress_bar) and LossPlot (logger).
+    (enable_checkpointing), ProgressBar (enable_progress_bar), TrainingMonitor and LossPlot
+    (logger). The loggers, the progress bar and the names of checkpoints count optimizer steps from
+    1, as `global_step` does after a step.
     """
 
     def __init__(
@@ -156,6 +160,7 @@ class Trainer(L.Trainer):
             Checkpoint: enable_checkpointing and not is_dry_run,
             ProgressBar: enable_progress_bar and not is_barebones,
             LossPlot: bool(self._requested_loggers) and not is_dry_run,
+            TrainingMonitor: bool(self._requested_loggers) and not is_dry_run,
             PredictionTable: not is_barebones,
             RunRecorder: not is_dry_run,
         }
@@ -164,9 +169,7 @@ class Trainer(L.Trainer):
             logger=logger_objects or False,  # `log_dir` adds the loggers given by name
             # Default callbacks are added unless one of their kind is given. RunChecks, which tries
             # the first batch before training, is added as the first.
-            callbacks=put_run_checks_first(
-                add_default_callbacks(as_list(callbacks), default_callbacks)
-            ),
+            callbacks=sort_callbacks(add_default_callbacks(as_list(callbacks), default_callbacks)),
             plugins=add_atomic_checkpoint_io(as_list(plugins)),
             default_root_dir=default_root_dir,
             num_sanity_val_steps=num_sanity_val_steps,
@@ -216,6 +219,8 @@ class Trainer(L.Trainer):
         """Remove overhead from training steps: lightning_compat/fast_loop.py has the figures."""
         check_stock_callbacks(self)
         replace_checkpoint_connector(self, RavineCheckpointConnector(self))
+        # Lightning's loggers write 49 for the values of the 50th step
+        number_logs_by_step(self)
         free_before_forward(self)
         install_fast_loop(self, can_free_gradients_early, free_gradients)
         without_profiling(self)
@@ -337,7 +342,6 @@ class Trainer(L.Trainer):
             # steps
             case "csv":
                 return RunCSVLogger(root, name="", version=version, kept_steps=self._kept_steps)
-            # FIRST_LOGGED_STEP: the number that the loggers write for the first step
             case "tensorboard":
                 options = {}
                 if self._kept_steps is not None:  # TensorBoard hides rows from this step on
@@ -404,10 +408,16 @@ def add_default_callbacks(callbacks: list[Callback], defaults: dict[type, bool])
     ]
 
 
-def put_run_checks_first(callbacks: list[Callback]) -> list[Callback]:
-    """Return the callbacks with RunChecks first, so that its checks run before the others fail."""
+def sort_callbacks(callbacks: list[Callback]) -> list[Callback]:
+    """Return the callbacks with RunChecks and TrainingMonitor before all others.
+
+    The checks of RunChecks run before other callbacks fail. The progress bar shows what
+    TrainingMonitor has logged at the same step.
+    """
     run_checks = next((c for c in callbacks if isinstance(c, RunChecks)), None) or RunChecks()
-    return [run_checks, *(c for c in callbacks if not isinstance(c, RunChecks))]
+    monitors = [c for c in callbacks if isinstance(c, TrainingMonitor)]
+    others = [c for c in callbacks if not isinstance(c, RunChecks | TrainingMonitor)]
+    return [run_checks, *monitors, *others]
 
 
 def as_list(value: Any) -> list[Any]:

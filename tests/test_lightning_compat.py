@@ -21,9 +21,10 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torchmetrics import MeanMetric
 
 from ravine import lightning_compat
+from ravine.callbacks import TrainingMonitor
 from ravine.cli.trainer import Trainer
 from ravine.errors import UsageError
-from ravine.lightning_compat import SEEN_VERSIONS
+from ravine.lightning_compat import SEEN_VERSIONS, number_logs_by_step
 from ravine.lightning_compat.versions import HINT
 
 PACKAGE = Path(lightning_compat.__file__).parent
@@ -139,6 +140,9 @@ def fit(kind: type[L.Trainer], module: L.LightningModule, **settings: Any) -> li
         log_every_n_steps=2,
         **settings,
     )
+    if kind is L.Trainer:
+        number_logs_by_step(trainer)  # as in Ravine's
+    trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, TrainingMonitor)]
     trainer.fit(module)
     weights = [p.detach().clone() for p in module.parameters()]
     return [recorder.events, rows.rows, getattr(module, "own", []), weights, trainer.global_step]

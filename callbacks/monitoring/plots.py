@@ -24,6 +24,7 @@ from .progress import count_total_steps, get_log_interval
 Curve = list[tuple[int, float | Tensor]]
 MAX_POINTS = 2000  # maximum of points in a curve; beyond that every second one is dropped
 NUM_COLUMNS = 3  # panels in a row
+DPI = 150  # pixels by inch: the labels can be read at half the size
 NOT_PLOTTED = ("time/", "lr")  # prefixes of metrics that are plotted on request only
 
 
@@ -291,7 +292,7 @@ def save_loss_plot(curves: dict[str, Any], path: Path, label: str, interval: int
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # needs no window or global state
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained", dpi=DPI)
     axes = figure.add_subplot(xlabel="optimizer step", ylabel=label, title=path.parent.as_posix())
     # a logarithmic axis if the losses differ by more than a factor of 3
     set_plain_ticks(axes, [value for curve in curves.values() for _, value in curve])
@@ -321,17 +322,17 @@ def save_metric_plot(curves: dict[str, Any], path: Path) -> None:
     from matplotlib.ticker import MaxNLocator
 
     num_rows = -(-len(curves) // NUM_COLUMNS)  # rounded up
-    figure = Figure(figsize=(4 * NUM_COLUMNS, 2.4 * num_rows), layout="constrained")
-    figure.suptitle(path.parent.as_posix(), fontsize=10)
-    figure.supxlabel("optimizer step", fontsize=9)
+    figure = Figure(figsize=(4 * NUM_COLUMNS, 2.4 * num_rows), layout="constrained", dpi=DPI)
+    figure.suptitle(path.parent.as_posix(), fontsize=11)
+    figure.supxlabel("optimizer step", fontsize=10)
     for index, (name, curve) in enumerate(curves.items(), 1):
         axes = figure.add_subplot(num_rows, NUM_COLUMNS, index, title=name)
         steps, values = zip(*curve, strict=True)
         # validations are few, so that their points get a marker
         axes.plot(steps, values, "o-" if is_validation_metric(name) else "-", ms=3, lw=1.2)
         axes.grid(alpha=0.3)
-        axes.title.set_fontsize(9)
-        axes.tick_params(labelsize=7)
+        axes.title.set_fontsize(10)
+        axes.tick_params(labelsize=9)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # steps are integers
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))  # steps are integers
     FigureCanvasAgg(figure).print_png(path)

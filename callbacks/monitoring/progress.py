@@ -1,4 +1,4 @@
-"""ProgressBar: show loss, learning rate, tokens or samples per second, elapsed and total time.
+"""ProgressBar: show loss, learning rates, gradient norm, throughput, elapsed and total time.
 
 On a terminal it is a rich progress bar. Elsewhere (a file, a cluster's log) it is one plain line
 every log interval. A value is read from the device only when it is shown, because each read makes
@@ -6,6 +6,7 @@ the host wait.
 """
 
 import time
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -17,9 +18,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ravine.errors import UsageError
+from ravine.lightning_compat import is_log_step
 from ravine.strategies.data_parallel import DataParallelInfo
 
 from ..base import OptimizerStepCallback
+from ..optimizers.learning_rates import learning_rates
+from ..stability.gradient_clipping import GRADIENT_NORM
 from ..stock_callbacks.gradient_accumulation import (
     count_optimizer_steps,
     find_accumulation_scheduler,
@@ -61,6 +65,14 @@ def count_total_steps(trainer: L.Trainer) -> int | None:
     return min(ends, default=None)
 
 
+def format_rates(rates: Iterable[float]) -> str:
+    """Format the different learning rates of all rules: `0.02/0.005`, or their range."""
+    texts = list(dict.fromkeys(f"{rate:.2g}" for rate in rates))
+    if len(texts) > 2:
+        texts = [f"{min(texts, key=float)}-{max(texts, key=float)}"]
+    return "/".join(texts)
+
+
 class Reading(NamedTuple):
     """Optimizer step and time at which values were read, from which the throughput follows."""
 
@@ -90,6 +102,7 @@ class ProgressBar(OptimizerStepCallback, LightningProgressBar):
         self.task_id = TaskID(0)  # of the only task of the bar
         self.total_steps: int | None = None  # None if the length of the run is unknown
         self.last_reading = Reading(step=0, time_s=0.0)  # at the last update, for the speed
+        self.learning_rates: dict[str, float] = {}  # by rule, in a step that is shown
 
     def disable(self) -> None:
         """Disable output (called on non-zero ranks)."""
@@ -116,6 +129,14 @@ class ProgressBar(OptimizerStepCallback, LightningProgressBar):
         super().on_train_start(trainer, pl_module)
         self.start_reading = self.last_reading = Reading(self.step, time.perf_counter())
         self._start_bar("training", count_total_steps(trainer))
+        self.learning_rates = {}
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Read the learning rates of a step that is shown; a scheduler sets the next ones."""
+        if self.enabled and self._is_shown(trainer, self.step + 1):
+            self.learning_rates = learning_rates(trainer)
 
     def on_optimizer_step_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any
@@ -126,19 +147,22 @@ class ProgressBar(OptimizerStepCallback, LightningProgressBar):
         bar is updated every `refresh_rate` steps. Without a bar, a line is printed every log
         interval. The last step is always shown.
         """
-        if not self.enabled:
+        if not self.enabled or not self._is_shown(trainer, self.step):
             return
-        is_last_step = self.step == self.total_steps
         if self.bar is None:
-            if is_last_step or self.step % get_log_interval(trainer) == 0:
-                text = self._format_metrics(trainer, pl_module, outputs, batch)
-                self.print(self._step_label(), text)
-        elif is_last_step or (
-            self.step % self.refresh_rate == 0
-            and time.perf_counter() - self.last_reading.time_s > MIN_REDRAW_S
+            text = self._format_metrics(trainer, pl_module, outputs, batch)
+            self.print(self._step_label(), text)
+        elif (
+            self.step == self.total_steps
+            or time.perf_counter() - self.last_reading.time_s > MIN_REDRAW_S
         ):
             text = self._format_metrics(trainer, pl_module, outputs, batch)
             self.bar.update(self.task_id, completed=self.step, words=text, refresh=True)
+
+    def _is_shown(self, trainer: L.Trainer, step: int) -> bool:
+        """Return whether an optimizer step is the last one, or one of every interval."""
+        interval = get_log_interval(trainer) if self.bar is None else self.refresh_rate
+        return step % interval == 0 or step == self.total_steps
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print the metrics of a validation within a fit; stop the bar of any other."""
@@ -214,7 +238,10 @@ class ProgressBar(OptimizerStepCallback, LightningProgressBar):
     def _format_metrics(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any
     ) -> str:
-        """Format loss or `progress_metrics`, learning rate, throughput, elapsed and total time.
+        """Format loss or `progress_metrics`, rates, norm, throughput, elapsed and total time.
+
+        In a bar the gradient norm is that of the last log step. Two `progress_metrics` leave no
+        place for it.
 
         Args:
             outputs: result of the training step on the last micro-batch of the optimizer step.
@@ -230,9 +257,16 @@ class ProgressBar(OptimizerStepCallback, LightningProgressBar):
         if isinstance(loss, Tensor) and not fields:
             # Lightning has divided the loss by the number of micro-batches
             fields.append(f"loss {loss.item() * num_micro_batches:.4g}")
-        groups = trainer.optimizers[0].param_groups if trainer.optimizers else []
-        if groups and "lr" in groups[0]:  # a module may train without an optimizer
-            fields.append(f"lr {float(groups[0]['lr']):.2g}")
+        # of a step whose number was not foreseen, as with several optimizers, the rates after it
+        rates = self.learning_rates or learning_rates(trainer)
+        self.learning_rates = {}
+        if rates:  # a module may train without an optimizer
+            fields.append(f"lr {format_rates(rates.values())}")
+        norm = metrics.get(GRADIENT_NORM)
+        # a line has the norm of its own step only
+        is_current = self.bar is not None or is_log_step(trainer)
+        if norm is not None and is_current and len(fields) < MAX_NUMBERS - 1:
+            fields.append(f"grad_norm {float(norm):.3g}")
         # number of ranks that train on different data
         dp_size = DataParallelInfo.from_trainer(trainer).dp_size
         # units are those of the module's attribute `unit`: tokens or samples

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
+from ravine.lightning_compat import logged_step
 from ravine.strategies.pipeline_parallel import full_module
 
 LOSS_WINDOW = 100  # steps over which the training loss is averaged: the loss of one step is noisy
@@ -46,7 +47,7 @@ class Summary(L.Callback):
             mean = trainer.strategy.reduce(torch.stack(list(self.losses)).mean(), reduce_op="mean")
             lines[f"train/loss, last {len(self.losses)} steps"] = f"{float(mean):.4f}"
             for logger in trainer.loggers:
-                logger.log_metrics({"train/loss_last_100": float(mean)}, trainer.global_step)
+                logger.log_metrics({"train/loss_last_100": float(mean)}, logged_step(trainer))
         for name, value in trainer.callback_metrics.items():
             if name.startswith("val/"):
                 lines[name] = f"{float(value):.4f}"

@@ -15,6 +15,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
+from ravine.lightning_compat import logged_step
 from ravine.strategies.data_parallel import DataParallelInfo
 
 from ..base import OptimizerStepCallback
@@ -180,5 +181,5 @@ class Throughput(OptimizerStepCallback):
         row["frac_waiting_for_data"] = self.data_wait_s / seconds
         self.windows.append(row)
         for logger in trainer.loggers:
-            logger.log_metrics({f"throughput/{k}": v for k, v in row.items()}, trainer.global_step)
+            logger.log_metrics({f"throughput/{k}": v for k, v in row.items()}, logged_step(trainer))
         self._start_window(now)

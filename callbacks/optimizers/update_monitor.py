@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from ravine.lightning_compat import should_update_logs
 
 from ..stability.gradient_clipping import global_norm
-from .composite import CompositeOptimizer
+from .learning_rates import groups_by_rule
 
 
 class UpdateMonitor(Callback):
@@ -36,13 +36,14 @@ class UpdateMonitor(Callback):
     def __init__(self) -> None:
         """Create the callback; `trainer.log_every_n_steps` sets the interval."""
         self._previous_weights: dict[str, list[Tensor]] = {}
+        self._learning_rates: dict[str, float] = {}
 
     def logged_metrics(self, trainer: L.Trainer) -> set[str]:
         """Return the names of the metrics that the callback logs."""
         labels = [
-            rule[0]
+            label
             for optimizer in trainer.optimizers
-            for rule in group_params_by_rule(trainer, optimizer)
+            for label in groups_by_rule(trainer, optimizer)
         ]
         return {
             f"{metric}/{label}"
@@ -53,12 +54,14 @@ class UpdateMonitor(Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Copy the weights before a step that is logged."""
-        if should_update_logs(trainer):
-            self._previous_weights |= {
-                label: [p.detach().clone() for p in parameters]
-                for label, parameters, _ in group_params_by_rule(trainer, optimizer)
-            }
+        """Copy the weights before a step that is logged, and read its learning rates."""
+        if not should_update_logs(trainer):
+            return
+        for label, groups in groups_by_rule(trainer, optimizer).items():
+            parameters = [p for group in groups for p in group["params"]]
+            self._previous_weights[label] = [p.detach().clone() for p in parameters]
+            # a scheduler changes the rate at the end of the step
+            self._learning_rates[label] = float(groups[0].get("lr", math.nan))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
@@ -72,15 +75,16 @@ class UpdateMonitor(Callback):
         pipeline = getattr(trainer.strategy, "pipeline", None)
         # parameters that another pipeline stage counts
         excluded = set() if pipeline is None else set(pipeline.duplicated_params())
-        # label, parameters and learning rate of each rule of a plan, or of each param group
+        # the param groups of each rule of a plan, or single groups, by label
         rules = [
             rule
             for optimizer in trainer.optimizers
-            for rule in group_params_by_rule(trainer, optimizer)
+            for rule in groups_by_rule(trainer, optimizer).items()
         ]
-        for label, parameters, lr in rules:
+        for label, groups in rules:
             if label not in self._previous_weights:  # its optimizer made no step in this batch
                 continue
+            parameters = [p for group in groups for p in group["params"]]
             pairs = zip(parameters, self._previous_weights[label], strict=True)
             pairs = [(p.detach(), old) for p, old in pairs if p not in excluded]
             change_norm = global_norm([new - old for new, old in pairs], pipeline)
@@ -92,31 +96,5 @@ class UpdateMonitor(Callback):
             tiny = torch.finfo().tiny  # avoids a division by 0
             pl_module.log(f"update/rms/{label}", change_norm / count.sqrt())
             pl_module.log(f"update/ratio/{label}", change_norm / weight_norm.clamp(min=tiny))
-            pl_module.log(f"lr/{label}", float(lr))
+            pl_module.log(f"lr/{label}", self._learning_rates[label])
         self._previous_weights = {}
-
-
-def group_params_by_rule(
-    trainer: L.Trainer, optimizer: Optimizer
-) -> list[tuple[str, list[Tensor], float]]:
-    """Return label, parameters and learning rate of each rule of a plan's optimizer.
-
-    For any other optimizer, of each param group. A label has the prefix `1 ` for the trainer's
-    second optimizer.
-    """
-    index = next(i for i, other in enumerate(trainer.optimizers) if other is optimizer)
-    prefix = f"{index} " if index > 0 else ""
-    if isinstance(optimizer, CompositeOptimizer):  # that of a plan
-        groups_by_label = {
-            label: groups for label, (_, groups) in optimizer.groups_by_label().items()
-        }
-    else:
-        groups_by_label = {f"group {i}": [group] for i, group in enumerate(optimizer.param_groups)}
-    return [
-        (
-            prefix + label,
-            [p for group in groups for p in group["params"]],
-            groups[0].get("lr", math.nan),
-        )
-        for label, groups in groups_by_label.items()
-    ]

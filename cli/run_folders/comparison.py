@@ -299,9 +299,8 @@ def draw_curves(runs: list[ComparedRun], metrics: list[str]) -> bytes:
         axes.set_title(plain_label(metric))
         for position, run in enumerate(runs):
             curve = run.curves.get(metric, [])
-            # `thin` keeps at most 2000 finite points. FIRST_LOGGED_STEP: what the loggers write for
-            # the first step.
-            points = thin([(step + 1 - index.FIRST_LOGGED_STEP, value) for step, value in curve])
+            # keeps at most 2000 finite points
+            points = thin(curve)
             if points:
                 # a curve of few points would hardly be visible without dots
                 marker = "o-" if len(points) <= 30 else "-"

@@ -11,8 +11,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from .index import FIRST_LOGGED_STEP, MAX_CURVES_BYTES
-from .record import read_regular_file
+from .index import MAX_CURVES_BYTES
+from .record import FIRST_LOGGED_STEP, read_regular_file
 
 EARLIER_FILE = ".metrics.csv.earlier"  # the rows while the new file is not yet written
 

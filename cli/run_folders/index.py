@@ -18,14 +18,19 @@ from typing import Any, NamedTuple
 
 from ravine.errors import UsageError, suggest_names
 
-from .record import Record, read_record, read_regular_file, status_of
+from .record import (
+    Record,
+    first_logged_step,
+    read_record,
+    read_regular_file,
+    status_of,
+)
 
 RUN_MARKERS = {"run.json", "config.yaml", "hparams.yaml", "metrics.csv", "checkpoints"}
 MAX_DEPTH = 12  # folders between the folder of all runs and a run
 MAX_METRICS_BYTES = 2**21  # of a run without a record, whose best value is looked for in the list
 MAX_CURVES_BYTES = 2**28
 VERSION_PREFIX = "version_"
-FIRST_LOGGED_STEP = 0  # the number that the loggers write for the first optimizer step
 STEP_PATTERN = re.compile(r"step=(\d{1,15})")
 CLASS_PATTERN = re.compile(r"^model:\s*\n\s+class_path:\s*['\"]?([\w.]{1,200})", re.MULTILINE)
 
@@ -130,7 +135,7 @@ def summarize(folder: Path, root: Path) -> RunSummary:
         mode = "max" if recorded_best.get("mode") == "max" else "min"
     # such a run has not written its best value: look into metrics.csv and config.yaml
     if record is None or (best is None and status in ("killed", "running")):
-        last_step, metric, best = read_best_loss(folder)
+        last_step, metric, best = read_best_loss(folder, first_logged_step(record))
         steps = max((s for s in (steps, last_step, checkpoint_step(facts)) if s), default=steps)
         task = task or task_of_config(folder)
     if record is None:
@@ -208,8 +213,13 @@ def task_of_config(folder: Path) -> str | None:
     return match[1].rpartition(".")[2] if match else None
 
 
-def read_best_loss(folder: Path) -> tuple[int | None, str | None, float | None]:
-    """Return the steps in `metrics.csv`, and the name and smallest value of a validation loss."""
+def read_best_loss(
+    folder: Path, first_step: int = 0
+) -> tuple[int | None, str | None, float | None]:
+    """Return the steps in `metrics.csv`, and the name and smallest value of a validation loss.
+
+    `first_step` is the number of the first optimizer step in the file.
+    """
     text = read_regular_file(folder / "metrics.csv", MAX_METRICS_BYTES)
     if not text:
         return None, None, None
@@ -231,8 +241,7 @@ def read_best_loss(folder: Path) -> tuple[int | None, str | None, float | None]:
                 # value == value is False for NaN
                 best = value if value == value and (best is None or value < best) else best
             if step_column is not None and cells[step_column].isdecimal():
-                # the loggers write FIRST_LOGGED_STEP for the first step; here steps are counted
-                last_step = int(cells[step_column][:15]) + 1 - FIRST_LOGGED_STEP
+                last_step = int(cells[step_column][:15]) + 1 - first_step
     return last_step, names[0] if best is not None else None, best
 
 
@@ -240,6 +249,8 @@ def read_curves(
     folder: Path, max_bytes: int = MAX_CURVES_BYTES
 ) -> dict[str, list[tuple[float, float]]]:
     """Return each metric of `metrics.csv` as points (step, value), sorted by step.
+
+    Steps are counted from 1, also those of a run whose loggers have counted them from 0.
 
     Args:
         folder: the run's folder.
@@ -249,11 +260,12 @@ def read_curves(
     curves: dict[str, list[tuple[float, float]]] = {}
     if not text:
         return curves
+    shift = 1 - first_logged_step(read_record(folder))
     # a row has the values of one step by column; most cells of a row are empty
     for row in csv.DictReader(text.splitlines()):
         with suppress(TypeError, ValueError):
             # a row without a step raises ValueError here, and is left out
-            step = float(row.get("step") or "")
+            step = float(row.get("step") or "") + shift
             for name, cell in row.items():
                 if cell and name not in ("step", "epoch", None) and isinstance(cell, str):
                     with suppress(ValueError):
@@ -286,7 +298,7 @@ def joined_curves(run: RunSummary, root: Path) -> dict[str, list[tuple[float, fl
             later = curves.get(name, [])
             # first step of this metric in the later runs: no step is drawn twice
             start = min((s for s, _ in later), default=float("inf"))
-            end = min(start, limit + FIRST_LOGGED_STEP)
+            end = min(start, limit + 1)
             curves[name] = [point for point in points if point[0] < end] + later
         current = read_record(folder)
     return curves

@@ -152,6 +152,9 @@ def reason_for_new_version(
     known = record.read_record(run)
     if record.status_of(known, index.inspect_folder(run).last_written) == "running":
         return f"{run} is still being written to"
+    # rows of one file must not be counted from 0 and from 1
+    if record.first_logged_step(known) != record.FIRST_LOGGED_STEP:
+        return f"the logs of {run} count steps from 0, as an older version did"
     if changed_arguments:
         shown = ", ".join(changed_arguments[:3]) + (", ..." if len(changed_arguments) > 3 else "")
         return f"{shown} changed"

@@ -5,6 +5,7 @@
     status, error, started, duration_s      how it ended; `running` until then
     steps, metrics, best                    how far it came
     parent                                  the run and the step that it was resumed from
+    first_logged_step                       the number of the first optimizer step in the logs
     history                                 earlier records of a run that goes on in its folder
 
 The file is written atomically, and read as data: nothing in it is executed or imported, and no
@@ -31,6 +32,7 @@ RECORD_FILE, DIFF_FILE, PACKAGES_FILE = "run.json", "changes.diff", "packages.tx
 COMMAND_FILE = "command.txt"  # the command that continues the run
 METADATA_FILES = (RECORD_FILE, DIFF_FILE, PACKAGES_FILE, COMMAND_FILE)
 RECORD_FORMAT = 1
+FIRST_LOGGED_STEP = 1  # the number that the loggers write for the first optimizer step
 STATUSES = ("running", "done", "failed", "interrupted", "killed", "unknown")
 MAX_RECORD_BYTES, MAX_DIFF_BYTES = 2**20, 2**20
 GIT_TIMEOUT_S = 5.0  # seconds; a slow repository leaves the commit out instead of delaying the run
@@ -63,6 +65,7 @@ def new_record(verb: str, name: str, task: str) -> Record:
     command = typed_command()
     return {
         "format": RECORD_FORMAT,
+        "first_logged_step": FIRST_LOGGED_STEP,
         "verb": verb,
         "command": command,
         # the values of -c and --config among these words
@@ -145,6 +148,15 @@ def read_record(folder: str | Path) -> Record | None:
     except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) and isinstance(record.get("verb"), str) else None
+
+
+def first_logged_step(record: Record | None) -> int:
+    """Return the number of the first optimizer step in the logs of a run.
+
+    It is 0 for a run without a record, and for one of an older version of Ravine: Lightning's
+    loggers count steps from 0.
+    """
+    return 1 if record is not None and record.get("first_logged_step") == 1 else 0
 
 
 def read_regular_file(path: Path, max_bytes: int) -> str | None:

@@ -20,6 +20,7 @@ from ravine.callbacks import (
     PredictionTable,
     ProgressBar,
     TokenWeightedLoss,
+    TrainingMonitor,
 )
 from ravine.callbacks.checks.run_checks import RunChecks
 from ravine.cli import trainer as trainer_module
@@ -64,13 +65,14 @@ def kinds(trainer: L.Trainer) -> list[type]:
 
 def test_default_callbacks_are_present_once_and_are_replaced_by_given_ones() -> None:
     defaults = {ExactResume, GracefulStop, TokenWeightedLoss, Checkpoint, ProgressBar, LossPlot}
-    defaults |= {PredictionTable, RunChecks, RunRecorder}
+    defaults |= {PredictionTable, RunChecks, RunRecorder, TrainingMonitor}
     assert set(kinds(Trainer())) == defaults
     resume, checkpoint = ExactResume(), ModelCheckpoint(monitor="val_loss")
     given = Trainer(callbacks=[resume, checkpoint], logger=False)
     assert resume in given.callbacks
     assert checkpoint in given.callbacks
-    assert set(kinds(given)) == defaults - {Checkpoint, LossPlot} | {ModelCheckpoint}
+    without_logger = {Checkpoint, LossPlot, TrainingMonitor}
+    assert set(kinds(given)) == defaults - without_logger | {ModelCheckpoint}
     assert len(kinds(given)) == len(set(kinds(given)))
     off = Trainer(enable_checkpointing=False, enable_progress_bar=False)
     assert set(kinds(off)) == defaults - {Checkpoint, ProgressBar}

@@ -12,6 +12,7 @@ from scripted_module import Scripted, fit
 from ravine.callbacks import LossPlot, MetricPlot
 from ravine.callbacks.monitoring import plots as plots_module
 from ravine.callbacks.monitoring.plots import save_loss_plot
+from ravine.callbacks.stability.gradient_clipping import GRADIENT_NORM
 from ravine.cli.trainer import Trainer
 
 
@@ -133,7 +134,7 @@ def test_curves_include_the_rewards_of_the_module_and_by_default_all_metrics(
 ) -> None:
     for metrics, expected in (
         (["train/reward"], {"train/reward", "train/own_metric"}),
-        (None, {"train/reward", "train/own_metric", "train_loss", "val/reward"}),
+        (None, {"train/reward", "train/own_metric", "train_loss", "val/reward", GRADIENT_NORM}),
     ):
         module, curves = Rewarded(reward=[0.1, 0.2], own_metric=[3.0]), MetricPlot(metrics)
         fit(module, curves, tmp_path, 2, limit_val_batches=1)

@@ -54,7 +54,10 @@ def trainer(*callbacks: Any, **settings: Any) -> Trainer:
     )
 
 
-LINE = r"step (\d+)/(\d+) loss [\d.e-]+  lr 0.01  [\d,]+ {unit}/s  \d+:\d\d of \d+:\d\d"
+LINE = (
+    r"step (\d+)/(\d+) loss [\d.e-]+  lr 0.01  (?:grad_norm [\d.e-]+  )?[\d,]+ {unit}/s  "
+    r"\d+:\d\d of \d+:\d\d"
+)
 
 
 @pytest.mark.parametrize(("kind", "unit"), [(Counting, "tokens"), (NetInInit, "samples")])
@@ -65,6 +68,8 @@ def test_without_a_terminal_each_log_interval_is_a_line(
     lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("step")]
     found = [re.fullmatch(LINE.replace("{unit}", unit), x) for x in lines if " loss" in x]
     assert [m and m.groups() for m in found] == [("5", "12"), ("10", "12"), ("12", "12")]
+    # a norm is known at log steps
+    assert ["grad_norm" in x for x in lines if " loss" in x] == [True, True, False]
     validations = [x for x in lines if "val_loss" in x]
     assert [x.split()[1] for x in validations] == ["4/12", "8/12", "12/12"]
 

@@ -205,6 +205,33 @@ def test_a_resume_from_an_older_one_is_a_new_version_whose_curves_join(run: Path
     assert joined == index.read_curves(run)["train/loss"]  # as exact as the resume
 
 
+def test_a_run_whose_logs_count_from_0_is_gone_on_with_in_a_new_version_whose_curves_join(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest, lines = checkpoints(run)[-1], (run / "metrics.csv").read_text()
+    before = index.read_curves(run)["train/loss"]
+    # the record and the rows of an earlier version of Ravine
+    old = known(run)
+    assert old.pop("first_logged_step") == 1
+    record.write_record(run, old)
+    shifted = [row | {"step": str(int(row["step"]) - 1)} for row in rows(run)]
+    with (run / "metrics.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=lines.splitlines()[0].split(","))
+        writer.writeheader()
+        writer.writerows(shifted)
+    assert index.read_curves(run)["train/loss"] == before
+    words = ["--trainer.max_epochs=3", "--trainer.log_every_n_steps=1"]
+    assert main(["fit", f"--ckpt_path={newest}", *words]) == 0
+    assert versions() == {"version_0", "version_1"}
+    assert "count steps from 0, as an older version did" in capsys.readouterr().out
+    root = Path("runs")
+    summary = index.summarize(Path("runs/spam/version_1"), root)
+    joined = index.joined_curves(summary, root)["train/loss"]
+    # one point for each step of both runs
+    assert [step for step, _ in joined] == list(range(1, int(summary.steps or 0) + 1))
+    assert joined[: len(before)] == before
+
+
 def test_a_run_that_is_still_written_to_is_not_gone_on_with(run: Path) -> None:
     record.write_record(
         run, known(run) | {"status": "running", "process": record.current_process()}
