@@ -2,6 +2,7 @@
 
 import enum
 import inspect
+import shlex
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -30,8 +31,11 @@ import ravine.lightning_modules
 import ravine.strategies  # only imported classes are found by a bare name
 from ravine.callbacks.base import find_callbacks
 from ravine.callbacks.checkpointing.exact_resume import ExactResume
+from ravine.callbacks.checks.missing_validation import interval_notice
+from ravine.callbacks.checks.run_checks import RunChecks
 from ravine.errors import UsageError
 from ravine.lightning_compat.command_line import CommandLine
+from ravine.lightning_modules import TaskModule
 from ravine.strategies.rank_agreement import flatten_config
 
 from . import resume_command, resume_path
@@ -155,6 +159,9 @@ class RavineCLI(CommandLine):
     def instantiate_classes(self) -> None:
         """Build trainer, model and data; the ranks first compare their configurations."""
         super().instantiate_classes()
+        for callback in cast(Any, self.trainer).callbacks:
+            if isinstance(callback, RunChecks):
+                callback.format_notice = format_notice  # with flags, which a script has not
         config = self._resolved_config(self.subcommand or "fit")
         if self.saved_config_values:
             cast(Trainer, self.trainer).changed_arguments = changed_arguments(
@@ -336,15 +343,13 @@ class RavineCLI(CommandLine):
             print(unvalidated)
         print(f"done: {folder}")
         print(resume_command.resume_line(command))
-        print(f"next: {program_name()} {self._next_command()} --ckpt_path {saved_paths[0]}")
-
-    def _next_command(self) -> str:
-        """Return the next subcommand, with `--trust` if the model or data are of other packages."""
-        subcommand = "test" if is_overridden("test_step", self.model) else "validate"
-        subcommand = "generate" if callable(getattr(self.model, "generate", None)) else subcommand
-        # packages of the user whose classes the checkpoint names
-        packages = packages_to_trust(resume_command.saved_form(self._resolved_config("fit")))
-        return f"{subcommand} {trust.TRUST_FLAG}={','.join(packages)}" if packages else subcommand
+        # None for a model without a further command
+        if (subcommand := next_command(self.model, self.datamodule)) is not None:
+            # packages of the user whose classes the checkpoint names
+            packages = packages_to_trust(resume_command.saved_form(config))
+            trusted = f" {trust.TRUST_FLAG}={','.join(packages)}" if packages else ""
+            path = shlex.quote(saved_paths[0])
+            print(f"next: {program_name()} {subcommand}{trusted} --ckpt_path {path}")
 
     def run_subcommand(self, subcommand: str) -> None:
         """Run the subcommand; an error gets the newest checkpoint as an attribute."""
@@ -368,21 +373,44 @@ class RavineCLI(CommandLine):
         return saved_config.resolve_config(self.subcommand_parser(command), self.config[command])
 
 
+def next_command(model: Any, datamodule: Any) -> str | None:
+    """Return a subcommand that works for a trained model, or None if there is none.
+
+    That is generate, else test, validate or predict, whose step and loader must exist.
+    """
+    if isinstance(model, TaskModule) and callable(getattr(model, "generate", None)):
+        return "generate"  # needs no data
+    steps = (
+        ("test", "test_step", "test_dataloader"),
+        ("validate", "validation_step", "val_dataloader"),
+        ("predict", "predict_step", "predict_dataloader"),
+    )
+    for subcommand, step, loader in steps:
+        has_loader = datamodule is not None and is_overridden(loader, datamodule)
+        if is_overridden(step, model) and (has_loader or is_overridden(loader, model)):
+            return subcommand
+    return None
+
+
+def format_notice(notice: UsageError) -> str:
+    """Return a notice in one line, with what to type."""
+    fix = f"; type {notice.flag}" if notice.flag else f"; {notice.hint}" if notice.hint else ""
+    return f"{notice.problem}{fix}"
+
+
 def missing_validation_message(trainer: Any) -> str | None:
-    """Return a message if a fit ended without any validation, else None."""
+    """Return a message if a fit ended without any validation, else None.
+
+    It is not repeated if it was printed at the start of the run.
+    """
     loop = trainer.fit_loop.epoch_loop
     num_batches = loop.batch_progress.total.completed
     if not trainer.enable_validation or loop.val_loop.batch_progress.total.ready:
         return None
-    settings_text, flags = f"val_check_interval={trainer.val_check_interval}", ""
-    if (epochs := trainer.check_val_every_n_epoch) is not None:
-        settings_text += f", check_val_every_n_epoch={epochs}"
-        flags = " --trainer.check_val_every_n_epoch=null"
-    interval = max(1, num_batches // 2)
-    return (
-        f"no validation ran in {num_batches} batches: {settings_text}; "
-        f"type --trainer.val_check_interval={interval}{flags}"
-    )
+    if any(isinstance(c, RunChecks) and c.has_printed_notice for c in trainer.callbacks):
+        return None
+    problem = f"no validation ran in {num_batches} batches"
+    return format_notice(interval_notice(problem, trainer, num_batches))
 
 
 def find_last_checkpoint(trainer: Trainer) -> str | None:

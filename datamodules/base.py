@@ -34,6 +34,7 @@ class BaseDataModule(L.LightningDataModule, metaclass=ABCMeta):
         """Start without data; a subclass reads them in `setup`."""
         super().__init__()
         self.provenance: dict[str, Any] = {}
+        self.skips_validation = False  # whether a fit has no validation data
         self._preparation: PreparationResult | None = None  # set between prepare_data and setup
 
     def make_train_loader(
@@ -105,6 +106,7 @@ class BaseDataModule(L.LightningDataModule, metaclass=ABCMeta):
         """Run no validation, which avoids Lightning's warning about an empty loader."""
         trainer: Any = self.trainer
         if trainer is not None:
+            self.skips_validation = True  # RunChecks says so at the start of the run
             trainer.limit_val_batches = 0
 
 

@@ -111,16 +111,7 @@ class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
         """Save with the new metrics; within an optimizer step, postpone the save to its end."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        # the default metric, val/loss, may be missing
-        if self.monitor not in trainer.callback_metrics and self.monitor != DEFAULT_MONITOR:
-            logged = sort_by_similarity(str(self.monitor), trainer.callback_metrics)[:3]
-            raise UsageError(
-                f"Checkpoint: monitor={self.monitor!r} is not logged by the end of the validation",
-                logged or ["none"],
-                hint=f"use monitor={logged[0]!r}" if logged else f"log {self.monitor!r}",
-                flag=f"--trainer.callbacks.monitor={logged[0]}" if logged else "",
-                label="logged",
-            )
+        self._check_monitor_logged(trainer, "the validation")
         # `should_accumulate`: whether this micro-batch ends without an optimizer step
         if should_accumulate(trainer):  # the next micro-batch belongs to the same step
             self._save_deferred = True
@@ -129,6 +120,8 @@ class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save at the end of an epoch if there is no validation and no interval of steps."""
+        if not trainer.enable_validation:
+            self._check_monitor_logged(trainer, "the epoch")
         if not (trainer.enable_validation or self.every_n_steps or self._is_saved(trainer)):
             self._save_and_prune(trainer, has_metric=True)
 
@@ -146,6 +139,20 @@ class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the best files so far, in any folder; only files of this run are removed."""
         super().load_state_dict(state_dict | {"dirpath": self.dirpath})
+
+    def _check_monitor_logged(self, trainer: L.Trainer, end: str) -> None:
+        """Raise UsageError if the monitored metric was not logged by the end of `end`."""
+        # the default metric, val/loss, may be missing
+        if self.monitor in trainer.callback_metrics or self.monitor == DEFAULT_MONITOR:
+            return
+        logged = sort_by_similarity(str(self.monitor), trainer.callback_metrics)[:3]
+        raise UsageError(
+            f"Checkpoint: monitor={self.monitor!r} is not logged by the end of {end}",
+            logged or ["none"],
+            hint=f"use monitor={logged[0]!r}" if logged else f"log {self.monitor!r}",
+            flag=f"--trainer.callbacks.monitor={logged[0]}" if logged else "",
+            label="logged",
+        )
 
     def _is_saved(self, trainer: L.Trainer) -> bool:
         return self.last_saved_step == trainer.global_step

@@ -9,11 +9,14 @@ Any callback, module or datamodule may have a method `check`. It is called once 
 with the first validation batch on its device, or None if there is no batch. It may raise an error,
 and must not change the state of training. Its changes of the module, the module's buffers and the
 default random generators are undone afterwards.
+
+A callback may also have a method `check_files(trainer, module)`. It is called before the data are
+prepared, if the run is not resumed, and raises an error for a missing file.
 """
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning as L
@@ -27,6 +30,7 @@ from torch.utils.data import DataLoader
 from ravine.errors import RunError, UsageError
 from ravine.lightning_compat import (
     attached_trainer,
+    checkpoint_connector,
     combined_loader,
     load_batch,
     validation_loaders,
@@ -62,6 +66,7 @@ from ..stock_callbacks.tuners import (
     save_batch_size,
 )
 from . import monitored_metrics
+from .missing_validation import find_missing_validation
 from .preserve_state import preserve_state, snapshot_value
 
 SERIALIZABLE_VALUES = ("tensors", "numbers", "text", "lists", "dicts")
@@ -85,6 +90,9 @@ class RunChecks(Callback):
         self._checks_pending = self._metrics_pending = False
         self._trainable_names: list[str] = []  # read from a checkpoint
         self._log: Any = None
+        # how a notice becomes text; the command line adds what to type
+        self.format_notice: Callable[[UsageError], str] = str
+        self.has_printed_notice = False  # in this fit
 
     @property
     def log(self) -> Any:
@@ -93,19 +101,22 @@ class RunChecks(Callback):
 
     @log.setter
     def log(self, log: Any) -> None:
-        """Store `log`, and refuse a module that nothing gives an optimizer.
+        """Store `log`, and refuse a module without optimizer, and a run without its files.
 
-        Lightning requires `configure_optimizers` right after it sets `log`, and its error does not
-        name OptimizerPlan.
+        Lightning sets `log` before it prepares the data, which may take minutes. It requires
+        `configure_optimizers` right after it sets `log`, and its error does not name OptimizerPlan.
         """
         self._log = log
         if isinstance(module := getattr(log, "__self__", None), L.LightningModule):
-            _check_has_optimizer(attached_trainer(module), module)
+            trainer = attached_trainer(module)
+            _check_has_optimizer(trainer, module)
+            _check_files(trainer, module)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check other callbacks, hyperparameters and `predict_step`, which needs no data."""
         self._checks_pending = self._metrics_pending = stage == "fit"
         self._trainable_names = []
+        self.has_printed_notice = False
         check_stock_callbacks(trainer)
         if stage == "fit":
             postpone_freezing(trainer, pl_module)
@@ -176,6 +187,9 @@ class RunChecks(Callback):
             raise_on_all_ranks(trainer, _find_validation_error(trainer, pl_module))
         if self._metrics_pending:
             raise_on_all_ranks(trainer, _find_save_error(trainer, pl_module))
+            if (notice := find_missing_validation(trainer, pl_module)) is not None:
+                pl_module.print(self.format_notice(notice))
+                self.has_printed_notice = True
         self._metrics_pending = False
 
     def _check_once(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -222,6 +236,21 @@ def _check_has_optimizer(trainer: L.Trainer | None, module: L.LightningModule) -
             hint="pass callbacks=[OptimizerPlan(torch.optim.AdamW)] to Trainer",
             flag="--trainer.callbacks+=OptimizerPlan --trainer.callbacks.optimizer=AdamW",
         )
+
+
+def _check_files(trainer: L.Trainer | None, module: L.LightningModule) -> None:
+    """Call `check_files(trainer, module)` of the callbacks that have it, for a fit that is new.
+
+    A resumed fit needs no file but its checkpoint. A stock Trainer does not tell which it is, and
+    is not checked here.
+    """
+    if trainer is None or trainer.state.fn != "fit":
+        return
+    if getattr(checkpoint_connector(trainer), "selected_path", "") is not None:
+        return
+    for callback in find_callbacks(trainer, Callback):
+        if callable(check := getattr(callback, "check_files", None)):
+            check(trainer, module)
 
 
 def _find_validation_error(trainer: L.Trainer, module: L.LightningModule) -> Exception | None:

@@ -152,7 +152,7 @@ class LoRA(Transform):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Register the phase and find the file of the base weights."""
         pretrained = find_callbacks(trainer, Pretrained)
-        self.base["file"] = pretrained[0].path if pretrained else None
+        self.base["file"] = pretrained[0].weights_path if pretrained else None
         # frozen weights may be missing; `check_checkpoint` checks the rest
         pl_module.strict_loading = False
         super().setup(trainer, pl_module, stage)

@@ -1,5 +1,6 @@
 """Pretrained weights: load them into the net before any other transform."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from ravine.strategies.checkpoint.atomic_io import (
     CHECKPOINT_SUFFIX,
     AtomicCheckpointIO,
     collective_loading,
+    find_damage,
+    list_checkpoints,
 )
 from ravine.strategies.checkpoint.saving import first_non_finite
 from ravine.strategies.checkpoint.validation import dtype_kind_mismatches
@@ -33,28 +36,73 @@ class Pretrained(Transform):
     shard after sharding. A custom `load_pretrained` gets a materialized network.
 
     Args:
-        path: a checkpoint, or a file or folder that the module can read.
+        path: a checkpoint; or a folder of runs, whose newest checkpoint is used; or a file or
+            folder that the module can read.
+        command: the command that makes the file or folder, for the message if it is missing.
     """
 
     phase = "load"
     accepts_meta_params = True
 
-    def __init__(self, path: str) -> None:
-        """Store the path."""
+    def __init__(self, path: str, command: str = "") -> None:
+        """Store the path; a folder is searched when the run starts.
+
+        Args:
+            path: a checkpoint, a folder of runs, or what the module's `load_pretrained` reads.
+            command: the command that makes it, for the message if it is missing.
+        """
         self.path = path
+        self.command = command
         self.load_error: FileNotFoundError | None = None
+        self._weights_path = ""  # found by `weights_path`
+
+    @property
+    def weights_path(self) -> str:
+        """The checkpoint, or the path itself if `load_pretrained` reads it; searched once."""
+        if not self._weights_path:
+            self._weights_path = find_newest_checkpoint(self.path) or self.path
+        return self._weights_path
 
     def config_key(self) -> str:
         """Return the path."""
-        return self.path
+        return self.weights_path
 
     def to_config(self) -> dict[str, str]:
         """Return the path, for a checkpoint that holds only changes of these weights."""
-        return {"path": self.path}
+        return {"path": self.weights_path}
+
+    def check_files(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Raise MissingFileError if the weights are missing; RunChecks calls it before the data.
+
+        A run that is resumed does not need them, and is not checked.
+        """
+        folder = Path(self.path).expanduser()
+        # a folder of runs, in which no file is complete
+        is_empty = self.weights_path == self.path and any(folder.glob("version_*"))
+        if not folder.exists() or is_empty:
+            raise self._missing_file_error()
+
+    def _missing_file_error(self) -> MissingFileError:
+        flag = "--trainer.callbacks.path=FILE"
+        # the command belongs to the path of a config, which a flag may have replaced
+        made_path = self.path.removeprefix("runs/").rstrip("/")
+        if made_path and any(word.endswith(made_path) for word in shlex.split(self.command)):
+            flag = f"{self.command}, or {flag}"
+        kind = "checkpoint" if self._is_checkpoint else "path"
+        problem = f"the {kind} {self.path} does not exist"
+        if Path(self.path).expanduser().is_dir():
+            problem = f"the runs in {self.path} have no complete checkpoint file"
+        return MissingFileError(
+            f"Pretrained: {problem}",
+            hint="pass an existing file as path",
+            flag=flag,
+        )
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Register the phase; raise UsageError if the module cannot read weights."""
-        if not self._is_checkpoint and not callable(getattr(pl_module, "load_pretrained", None)):
+        is_missing = not Path(self.path).expanduser().exists()  # reported by `on_fit_start`
+        can_load = callable(getattr(pl_module, "load_pretrained", None))
+        if not self._is_checkpoint and not can_load and not is_missing:
             raise UsageError(
                 f"Pretrained: {self.path} is not a checkpoint (.ckpt), and "
                 f"{type(pl_module).__name__} has no method load_pretrained",
@@ -72,19 +120,18 @@ class Pretrained(Transform):
         """
         self.load_error = None
         try:
-            if self._is_checkpoint and not Path(self.path).is_file():
-                raise MissingFileError(
-                    f"Pretrained: the checkpoint {self.path} does not exist",
-                    hint="pass an existing file as path",
-                    flag="--trainer.callbacks.path=FILE",
-                )
+            path = self.weights_path
+            if not Path(path).expanduser().exists() or (
+                self._is_checkpoint and not Path(path).is_file()
+            ):
+                raise self._missing_file_error()
             # parameters on the meta device may get the values of the file after sharding
             if not _can_defer_loading(module, self._is_checkpoint):
                 materialize_module(module)
             if self._is_checkpoint:
-                load_weights(module, self.path)
+                load_weights(module, path)
             else:
-                module.load_pretrained(self.path)  # pyright: ignore[reportCallIssue]
+                module.load_pretrained(path)  # pyright: ignore[reportCallIssue]
             self._check_finite(module)
         except FileNotFoundError as error:
             self.load_error = error  # deferred: a resumed run does not need the file
@@ -105,7 +152,7 @@ class Pretrained(Transform):
                 non_finite_name = next(filter(None, results), None)
         if non_finite_name:
             raise UsageError(
-                f"Pretrained: {non_finite_name} is not finite in {self.path}",
+                f"Pretrained: {non_finite_name} is not finite in {self.weights_path}",
                 ["weights without NaN and infinity"],
                 hint="pass another path",
                 flag="--trainer.callbacks.path=FILE",
@@ -113,7 +160,7 @@ class Pretrained(Transform):
 
     @property
     def _is_checkpoint(self) -> bool:
-        return self.path.endswith(CHECKPOINT_SUFFIX)
+        return self.weights_path.endswith(CHECKPOINT_SUFFIX)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Raise the deferred error if the file is missing and the run is not resumed."""
@@ -122,6 +169,21 @@ class Pretrained(Transform):
             raise self.load_error
 
     on_validation_start = on_test_start = on_predict_start = on_fit_start
+
+
+def find_newest_checkpoint(path: str) -> str | None:
+    """Return the newest complete checkpoint file below a folder of runs; None for other paths.
+
+    A folder with safetensors is not searched: the module reads it.
+    """
+    folder = Path(path)
+    if path.endswith(CHECKPOINT_SUFFIX) or not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return None
+    for _, file in sorted(list_checkpoints(folder), reverse=True):
+        # a sharded checkpoint is a folder
+        if file.is_file() and find_damage(file) is None:
+            return str(file)
+    return None
 
 
 def _can_defer_loading(module: L.LightningModule, is_checkpoint: bool) -> bool:

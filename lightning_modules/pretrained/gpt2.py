@@ -156,8 +156,9 @@ def load_hf(path: str | Path, net: Transformer) -> None:
         raise MissingFileError(
             f"load_hf: there are no weights at {file}",
             ["a model.safetensors in Hugging Face's layout of GPT-2", "its folder"],
-            "use Pretrained(FOLDER)",
-            flag="--trainer.callbacks.path=FOLDER",
+            "download model.safetensors and config.json of GPT-2, and use Pretrained(FOLDER)",
+            flag="hf download gpt2 model.safetensors config.json --local-dir gpt2, then "
+            "--trainer.callbacks.path=gpt2",
         )
     try:
         hf_tensors = load_file(file)

@@ -14,7 +14,16 @@ import pytest
 import torch
 import yaml
 
+from ravine.cli.command import next_command
 from ravine.cli.main import main
+from ravine.datamodules import ImageDataModule, PromptDataModule, SpamDataModule, TextDataModule
+from ravine.lightning_modules import (
+    Diffusion,
+    ImageClassifier,
+    LanguageModel,
+    Reinforce,
+    SpamClassifier,
+)
 
 FOREIGN = ("net_in_init.NetInInit", "net_in_configure_model.NetInConfigureModel")
 BASE = """
@@ -339,15 +348,117 @@ def test_the_next_command_for_an_external_module_works(
     assert main(line.split()[2:]) == 0
 
 
-def test_a_fit_without_a_validation_prints_a_hint(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fit_without_a_validation_says_so_before_its_first_step(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     short = ["fit", "--config", "text.yaml", "--trainer.max_steps=2"]
-    assert main(short) == 0
+    assert main([*short, "--trainer.log_every_n_steps=1"]) == 0
     expected = (
-        "no validation ran in 4 batches: val_check_interval=6; type --trainer.val_check_interval=2"
+        "no validation runs: the run ends after batch 4, before the first validation "
+        "(val_check_interval=6); type --trainer.val_check_interval=2"
     )
-    assert expected in capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.splitlines()
+    (first_step,) = [i for i, line in enumerate(lines) if line.startswith("step 1/2 ")]
+    assert lines.index(expected) < first_step
+    assert sum("no validation" in line for line in lines) == 1
     assert main([*short, "--trainer.val_check_interval=2"]) == 0
     assert "no validation" not in capsys.readouterr().out
+
+
+class NoDataModule(L.LightningDataModule):
+    def train_dataloader(self) -> Any: ...
+
+
+class OnlyTestData(NoDataModule):
+    def test_dataloader(self) -> Any: ...
+
+
+class GeneratesAlone(L.LightningModule):
+    """No TaskModule, so that the command `generate` would not load it."""
+
+    def generate(self) -> str:
+        return ""
+
+    def test_step(self, batch: Any) -> None: ...
+
+
+class ValidatesItself(L.LightningModule):
+    def validation_step(self, batch: Any) -> None: ...
+    def val_dataloader(self) -> Any: ...
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "expected"),
+    [
+        (LanguageModel, TextDataModule, "generate"),
+        (Diffusion, ImageDataModule, "generate"),
+        (Reinforce, PromptDataModule, "generate"),
+        (ImageClassifier, ImageDataModule, "test"),
+        (SpamClassifier, SpamDataModule, "test"),
+        (SpamClassifier, NoDataModule, None),
+        (GeneratesAlone, OnlyTestData, "test"),
+        (GeneratesAlone, NoDataModule, None),
+        (ValidatesItself, None, "validate"),
+    ],
+)
+def test_the_next_command_needs_a_step_and_a_loader_of_the_module_and_its_data(
+    model: Any, data: Any, expected: str | None
+) -> None:
+    # the methods of the classes decide
+    bare_model = object.__new__(model)
+    bare_data = None if data is None else object.__new__(data)
+    found = next_command(bare_model, bare_data)
+    assert found == expected
+
+
+def test_missing_base_weights_are_refused_before_the_data_with_the_command_that_makes_them(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lora = ["--trainer.callbacks+=LoRA", "--trainer.callbacks+=Pretrained"]
+    base = ["--trainer.callbacks.path=runs/text", "--trainer.callbacks.command=ravine fit -c text"]
+    words = ["fit", "--config", "text.yaml", "--trainer.name=lora", *lora, *base]
+    assert main([*words, "--data.path=gone.txt"]) == 2  # the data are not even looked for
+    expected = (
+        "Pretrained: the path runs/text does not exist\n"
+        "  type: ravine fit -c text, or --trainer.callbacks.path=FILE\n"
+    )
+    assert expected in capsys.readouterr().err
+    # a path that the command does not make
+    assert main([*words, "--trainer.callbacks.path=runs/other"]) == 2
+    assert "ravine fit" not in capsys.readouterr().err
+    Path("runs/text/version_0/checkpoints").mkdir(parents=True)
+    assert main(words) == 2
+    assert "the runs in runs/text have no complete checkpoint file" in capsys.readouterr().err
+
+
+def test_adapters_are_trained_on_the_newest_checkpoint_of_a_folder_of_runs() -> None:
+    for steps in (1, 2):
+        assert main(["fit", "--config", "text.yaml", f"--trainer.max_steps={steps}"]) == 0
+    (newest,) = checkpoints("text", 1)
+    assert newest.name == "step=000002.ckpt"
+    lora = ["--trainer.callbacks+=LoRA", "--trainer.callbacks+=Pretrained"]
+    words = ["--trainer.name=lora", "--trainer.max_steps=1", "--trainer.callbacks.path=runs/text"]
+    assert main(["fit", "--config", "text.yaml", *lora, *words]) == 0
+    (adapters,) = checkpoints("lora")
+    saved = torch.load(adapters, weights_only=True)
+    assert saved["lora"]["base"]["file"] == saved["transforms"]["load"]["arguments"]["path"]
+    assert saved["lora"]["base"]["file"] == str(newest)
+    # a later run of the base does not change the base of the adapters
+    assert main(["fit", "--config", "text.yaml", "--trainer.max_steps=1"]) == 0
+    assert main(["generate", "--ckpt_path", str(adapters), "--max_new_tokens=1"]) == 0
+
+
+@pytest.mark.parametrize("monitor", ["Checkpoint", "EarlyStopping"])
+@pytest.mark.parametrize("val_fraction", [0.2, 0])
+def test_a_monitored_metric_that_nothing_logs_is_refused_before_the_first_step(
+    monitor: str, val_fraction: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    callback = [f"--trainer.callbacks+={monitor}", "--trainer.callbacks.monitor=val/acuracy"]
+    data = [f"--data.val_fraction={val_fraction}", "--trainer.log_every_n_steps=1"]
+    assert main(["fit", "--config", "spam.yaml", *data, *callback]) == 2
+    said = capsys.readouterr()
+    assert f"{monitor} monitors 'val/acuracy', which SpamClassifier does not log" in said.err
+    assert "step 1/" not in said.out
 
 
 def test_print_groups_lists_the_parameters_of_each_rule(capsys: pytest.CaptureFixture[str]) -> None:
