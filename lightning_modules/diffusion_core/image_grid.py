@@ -15,7 +15,7 @@ from ravine.errors import UsageError
 from ravine.files import atomic_write
 
 PADDING, BACKGROUND = 2, 255  # pixels between images, and their color
-FONT_SIZE, MAX_NAME = 14, 24  # of row names: pixels, characters
+FONT_SIZE, MAX_NAME = 20, 24  # of row names: pixels, characters
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 
 

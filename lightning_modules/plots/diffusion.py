@@ -51,14 +51,14 @@ def _plot_image_sheet(
     axis.imshow(sheet.numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     # in pixels, the middle of each image with its border of one pixel; a pixel's center is at 0
     tick_positions = [(i + 0.5) * (width + 2) - 0.5 for i in range(len(titles))]
-    axis.set_xticks(tick_positions, titles, fontsize=8)
+    axis.set_xticks(tick_positions, titles, fontsize=11)
     axis.set_yticks(
-        [(i + 0.5) * (height + 2) - 0.5 for i in range(len(row_names))], row_names, fontsize=8
+        [(i + 0.5) * (height + 2) - 0.5 for i in range(len(row_names))], row_names, fontsize=11
     )
     axis.tick_params(length=0, top=False, labeltop=True, labelbottom=False)
     axis.spines[:].set_visible(False)
-    axis.set_title(title, fontsize=10)
-    axis.set_xlabel(x_label, fontsize=8)
+    axis.set_title(title, fontsize=14)
+    axis.set_xlabel(x_label, fontsize=11)
     return figure
 
 

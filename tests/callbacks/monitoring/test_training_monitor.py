@@ -32,7 +32,7 @@ from ravine.callbacks import (
     UpdateMonitor,
 )
 from ravine.callbacks.monitoring import progress as progress_module
-from ravine.callbacks.monitoring import training_monitor as monitor_module
+from ravine.callbacks.monitoring import training_monitor
 from ravine.callbacks.monitoring.progress import format_rates
 from ravine.cli.trainer import Trainer
 from ravine.datamodules.loaders import DataParallelInfo, ResumableLoader
@@ -157,7 +157,9 @@ def test_clipping_logs_the_norm_before_it_and_the_norm_is_computed_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls: list[Any] = []
-    monkeypatch.setattr(monitor_module, "optimizer_gradient_norm", lambda *args: calls.append(args))
+    monkeypatch.setattr(
+        training_monitor, "optimizer_gradient_norm", lambda *args: calls.append(args)
+    )
     recorder = NormRecorder()
     trainer = Trainer(
         **SETTINGS, max_steps=8, log_every_n_steps=4, callbacks=[recorder, GradientClipping(1e-3)]
@@ -183,7 +185,7 @@ def test_the_throughput_is_units_by_seconds_without_validations(
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             type(self).seconds += 10
 
-    monkeypatch.setattr(monitor_module.time, "perf_counter", lambda: Clock.seconds)
+    monkeypatch.setattr(training_monitor.time, "perf_counter", lambda: Clock.seconds)
     trainer = Trainer(**SETTINGS, max_epochs=2, log_every_n_steps=2, enable_progress_bar=False)
     trainer.fit(Clock())
     speeds = column(logged_rows(trainer.log_dir), "throughput/samples_per_second")
