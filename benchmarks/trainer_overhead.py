@@ -8,7 +8,8 @@ many steps of the next, in an order drawn anew each round. One process for all w
 allocator: its state, which depends on the other ways, changes a step by up to 20 %. `bare again` is
 the A/A control. A row holds processor seconds a step of the whole process, with its threads.
 
-`ours` has everything on: bar, CSV, TensorBoard, checkpoints, a log line every 50 steps. `stock` is
+`ours` has everything on: bar, CSV, TensorBoard, checkpoints, and every 50 steps a log line with
+learning rates, gradient norm and throughput. `stock` is
 Lightning's Trainer with its own bar, its checkpoints and the same two loggers.
 """
 
@@ -47,6 +48,7 @@ from ravine.callbacks import (
     LRSchedule,
     OptimizerPlan,
     PredictionTable,
+    TrainingMonitor,
 )
 from ravine.callbacks.monitoring import progress
 from ravine.cli.lightning_noise import silence_lightning
@@ -225,7 +227,12 @@ def bare(net: Any, turn: Turn) -> None:
             return
 
 
-OTHERS = {"exact resume": ExactResume, "graceful stop": GracefulStop, "loss plot": LossPlot}
+OTHERS = {
+    "exact resume": ExactResume,
+    "graceful stop": GracefulStop,
+    "loss plot": LossPlot,
+    "training monitor": TrainingMonitor,
+}
 FAST_LOOP = "fast loop"
 PARTS = ("bar", "loggers", "checkpoint", *OTHERS, FAST_LOOP)
 
