@@ -445,7 +445,7 @@ def _load_optimizer(
             not outlive the loading.
 
     Raises:
-        CheckpointError: the number of param groups differs.
+        CheckpointError: the number of param groups, or of parameters in a group, differs.
     """
     groups = [group["params"] for group in optimizer.param_groups]
     saved_groups = [group["params"] for group in saved["param_groups"]]
@@ -454,6 +454,13 @@ def _load_optimizer(
             f"the checkpoint's optimizer has {len(saved_groups)} param groups, and this optimizer "
             f"has {len(groups)}",
             hint="build the optimizer as the run did, or train without ckpt_path",
+        )
+    sizes, saved_sizes = list(map(len, groups)), list(map(len, saved_groups))
+    if indices is None and sizes != saved_sizes:
+        raise CheckpointError(
+            f"the param groups of the checkpoint's optimizer have {saved_sizes} parameters, and "
+            f"those of this optimizer have {sizes}",
+            hint="freeze the same parameters as the run did, or train without ckpt_path",
         )
     parameters = [p for group_params in groups for p in group_params]
     if indices is None:
