@@ -164,15 +164,17 @@ class RegressionDataModule(BaseDataModule):
         self.replacement, self.intercept, self.standardize = replacement, intercept, standardize
         self.steps_per_batch, self.num_replicas = steps_per_batch, num_replicas
         self.batch_size = batch_size
+        # lists with a value for each member
         settings = {"noise": noise, "batch_size": batch_size, "sampling_seed": sampling_seed}
         self.noises, self.batch_sizes, self.sampling_seeds = _broadcast(settings, num_replicas)
         self.x = torch.empty(0)  # features (n d), of all members
         self.y = torch.empty(0)  # labels (m n)
         self.val_data: tuple[Tensor, Tensor] | None = None  # features (v d), labels (m v)
         self.num_classes = 1  # 2 for labels +1 and -1, 1 for a regression
+        # members with equal seeds and batch sizes share a stream of draws
         self._streams: list[DrawStream] = []
-        self._stream_of_member = torch.empty(0, dtype=torch.int64)
-        self._weights: Tensor | None = None  # (m b)
+        self._stream_of_member = torch.empty(0, dtype=torch.int64)  # index of the stream (m)
+        self._weights: Tensor | None = None  # of the draws in the mean (m b); None: equal ones
 
     @property
     def num_members(self) -> int:
@@ -180,7 +182,10 @@ class RegressionDataModule(BaseDataModule):
         return len(self.noises)
 
     def setup(self, stage: str) -> None:
-        """Make or load the data."""
+        """Make or load the data; Lightning calls it before each stage.
+
+        The lines of all members have the same features, and labels with the noise of the member.
+        """
         if self.source == "line":
             pairs = [
                 self._make_line(noise, self.data_seed, self.num_samples) for noise in self.noises
@@ -203,7 +208,7 @@ class RegressionDataModule(BaseDataModule):
         self.provenance = {"source": self.source, "samples": len(self.x)}
         self._check_batch_sizes()
         if self.val_data is None:
-            self.skip_validation()
+            self.skip_validation()  # or Lightning would warn about the missing loader
 
     def _make_line(self, noise: float, seed: int, num_samples: int) -> tuple[Tensor, Tensor]:
         x, y = generate_line(num_samples, self.slope, noise, seed)
@@ -216,9 +221,10 @@ class RegressionDataModule(BaseDataModule):
         """Resolve "all", create the streams of draws, and refuse batches beyond the data."""
         num_items = len(self.x)
         sizes = [num_items if size == "all" else size for size in self.batch_sizes]
-        if largest := next((size for size in sizes if not 1 <= size <= num_items), None):
+        misfit = next((size for size in sizes if not 1 <= size <= num_items), None)
+        if misfit is not None:
             raise UsageError(
-                f"RegressionDataModule: batch_size={largest} does not fit the {num_items} samples "
+                f"RegressionDataModule: batch_size={misfit} does not fit the {num_items} samples "
                 f"of {self.source}",
                 [f"1 to {num_items}", "all"],
                 "use batch_size=1",
@@ -232,6 +238,7 @@ class RegressionDataModule(BaseDataModule):
         ]
         self._stream_of_member = torch.tensor([unique_keys.index(key) for key in keys])
         if len(set(sizes)) > 1:
+            # a batch has the draws of the largest size; a smaller member gives the rest weight 0
             positions = torch.arange(max(sizes))
             rows = torch.tensor(sizes)[:, None]  # (m 1)
             self._weights = (positions < rows).double() / rows  # (m b)
@@ -251,6 +258,7 @@ class RegressionDataModule(BaseDataModule):
                 flag="--trainer.devices=1 --trainer.accumulate_grad_batches=1",
             )
         max_steps = getattr(trainer, "max_steps", -1)
+        # one epoch is the whole run, if the number of steps is known; else STEPS_PER_EPOCH steps
         num_steps = max_steps if max_steps > 0 else STEPS_PER_EPOCH
         num_batches = -(-num_steps // self.steps_per_batch)
         num_steps = num_batches * self.steps_per_batch
@@ -312,6 +320,7 @@ def _broadcast(settings: dict[str, Any], num_replicas: int) -> list[list[Any]]:
             "use lists of equal lengths",
         )
     count = next(iter(lengths.values()), 1)
+    # the same number of values for each setting, in the order of `settings`
     broadcast = [values * count if len(values) == 1 else values for values in lists.values()]
     noises, sizes, seeds = (
         [v for v in values for _ in range(num_replicas)] for values in broadcast

@@ -74,6 +74,7 @@ class Objective(OptimizationProblem):
         check_at_least_one("Objective", flag_prefix="--model.", num_members=num_members)
         self.dtype_name, self.num_members = dtype, num_members
         self.start = _check_start(start, check_dtype("Objective", dtype))
+        # an ObjectiveFunction: `value`, and its known minimizers and smallest value
         self.function = self._find_function(function, condition_number, center, minimizer)
         self.is_vmappable = _check_differentiable(self.function.value, self.start)
         self.gradient_tolerance, self.objective_target = gradient_tolerance, objective_target

@@ -247,6 +247,7 @@ class Regression(OptimizationProblem):
     def predicted_gap(self, lrs: Tensor) -> Tensor | None:
         """Return the noise floors (m) at constant rates (m), of a squared loss with replacement."""
         is_known = self.loss in CURVATURES and self._data.replacement and not (self.l1 or self.l2)
+        # the fourth moment of the data has d^4 numbers
         if (
             not is_known
             or self._data.x.shape[1] > MAX_WEIGHTS_OF_MOMENTS

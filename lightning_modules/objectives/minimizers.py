@@ -94,13 +94,14 @@ def _minimize_smooth(
         # equal shifts of all class scores change nothing, so the system may be singular
         step = torch.linalg.lstsq(hessian, gradient[:, None], driver="gelsd").solution[:, 0]
         scale = max(1.0, float(weights.abs().max()))
-        # on separable data each step is about 1, however small the gradient is
+        # the step and not the gradient: on separable data each step is about 1, without an end
         if float(step.abs().max()) <= STEP_PRECISION * scale:
             return weights - step
         value, size = float(objective(weights)), 1.0
         while size > SMALLEST_FRACTION and not float(objective(weights - size * step)) < value:
             size /= 2
-        if size <= SMALLEST_FRACTION:  # no smaller value in float64
+        # no smaller value in float64: a minimum if the step is small, too
+        if size <= SMALLEST_FRACTION:
             return weights if float(step.abs().max()) <= 1e-6 * scale else None
         weights = weights - size * step
     return None
@@ -123,6 +124,6 @@ def _minimize_linear_program(x: Tensor, y: Tensor, loss: str) -> Tensor | None:
     else:
         upper = numpy.hstack((-labels[:, None] * features, -identity))
         bounds = -numpy.ones(n)
-    slack_bounds = [(None, None)] * d + [(0, None)] * n
+    slack_bounds = [(None, None)] * d + [(0, None)] * n  # weights of any sign, slacks from 0
     result = linprog(cost, A_ub=upper, b_ub=bounds, bounds=slack_bounds, method="highs")
     return torch.from_numpy(result.x[:d].copy()) if result.success else None

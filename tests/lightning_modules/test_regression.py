@@ -90,6 +90,13 @@ def test_the_measured_noise_floor_is_the_predicted_one_within_five_percent():
     assert gaps.tolist() == pytest.approx(predicted[::replicas].tolist(), rel=0.05)
 
 
+@pytest.mark.parametrize("batch_size", [0, 201, [1, 0]])
+def test_a_batch_without_a_sample_or_beyond_the_data_is_refused(batch_size):
+    data = RegressionDataModule(batch_size=batch_size)
+    with pytest.raises(UsageError, match=r"batch_size=(0|201) does not fit the 200 samples"):
+        data.setup("fit")
+
+
 @pytest.mark.parametrize(
     ("batch_size", "replacement", "factor"),
     [(1, True, 1.0), (10, True, 0.1), (100, True, 0.01), (100, False, 0.5025 / 100)],
