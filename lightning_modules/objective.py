@@ -203,7 +203,7 @@ class Objective(OptimizationProblem):
                 flag=f"--model.function={nearest[0]}",
             )
         if isinstance(function, str):
-            function = import_function(function, KIND)
+            function = import_function(function, KIND)  # KIND: words for the errors
         if condition_number != 1 or center != 0:
             raise UsageError(
                 "Objective: condition_number and center belong to the quadratic, and the function "

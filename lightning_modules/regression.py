@@ -106,6 +106,7 @@ class Regression(OptimizationProblem):
 
     def _check_labels(self, num_classes: int, source: str) -> None:
         """Raise UsageError for a loss that does not fit the labels of the data."""
+        # SIGN_LOSSES: losses of labels +1 and -1, such as hinge
         if self.loss in SIGN_LOSSES:
             fits, wanted = num_classes == 2, ["breast_cancer", "separable"]
         elif self.loss == "softmax":
@@ -246,6 +247,7 @@ class Regression(OptimizationProblem):
 
     def predicted_gap(self, lrs: Tensor) -> Tensor | None:
         """Return the noise floors (m) at constant rates (m), of a squared loss with replacement."""
+        # CURVATURES: the second derivative of the squared losses, by name
         is_known = self.loss in CURVATURES and self._data.replacement and not (self.l1 or self.l2)
         # the fourth moment of the data has d^4 numbers
         if (

@@ -39,6 +39,7 @@ def find_minimizer(
         penalized: 1 for weights with a penalty, 0 for the intercept (d).
         num_classes: k of softmax; 1 otherwise.
     """
+    # CURVATURES: the second derivative of the squared losses, by name
     if l1:
         return _minimize_lasso(x, y, loss, l1) if loss in CURVATURES and not l2 else None
     if loss in CURVATURES:
