@@ -26,6 +26,7 @@ from .member_paths import (
     MetricName,
     RecordedPaths,
     evaluate_metric,
+    member_lrs,
     member_points,
 )
 
@@ -103,8 +104,11 @@ class ConvergencePlot(RecordedPaths):
         super().on_train_start(trainer, pl_module)
         for panel in self.panels:
             self.check_metric(pl_module, panel.metric)
+            if panel.axis == "samples":
+                self._samples_per_step(pl_module)
         if self.show_floor:
             self.check_metric(pl_module, "gap")
+            self._predict_gaps(pl_module, member_lrs(trainer, pl_module))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
@@ -174,6 +178,14 @@ class ConvergencePlot(RecordedPaths):
         steps = torch.tensor(self.steps)
         if axis == "steps":
             return steps
+        return steps * self._samples_per_step(module)[setting * self.num_replicas]
+
+    def _samples_per_step(self, module: Any) -> Tensor:
+        """Return the samples of one optimizer step of each member (m).
+
+        Raises:
+            UsageError: the module has no samples.
+        """
         count_samples = getattr(module, "samples_per_step", None)
         samples = count_samples() if count_samples is not None else None
         if samples is None:
@@ -183,7 +195,7 @@ class ConvergencePlot(RecordedPaths):
                 ["steps", "seconds"],
                 hint="use axis='steps'",
             )
-        return steps * samples[setting * self.num_replicas]
+        return samples
 
     def _over_replicas(self, values: Tensor) -> Tensor:
         """Average values (k m) over the replicas of each setting: (k settings)."""
@@ -193,8 +205,18 @@ class ConvergencePlot(RecordedPaths):
         """Return the measured and the predicted gap of each setting."""
         gaps = self._over_replicas(self.compute_metric(module, "gap"))
         measured = gaps[len(gaps) // 2 :].mean(0)  # (settings)
+        predicted = self._predict_gaps(module, self.lrs[-1])[:: self.num_replicas]
+        pairs = zip(measured.tolist(), predicted.tolist(), strict=True)
+        return dict(zip(self.setting_labels(module), pairs, strict=True))
+
+    def _predict_gaps(self, module: Any, lrs: Sequence[float]) -> Tensor:
+        """Return the predicted noise floor of each member (m) at these constant rates (m).
+
+        Raises:
+            UsageError: the module has no closed form.
+        """
         predict = getattr(module, "predicted_gap", None)
-        rates = torch.tensor(self.lrs[-1], dtype=torch.float64)
+        rates = torch.tensor(lrs, dtype=torch.float64)
         predicted = predict(rates) if predict is not None else None
         if predicted is None:
             raise UsageError(
@@ -204,9 +226,7 @@ class ConvergencePlot(RecordedPaths):
                 hint="use show_floor=False",
                 flag="--trainer.callbacks.show_floor=false",
             )
-        predicted = predicted[:: self.num_replicas]
-        pairs = zip(measured.tolist(), predicted.tolist(), strict=True)
-        return dict(zip(self.setting_labels(module), pairs, strict=True))
+        return predicted
 
     def _print_table(self, module: Any) -> None:
         metrics = [m for m in dict.fromkeys(panel.metric for panel in self.panels)]

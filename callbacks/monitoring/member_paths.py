@@ -201,10 +201,9 @@ class RecordedPaths(Callback, ABC):
                 hint="use every_n_steps=1",
                 flag="--trainer.callbacks.every_n_steps=1",
             )
-        if metric == "weight" and self.points and self.points[0].shape[1] != 1:
+        if metric == "weight" and (num_variables := module.member_points().shape[1]) != 1:
             raise UsageError(
-                f"{name}: the metric weight is for one variable, and {task} has "
-                f"{self.points[0].shape[1]}",
+                f"{name}: the metric weight is for one variable, and {task} has {num_variables}",
                 ["objective", "gap", "distance"],
                 hint="use the metric 'objective'",
             )
