@@ -26,6 +26,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from torch.optim import Optimizer
 
+from ravine.callbacks.optimizers.plan import OptimizerPlan
 from ravine.errors import UsageError, suggest_names
 
 from ..discovery.class_pages import EXAMPLE_VALUES
@@ -417,17 +418,30 @@ def _missing_callback_error(specs: Sequence[CallbackSpec], flag: CallbackFlag) -
 def _adding_flags(callback_class: type, flag: CallbackFlag) -> str:
     """Return the flags that add a callback with an argument; a wrong argument is corrected."""
     spec = {"class_path": f"{callback_class.__module__}.{callback_class.__qualname__}"}
-    path, names = flag.path, argument_paths(spec)
-    if path.partition(".")[0].rstrip("+") not in names:
+    names = argument_paths(spec)
+    segments, text = flag.path.split("."), flag.text
+    if any(segment.isdigit() for segment in segments):  # an element of a list that is not there
+        first = next(i for i, segment in enumerate(segments) if segment.isdigit())
+        is_last = first == len(segments) - 1
+        segments, text = (segments[:first], f"[{text}]") if is_last else ([], "")
+    path = ".".join(segments)
+    if segments and segments[0].rstrip("+") not in names:
         path = next(iter(nearest_paths(path, names)), "")
-    values = {path: flag.text} if path else {}
+    values: dict[str, str] = {}
+    # an optimizer needs a class before its arguments, and OptimizerPlan needs an optimizer
+    parent = path.partition(".")[0] if "." in path else ""
+    if parent in CLASS_ARGUMENTS:
+        values[parent] = "AdamW"
+    elif callback_class is OptimizerPlan and path != "optimizer":
+        values["optimizer"] = "AdamW"
+    if path:
+        values[path] = text
     for action in typehints.class_parser(callback_class, 0)._actions:
         if action.required and action.dest not in values:
             values[action.dest] = EXAMPLE_VALUES.get(action.dest, "VALUE")
     words = [f"{FLAG_PREFIX[:-1]}+={callback_class.__name__}"]
-    return " ".join(
-        [*words, *(f"{FLAG_PREFIX}{name}={shlex.quote(text)}" for name, text in values.items())]
-    )
+    words += [f"{FLAG_PREFIX}{name}={shlex.quote(text)}" for name, text in values.items()]
+    return " ".join(words)
 
 
 def _no_plan_error(
@@ -560,6 +574,14 @@ def _raise_argument_error(
             near or [p for p in paths if "." not in p],
             flag=f"{prefix}{(near or paths)[0]}={flag.quoted_text}",
             label="nearest" if near else "allowed",
+        ) from error
+    parent = path.rpartition(".")[0]
+    if parent in CLASS_ARGUMENTS and (spec.get("init_args") or {}).get(parent) is None:
+        parent_flag = f"{flag.flag.rpartition('.')[0]}=AdamW"
+        raise UsageError(
+            f"{flag.location}: no class is set for {parent!r} of {name}",
+            hint=f"set {parent}",
+            flag=f"{parent_flag} {flag.flag}={flag.quoted_text}",
         ) from error
     # reads values against the types of the arguments, and raises an error that names the wrong one
     finder = ConfigErrorFinder(parser, command)
