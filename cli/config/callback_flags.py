@@ -128,7 +128,7 @@ def split_flags(argv: Sequence[str]) -> tuple[list[str], list[CallbackFlag]]:
                 ]
             continue
         value = text if equals else next(remaining, None)
-        if value is None:
+        if value is None or (not equals and value.startswith("--")):
             raise UsageError(f"{flag.location}: the value is missing", flag=f"{flag.flag}=VALUE")
         flag = replace(flag, text=value)
         # The parser needs a required argument at once.

@@ -315,8 +315,9 @@ class ConfigErrorFinder:
         """
         name, bases = config_value.text, tuple(base for base, _ in class_choices)
         base_names = " or ".join(dict.fromkeys(base.__name__ for base in bases))
-        # the subclasses that are imported now
-        subclasses_by_name = typehints.subclasses_by_name(bases)
+        # the subclasses that are imported now, and a base that is a dataclass: LRSchedule
+        subclasses_by_name = {b.__name__: b for b in bases if dataclasses.is_dataclass(b)}
+        subclasses_by_name |= typehints.subclasses_by_name(bases)
         chosen_class = (
             import_class(config_value, base_names, bases)
             if "." in name

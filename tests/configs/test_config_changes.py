@@ -1,6 +1,7 @@
 """Changes that a user wants, on the presets: one flag changes one value, or the error names a way.
 
-A thirteenth of the pairs of preset and change is checked here. benchmarks/config_changes.py checks all.
+A thirteenth of the pairs of preset and change is checked here, and all of them by
+benchmarks/config_changes.py.
 """
 
 import importlib.util

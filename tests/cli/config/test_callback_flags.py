@@ -1,5 +1,6 @@
 """One flag changes one argument of one callback: by class, by number, or by a short form."""
 
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,9 @@ import pytest
 import yaml
 from parsed_config import changes, config_of
 
+from ravine.cli.error_report import format_parts
 from ravine.cli.main import main
+from ravine.errors import UsageError
 
 QUICK = ("fit", "--config=shakespeare/quick")  # Muon, GradientClipping, GenerateSamples
 ADAMW = ("fit", "--config=shakespeare/quick_adamw")  # OptimizerPlan with AdamW
@@ -151,27 +154,23 @@ def test_a_short_form_is_printed_in_full(capsys: pytest.CaptureFixture[str]) -> 
     ]
 
 
-# the words after `fit --config=shakespeare/quick`, and the lines of the answer
-ERRORS: dict[str, tuple[str, list[str]]] = {
-    "a callback that is not in the run": (
-        "--trainer.callbacks.EMA.decay=0.9",
-        [
-            "on the command line, --trainer.callbacks.EMA.decay: the run has no callback EMA",
-            "  callbacks of the run: Muon, GradientClipping, GenerateSamples",
-            "  type: --trainer.callbacks+=EMA --trainer.callbacks.decay=0.9",
-        ],
-    ),
-}
+# `flags`, and the lines of the answer, in blocks
+_, *BLOCKS = Path(__file__).with_name("callback_flag_errors.txt").read_text().split("\n\n")
+ERRORS = [block.strip().removeprefix("$ ").splitlines() for block in BLOCKS]
 
 
-@pytest.mark.parametrize("name", ERRORS)
-def test_a_wrong_flag_is_answered_with_one_that_works(
-    name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words, lines = ERRORS[name]
-    assert main([*QUICK, *shlex.split(words)]) == 2
-    err = capsys.readouterr().err
-    assert err.splitlines() == [f"ravine: error: {lines[0]}", *lines[1:]]
+@pytest.mark.parametrize("block", ERRORS, ids=lambda block: block[0])
+def test_a_wrong_flag_is_answered_with_one_that_works(block: list[str]) -> None:
+    flags, *lines = block
+    typed = [*QUICK, *shlex.split(flags)]
+    with pytest.raises(UsageError) as raised:
+        config_of(*typed)
+    said = format_parts(raised.value).splitlines()
+    assert said == lines
+    # what it says can be typed in the place of the wrong flag, and is accepted
+    suggestion = lines[-1].removeprefix("  type: ").partition(", or")[0]
+    if suggestion.startswith("--") and "VALUE" not in suggestion:
+        assert config_of(*typed[:-1], *shlex.split(suggestion))
 
 
 def test_print_config_shows_the_changed_value(capsys: pytest.CaptureFixture[str]) -> None:
@@ -183,3 +182,48 @@ def test_print_config_shows_the_changed_value(capsys: pytest.CaptureFixture[str]
     assert changes(yaml.safe_load(before), yaml.safe_load(after)) == {
         f"{MUON}.aux_optimizer.init_args.lr": (0.005, 0.25)
     }
+
+
+def test_a_line_names_what_a_flag_drops(capsys: pytest.CaptureFixture[str]) -> None:
+    config_of(*QUICK, "--trainer.callbacks=EMA")
+    config_of(*QUICK, "--trainer.callbacks=OptimizerPlan", "--trainer.callbacks.optimizer=SGD")
+    config_of(*QUICK, "--config=rules.yaml")
+    config_of(*QUICK, "--trainer.callbacks+=Muon", "--trainer.callbacks.lr=0.1")
+    config_of(*QUICK, "--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.1")
+    dropped = "drops the callbacks Muon, GradientClipping, GenerateSamples"
+    assert capsys.readouterr().out.splitlines() == [
+        f"--trainer.callbacks=EMA {dropped}; --trainer.callbacks+=EMA would keep them; "
+        "TaskModule.configure_optimizers now gives the optimizer",
+        f"--trainer.callbacks=OptimizerPlan {dropped}; --trainer.callbacks+=OptimizerPlan would "
+        "keep them; OptimizerPlan now gives the optimizer",
+        f"rules.yaml {dropped}; OptimizerPlan now gives the optimizer",
+        "to keep the other arguments of the Muon that is there: --trainer.callbacks.Muon.lr=0.1",
+    ]
+
+
+def test_the_callbacks_of_a_checkpoint_are_addressed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Also those of a run without an optimizer callback, whose own optimizer is named."""
+    tiny = [
+        "--config=spam/lecture0",
+        "--trainer.max_steps=2",
+        "--trainer.enable_progress_bar=false",
+    ]
+    assert main(["fit", *tiny, "--optimizer.lr=0.5", "--trainer.callbacks+=EMA"]) == 0
+    saved = "--ckpt_path=runs/spam/lecture0/version_0/checkpoints/step=000002.ckpt"
+    more = ["fit", saved, "--trainer.max_steps=3"]
+    before = config_of(*more)
+    capsys.readouterr()
+    after = config_of(*more, "--optimizer.lr=0.25", "--trainer.callbacks.EMA.decay=0.5")
+    assert changes(before, after) == {
+        "trainer.callbacks.0.init_args.optimizer.init_args.lr": (0.5, 0.25),
+        "trainer.callbacks.1.init_args.decay": (0.999, 0.5),
+    }
+    said = capsys.readouterr().out
+    assert "optimizer.lr: --trainer.callbacks.OptimizerPlan.optimizer.lr=0.25\n" in said
+    key = "trainer.callbacks.OptimizerPlan.optimizer.lr"
+    assert f"{key} is 0.25 here and 0.5 in the checkpoint: 0.25 is used\n" in said
+    with pytest.raises(UsageError, match="test trains nothing"):
+        config_of("test", saved, "--optimizer.lr=1")
+    assert main(["fit", *tiny, "--trainer.callbacks=EMA"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"\noptimizer: \w+ with lr [\d.]+, from \w+\.configure_optimizers\n", said)
