@@ -242,7 +242,7 @@ def main() -> None:
     """Check all changes on all presets, and append a row for each preset."""
     from record import append, machine
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="One flag for each change.")
     parser.add_argument("--only")
     options = parser.parse_args()
     cli = None
