@@ -22,18 +22,20 @@ from ravine.strategies.dtensor import to_local
 class ElementwiseOptimizer(Optimizer):
     """Base of optimizers that update each number from the gradients of that number alone.
 
-    class Averaged(ElementwiseOptimizer):
-        state_names = ("average",)
-        scalars = {"step": 0.0}
+    A subclass names its state and writes its formula in `update`:
 
-        def __init__(self, params, lr=0.1):
-            super().__init__(params, {"lr": lr})
+        class Averaged(ElementwiseOptimizer):
+            state_names = ("average",)
+            scalars = {"step": 0.0}
 
-        def update(self, group, weights, gradients, averages, steps):
-            torch._foreach_add_(steps, 1)
-            torch._foreach_lerp_(averages, gradients, 0.1)
-            rates = [group["lr"] / (1 - 0.9 ** step.item()) for step in steps]
-            torch._foreach_sub_(weights, torch._foreach_mul(averages, rates))
+            def __init__(self, params, lr=0.1):
+                super().__init__(params, {"lr": lr})
+
+            def update(self, group, weights, gradients, averages, steps):
+                torch._foreach_add_(steps, 1)
+                torch._foreach_lerp_(averages, gradients, 0.1)
+                rates = [group["lr"] / (1 - 0.9 ** step.item()) for step in steps]
+                torch._foreach_sub_(weights, torch._foreach_mul(averages, rates))
     """
 
     # Names of state tensors with the parameter's shape and dtype; they start at zero.
