@@ -204,7 +204,8 @@ class RavineCLI(CommandLine):
         """
         argv: list[str] = args  # type: ignore
         print_words = [word for word in argv if word.startswith("--print_config")]
-        if not print_words:
+        # without a checkpoint and flags of one callback, the first parse has all values
+        if not print_words or not (self.checkpoint_path or self.callback_flags):
             self._parse(parser, argv)
             return
         # The first parse lacks the checkpoint's callbacks. Its lines are not part of the config.

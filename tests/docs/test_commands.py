@@ -53,6 +53,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for seed in range(2):
             words = ["fit", "--config", config, *flags, *TINY, f"--seed_everything={seed}"]
             assert main(words) == 0
+    Path("my.yaml").write_text((ROOT / "configs" / "shakespeare" / "quick.yaml").read_text())
     yield folder
     os.chdir(start)
 
@@ -76,6 +77,8 @@ def accepted(words: list[str]) -> bool:
     if verb in METHOD_FLAGS:
         typed = method_flags.parse_flags(word for word in words[1:] if word != "--merge")
         return {name for name, _ in typed} <= METHOD_FLAGS[verb]
+    if verb == "estimate":  # the arguments of `fit`, and flags of its own
+        words = ["fit", *without_flags(words[1:], ESTIMATE_FLAGS)]
     words = [word for word in words if not word.startswith("--trust=")]
     for i, word in enumerate(words):
         if word == "--ckpt_path":
@@ -83,6 +86,22 @@ def accepted(words: list[str]) -> bool:
         elif word.startswith("--ckpt_path="):
             words[i] = f"--ckpt_path={checkpoint(words)}"
     return main([*words, *({"--print_config"} - {*words})]) == 0
+
+
+ESTIMATE_FLAGS = {"gpu", "gpu_memory", "gpu_tflops", "devices", "num_nodes", "link"}
+ESTIMATE_SWITCHES = {"--quick", "--measure", "--json"}
+
+
+def without_flags(words: list[str], names: set[str]) -> list[str]:
+    """The words without `--name value` and `--name=value`, and without the switches."""
+    kept, rest = [], iter(words)
+    for word in rest:
+        name, equals, _ = word.removeprefix("--").partition("=")
+        if word.startswith("--") and name in names:
+            _ = None if equals else next(rest)
+        elif word not in ESTIMATE_SWITCHES:
+            kept.append(word)
+    return kept
 
 
 def known_flags(method: str, *others: str) -> set[str]:
