@@ -360,9 +360,9 @@ def make_param_generator(seed: int, parameter_name: str) -> torch.Generator:
 class Transform(L.Callback):
     """Base class of callbacks that transform the net: set `phase` and implement `transform`.
 
-    class Half(Transform):
-        phase = "quantize"
-        def transform(self, module): module.half()
+        class Half(Transform):
+            phase = "quantize"
+            def transform(self, module): module.half()
 
     With `accepts_meta_params = True` in the class that defines it, `transform` may get parameters
     on the meta device. `ravine.strategies.materialize.iter_value_blocks(parameter)` computes their
