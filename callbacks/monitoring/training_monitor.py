@@ -8,6 +8,7 @@ A step that is not logged costs two comparisons and the count of a batch's units
 """
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -25,7 +26,7 @@ from ..stability.gradient_clipping import (
     GradientClipping,
     optimizer_gradient_norm,
 )
-from .progress import count_units
+from .progress import count_rows
 from .throughput import Throughput, synchronize
 
 
@@ -46,6 +47,7 @@ class TrainingMonitor(OptimizerStepCallback):
         self._values: dict[str, float | Tensor] = {}  # of the running step, until they are logged
         # of the trainer: whether other callbacks log the norm and the throughput
         self._has_clipping = self._has_throughput = False
+        self._count_units: Callable[[Any], int] = count_rows
         self._start_window(0.0)
 
     def _start_window(self, now: float) -> None:
@@ -61,6 +63,8 @@ class TrainingMonitor(OptimizerStepCallback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the timer."""
         super().on_train_start(trainer, pl_module)
+        # found once: a module looks up a missing attribute in several tables
+        self._count_units = getattr(pl_module, "count_units", None) or count_rows
         self._has_clipping = bool(find_callbacks(trainer, GradientClipping))
         self._has_throughput = bool(find_callbacks(trainer, Throughput))
         self._values = {}
@@ -94,7 +98,7 @@ class TrainingMonitor(OptimizerStepCallback):
         batch_idx: int,
     ) -> None:
         """Count the units of the batch."""
-        self._num_units += count_units(pl_module, batch)
+        self._num_units += self._count_units(batch)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_optimizer_step_end(
