@@ -45,6 +45,7 @@ from .config.config_changes import changed_arguments, report_changes
 from .config.saved_config import ConfigSaver
 from .config.trust import packages_to_trust
 from .error_report import is_raised_by_parser, program_name, unwrap_error
+from .module_commands import check_command
 from .resume_path import iter_values
 from .run_dir import check_run_links, raise_if_run_dir_removed, remove_empty_run_dir
 from .run_folders import record
@@ -243,6 +244,8 @@ class RavineCLI(CommandLine):
             self.trusted_packages, trust.find_dotted_names([*values, *flag_values])
         )
         config, source = self.saved_config_values, str(self.checkpoint_path)
+        # raises an error for a config or --model of another task, before its values are compared
+        config_errors.check_model_of_checkpoint(config, values, source, argv[0])
         is_fit = argv[0] == "fit"
         # for a fit, `callbacks_argv` checks the callbacks, of which it may need none
         trust_policy.check_config(config, source, with_callbacks=not is_fit)
@@ -354,6 +357,8 @@ class RavineCLI(CommandLine):
 
     def run_subcommand(self, subcommand: str) -> None:
         """Run the subcommand; an error gets the newest checkpoint as an attribute."""
+        # raises an error if the module lacks the method that the command needs
+        check_command(subcommand, self.model, self.checkpoint_path)
         try:
             super().run_subcommand(subcommand)
         except BaseException as error:

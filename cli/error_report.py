@@ -17,6 +17,8 @@ from pathlib import Path
 
 from ravine.errors import RunError, UsageError, suggest_names
 
+from . import lightning_errors
+
 INTERRUPTED_STATUS = 130  # 128 + SIGINT, as a shell reports Ctrl-C
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 OUT_OF_MEMORY_TEXTS = (
@@ -38,6 +40,7 @@ def unknown_name_error(
     allowed: Iterable[str],
     make_flag: Callable[[str], str],
     placeholder: str,
+    fallback: str = "",
 ) -> UsageError:
     """Return the error for a name that does not exist.
 
@@ -47,6 +50,7 @@ def unknown_name_error(
         allowed: all allowed names
         make_flag: makes the suggested flag from the nearest name
         placeholder: replaces the name in the flag if no name is near
+        fallback: the whole flag or command to suggest if no name is near, instead of a placeholder
     """
     allowed = list(allowed)
     # the names that resemble the word; none if all are too different
@@ -54,7 +58,7 @@ def unknown_name_error(
         return UsageError(problem, suggestions, flag=make_flag(suggestions[0]), label="nearest")
     rest_text = [f"and {len(allowed) - 12} more"] if len(allowed) > 12 else []
     short = sorted(allowed, key=lambda name: (len(name), name))[:12]  # variants have longer names
-    return UsageError(problem, [*short, *rest_text], flag=make_flag(placeholder))
+    return UsageError(problem, [*short, *rest_text], flag=fallback or make_flag(placeholder))
 
 
 def program_name() -> str:
@@ -92,6 +96,9 @@ def message_of(error: Exception, argv: list[str]) -> str:
         return format_parts(error)
     if (system_error := explain_system_error(error, argv)) is not None:
         return format_parts(system_error)
+    # the same error with what to type; None for a text that is not in the table
+    if (explained := lightning_errors.explain(str(error), argv)) is not None:
+        return format_parts(explained)
     return str(error.args[0] if isinstance(error, LookupError) else error)
 
 

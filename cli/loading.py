@@ -1,6 +1,7 @@
 """Load a trained model from a checkpoint, without a trainer: `ravine.load_model`."""
 
 import os
+import shlex
 from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +22,7 @@ from . import resume_path
 from .checkpoint_metadata import load_metadata, saved_config_of
 from .commands import method_flags
 from .config.trust import TrustPolicy, split_trust_flags
+from .error_report import program_name
 from .run_folders import index
 
 NAME_KEY, ROOT_KEY = (
@@ -182,7 +184,7 @@ def load_from_argv(
         raise UsageError(
             f"{command} is not possible with the {task.__name__} in {path}",
             capable_tasks,
-            flag=f"{command} --ckpt_path=ANOTHER",
+            flag=f"{program_name()} runs",
             label="possible with",
         )
     return load_model(path, trusted), path, typed_flags
@@ -209,7 +211,7 @@ def checkpoint_from_argv(argv: list[str], command: str) -> tuple[Path, list[tupl
         raise UsageError(
             problem,
             ["last", "auto", "a file"],
-            flag=f"{command} --ckpt_path=last",
+            flag=shlex.join([program_name(), command, "--ckpt_path=last", *argv[1:]]),
             label="checkpoints",
         )
     flag_values = dict(typed_flags)
@@ -231,7 +233,9 @@ def checkpoint_from_argv(argv: list[str], command: str) -> tuple[Path, list[tupl
     else:
         path = Path(request)
     if path is None:
-        raise UsageError("no checkpoint exists", flag=f"{command} --ckpt_path=FILE")
+        raise UsageError(
+            "no checkpoint exists", flag=f"{program_name()} fit --config shakespeare/quick"
+        )
     # None for a complete file with correct checksums
     if reason := find_damage(path):  # a flipped byte would give wrong but plausible samples
         problem = f"the checkpoint {path} cannot be used: {reason}"

@@ -14,13 +14,12 @@ from types import ModuleType
 from ravine.errors import UsageError
 
 from . import error_report, help_text
-from .config import environment, presets
+from .config import environment, presets, stray_words
 from .run_folders import record
 
 # Each command and the module whose `run(argv) -> int` executes it.
-COMMANDS: dict[str, str] = dict.fromkeys(
-    ("fit", "validate", "test", "predict"), "ravine.cli.command"
-) | {
+LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
+COMMANDS: dict[str, str] = dict.fromkeys(LIGHTNING_COMMANDS, "ravine.cli.command") | {
     "estimate": "ravine.cli.commands.estimate",
     "generate": "ravine.cli.commands.generate",
     "export": "ravine.cli.commands.export",
@@ -32,6 +31,18 @@ LOOKUP_COMMANDS: dict[str, str] = {
     "new": "ravine.cli.commands.new_file",
     "completion": "ravine.cli.commands.completion",
     "runs": "ravine.cli.commands.runs",
+}
+# Commands of other programs.
+COMMAND_GUESSES = {
+    **dict.fromkeys(("train", "training", "finetune", "run", "start", "resume", "tune"), "fit"),
+    **dict.fromkeys(("eval", "evaluate", "evaluation", "val", "validation"), "validate"),
+    **dict.fromkeys(("sample", "infer", "inference", "chat", "complete", "prompt"), "generate"),
+    **dict.fromkeys(("convert", "save", "merge", "quantize"), "export"),
+    **dict.fromkeys(("ls", "search", "find"), "list"),
+    **dict.fromkeys(("config", "configs", "presets", "models", "recipes"), "list configs"),
+    **dict.fromkeys(("info", "describe", "cat", "print"), "show"),
+    **dict.fromkeys(("init", "create", "scaffold"), "new"),
+    **dict.fromkeys(("history", "log", "logs", "compare", "status"), "runs"),
 }
 
 
@@ -65,6 +76,7 @@ def run_command(argv: list[str]) -> int:
         args = [w for w in args if w != "--debug"]
         os.environ["RAVINE_DEBUG"] = "1"  # the ranks that Lightning starts inherit it
     try:
+        check_help_topic(args)
         if wants_help(args):
             return print_help(args)
         # commands without training, such as list and show, which do not import torch
@@ -114,6 +126,17 @@ def wants_help(argv: list[str]) -> bool:
     return not argv or bool({"-h", "--help", "--version"} & set(argv))
 
 
+def check_help_topic(argv: list[str]) -> None:
+    """Raise UsageError for `--help=NAME`, other than `--help=all`: `show NAME` has that page."""
+    for word in argv:
+        name = word.removeprefix("--help=")
+        if name not in (word, "all"):
+            raise UsageError(
+                f"{word}: --help shows the arguments of a command, or with =all every argument",
+                flag=shlex.join([error_report.program_name(), "show", name]),
+            )
+
+
 def print_help(argv: list[str]) -> int:
     """Print a help page or the version."""
     if "--version" in argv:
@@ -147,27 +170,64 @@ def split_argv(argv: list[str]) -> tuple[str, list[str], list[str]]:
             other_words.append(word)
     # COMMANDS: fit, validate, test, predict, estimate, generate and export
     command = next((word for word in other_words if word in COMMANDS), None)
-    if command is None:
-        first_word = other_words[0] if other_words else ""
-        unknown_command = "" if first_word.startswith("-") else first_word
-
-        def suggested_command(name: str) -> str:
-            kept_words = [word for word in argv if word != unknown_command]
-            return shlex.join([error_report.program_name(), name, *kept_words])
-
-        if not unknown_command:
-            names = (*COMMANDS, *LOOKUP_COMMANDS)
-            raise UsageError("no command was given", names, flag=suggested_command("fit"))
-        # suggests the nearest command with the other words, or fit if none is near
-        raise error_report.unknown_name_error(
-            f"no command is called {unknown_command!r}",
-            unknown_command,
-            (*COMMANDS, *LOOKUP_COMMANDS),
-            suggested_command,
-            "fit",
-        )
+    if command is None or other_words[0] == "help":
+        raise unknown_command_error(argv, other_words[0] if other_words else "")
     other_words.remove(command)
     return command, configs, other_words
+
+
+def unknown_command_error(argv: list[str], first_word: str) -> UsageError:
+    """Return the error for a command line without a known command.
+
+    Args:
+        argv: the words as typed.
+        first_word: the first of them that is not a config.
+    """
+    names, program = (*COMMANDS, *LOOKUP_COMMANDS), error_report.program_name()
+    if first_word in ("-v", "-V", "version"):
+        return UsageError(f"no command is called {first_word!r}", flag=f"{program} --version")
+    if not first_word or first_word.startswith("-"):
+        return UsageError("no command was given", names, flag=suggested_command("fit", [*argv]))
+    problem = f"no command is called {first_word!r}"
+    other_words = [word for word in argv if word != first_word]
+    if first_word == "help":
+        topic = [word for word in other_words if word in names][:1]
+        return UsageError(problem, names, flag=shlex.join([program, *topic, "--help"]))
+    if first_word in presets.list_presets():
+        return UsageError(
+            f"{problem}, but a config is",
+            flag=shlex.join([program, "fit", "--config", first_word, *other_words]),
+        )
+    if guess := COMMAND_GUESSES.get(first_word.lower()):
+        return UsageError(
+            problem, [guess], flag=suggested_command(guess, other_words), label="nearest"
+        )
+    # suggests the nearest command with the other words, or the help page if none is near
+    return error_report.unknown_name_error(
+        problem,
+        first_word,
+        names,
+        lambda name: suggested_command(name, other_words),
+        "fit",
+        f"{program} --help",
+    )
+
+
+def suggested_command(command: str, other_words: list[str]) -> str:
+    """Return a command with the words as typed, and with the config or checkpoint it needs.
+
+    Args:
+        command: the command, and its first argument if there is one: "list configs".
+        other_words: the words after it.
+    """
+    flags = {word.partition("=")[0] for word in other_words}
+    needed = {"fit": ["--config", "shakespeare/quick"], "export": ["--ckpt_path=last"]}
+    words = needed.get(command, [] if command not in COMMANDS else ["--ckpt_path=last"])
+    if flags & {"-c", "--config", "--model", "--ckpt_path"}:
+        words = []
+    if command == "export" and "--folder" not in flags:
+        words = [*words, "--folder=exported"]
+    return shlex.join([error_report.program_name(), *command.split(" "), *words, *other_words])
 
 
 def normalize_argv(argv: list[str]) -> list[str]:
@@ -209,6 +269,9 @@ def run_subcommand(raw_argv: list[str]) -> int:
     record.set_typed_command([error_report.program_name(), *raw_argv])
     environment.check_env_vars(os.environ, argv[0], COMMANDS)
     configs = [word.partition("=")[2] for word in argv if word.startswith("--config=")]
+    if argv[0] in LIGHTNING_COMMANDS:
+        # raises an error for a config, a checkpoint or a sign = without its flag
+        stray_words.check_names_of_files(argv)
     for path in configs:
         presets.check_config_file(path)
     presets.check_config_order(configs)

@@ -9,6 +9,7 @@ again. All of them must load the same file, even if one has saved another meanwh
 starts the ranks, rank 0 searches for all, because the search verifies the checksums of whole files.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from ravine.strategies.checkpoint.atomic_io import CheckpointError, find_damage,
 
 from .checkpoint_metadata import load_metadata, saved_config_of
 from .config import presets
+from .config.stray_words import SWITCHES
 from .config.values import ConfigValue, from_argv, from_env, gives_whole_run
+from .error_report import program_name
 from .rank_zero import call_on_rank_zero
 from .run_dir import CHECKPOINT_FOLDERS_FILE, external_checkpoint_folders
 from .run_folders import index
@@ -52,8 +55,11 @@ def resolve_argv(argv: list[str]) -> tuple[list[str], Path | None]:
     if "trainer.name" not in values and configs and not is_overlay:
         # a run without a name is called by its first config
         values["trainer.name"] = presets.run_name(configs[0])
-        argv = [*argv, f"--trainer.name={values['trainer.name']}"]
-    request = values.get("ckpt_path")
+        # not at the end, where a flag without a value may stand
+        argv = [argv[0], f"--trainer.name={values['trainer.name']}", *argv[1:]]
+    # a flag without a value at the end, which the parser reports
+    is_incomplete = re.fullmatch(r"--[^=]+", argv[-1]) and argv[-1] not in SWITCHES
+    request = None if is_incomplete else values.get("ckpt_path")
     root = str(values.get("trainer.default_root_dir", "runs"))
     # `split_run_request` is None unless the request is the name of a run
     names_run = isinstance(request, str) and bool(index.split_run_request(request, Path(root)))
@@ -173,11 +179,13 @@ def find_latest(
     if request == "auto" and command == "fit":
         print_once(f"--ckpt_path auto: no checkpoint in {folder} yet, starting from scratch")
         return None
+    # the names of the runs below `root` that have checkpoints
+    names = sorted({str(run.parent.relative_to(root)) for run in _iter_runs(Path(root), None)})
+    config = name if name in presets.list_presets() else "shakespeare/quick"
     raise UsageError(
         f"--ckpt_path {request}: there is no checkpoint in {folder}",
-        # the names of the runs below `root` that have checkpoints
-        sorted({str(run.parent.relative_to(root)) for run in _iter_runs(Path(root), None)}),
-        flag="--trainer.name=NAME, or --ckpt_path=FILE",
+        names,
+        flag=f"--trainer.name={names[0]}" if names else f"{program_name()} fit --config {config}",
         label="names with checkpoints",
     )
 

@@ -386,7 +386,9 @@ def check_counts(options: dict[str, Any]) -> None:
     ):
         if isinstance(value := options.get(key), int | float) and value < min_value:
             problem = f"Trainer: {key}={value} is too small"
-            raise UsageError(problem, allowed, hint=f"use {key}=1", flag=f"--trainer.{key}=1")
+            suggested = max(1, -value)  # 4 for -4: the sign is the mistake
+            flag = f"--trainer.{key}={suggested}"
+            raise UsageError(problem, allowed, hint=f"use {key}={suggested}", flag=flag)
     devices = options.get("devices", "auto")
     if isinstance(devices, int | str) and not DEVICES_PATTERN.fullmatch(str(devices)):
         allowed = ["auto", "-1 (all)", "1 or more", "a list: 0,3"]
@@ -456,5 +458,5 @@ def check_logger_installed(logger: Logger | LoggerName) -> None:
         raise UsageError(
             f"the logger {logger!r} needs the package {logger}, which is not installed",
             hint=f"pip install {logger}, or use logger=['csv', 'tensorboard']",
-            flag=f"pip install {logger}, or --trainer.logger=[csv,tensorboard]",
+            flag=f"pip install {logger}",
         )

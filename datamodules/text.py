@@ -363,7 +363,7 @@ class TextDataModule(BaseDataModule):
             "TextDataModule has no data for predict: a text has no labels",
             ["generate, which continues a text"],
             "use LanguageModel.generate(...)",
-            flag="lightning generate --ckpt_path=FILE --prompt=TEXT",
+            flag="lightning generate --ckpt_path=last",
         )
 
     def _get_splits(self) -> tuple[Tensor, Tensor]:

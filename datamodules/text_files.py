@@ -91,11 +91,12 @@ def list_files(path: Path, argument: str = "path") -> list[Path]:
         siblings = [p.name for p in path.parent.glob("[!.]*")] if path.parent.is_dir() else []
         # the names that resemble it, else the first ones of the folder
         closest = suggest_names(path.name, siblings) or sorted(siblings)[:3]
+        existing = str(path.with_name(closest[0])) if closest else "FILE"
         raise MissingFileError(
             f"the file or folder {path} does not exist",
             closest if path.parent.is_dir() else ["a path in a folder that exists"],
-            f"use {argument}='FILE'",
-            flag=f"--data.{argument}=FILE",
+            f"use {argument}={existing!r}",
+            flag=f"--data.{argument}={existing}",
             label="nearest" if closest else "allowed",
         )
     files = []

@@ -211,8 +211,8 @@ class FileTokenizer(Tokenizer):
                     "gpt2",
                     "a tokenizer.json, or a folder with one or with vocab.json and merges.txt",
                 ],
-                "use tokenizer='FILE'",
-                flag="--data.tokenizer=FILE",
+                "use tokenizer='characters'",
+                flag="--data.tokenizer=characters",
             )
         try:
             content = file.read_text(encoding="utf-8-sig")

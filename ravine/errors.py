@@ -80,10 +80,10 @@ def check_at_least_one(owner: str, flag_prefix: str = "", **sizes: int) -> None:
     """
     for name, size in sizes.items():
         if size < 1:
-            flag = f"{flag_prefix}{name}=1" if flag_prefix else ""
-            raise UsageError(
-                f"{owner}: {name}={size} is too small", ["1 or more"], f"use {name}=1", flag=flag
-            )
+            suggested = max(1, -size)  # 64 for -64: the sign is the mistake
+            flag = f"{flag_prefix}{name}={suggested}" if flag_prefix else ""
+            hint = f"use {name}={suggested}"
+            raise UsageError(f"{owner}: {name}={size} is too small", ["1 or more"], hint, flag=flag)
 
 
 def format_arguments(arguments: Mapping[str, object]) -> str:

@@ -496,5 +496,5 @@ def _check_predict_step(module: L.LightningModule) -> None:
             hint=f"call {name}.generate()"
             if can_generate
             else f"define predict_step(batch, batch_idx) in {name}",
-            flag="lightning generate" if can_generate else "",
+            flag="lightning generate --ckpt_path=last" if can_generate else "",
         ) from error

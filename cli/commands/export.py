@@ -22,6 +22,7 @@ from ravine.lightning_modules import TaskModule
 from ravine.strategies.checkpoint.atomic_io import AtomicCheckpointIO, CheckpointError
 
 from ..config.saved_config import remove_transforms
+from ..error_report import program_name
 from ..loading import checkpoint_from_argv, load_from_argv
 from . import method_flags, output_path
 
@@ -62,7 +63,8 @@ def run_argv(argv: list[str]) -> int:
     arguments = method_flags.convert_flags(typed_flags, flags, "export")
     for name, flag in flags.items():
         if flag.default is Parameter.empty and name not in arguments:
-            raise UsageError(f"export needs a {name}", flag=f"--{name}=NAME")
+            example = method_flags.EXAMPLE_VALUES.get(name, "exported")
+            raise UsageError(f"export needs a {name}", flag=f"--{name}={example}")
     if "folder" in arguments:
         # raises an error if the folder could not be created or written to
         output_path.check_writable(arguments["folder"], "folder", is_file=False)
@@ -132,13 +134,13 @@ def save_merged(
     if requires_adapters and not lora_layers(module):
         raise UsageError(
             f"{path} has no adapters to merge",
-            flag="--format=NAME, or --quantize=int8",
+            flag="--quantize=int8",
         )
     target = folder / "model.ckpt"
     if target.exists() and target.samefile(path):
         raise UsageError(
             f"{target} is the checkpoint to export, and would be overwritten",
-            flag="--folder=ANOTHER",
+            flag=f"--folder={folder}_2",
         )
     merge_adapters(module)
     # read again, for its other sections: hyperparameters, tokenizer, config
@@ -187,9 +189,11 @@ def consolidate(path: Path, typed_flags: list[tuple[str, str]]) -> int:
     if other_flags or not target:
         flag = f"--{other_flags[0][0]}" if other_flags else "a file name"
         problem = f"export --consolidate {'takes no ' if other_flags else 'needs '}{flag}"
-        raise UsageError(problem, flag=f"export --ckpt_path={path} --consolidate=FILE.ckpt")
+        flag = f"{program_name()} export --ckpt_path={path} --consolidate=model.ckpt"
+        raise UsageError(problem, flag=flag)
     if Path(target).exists():
-        raise UsageError(f"{target} already exists", flag="--consolidate=ANOTHER_NAME.ckpt")
+        new_name = Path(target).with_stem(f"{Path(target).stem}_2")
+        raise UsageError(f"{target} already exists", flag=f"--consolidate={new_name}")
     output_path.check_writable(target, "consolidate", is_file=True)
     files = AtomicCheckpointIO()
     files.save_checkpoint(files.load_checkpoint(path), target)

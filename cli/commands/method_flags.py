@@ -5,14 +5,52 @@ them. An argument that takes a text or a sequence of texts is a flag that can be
 """
 
 import inspect
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from ravine.errors import UsageError
 
-from ..error_report import unknown_name_error
+from ..error_report import program_name, unknown_name_error
 
+# Names of other programs, each with the flags that mean the same.
+GUESSES = {
+    **dict.fromkeys(
+        ("max_tokens", "max_length", "length", "n_predict", "num_tokens", "tokens"),
+        ("max_new_tokens",),
+    ),
+    **dict.fromkeys(("temp", "t"), ("temperature",)),
+    **dict.fromkeys(
+        ("n", "samples", "num_return_sequences", "count", "num_images"), ("num_samples",)
+    ),
+    **dict.fromkeys(("text", "start", "input", "query"), ("prompt",)),
+    **dict.fromkeys(("cfg", "cfg_scale", "guidance", "scale"), ("guidance_scale",)),
+    **dict.fromkeys(("steps", "num_inference_steps", "ddim_steps"), ("num_steps",)),
+    **dict.fromkeys(("label", "class", "classes", "class_labels"), ("labels",)),
+    **dict.fromkeys(
+        ("output", "out", "output_dir", "out_dir", "save_dir", "dir"), ("folder", "file")
+    ),
+    **dict.fromkeys(("scheduler", "method"), ("sampler",)),
+    **dict.fromkeys(("topk", "k"), ("top_k",)),
+    **dict.fromkeys(("topp", "p", "nucleus"), ("top_p",)),
+    **dict.fromkeys(("bs", "batch"), ("batch_size",)),
+    **dict.fromkeys(
+        ("checkpoint", "ckpt", "model", "load", "weights", "model_path", "checkpoint_path"),
+        ("ckpt_path",),
+    ),
+    **dict.fromkeys(("to", "type"), ("format",)),
+}
+EXAMPLE_VALUES = {  # of flags without a value
+    "ckpt_path": "last",
+    "prompt": "A",
+    "folder": "exported",
+    "file": "samples.png",
+    "labels": "0",
+    "device": "cpu",
+    "temperature": "0.8",
+    "format": "safetensors",
+}
 NUMBER_DESCRIPTIONS = {int: "a whole number", float: "a number"}
 
 
@@ -65,7 +103,8 @@ def parse_flags(argv: Iterable[str], suggested: str = "prompt") -> list[tuple[st
         if not equals:
             value = next(remaining, None)
             if value is None:
-                raise UsageError(f"--{name} has no value", flag=f"--{name}=VALUE")
+                example = EXAMPLE_VALUES.get(name, "10")
+                raise UsageError(f"--{name} has no value", flag=f"--{name}={example}")
         # a flag that is given twice gives two pairs
         flag_values.append((name, value))
     return flag_values
@@ -87,11 +126,7 @@ def convert_flags(
     values: dict[str, Any] = {}
     for name, text in typed_flags:
         if name not in flags_by_name:
-            problem = f"{command} has no flag --{name}"
-            # suggests the nearest of the known flags
-            raise unknown_name_error(
-                problem, name, flags_by_name, lambda near: f"--{near}=...", "NAME"
-            )
+            raise unknown_flag_error(name, text, flags_by_name, command)
         flag = flags_by_name[name]
         # raises an error for a text that is no value of the flag's type
         value = convert_value(name, text, flag)
@@ -101,6 +136,34 @@ def convert_flags(
         name: v[0] if flags_by_name[name].is_repeatable and len(v) == 1 else v
         for name, v in values.items()
     }
+
+
+def unknown_flag_error(
+    name: str, text: str, flags_by_name: dict[str, MethodFlag], command: str
+) -> UsageError:
+    """Return the error for an unknown flag, with the flag that means the same.
+
+    Args:
+        name: the name as typed.
+        text: its value.
+        flags_by_name: the flags of the command.
+        command: generate or export.
+    """
+    problem = f"{command} has no flag --{name}"
+    # the flags of the command that other programs call so
+    meanings = [*GUESSES.get(name.lower().replace("-", "_"), ()), name.replace("-", "_")]
+    for key in meanings:
+        if key in flags_by_name or key == "ckpt_path":
+            flag = shlex.quote(f"--{key}={text}")
+            return UsageError(problem, [key], flag=flag, label="nearest")
+    return unknown_name_error(
+        problem,
+        name,
+        flags_by_name,
+        lambda near: shlex.quote(f"--{near}={text}"),
+        "NAME",
+        f"{program_name()} {command} --help",
+    )
 
 
 def convert_value(name: str, text: str, flag: MethodFlag) -> Any:

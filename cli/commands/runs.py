@@ -17,6 +17,11 @@ ACTIONS = ("show", "compare", "clean")
 FILTER_FLAGS = ("task", "status", "best", "steps", "time", "size")
 LIST_FLAGS = (*FILTER_FLAGS, "sort", "limit", "root", "json")
 SWITCHES = ("json", "yes")  # flags without a value
+EXAMPLE_VALUES = {  # of flags without a value
+    **{"sort": "started", "limit": "20", "root": "runs", "status": "done", "steps": "100.."},
+    **{"time": "10m..2h", "size": "1GB..", "best": "..0.5", "task": "LanguageModel"},
+    **{"folder": "comparison", "metrics": "val/loss"},
+}
 ACTION_FLAGS = {
     "show": ("root", "json"),
     "compare": ("root", "folder", "metrics"),
@@ -75,14 +80,16 @@ def parse_words(
                 f"{command} has no flag --{name}",
                 name,
                 allowed,
-                lambda near: f"--{near}" if near in SWITCHES else f"--{near}=...",
+                lambda near, text=value: f"--{near}" if near in SWITCHES else f"--{near}={text}",
                 allowed[0],
+                f"{program_name()} runs --help",
             )
         if not equals and name not in SWITCHES:
             # the form `--key value`: the next word is the value
             value = next(remaining, None)
             if value is None:
-                raise UsageError(f"--{name} has no value", flag=f"--{name}=VALUE")
+                flag = f"--{name}={EXAMPLE_VALUES.get(name, 'last')}"
+                raise UsageError(f"--{name} has no value", flag=flag)
         flags[name] = value
     return names, flags
 
@@ -147,8 +154,9 @@ def select_runs(
                     f"no run under {root} is called {name!r}, and no name begins with it",
                     name,
                     sorted(all_names | parents),
-                    "runs {}".format,
+                    f"{program_name()} runs {{}}".format,
                     "",
+                    f"{program_name()} runs",
                 )
             kept |= {run.folder: run for run in matching}
         # in the order of `runs`, each once

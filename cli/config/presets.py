@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ravine.errors import UsageError
 
-from ..error_report import unknown_name_error
+from ..error_report import program_name, unknown_name_error
 from ..run_folders import index
 
 CONFIG_SECTIONS = ("model", "data", "trainer", "seed_everything", "ckpt_path")
@@ -44,6 +44,17 @@ def find_config(name: str) -> str:
     ):
         if path.is_file():
             return str(path)
+    if name.endswith(".ckpt"):
+        raise UsageError(f"{name} is a checkpoint, not a config", flag=f"--ckpt_path={name}")
+    # a folder of presets, such as shakespeare, in which quick is the fastest
+    members = [preset for preset in list_presets() if preset.startswith(f"{name.rstrip('/')}/")]
+    if members:
+        quickest = sorted(members, key=lambda member: (not member.endswith("/quick"), member))
+        raise UsageError(
+            f"{name} is a folder of configs, not a config",
+            quickest,
+            flag=f"--config={quickest[0]}",
+        )
     # suggests the nearest preset or .yaml file of this folder as --config=NAME
     raise unknown_name_error(
         f"no config is called {name!r}: no such file, none with .yaml, and no preset",
@@ -51,6 +62,7 @@ def find_config(name: str) -> str:
         [*list_presets(), *(p.stem for p in Path().glob("[!.]*.yaml"))],
         "--config={}".format,
         "FILE.yaml",
+        f"{program_name()} list configs",
     )
 
 
@@ -77,6 +89,8 @@ def check_checkpoint_exists(argv: list[str]) -> None:
         if index.split_run_request(name, root):  # the name of a run
             continue
         existing = [str(path) for path in Path(name).parent.glob("*.ckpt")]
+        runs = [index.run_name_of(folder, root) for folder in index.find_run_folders(root)]
+        fit_command = f"{program_name()} fit --config shakespeare/quick"
         # suggests the nearest of these names as `--ckpt_path=NAME`, or `--ckpt_path=auto` if none
         # is near
         raise unknown_name_error(
@@ -84,13 +98,14 @@ def check_checkpoint_exists(argv: list[str]) -> None:
             name,
             [
                 *existing,
-                *(index.run_name_of(f, root) for f in index.find_run_folders(root)),
+                *runs,
                 "auto",
                 "last",
                 "best",
             ],
             "--ckpt_path={}".format,
             "auto",
+            "" if runs or argv[0] == "fit" else fit_command,
         )
 
 
@@ -110,6 +125,8 @@ def check_config_file(path: str) -> None:
     """
     import yaml
 
+    from . import yaml_repair
+
     try:
         if (size := Path(path).stat().st_size) > MAX_CONFIG_BYTES:
             raise UsageError(
@@ -124,12 +141,22 @@ def check_config_file(path: str) -> None:
         json.dumps(yaml.safe_load(text), default=str)  # rejects tags and recursive anchors
     except UnicodeDecodeError as error:
         reason = f"{path} is not text: byte {error.start} is not UTF-8"
-        raise UsageError(reason, flag="--config=FILE.yaml") from error
+        raise UsageError(reason, hint="save the file as UTF-8") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         location = f"{path}, line {mark.line + 1}" if mark else path
         reason = getattr(error, "problem", None) or error
-        raise UsageError(f"in {location}: not YAML: {reason}", flag="key: value") from error
+        problem = f"in {location}: not YAML: {reason}"
+        # the number of the wrong line, and the line with the error corrected; None if not found
+        repaired = yaml_repair.repaired_line(text, error)
+        if repaired is None:
+            raise UsageError(
+                problem, hint="correct the line; a key and its value are `key: value`"
+            ) from error
+        number, line = repaired
+        if mark and number != mark.line + 1:
+            problem = f"{problem}; the cause is in line {number}"
+        raise UsageError(problem, flag=line.rstrip()) from error
     except UsageError:
         raise
     except (TypeError, ValueError, RecursionError) as error:
@@ -143,7 +170,7 @@ def check_config_file(path: str) -> None:
         raise UsageError(
             f"{path} is {found_type}, but a config maps keys to values",
             CONFIG_SECTIONS,
-            flag="model: NAME",
+            flag="model: LanguageModel",
         )
     first_lines: dict[str, int] = {}  # line of each top-level key
     # YAML accepts a key twice, and the later value would silently replace the first

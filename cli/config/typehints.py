@@ -2,6 +2,7 @@
 
 import argparse
 import collections.abc
+import contextlib
 import dataclasses
 import enum
 import functools
@@ -14,8 +15,11 @@ from typing import Any, Literal, Union, get_args, get_origin, is_typeddict
 from jsonargparse import ArgumentParser
 from torch import Tensor
 
+SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9}  # 10k is 10,000
 TYPE_DESCRIPTIONS = {int: "a whole number", float: "a number", str: "text", type(None): "null"}
 EXAMPLE_VALUES = {int: "10", float: "0.1", bool: "true", str: "TEXT"}
+# Classes to suggest, where any subclass is accepted.
+EXAMPLE_CLASSES = ("LanguageModel", "TextDataModule", "EMA", "AdamW", "MeshStrategy")
 
 
 def union_members(hint: Any) -> list[Any]:
@@ -104,7 +108,11 @@ def describe(hint: Any) -> list[str]:
 
 def example_value(hint: Any) -> str:
     """Return an example of a value that ``hint`` accepts."""
-    first = union_members(hint)[0]
+    # a class, where a list of classes is accepted, too
+    members = union_members(hint)
+    first = next(
+        (m for m in members if not accepts_list(m) and configurable_classes(m)), members[0]
+    )
     if get_origin(first) is Literal:
         return str(get_args(first)[0])
     if accepts_list(first):
@@ -113,7 +121,54 @@ def example_value(hint: Any) -> str:
     if dataclasses.is_dataclass(first):
         field = dataclasses.fields(first)[0]
         return f"{{{field.name}: {field.default}}}"
-    return EXAMPLE_VALUES.get(first, "NAME" if configurable_classes(first) else "VALUE")
+    if choices := configurable_classes(first):
+        names = subclasses_by_name(base for base, _ in choices)
+        return next((name for name in EXAMPLE_CLASSES if name in names), min(names, default="NAME"))
+    return EXAMPLE_VALUES.get(first, "VALUE")
+
+
+def example_of(hint: Any, default: Any = None) -> str:
+    """Return an example of a value that ``hint`` accepts: the default, if it says something.
+
+    Args:
+        hint: the type hint of an argument.
+        default: the default of the argument; None, 0 and negative numbers are no examples.
+    """
+    # a default such as max_steps=-1 stands for "no limit"
+    is_number = isinstance(default, int | float) and not isinstance(default, bool)
+    is_plain = isinstance(default, str | bool) or (is_number and default > 0)
+    if not is_plain or default == "" or not is_valid(hint, default):
+        return example_value(hint)
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def literal_choices(hint: Any) -> list[str]:
+    """Return the names that ``hint`` accepts: those of a Literal, true and false, null."""
+    names: list[str] = []
+    for member in union_members(hint):
+        if get_origin(member) is Literal:
+            names += [str(choice) for choice in get_args(member)]
+        names += {bool: ["true", "false"], type(None): ["null"]}.get(member, [])
+    return names
+
+
+def corrected_value(hint: Any, text: str) -> str | None:
+    """Return the value that a text means in another notation, if ``hint`` accepts it, else None.
+
+    1e3 is 1000 as a whole number, 10k is 10000, 0,5 is 0.5, yes is true, and 0.9,0.95 or (0.9,
+    0.95) is a list.
+    """
+    plain = text.strip().removeprefix("=").strip()
+    number = plain.replace("_", "")
+    candidates = [plain, plain.lower(), number, number.replace(",", ".")]
+    for digits, factor in ((number, 1), (number[:-1], SUFFIXES.get(number[-1:].lower(), 0))):
+        with contextlib.suppress(ValueError, OverflowError):
+            value = float(digits) * factor
+            candidates += [str(int(value))] if value and value == int(value) else []
+    switches = {"1": "true", "yes": "true", "on": "true", "0": "false", "no": "false"}
+    candidates += [switches.get(plain.lower(), plain), f"[{plain.strip('()[]')}]"]
+    candidates.append(f"[{', '.join(plain.strip('()[]').split())}]")
+    return next((c for c in candidates if c and c != text and is_valid(hint, c)), None)
 
 
 def is_valid(hint: Any, value: Any) -> bool:

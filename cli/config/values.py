@@ -1,6 +1,8 @@
 """Config values with their locations: the file and line, flag or variable that sets each key."""
 
 import os
+import shlex
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +20,14 @@ class ConfigValue:
         node: the value as a YAML node, also for flags
         source: the file, the flag as typed, or the environment variable
         line: line in the file; 0 if the source is not a file
+        is_missing: whether the source is a flag without a value
     """
 
     key: str
     node: yaml.Node
     source: str
     line: int = 0
+    is_missing: bool = False
 
     @property
     def location(self) -> str:
@@ -33,6 +37,11 @@ class ConfigValue:
         if self.source.startswith("-"):
             return f"on the command line, {self.source}"
         return f"in the environment, {self.source}"
+
+    @property
+    def is_flag(self) -> bool:
+        """Return whether the value, or the list or mapping around it, was typed as a flag."""
+        return self.line == 0 and self.source.startswith("-")
 
     @property
     def name(self) -> str:
@@ -95,20 +104,20 @@ class ConfigValue:
     def with_key(self, old: str, new: str) -> str:
         """Return the argument to type with one part of its key corrected."""
         if self.line or not self._is_top_level:
-            return f"{new}: {self.text}"
+            # a list or a mapping stays below its key
+            return f"{new}: {self.text}" if isinstance(self.node, yaml.ScalarNode) else f"{new}:"
         if not self.source.startswith("-"):
-            return f"export {self.source.replace(old.upper(), new.upper())}={self.text}"
-        segments = self.source[2:].split(".")
-        return (
-            f"--{'.'.join(new if segment == old else segment for segment in segments)}={self.text}"
-        )
+            return f"export {self.source.replace(old.upper(), new.upper())}={self.flag_text}"
+        segments = [new if part == old else part for part in self.source[2:].split(".")]
+        return shlex.quote(f"--{'.'.join(segments)}={self.flag_text}")
 
     def with_value(self, value: str) -> str:
         """Return the argument to type with another value."""
         if self.line or not self._is_top_level:
             return f"- {value}" if self.name.isdigit() else f"{self.name}: {value}"
-        export = "" if self.source.startswith("-") else "export "
-        return f"{export}{self.source}={value}"
+        if not self.source.startswith("-"):
+            return f"export {self.source}={value}"
+        return shlex.quote(f"{self.source}={value}")
 
     @property
     def _is_top_level(self) -> bool:
@@ -135,15 +144,21 @@ def from_yaml(path: str) -> list[ConfigValue]:
 
 
 def from_argv(argv: list[str]) -> Iterator[ConfigValue]:
-    """Yield the values of a command line in order: `--key=value`, `--key value`, and configs."""
-    remaining = iter(argv)
-    for word in remaining:
-        flag, equals, value = word.partition("=")
+    """Yield the values of a command line in order: `--key=value`, `--key value`, and configs.
+
+    A flag is never the value of the flag before it, as in the parser.
+    """
+    remaining = deque(argv)
+    while remaining:
+        flag, equals, value = remaining.popleft().partition("=")
         if flag == "--config":
             yield from from_yaml(value)
         elif flag.startswith("--") and flag not in ("--print_config", "--help"):
-            value = value if equals else next(remaining, None)
-            yield ConfigValue(flag[2:].rstrip("+"), parse_node(value), flag)
+            is_missing = not equals and (not remaining or remaining[0].startswith("--"))
+            if not equals and not is_missing:
+                value = remaining.popleft()
+            node = parse_node(None if is_missing else value)
+            yield ConfigValue(flag[2:].rstrip("+"), node, flag, is_missing=is_missing)
 
 
 def from_env(command: str) -> Iterator[ConfigValue]:
