@@ -142,7 +142,11 @@ def no_deepspeed(match: re.Match[str], argv: list[str]) -> UsageError:
 
 
 EXPLANATIONS: list[tuple[str, Explanation]] = [
-    (r"No supported gpu backend found|can not run on your system|GPUs requested but none", no_gpu),
+    (
+        r"No supported gpu backend found|can not run on your system|GPUs requested but none|"
+        r"torch_xla",
+        no_gpu,
+    ),
     (r"You requested gpu: (\[.*?\])\s*But your machine only has: (\[.*?\])", missing_gpu),
     (
         r"`val_check_interval` should be an integer.*when `check_val_every_n_epoch=None`",

@@ -184,7 +184,7 @@ def load_from_argv(
         raise UsageError(
             f"{command} is not possible with the {task.__name__} in {path}",
             capable_tasks,
-            flag=f"{program_name()} runs",
+            flag=f"{program_name()} test --ckpt_path={path}",
             label="possible with",
         )
     return load_model(path, trusted), path, typed_flags

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 
-from ravine.errors import UsageError
+from ravine.errors import UsageError, suggest_names
 
 from . import error_report, help_text
 from .config import environment, presets, stray_words
@@ -223,7 +223,10 @@ def suggested_command(command: str, other_words: list[str]) -> str:
     flags = {word.partition("=")[0] for word in other_words}
     needed = {"fit": ["--config", "shakespeare/quick"], "export": ["--ckpt_path=last"]}
     words = needed.get(command, [] if command not in COMMANDS else ["--ckpt_path=last"])
-    if flags & {"-c", "--config", "--model", "--ckpt_path"}:
+    # also with a typing error, which is reported next
+    if "-c" in flags or any(
+        suggest_names(flag, ("--config", "--model", "--ckpt_path")) for flag in flags
+    ):
         words = []
     if command == "export" and "--folder" not in flags:
         words = [*words, "--folder=exported"]

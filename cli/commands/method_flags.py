@@ -97,6 +97,11 @@ def parse_flags(argv: Iterable[str], suggested: str = "prompt") -> list[tuple[st
     """
     flag_values, remaining = [], iter(argv)
     for word in remaining:
+        is_checkpoint = word in ("auto", "last", "best") or word.endswith(".ckpt")
+        if is_checkpoint and not word.startswith("-"):
+            raise UsageError(
+                f"the checkpoint {word!r} has no flag", flag=shlex.quote(f"--ckpt_path={word}")
+            )
         if not word.startswith("--"):
             raise UsageError(f"the value {word!r} has no flag", flag=f"--{suggested}={word!r}")
         name, equals, value = word[2:].partition("=")

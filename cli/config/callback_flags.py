@@ -14,6 +14,7 @@ import argparse
 import functools
 import json
 import shlex
+from collections import deque
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -68,6 +69,7 @@ class CallbackFlag:
             callback.
         is_overridden: whether a later `--trainer.callbacks.path` sets the same argument, if the
             callback is the last one.
+        is_missing: whether no value was typed.
     """
 
     owner: str
@@ -77,6 +79,7 @@ class CallbackFlag:
     number: int | None = None
     is_applied: bool = False
     is_overridden: bool = False
+    is_missing: bool = False
 
     @property
     def quoted_text(self) -> str:
@@ -98,15 +101,13 @@ def split_flags(argv: Sequence[str]) -> tuple[list[str], list[CallbackFlag]]:
 
     Args:
         argv: the command and its arguments.
-
-    Raises:
-        UsageError: a value is missing.
     """
     words: list[str] = []
     flags: list[CallbackFlag] = []
     appended = ""  # the class that the last `--trainer.callbacks+=X` names
-    remaining = iter(argv)
-    for word in remaining:
+    remaining = deque(argv)
+    while remaining:
+        word = remaining.popleft()
         name, equals, text = word.partition("=")
         # None for any other argument
         flag = _parse_flag(name)
@@ -114,9 +115,8 @@ def split_flags(argv: Sequence[str]) -> tuple[list[str], list[CallbackFlag]]:
             words.append(word)
             if not name.startswith(f"--{CALLBACKS_KEY}"):
                 continue
-            if not equals and (value := next(remaining, None)) is not None:
-                words.append(value)
-                text = value
+            if not equals and remaining:
+                words.append(text := remaining.popleft())
             if name.rstrip("+") == f"--{CALLBACKS_KEY}":
                 appended = _last_class_name(text)
                 flags = [replace(earlier, is_overridden=False) for earlier in flags]
@@ -127,10 +127,10 @@ def split_flags(argv: Sequence[str]) -> tuple[list[str], list[CallbackFlag]]:
                     for earlier in flags
                 ]
             continue
-        value = text if equals else next(remaining, None)
-        if value is None or (not equals and value.startswith("--")):
-            raise UsageError(f"{flag.location}: the value is missing", flag=f"{flag.flag}=VALUE")
-        flag = replace(flag, text=value)
+        # a flag is never the value of the flag before it
+        is_missing = not equals and (not remaining or remaining[0].startswith("--"))
+        value = text if equals or is_missing else remaining.popleft()
+        flag = replace(flag, text=value, is_missing=is_missing)
         # The parser needs a required argument at once.
         if flag.owner == appended and flag.number is None and _is_required(appended, flag.path):
             words.append(f"{FLAG_PREFIX}{flag.path}={value}")
@@ -489,6 +489,10 @@ def _set_argument(
         flag: the flag with the value.
     """
     segments, text, spec = path.split("."), flag.text, _to_plain(callback)
+    if flag.is_missing:
+        message = f"{flag.location}: the value is missing"
+        error = argparse.ArgumentError(None, message)
+        _raise_argument_error(parser, command, callback, path, text, flag, error)
     if any(segment.rstrip("+").isdigit() for segment in segments):
         # the parser has no form for an element: the whole list is set
         path, text = _changed_list(spec, segments, flag)
@@ -591,7 +595,8 @@ def _raise_argument_error(
         # the key of a whole list, so that the keys of its elements are those that were typed
         index_part = flag.path.removeprefix(path) if flag.path.startswith(f"{path}.") else ""
         typed_key = flag.flag.removeprefix("--").rstrip("+").removesuffix(index_part)
-        value = ConfigValue(typed_key, parse_node(text), flag.flag)
+        node = parse_node(text)
+        value = ConfigValue(typed_key, node, flag.flag, is_missing=flag.is_missing)
         class_parser = typehints.class_parser(*finder.chosen_classes[CALLBACKS_KEY])
         finder.check_key(class_parser, CALLBACKS_KEY, path, value)
     raise UsageError(f"{flag.location}={flag.quoted_text}: {error}") from error

@@ -129,7 +129,8 @@ class ConfigErrorFinder:
             finder.chosen_classes = dict(survey.chosen_classes)
             return finder
 
-        return FlagGuesser(self.parser, self.values, survey.chosen_classes, new_finder)
+        specs = [spec for value in survey.callbacks if (spec := value.class_spec)]
+        return FlagGuesser(self.parser, specs, survey.chosen_classes, new_finder)
 
     def check_variable(self, config_value: ConfigValue) -> None:
         """Raise an error for an environment variable that the parser does not read."""
@@ -182,9 +183,8 @@ class ConfigErrorFinder:
         if matched_prefix in sections:
             is_mapping = isinstance(config_value.node, yaml.MappingNode)
             if config_value.is_flag and not is_mapping and not os.path.isfile(config_value.text):
-                example = "{max_steps: 100}" if matched_prefix == "trainer" else "{}"
                 problem = f"{config_value.location}: {matched_prefix} maps arguments to values"
-                raise UsageError(problem, flag=config_value.with_value(example))
+                raise UsageError(problem, flag=f"{program_name()} show Trainer")
             # the entries of a mapping
             for child in config_value.children():
                 self.check_key(parser, owner, f"{key}.{child.name}", child)
@@ -226,7 +226,9 @@ class ConfigErrorFinder:
         near = suggest_names(name, allowed)
         is_typing_error = bool(suggest_names(name, allowed, least=0.85))
         if near and (is_typing_error or not guesses):
-            if not config_value.is_flag:
+            # of `--modl.layrs=3` only the first part is known to be wrong
+            has_more_parts = config_value.name != name
+            if not config_value.is_flag or has_more_parts:
                 return UsageError(
                     problem, near, flag=config_value.with_key(name, near[0]), label="nearest"
                 )
@@ -241,6 +243,8 @@ class ConfigErrorFinder:
             return UsageError(problem, flag=shlex.join([program_name(), "generate", *words]))
         guesses = guesses or guesser.suggest(name, config_value)
         if not guesses:
+            if near:
+                return UsageError(problem, near, flag=self.help_command(owner), label="nearest")
             return unknown_name_error(problem, name, allowed, str, "", self.help_command(owner))
         names, flags = [near_name for near_name, _ in guesses], guesses[0][1]
         if guesser.switches_off(name, config_value) and config_value.is_flag:
@@ -580,7 +584,8 @@ def unknown_class_name(
     # a class of another kind, such as an optimizer among the callbacks
     for base, (flag, _) in CLASS_FLAGS.items():
         found = {n.lower(): n for n in typehints.subclasses_by_name([base])}.get(name.lower())
-        if found and found not in allowed and config_value.is_flag and base not in bases:
+        is_other_kind = found and found not in allowed and base not in bases and not prefix
+        if is_other_kind and config_value.is_flag:
             article = "an" if base.__name__[0] in "AEIOU" else "a"
             return UsageError(
                 f"{problem}; it is {article} {base.__name__}", flag=flag.format(found)

@@ -13,7 +13,6 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
 
@@ -21,6 +20,15 @@ from ravine.callbacks import LRSchedule, OptimizerPlan
 from ravine.errors import UsageError, suggest_names
 
 from . import presets, typehints
+from .callback_arguments import (
+    CallbackSpec,
+    argument_paths,
+    class_name,
+    find_argument,
+    is_plan,
+    load_class,
+    optimizers_of,
+)
 from .values import ConfigValue, from_argv
 
 if TYPE_CHECKING:
@@ -278,37 +286,13 @@ def canonical(name: str) -> str:
     return re.sub(r"[-\s]+", "_", name.strip("-+ ")).lower()
 
 
-def configured_callbacks(values: Iterable[ConfigValue]) -> list[str]:
-    """Return the class names of a command's callbacks, in order.
-
-    Args:
-        values: the user's values in order; those of a config have its top-level keys.
-    """
-    names: list[str] = []
-    for value in values:
-        for child in value.children() if value.key == "trainer" else [value]:
-            if child.key.removesuffix("+") != "trainer.callbacks":
-                continue
-            is_list = isinstance(child.node, yaml.SequenceNode)
-            specs = child.children() if is_list else [child]
-            paths = [
-                next((c.text for c in spec.children() if c.name == "class_path"), spec.text)
-                for spec in specs
-            ]
-            adds = child.key.endswith("+") or child.source.endswith("+")
-            # a scalar null or [] removes the callbacks
-            found = [path.rpartition(".")[2] for path in paths if path not in ("", "null")]
-            names = [*names, *found] if adds else found
-    return names
-
-
 class FlagGuesser:
     """Suggests flags for one command, whose classes it knows."""
 
     def __init__(
         self,
         parser: ArgumentParser,
-        values: list[ConfigValue],
+        specs: list[CallbackSpec],
         classes: dict[str, tuple[type, int]],
         new_finder: Callable[[], "ConfigErrorFinder"],
     ) -> None:
@@ -316,12 +300,13 @@ class FlagGuesser:
 
         Args:
             parser: the parser of the command.
-            values: the user's values, in order.
+            specs: the callbacks of the run, in order.
             classes: by key, the class that the command chose and the number of supplied arguments.
             new_finder: makes a finder for which these classes are chosen.
         """
         self.parser, self.classes, self.new_finder = parser, classes, new_finder
-        self.callbacks = configured_callbacks(values)
+        self.specs = {class_name(spec): spec for spec in specs}
+        self.plans = [spec for spec in specs if is_plan(spec)]
         self.callback_classes = typehints.subclasses_by_name([Callback])
 
     def suggest(self, name: str, value: ConfigValue, exact: bool = False) -> list[tuple[str, str]]:
@@ -382,6 +367,8 @@ class FlagGuesser:
             for key in guess.keys:
                 if key == "trainer.accelerator" and guess.value == "":
                     new_text = accelerator_value(text)
+                if key == "trainer.precision":
+                    new_text = usable_precision(new_text)
                 yield key, new_text
                 # a word for the value that is not a value here, such as wandb_project=NAME
                 if guess.value and new_text != guess.value:
@@ -411,18 +398,8 @@ class FlagGuesser:
         for owner in ("data", "model"):
             if owner in self.classes:
                 yield from (f"{owner}.{name}" for name in argument_names(*self.classes[owner]))
-        for name in dict.fromkeys(self.callbacks):
-            if name in self.callback_classes:
-                arguments = argument_names(self.callback_classes[name])
-                yield from (f"{name}.{argument}" for argument in arguments)
-
-    def plans(self) -> list[str]:
-        """Return the names of the run's optimizer callbacks."""
-        return [
-            name
-            for name in self.callbacks
-            if issubclass(self.callback_classes.get(name, object), OptimizerPlan)
-        ]
+        for name, spec in self.specs.items():
+            yield from (f"{name}.{path}" for path in argument_paths(spec))
 
     def _spellings(self, key: str, text: str) -> Iterator[str]:
         """Yield flags for a key of a Guess with a value; the first that is accepted is the best."""
@@ -434,7 +411,7 @@ class FlagGuesser:
         elif owner in ("trainer", "data", "model", "seed_everything", "ckpt_path", "config"):
             yield self._flag(key, text)
         elif owner in self.callback_classes:
-            in_run = owner in self.callbacks
+            in_run = owner in self.specs
             prefix = f"--trainer.callbacks.{owner}" if in_run else "--trainer.callbacks"
             add = "" if in_run else f"--trainer.callbacks+={owner}"
             if not argument:
@@ -463,7 +440,7 @@ class FlagGuesser:
         if not text and owner == "schedule":
             text = str(getattr(LRSchedule(), argument, "10"))
         text = text or {"lr": "0.001", "weight_decay": "0.01"}.get(argument, "0.1")
-        if self.plans():
+        if self.plans:
             yield f"--{owner}.{argument}={text}"
         elif owner == "optimizer" and "model" in self.classes:
             for name in ("lr", "learning_rate") if argument == "lr" else (argument,):
@@ -471,7 +448,7 @@ class FlagGuesser:
                     yield f"--model.{name}={text}"
         add = "--trainer.callbacks+=OptimizerPlan --trainer.callbacks.optimizer=AdamW"
         inner = "optimizer" if owner == "optimizer" else "schedule"
-        if not self.plans():
+        if not self.plans:
             yield f"{add} --trainer.callbacks.{inner}.{argument}={text}"
 
     def _optimizer_flags(self, text: str) -> Iterator[str]:
@@ -492,6 +469,8 @@ class FlagGuesser:
     def is_accepted(self, flags: str) -> bool:
         """Return whether the parser of the command accepts these flags."""
         finder = self.new_finder()
+        if not flags.lstrip("'").startswith("--"):
+            return False  # another command
         if flags.startswith("--config="):
             return flags.partition("=")[2] in presets.list_presets()
         try:
@@ -499,7 +478,7 @@ class FlagGuesser:
                 self._check(finder, value)
         except UsageError:
             return False
-        return bool(flags)
+        return True
 
     def example_flag(self, flag: str) -> str:
         """Return a flag with an example of its value; "" for a name that does not exist."""
@@ -513,23 +492,28 @@ class FlagGuesser:
 
     def _check(self, finder: "ConfigErrorFinder", value: ConfigValue) -> None:
         """Raise UsageError if a flag of a suggestion has a wrong name or value."""
-        owner, _, argument = value.key.removeprefix("trainer.callbacks.").partition(".")
-        plan = self.plans()[0] if self.plans() else ""
-        if value.key.startswith(("optimizer.", "schedule.")) and plan:
-            section, _, leaf = value.key.partition(".")
-            plan_class = self.callback_classes[plan]
-            names = argument_names(plan_class)
-            if leaf in names and section == "optimizer":
-                owner, argument = plan, leaf
-            elif section == "schedule":
-                owner, argument = plan, f"schedule.{leaf}"
-            else:
-                return  # of the optimizer's class, which the plan's config names
-        elif owner not in self.callbacks or value.key == owner:
+        owner, _, path = value.key.removeprefix("trainer.callbacks.").partition(".")
+        if owner in ("optimizer", "schedule") and value.key.startswith(owner) and self.plans:
+            spec = self.plans[-1]
+            key = path if owner == "optimizer" else f"schedule.{path}"
+            # such a flag is refused if several arguments of the run's plans match
+            paths = [found for plan in self.plans for found in find_argument(plan, key)]
+            if len(paths) != 1:
+                raise UsageError(f"{value.location}: not one argument")
+            path = paths[0]
+        elif owner in self.specs and value.key != owner:
+            spec = self.specs[owner]
+        else:
             finder.check_key(self.parser, "", value.key, value)
             return
-        parser = typehints.class_parser(self.callback_classes[owner], 0)
-        finder.check_key(parser, f"trainer.callbacks.{owner}", argument, value)
+        callback_class = load_class(str(spec["class_path"]))
+        if callback_class is None:
+            raise UsageError(f"{value.location}: no class")
+        for optimizer_path, optimizer_class in optimizers_of(spec).items():
+            # the parameters of an optimizer are supplied later
+            finder.chosen_classes[f"trainer.callbacks.{optimizer_path}"] = optimizer_class, 1
+        parser = typehints.class_parser(callback_class, 0)
+        finder.check_key(parser, "trainer.callbacks", path, value)
 
 
 REQUIRED_VALUES = {"monitor": "val/loss"}  # of callbacks that a suggestion adds
@@ -571,5 +555,11 @@ def known_name(key: str, text: str) -> str | None:
     word = canonical(text)
     if key == "trainer.accelerator" and word.partition(":")[0] in ("nvidia", "cuda"):
         return accelerator_value(text)
-    tables = {"trainer.precision": PRECISIONS, "trainer.strategy": STRATEGIES}
-    return tables.get(key, {}).get(word)
+    if key == "trainer.precision" and word in PRECISIONS:
+        return usable_precision(PRECISIONS[word])
+    return STRATEGIES.get(word) if key == "trainer.strategy" else None
+
+
+def usable_precision(name: str) -> str:
+    """Return a precision that this machine has: without a GPU there is no 16-mixed."""
+    return "bf16-mixed" if name == "16-mixed" and not torch.cuda.is_available() else name

@@ -15,7 +15,7 @@ from ravine.errors import UsageError, suggest_names
 
 from ..discovery import registry
 from ..error_report import program_name
-from ..run_folders import record
+from ..run_folders import index, record
 from . import presets
 from .values import ConfigValue, from_argv
 
@@ -64,8 +64,9 @@ def check_names_of_files(argv: list[str]) -> None:
     check_spaced_signs(argv)
     for word, _ in find_stray_words(argv):
         location = f"on the command line, {word}"
-        is_checkpoint = word.endswith(".ckpt") or word in CHECKPOINT_WORDS
-        if is_checkpoint:
+        # a pair for the name of a run, such as spam/quick/3
+        is_run = index.split_run_request(word, Path("runs")) is not None
+        if is_run or word.endswith(".ckpt") or word in CHECKPOINT_WORDS:
             raise UsageError(
                 f"{location}: a checkpoint without its flag",
                 flag=replaced_command(word, f"--ckpt_path={word}"),

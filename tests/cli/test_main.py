@@ -179,7 +179,7 @@ def test_a_config_is_a_file_as_typed_then_with_yaml_then_a_preset(
         ("tsk/quik", "  nearest: task/quick"),
         ("task/quik.yaml", "  nearest: task/quick"),
         ("mein", "  nearest: mine"),
-        ("task", "  allowed: mine, task/quick"),
+        ("task", "  allowed: task/quick"),
     ],
 )
 def test_the_error_for_a_missing_config_names_the_nearest(
