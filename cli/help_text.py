@@ -23,11 +23,9 @@ FIT_HELP = """\
 usage: {0} fit --config NAME [--config OVERLAY ...] [--key=value ...]
 
   --config shakespeare/quick  a preset ({0} list configs) or your YAML file; the last wins
-  --model=NAME --model.KEY=V  the class of the task; a class of yours is my_file.MyTask
-  --data=NAME --data.KEY=V    the class of the datamodule
-  --trainer.max_steps=200     any argument of Lightning's Trainer
-  --optimizer.lr=0.01 --schedule.warmup=0.1     arguments of the optimizer's callback
-  --trainer.callbacks.EMA.decay=0.9             of any callback, by its class
+  --model=NAME --data=NAME    the classes of task and data; a class of yours is my_file.MyTask
+  --model.KEY=V --data.KEY=V --trainer.max_steps=200      arguments of them, and of the Trainer
+  --optimizer.lr=0.01 --schedule.warmup=0.1 --trainer.callbacks.EMA.decay=0.9   of a callback
   --trainer.callbacks+=NAME --trainer.callbacks.KEY=V     add a callback
   --ckpt_path=auto            resume from the newest complete checkpoint; or a file; spam/quick/3
   --trust=PACKAGE, --debug    import classes that only the checkpoint names; show tracebacks

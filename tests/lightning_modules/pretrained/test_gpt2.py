@@ -295,7 +295,7 @@ def test_the_command_export_writes_gpt2_files(
     assert model.net is not None
     assert all(p.equal(q) for p, q in zip(net.parameters(), model.net.parameters(), strict=True))
     assert main(words) == 2
-    assert "export needs a folder\n  type: --folder=NAME" in capsys.readouterr().err
+    assert "export needs a folder\n  type: --folder=exported" in capsys.readouterr().err
 
 
 def test_a_model_that_is_not_gpt2_is_not_exported_as_gpt2(tmp_path: Path) -> None:
