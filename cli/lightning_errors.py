@@ -106,8 +106,8 @@ def as_duration(text: str) -> str:
     numbers = [int(number) for number in re.findall(r"\d+", text)]
     if ":" in text:
         seconds = sum(n * f for n, f in zip(reversed(numbers), (1, 60, 3600, 86400), strict=False))
-    elif parts := re.findall(r"(\d+(?:\.\d+)?)\s*([dhms])", text.lower()):
-        seconds = round(sum(float(number) * units[unit] for number, unit in parts))
+    elif pairs := re.findall(r"(\d+(?:\.\d+)?)\s*([dhms])", text.lower()):
+        seconds = round(sum(float(number) * units[unit] for number, unit in pairs))
     else:
         seconds = numbers[0] if numbers else 3600
     minutes, seconds = divmod(seconds, 60)

@@ -547,7 +547,7 @@ def check_class_text(config_value: ConfigValue) -> None:
             flag=config_value.with_value(f"[{text}]"),
         )
     if match := re.fullmatch(r"([\w.]+)\((.*)\)", text):
-        arguments = [part.partition("=") for part in match[2].split(",") if "=" in part]
+        arguments = [word.partition("=") for word in match[2].split(",") if "=" in word]
         prefix = key.rstrip("+")
         flags = [f"{key}={match[1]}"]
         flags += [f"{prefix}.{name.strip()}={value.strip()}" for name, _, value in arguments]
@@ -583,12 +583,12 @@ def unknown_class_name(
         )
     # a class of another kind, such as an optimizer among the callbacks
     for base, (flag, _) in CLASS_FLAGS.items():
-        found = {n.lower(): n for n in typehints.subclasses_by_name([base])}.get(name.lower())
-        is_other_kind = found and found not in allowed and base not in bases and not prefix
+        known = {n.lower(): n for n in typehints.subclasses_by_name([base])}.get(name.lower())
+        is_other_kind = known and known not in allowed and base not in bases and not prefix
         if is_other_kind and config_value.is_flag:
             article = "an" if base.__name__[0] in "AEIOU" else "a"
             return UsageError(
-                f"{problem}; it is {article} {base.__name__}", flag=flag.format(found)
+                f"{problem}; it is {article} {base.__name__}", flag=flag.format(known)
             )
     kinds = [kind for base, (_, kind) in CLASS_FLAGS.items() if base in bases]
     return unknown_name_error(

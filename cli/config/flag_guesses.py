@@ -317,18 +317,18 @@ class FlagGuesser:
             value: its value.
             exact: only names of the table and arguments that are called exactly so.
         """
-        found: dict[str, str] = {}
+        suggestions: dict[str, str] = {}
         for key, text in self._meanings(name, value, exact):
             for flags in self._spellings(key, text):
                 label = flags.removeprefix("--trainer.callbacks+=")
                 if " --" in label or label == flags:
                     label = flags.rpartition("--")[2].partition("=")[0]
-                if label not in found and self.is_accepted(flags):
-                    found[label] = flags
+                if label not in suggestions and self.is_accepted(flags):
+                    suggestions[label] = flags
                     break
-            if len(found) == MAX_SUGGESTIONS:
+            if len(suggestions) == MAX_SUGGESTIONS:
                 break
-        return list(found.items())
+        return list(suggestions.items())
 
     def switches_off(self, name: str, value: ConfigValue) -> bool:
         """Return whether a flag such as `--compile=false` asks for what is the default anyway."""
@@ -455,9 +455,9 @@ class FlagGuesser:
         """Yield flags that choose an optimizer by name: a callback such as Muon, or a class."""
         optimizers = typehints.subclasses_by_name([torch.optim.Optimizer])
         plans = {
-            name: found
-            for name, found in self.callback_classes.items()
-            if issubclass(found, OptimizerPlan) and found is not OptimizerPlan
+            name: plan_class
+            for name, plan_class in self.callback_classes.items()
+            if issubclass(plan_class, OptimizerPlan) and plan_class is not OptimizerPlan
         }
         word = canonical(text or "AdamW").partition("_")[0]
         named = {name.lower(): name for name in (*optimizers, *plans)}
@@ -497,7 +497,7 @@ class FlagGuesser:
             spec = self.plans[-1]
             key = path if owner == "optimizer" else f"schedule.{path}"
             # such a flag is refused if several arguments of the run's plans match
-            paths = [found for plan in self.plans for found in find_argument(plan, key)]
+            paths = [p for plan in self.plans for p in find_argument(plan, key)]
             if len(paths) != 1:
                 raise UsageError(f"{value.location}: not one argument")
             path = paths[0]

@@ -46,9 +46,11 @@ def find_config(name: str) -> str:
             return str(path)
     if name.endswith(".ckpt"):
         raise UsageError(f"{name} is a checkpoint, not a config", flag=f"--ckpt_path={name}")
-    parts = name.split(",")
-    if len(parts) > 1 and all(part in list_presets() or Path(part).is_file() for part in parts):
-        flags = " ".join(f"--config {part}" for part in parts)
+    names = name.split(",")
+    if len(names) > 1 and all(
+        member in list_presets() or Path(member).is_file() for member in names
+    ):
+        flags = " ".join(f"--config {member}" for member in names)
         raise UsageError(f"{name} is no config; several configs are several flags", flag=flags)
     # a folder of presets, such as shakespeare, in which quick is the fastest
     members = [preset for preset in list_presets() if preset.startswith(f"{name.rstrip('/')}/")]

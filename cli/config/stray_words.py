@@ -85,10 +85,10 @@ def check_spaced_signs(argv: list[str]) -> None:
         if word.startswith("--") and "=" not in word and following.startswith("="):
             words = [following[1:]] if following != "=" else argv[i + 2 : i + 3]
             fixed = f"{word}={words[0] if words else ''}"
-            parts = [word, following, *(words if following == "=" else [])]
+            spaced_words = [word, following, *(words if following == "=" else [])]
             raise UsageError(
-                f"on the command line, {' '.join(parts)}: a space beside the sign =",
-                flag=replaced_command(parts, fixed),
+                f"on the command line, {' '.join(spaced_words)}: a space beside the sign =",
+                flag=replaced_command(spaced_words, fixed),
             )
         if word.startswith("--") and word.endswith("=") and not following.startswith("-"):
             raise UsageError(
@@ -108,17 +108,20 @@ def config_name(word: str) -> str | None:
     return near[0] if near and "=" not in word and not word.startswith("-") else None
 
 
-def replaced_command(wrong: str | list[str], *replacement: str) -> str:
+def replaced_command(replaced_words: str | list[str], *replacement: str) -> str:
     """Return the command as typed, with other words in place of wrong ones, for the shell.
 
     Args:
-        wrong: the wrong word, or the wrong words in a row.
+        replaced_words: the wrong word, or the wrong words in a row.
         replacement: the words in their place; none to leave the wrong ones out.
     """
-    words, wrong = record.typed_command()[1:], [wrong] if isinstance(wrong, str) else list(wrong)
-    for i in range(len(words) - len(wrong) + 1):
-        if words[i : i + len(wrong)] == wrong:
-            words[i : i + len(wrong)] = replacement
+    words, replaced_words = (
+        record.typed_command()[1:],
+        [replaced_words] if isinstance(replaced_words, str) else list(replaced_words),
+    )
+    for i in range(len(words) - len(replaced_words) + 1):
+        if words[i : i + len(replaced_words)] == replaced_words:
+            words[i : i + len(replaced_words)] = replacement
             break
     return shlex.join([program_name(), *words])
 

@@ -108,7 +108,7 @@ class ConfigValue:
             return f"{new}: {self.text}" if isinstance(self.node, yaml.ScalarNode) else f"{new}:"
         if not self.source.startswith("-"):
             return f"export {self.source.replace(old.upper(), new.upper())}={self.flag_text}"
-        segments = [new if part == old else part for part in self.source[2:].split(".")]
+        segments = [new if name == old else name for name in self.source[2:].split(".")]
         return shlex.quote(f"--{'.'.join(segments)}={self.flag_text}")
 
     def with_value(self, value: str) -> str:
