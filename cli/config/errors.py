@@ -220,6 +220,9 @@ class ConfigErrorFinder:
             key = config_value.key.removeprefix(f"{owner}.")
             if flags := callback_arguments.flags_of_argument(specs, key, config_value.flag_text):
                 return UsageError(problem, flags, flag=flags[0], label="arguments of the run")
+        if not self.values:  # one value is checked, and the command is not known here
+            fix = lambda right: config_value.with_key(name, right)  # noqa: E731
+            return unknown_name_error(problem, name, allowed, fix, "KEY", self.help_command(owner))
         guesser = self.make_guesser()
         # arguments with exactly this name elsewhere, or rows of the table of guesses
         guesses = guesser.suggest(name, config_value, exact=True)
