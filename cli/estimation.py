@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+from torch import nn
 
 from ravine.callbacks.checkpointing.exact_resume import ExactResume
 from ravine.callbacks.checkpointing.graceful_stop import GracefulStop
@@ -21,6 +22,7 @@ from ravine.callbacks.monitoring.summary import Summary
 from ravine.callbacks.monitoring.throughput import Throughput
 from ravine.callbacks.stability.rank_watchdog import RankWatchdog
 from ravine.errors import UsageError
+from ravine.lightning_modules.nn.attention import auto_attention, sdpa_attention
 
 from .run_folders.recorder import RunRecorder
 from .trainer import Trainer, as_list
@@ -133,7 +135,7 @@ def estimate(
     ranks = resolve_ranks(devices, num_nodes, link)
     configured = trainer_arguments.pop("strategy", "auto")
     trainer_arguments["precision"] = target_precision(trainer_arguments.get("precision"), device)
-    strategy = SimulatedDevice(ranks.size, level == "measure", level != "quick")
+    strategy = make_strategy(ranks, device, level)
     trainer = simulation_trainer(strategy, **trainer_arguments)
     is_datamodule = isinstance(data, L.LightningDataModule)
     loaders = {"datamodule" if is_datamodule else "train_dataloaders": data}
@@ -166,6 +168,19 @@ def estimate_with_trainer(
     return make_estimate(
         simulation, model, ranks, device, name, str(trainer.precision), strategy.divides_batch
     )
+
+
+def make_strategy(ranks: Ranks, device: Device | None, level: Level) -> SimulatedDevice:
+    """Return the strategy of a simulation: one rank, with the kernels of the device."""
+    prepare = None if device is None or level == "measure" else use_fused_attention
+    return SimulatedDevice(ranks.size, level == "measure", level != "quick", prepare)
+
+
+def use_fused_attention(module: nn.Module) -> None:
+    """Use torch's attention kernel as on a GPU; for bf16 on a CPU `auto` takes the formula."""
+    for submodule in module.modules():
+        if getattr(submodule, "attention_fn", None) is auto_attention:
+            submodule.attention_fn = sdpa_attention  # type: ignore[assignment]
 
 
 def check_level(level: str) -> None:

@@ -15,7 +15,7 @@ is used in training only, so generation and evaluation work with any length.
 """
 
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -92,30 +92,46 @@ def apply_tensor_parallel(
     return partial_sum_modules
 
 
-def split_parameter_axes(module: nn.Module) -> tuple[dict[str, int], bool]:
-    """Return the axis along which each parameter is split, by the plans of the nets in a module.
+class ParameterSplit(NamedTuple):
+    """How a parameter is split: its axis, and into how many pieces at most (heads, channels)."""
+
+    axis: int
+    num_pieces: int
+
+
+def find_splits(module: nn.Module) -> tuple[dict[str, ParameterSplit], bool]:
+    """Return how each parameter can be split, by the plans of the nets in a module.
 
     Returns:
-        The axes by name of the parameter, without parameters that stay whole; and whether the plans
-        also mark where sequences are split. Without a plan: no axes, and false.
+        The splits by name of the parameter, without parameters that stay whole; and whether the
+        plans also mark where sequences are split. Without a plan: no splits, and false.
     """
-    axes: dict[str, int] = {}
+    splits: dict[str, ParameterSplit] = {}
     marks: set[str] = set()
+    known = {name for name, _ in module.named_parameters()}
     for net_name, net in module.named_modules():
         if not callable(getattr(net, "tensor_parallel_plan", None)):
             continue
         plan = net.tensor_parallel_plan()  # pyright: ignore[reportCallIssue]
         marks |= set(plan.values())
         for name, style in _resolve_plan(net, plan).items():
-            if style not in SPLIT_AXIS:
-                continue
             prefix = f"{net_name}.{name}" if net_name else name
-            axes[f"{prefix}.weight"] = SPLIT_AXIS[style]
+            if style not in SPLIT_AXIS or f"{prefix}.weight" not in known:
+                continue
+            num_pieces = _num_pieces(net, name, style)
+            splits[f"{prefix}.weight"] = ParameterSplit(SPLIT_AXIS[style], num_pieces)
             # the bias of "rowwise" is added once, after the sum
-            if style == "colwise" and getattr(net.get_submodule(name), "bias", None) is not None:
-                axes[f"{prefix}.bias"] = 0
-    known = {name for name, _ in module.named_parameters()}
-    return {n: axis for n, axis in axes.items() if n in known}, {"scatter", "gather"} <= marks
+            if style == "colwise" and f"{prefix}.bias" in known:
+                splits[f"{prefix}.bias"] = ParameterSplit(0, num_pieces)
+    return splits, {"scatter", "gather"} <= marks
+
+
+def _num_pieces(net: nn.Module, name: str, style: str) -> int:
+    """Return into how many pieces the weight of a module can be split: heads, or channels."""
+    weight: Any = net.get_submodule(name).weight
+    head_width = getattr(net.get_submodule(name.rpartition(".")[0]), "head_dim", None)
+    # SPLIT_AXIS: 0 for colwise and 1 for rowwise, of a weight (out in)
+    return weight.shape[SPLIT_AXIS[style]] // (head_width or 1)
 
 
 def _parallelize_submodule(
@@ -260,8 +276,7 @@ def _check_divisible(net: nn.Module, name: str, style: str, num_ranks: int) -> N
             flag="--trainer.strategy=zero3",
         )
     head_width = getattr(net.get_submodule(name.rpartition(".")[0]), "head_dim", None)
-    # SPLIT_AXIS: 0 for colwise and 1 for rowwise, of a weight (out in)
-    num_pieces = weight.shape[SPLIT_AXIS[style]] // (head_width or 1)
+    num_pieces = _num_pieces(net, name, style)
     if num_pieces % num_ranks:
         allowed = [n for n in range(1, num_pieces + 1) if num_pieces % n == 0]
         nearest = min(allowed, key=lambda n: abs(n - num_ranks))

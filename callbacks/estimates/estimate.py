@@ -211,7 +211,10 @@ class Estimate:
         if any(not row.layout.is_exact for row in self.rows):
             lines.append("~ activations by formula, not simulated")
         lines += [f"- {line}" for line in self.assumptions()]
-        return Group(self._model_table(), self._layout_table(), *lines)
+        tables = [self._model_table(), self._layout_table()]
+        if self.device is not None or self.ranks.size > 1:
+            tables.append(self._run_table())
+        return Group(*tables, *lines)
 
     def _advice(self) -> str:
         """Return the arguments of Trainer for the recommended layout, or what to change."""
@@ -283,28 +286,33 @@ class Estimate:
         title = f"{self.ranks.size} ranks: {unit} of a rank at its peak"
         if self.ranks.size == 1:
             title = f"1 rank: {unit} at its peak"
-        columns = ["layout", *COLUMNS, "peak", "sent"]
-        if self.device is not None:
-            columns += ["total", "fits", "max batch"]
-        has_time = any(row.time for row in self.rows)
-        if has_time:
-            columns += ["step", f"{self.simulation.unit}/s", "MFU", "run"]
-        table = Table(*columns, title=title)
+        table = Table("layout", *COLUMNS, "peak", title=title)
         for row in self.rows:
             classes, mark = row.layout.classes, "" if row.layout.is_exact else "~"
             cells = [row.name]
             for names in COLUMNS.values():
                 value = sum(classes.get(name, 0.0) for name in names) / size
                 cells.append(f"{value:,.4g}" if value else "-")
-            cells += [f"{mark}{row.layout.peak_bytes / size:,.4g}"]
-            cells += [f"{row.layout.sent_bytes / size:,.4g}" if row.layout.sent_bytes else "-"]
-            if self.device is not None:
-                cells += [
-                    f"{row.total_bytes / size:,.4g}",
-                    "yes" if row.fits else "no",
-                    "-" if row.largest_micro_batch is None else f"{row.largest_micro_batch:,}",
-                ]
-            if has_time and row.time is not None:
+            table.add_row(*cells, f"{mark}{row.layout.peak_bytes / size:,.4g}")
+        return table
+
+    def _run_table(self) -> Table:
+        unit = self.simulation.unit
+        table = Table("layout", title="what is sent, what fits, and how long a run takes")
+        for column in ("sent", "messages", "with libraries", "fits", "max batch", "step"):
+            table.add_column(column, no_wrap=True)
+        for column in (f"{unit}/s", "MFU", "run"):
+            table.add_column(column, no_wrap=True)
+        for row in self.rows:
+            messages = sum(row.layout.collectives.values())
+            cells = [row.name, format_bytes(row.layout.sent_bytes), f"{messages:,}"]
+            if self.device is None:
+                table.add_row(*cells)
+                continue
+            largest = row.largest_micro_batch
+            cells += [format_bytes(row.total_bytes), "yes" if row.fits else "no"]
+            cells.append("-" if largest is None else f"{largest:,}")
+            if row.time is not None:
                 run = "-" if row.time.total_s is None else format_duration(row.time.total_s)
                 cells += [f"{row.time.seconds:.3g} s", f"{row.time.units_per_s:,.0f}"]
                 cells += [f"{row.time.mfu:.1%}", run]
@@ -313,7 +321,7 @@ class Estimate:
 
     def __str__(self) -> str:
         """Return the tables as text."""
-        console = Console(file=io.StringIO(), width=160)
+        console = Console(file=io.StringIO(), width=120)
         console.print(self)
         return str(console.file.getvalue())  # type: ignore[attr-defined]
 

@@ -24,7 +24,7 @@ from ravine.strategies.device_mesh import MESH_AXES, resolve_degrees
 from ravine.strategies.parallel_module import find_unit_names
 from ravine.strategies.pipeline_stages import count_pipeline_blocks
 from ravine.strategies.presets import STRATEGY_PRESETS
-from ravine.strategies.tensor_parallel import split_parameter_axes
+from ravine.strategies.tensor_parallel import ParameterSplit, find_splits
 from ravine.strategies.work_partition import assign_balanced
 
 from .simulation import ParameterInfo, Simulation
@@ -57,14 +57,14 @@ class ModuleTraits:
 
     Attributes:
         units: names of the parameters of each FSDP unit.
-        split_axes: by name of a parameter, the axis that tensor parallelism splits.
+        splits: by name of a parameter, how tensor parallelism splits it.
         num_blocks: blocks of a network that can be split into pipeline stages; 0 without one.
         unsupported: axes that the module rejects.
         can_split_sequence: whether the plan for tp marks where sequences are split.
     """
 
     units: list[tuple[str, ...]] = field(default_factory=list)
-    split_axes: dict[str, int] = field(default_factory=dict)
+    splits: dict[str, ParameterSplit] = field(default_factory=dict)
     num_blocks: int = 0
     unsupported: tuple[str, ...] = ()
     can_split_sequence: bool = False
@@ -124,10 +124,10 @@ def state_shard_bytes(parameter: ParameterInfo, num_ranks: int) -> int:
 
 def describe_module(module: nn.Module) -> ModuleTraits:
     """Return how strategies can divide a module, with real, meta or fake parameters."""
-    axes, can_split_sequence = split_parameter_axes(module)
+    splits, can_split_sequence = find_splits(module)
     return ModuleTraits(
         units=find_unit_names(module),
-        split_axes=axes,
+        splits=splits,
         num_blocks=count_pipeline_blocks(module),
         unsupported=tuple(getattr(module, "unsupported_parallelism", ())),
         can_split_sequence=can_split_sequence,
@@ -187,7 +187,7 @@ class LayoutCalculator:
         layouts = [self.ddp(), self.zero1(), self.zero2(n, 1), self.zero3(n, 1)]
         if n % 2 == 0 and n > 2:
             layouts.append(self.zero3(n // 2, 2))
-        if self.traits.split_axes and "tp" not in self.traits.unsupported:
+        if self.traits.splits and "tp" not in self.traits.unsupported:
             size = self.ranks.devices
             if size > 1 and self._is_divisible_by(size):
                 layouts.append(self.tensor_parallel(size))
@@ -200,8 +200,7 @@ class LayoutCalculator:
         return layouts
 
     def _is_divisible_by(self, size: int) -> bool:
-        shapes = {p.name: p.shape for p in self.parameters}
-        return all(shapes[n][axis] % size == 0 for n, axis in self.traits.split_axes.items())
+        return all(split.num_pieces % size == 0 for split in self.traits.splits.values())
 
     def _peak(self, rescale: Any) -> dict[str, float]:
         """Return the classes of the highest moment, after `rescale(moment) -> {class: bytes}`."""
@@ -345,7 +344,7 @@ class LayoutCalculator:
         rows = size if self.divides_batch else 1  # the micro-batch of fewer data-parallel ranks
 
         def shard_size(parameter: ParameterInfo, num_bytes: int | None = None) -> float:
-            divisor = size if parameter.name in self.traits.split_axes else 1
+            divisor = size if parameter.name in self.traits.splits else 1
             return shard_bytes(parameter, num_shards, num_bytes) / divisor
 
         parameters = sum(map(shard_size, self.parameters))
@@ -397,7 +396,8 @@ class LayoutCalculator:
     def _width(self) -> int:
         """Return the width of the activations between split matrices."""
         shapes = {p.name: p.shape for p in self.parameters}
-        widths = [shapes[n][1] for n, axis in self.traits.split_axes.items() if axis == 0]
+        matrices = [shapes[n] for n, split in self.traits.splits.items() if split.axis == 0]
+        widths = [shape[1] for shape in matrices if len(shape) > 1]
         return widths[0] if widths else 1
 
     def pipeline(self, size: int, num_micro_batches: int = 4) -> Layout:

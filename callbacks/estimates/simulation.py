@@ -10,7 +10,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -123,12 +123,19 @@ class SimulatedDevice(OneRankStrategy):
         dp_size: data-parallel ranks of the run; the datamodule divides its batch by them.
         has_values: keep real parameters, and run real steps.
         steps: whether forward and backward passes run at all.
+        prepare: called with the module before its parameters are replaced.
     """
 
-    def __init__(self, dp_size: int = 1, has_values: bool = False, steps: bool = True) -> None:
-        """Create the modes; they are entered in `setup`."""
+    def __init__(
+        self,
+        dp_size: int = 1,
+        has_values: bool = False,
+        steps: bool = True,
+        prepare: Callable[[nn.Module], None] | None = None,
+    ) -> None:
+        """Create the modes; they are entered in `setup_environment`."""
         super().__init__(dp_size)
-        self.has_values, self.steps = has_values, steps
+        self.has_values, self.steps, self.prepare = has_values, steps, prepare
         # real tensors, such as batches, become fake when they are combined with fake ones
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.tracker = TensorTracker()
@@ -149,6 +156,8 @@ class SimulatedDevice(OneRankStrategy):
         """Replace parameters by fakes, and build the optimizers."""
         module = self.lightning_module
         assert module is not None
+        if self.prepare is not None:
+            self.prepare(module)
         if not self.has_values:
             # before parameters are fake, because a fake cannot change its dtype in place
             self.precision_plugin.convert_module(module)

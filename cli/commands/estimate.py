@@ -14,7 +14,6 @@ from rich.console import Console
 from ravine.callbacks.estimates.devices import Device, find_device
 from ravine.callbacks.estimates.estimate import Estimate
 from ravine.callbacks.estimates.fake_parameters import parameters_on_meta
-from ravine.callbacks.estimates.simulation import SimulatedDevice
 from ravine.errors import UsageError
 
 from .. import resume_path
@@ -22,11 +21,13 @@ from ..command import RavineCLI, configure_parser, expand_strategy_preset
 from ..estimation import (
     Level,
     estimate_with_trainer,
+    make_strategy,
     resolve_ranks,
     simulation_trainer,
     target_precision,
 )
 
+OUTPUT_WIDTH = 120  # columns of the tables in a file or a pipe
 SWITCHES = ("quick", "measure", "json")
 
 
@@ -125,9 +126,7 @@ class EstimateCLI(RavineCLI):
         num_nodes = flags.num_nodes or arguments.get("num_nodes", 1)
         self.ranks = resolve_ranks(devices, num_nodes, flags.link)
         arguments["precision"] = target_precision(arguments.get("precision"), flags.device)
-        strategy = SimulatedDevice(
-            self.ranks.size, flags.level == "measure", flags.level != "quick"
-        )
+        strategy = make_strategy(self.ranks, flags.device, flags.level)
         return simulation_trainer(strategy, **arguments)
 
     def instantiate_classes(self) -> None:
@@ -176,7 +175,10 @@ def run_argv(argv: list[str]) -> int:
         values = result.to_dict() | {"recommended_flags": recommended_flags(result)}
         print(json.dumps(values, indent=2))
     else:
-        Console().print(result.render(advice(result)))
+        console = Console()
+        if not console.is_terminal:
+            console.width = OUTPUT_WIDTH
+        console.print(result.render(advice(result)), soft_wrap=not console.is_terminal)
     return 0
 
 
