@@ -49,7 +49,7 @@ class RealStep:
     flops: int = 0
 
 
-class _Watch(L.Callback):
+class StepWatch(L.Callback):
     """Notes the times of the second optimizer step, and counts FLOPs in its last micro-batch."""
 
     def __init__(self, counts_flops: bool) -> None:
@@ -85,12 +85,16 @@ class _Watch(L.Callback):
         if trainer.global_step == 2 + self.counts_flops:
             trainer.should_stop = True  # not max_steps, which schedules read
 
+    def peak(self, found: Any) -> int:
+        """The peak of the step in the curve of `tensor_bytes`."""
+        return max(alive for at, alive in found.curve if self.start <= at <= self.end)
+
 
 def real_step(
     build: Any, data: Any = None, counts_flops: bool = True, **arguments: Any
 ) -> RealStep:
     """Train three steps; `build` makes the module, so that its parameters are counted too."""
-    watch = _Watch(counts_flops)
+    watch = StepWatch(counts_flops)
     arguments["callbacks"] = [*arguments.get("callbacks", []), watch]
     arguments |= {"limit_val_batches": 0, "num_sanity_val_steps": 0}
     arguments |= {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
@@ -105,6 +109,5 @@ def real_step(
         with tensor_bytes() as found:
             module = build()
             trainer.fit(module, **{key: data})
-    peak = max(alive for at, alive in found.curve if watch.start <= at <= watch.end)
     parameters = sum(p.numel() for p in module.parameters())
-    return RealStep(peak, watch.state_bytes, parameters, watch.flops)
+    return RealStep(watch.peak(found), watch.state_bytes, parameters, watch.flops)

@@ -67,7 +67,7 @@ class Estimate:
         device: the GPU; None without one.
         precision: of the run.
         configured: the name of the strategy in the config.
-        measured: bytes of the peak of real steps on this machine; None without `--measure`.
+        notes: further lines below the tables.
     """
 
     simulation: Simulation
@@ -184,6 +184,10 @@ class Estimate:
                 f"a micro-batch of {result.samples} samples ({result.units:,} {result.unit}) on "
                 f"each rank, {result.accumulate} of them in a step; precision {self.precision}"
             )
+        if not result.is_stepped:
+            lines.append("activations are not included: no forward pass was simulated")
+        if result.has_values:
+            lines.append("measured: real steps in this process, on the CPU")
         if self.device is None:
             return [*lines, "tensors only; name a GPU for libraries, times and what fits"]
         lines += list_assumptions(self.device, self.ranks, self.is_half)

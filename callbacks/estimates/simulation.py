@@ -79,6 +79,7 @@ class Simulation:
         flops_per_unit: FLOPs of a unit by the module's own formula; None without one.
         total_steps: optimizer steps of the run; None if it has no end.
         is_stepped: whether a forward and backward pass was simulated.
+        has_values: whether the steps were real.
     """
 
     parameters: list[ParameterInfo] = field(default_factory=list)
@@ -94,6 +95,7 @@ class Simulation:
     flops_per_unit: int | None = None
     total_steps: int | None = None
     is_stepped: bool = False
+    has_values: bool = False
 
     @property
     def peak(self) -> Moment:
@@ -257,7 +259,7 @@ class SimulatedDevice(OneRankStrategy):
         result = self.simulation
         result.num_micro_batches = max(1, result.num_micro_batches)
         result.moments, result.operations = self.tracker.moments, self.tracker.operations
-        result.is_stepped = self.steps
+        result.is_stepped, result.has_values = self.steps, self.has_values
         result.parameters = describe_parameters(module, self.optimizers)
         result.state_bytes = measure_memory(module, self.optimizers)["optimizer state"].num_bytes
         result.buffer_bytes = sum(b.numel() * b.itemsize for b in module.buffers())

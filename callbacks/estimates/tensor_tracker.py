@@ -48,6 +48,7 @@ WORKSPACES: dict[Any, Any] = {
 }
 VALUE_READS = (aten._local_scalar_dense.default, aten.item.default)
 LIBRARY_FOLDERS = tuple(str(Path(str(package.__file__)).parent) for package in (torch,))
+TORCH_OPTIMIZERS = str(Path(torch.optim.__file__).parent)
 # code of Lightning and Ravine that reads values gets 1.0 or true
 FOLDERS_WITH_DEFAULTS = (
     str(Path(str(lightning.__file__)).parent),
@@ -177,6 +178,8 @@ class TensorTracker(TorchDispatchMode):
         index = self._class_of_results(function, args, results)
         # memory that torch did not allocate, such as a mapped file, is seen by its views only
         foreign = {_storage_key(leaf) for leaf in tree_leaves((args, kwargs))} - {None}
+        if function is aten.lift_fresh.default:  # of torch.tensor, whose memory is torch's
+            foreign = set()
         is_new = False
         for result in results:
             if _storage_key(result) not in foreign:
@@ -261,11 +264,25 @@ def _with_index_numbers(args: Any) -> Any:
 def _default_value(function: Any, tensor: Tensor) -> Any:
     """Return a value for code of Ravine and Lightning that reads one; raise for other code."""
     _, path = _calling_frame()
-    if not path.startswith(FOLDERS_WITH_DEFAULTS):
+    # an optimizer of torch that reads values decides by them what it computes (LBFGS)
+    is_optimizer = _innermost_path().startswith(TORCH_OPTIMIZERS)
+    if is_optimizer or not path.startswith(FOLDERS_WITH_DEFAULTS):
         raise value_error(function)
     if tensor.dtype == torch.bool:
         return True
-    return 1.0 if tensor.is_floating_point() else 1
+    return 1.0 if tensor.is_floating_point() else 0  # an integer is an error code, or a count
+
+
+def _innermost_path() -> str:
+    """Return the path of the innermost frame outside of this file and of torch's dispatch."""
+    frame: Any = sys._getframe(1)
+    while (
+        frame.f_code.co_filename == __file__
+        or "_dynamo" in frame.f_code.co_filename
+        or (frame.f_code.co_filename.endswith(("_compile.py", "_python_dispatch.py")))
+    ):
+        frame = frame.f_back
+    return frame.f_code.co_filename
 
 
 def _calling_frame() -> tuple[Any, str]:
@@ -283,7 +300,9 @@ def value_error(function: Any) -> UsageError:
     """Return the error for code that needs the values of a tensor, with its file and line."""
     frame, path = _calling_frame()
     location = "torch"
-    if frame is not None:
+    if _innermost_path().startswith(TORCH_OPTIMIZERS):
+        location = f"the optimizer in {Path(_innermost_path()).name}"
+    elif frame is not None:
         location = f"{path}:{frame.f_lineno} in {frame.f_code.co_name}"
     return UsageError(
         f"estimate: {location} needs values of a tensor ({function}), and a simulated step has "

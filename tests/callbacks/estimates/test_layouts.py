@@ -104,6 +104,18 @@ def test_collectives_of_zero_are_those_of_the_counted_formula() -> None:
     assert row(result, "tp").collectives["all_reduce"] == count_collectives(3, tp=8)["all_reduce"]
 
 
+def test_tensor_parallelism_divides_whole_heads_and_biases() -> None:
+    shape = {"num_layers": 1, "d_model": 48, "num_heads": 6, "bias": "all"}
+    names = {n: {r.name for r in make(n, size=shape, level="quick").rows} for n in (2, 3, 4)}
+    assert "tp" in names[2]
+    assert "tp" in names[3]
+    assert "tp" not in names[4]  # 6 heads
+    two, one = (make(n, size=shape, level="quick") for n in (2, 1))
+    whole = row(one, "single").classes["parameters"]
+    split = 4 * (12 * 48**2 + 3 * 48 + 4 * 48)  # matrices; biases of q, k, v and of `up`
+    assert row(two, "tp").classes["parameters"] == whole - split / 2
+
+
 def test_the_units_have_each_parameter_once() -> None:
     net = nn.Sequential(nn.Linear(600, 600), nn.Linear(4, 4), nn.Linear(600, 600))
     module = nn.ModuleDict({"net": net})
