@@ -90,15 +90,12 @@ class StepWatch(L.Callback):
         return max(alive for at, alive in found.curve if self.start <= at <= self.end)
 
 
-def real_step(
-    build: Any, data: Any = None, counts_flops: bool = True, **arguments: Any
-) -> RealStep:
-    """Train three steps; `build` makes the module, so that its parameters are counted too."""
+def real_step(build: Any, make_data: Any, counts_flops: bool = True, **arguments: Any) -> RealStep:
+    """Train three steps; module and data are made here, so that their tensors are counted too."""
     watch = StepWatch(counts_flops)
     arguments["callbacks"] = [*arguments.get("callbacks", []), watch]
     arguments |= {"limit_val_batches": 0, "num_sanity_val_steps": 0}
     arguments |= {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    key = "datamodule" if isinstance(data, L.LightningDataModule) else "train_dataloaders"
     with (
         tempfile.TemporaryDirectory() as folder,
         contextlib.redirect_stdout(io.StringIO()),
@@ -107,7 +104,8 @@ def real_step(
         warnings.simplefilter("ignore")
         trainer = Trainer(accelerator="cpu", devices=1, default_root_dir=folder, **arguments)
         with tensor_bytes() as found:
-            module = build()
+            module, data = build(), make_data()
+            key = "datamodule" if isinstance(data, L.LightningDataModule) else "train_dataloaders"
             trainer.fit(module, **{key: data})
     parameters = sum(p.numel() for p in module.parameters())
     return RealStep(watch.peak(found), watch.state_bytes, parameters, watch.flops)

@@ -48,7 +48,8 @@ WORKSPACES: dict[Any, Any] = {
 }
 VALUE_READS = (aten._local_scalar_dense.default, aten.item.default)
 LIBRARY_FOLDERS = tuple(str(Path(str(package.__file__)).parent) for package in (torch,))
-TORCH_OPTIMIZERS = str(Path(torch.optim.__file__).parent)
+# decides by values how often it computes the loss, and what its state is
+LBFGS_FILE = str(Path(torch.optim.__file__).parent / "lbfgs.py")
 # code of Lightning and Ravine that reads values gets 1.0 or true
 FOLDERS_WITH_DEFAULTS = (
     str(Path(str(lightning.__file__)).parent),
@@ -146,8 +147,8 @@ class TensorTracker(TorchDispatchMode):
                 self._bytes[index] += known[1]
                 self._storages[key] = (index, known[1], known[2])
             return False
-        if tensor.device.type == "meta" and not isinstance(tensor, FakeTensor):
-            return False  # a tensor without memory
+        if not isinstance(tensor, FakeTensor) and (tensor.is_meta or not storage.resizable()):
+            return False  # no memory, or memory that torch did not allocate: a mapped file, numpy
         reference = weakref.ref(storage, lambda _: self._free(key))
         self._storages[key] = (index, size, reference)
         self._bytes[index] += size
@@ -176,14 +177,9 @@ class TensorTracker(TorchDispatchMode):
             raise value_error(function) from error
         results = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         index = self._class_of_results(function, args, results)
-        # memory that torch did not allocate, such as a mapped file, is seen by its views only
-        foreign = {_storage_key(leaf) for leaf in tree_leaves((args, kwargs))} - {None}
-        if function is aten.lift_fresh.default:  # of torch.tensor, whose memory is torch's
-            foreign = set()
         is_new = False
         for result in results:
-            if _storage_key(result) not in foreign:
-                is_new |= self._add(result, index)
+            is_new |= self._add(result, index)
         if self.is_recording:
             self._record(function, args, kwargs, output, results, is_new)
         return output
@@ -222,16 +218,6 @@ class TensorTracker(TorchDispatchMode):
             self._may_replace_last = False
 
 
-def _storage_key(value: Any) -> int | None:
-    """Return the address of a tensor's storage; None for other values and other layouts."""
-    if not isinstance(value, Tensor) or value.layout != torch.strided:
-        return None
-    try:
-        return value.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):
-        return None
-
-
 def _num_bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.itemsize
 
@@ -264,9 +250,7 @@ def _with_index_numbers(args: Any) -> Any:
 def _default_value(function: Any, tensor: Tensor) -> Any:
     """Return a value for code of Ravine and Lightning that reads one; raise for other code."""
     _, path = _calling_frame()
-    # an optimizer of torch that reads values decides by them what it computes (LBFGS)
-    is_optimizer = _innermost_path().startswith(TORCH_OPTIMIZERS)
-    if is_optimizer or not path.startswith(FOLDERS_WITH_DEFAULTS):
+    if _innermost_path() == LBFGS_FILE or not path.startswith(FOLDERS_WITH_DEFAULTS):
         raise value_error(function)
     if tensor.dtype == torch.bool:
         return True
@@ -300,7 +284,7 @@ def value_error(function: Any) -> UsageError:
     """Return the error for code that needs the values of a tensor, with its file and line."""
     frame, path = _calling_frame()
     location = "torch"
-    if _innermost_path().startswith(TORCH_OPTIMIZERS):
+    if _innermost_path() == LBFGS_FILE:
         location = f"the optimizer in {Path(_innermost_path()).name}"
     elif frame is not None:
         location = f"{path}:{frame.f_lineno} in {frame.f_code.co_name}"

@@ -143,7 +143,7 @@ def check(build: Any, data: Any, arguments: Any = dict, tolerance: float = 0.05)
     """Peak within the tolerance; parameters and states equal; FLOPs within 1 %."""
     result = estimate(build(), data(), **arguments())
     hash_ngrams.cache_clear()  # its tensors are counted where they are made
-    real = real_step(build, data(), **arguments())
+    real = real_step(build, data, **arguments())
     assert result.num_parameters == real.parameters
     assert result.state_bytes == real.state_bytes
     assert result.simulation.flops == pytest.approx(real.flops, rel=0.01)
