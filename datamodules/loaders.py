@@ -196,13 +196,19 @@ class EvalLoader:
         Raises:
             UsageError: there are more ranks than samples.
         """
+        if num_samples == 0:
+            raise UsageError(
+                "there is no sample to evaluate",
+                ["a validation or test split with at least one sample"],
+                "use a larger val_fraction, or more data",
+            )
         if num_samples < data_parallel.dp_size:
             raise UsageError(
                 f"{num_samples} samples cannot be evaluated on {data_parallel.dp_size} ranks: "
                 "each rank needs at least one",
-                [f"at most {max(num_samples, 1)} ranks"],
-                f"use Trainer(devices={max(num_samples, 1)})",
-                flag=f"--trainer.devices={max(num_samples, 1)}",
+                [f"at most {num_samples} ranks"],
+                f"use Trainer(devices={num_samples})",
+                flag=f"--trainer.devices={num_samples}",
             )
         check_positive("batch_size", batch_size)
         # -(-a // b) is a / b rounded up

@@ -174,11 +174,12 @@ def _parse_meta(meta_path: Path) -> tuple[Any, str]:
         content = (
             json.loads(meta_path.read_bytes())
             if meta_path.suffix == ".json"
-            # plain values only; NumPy's number types are the only classes allowed
             else _load_meta_pickle(meta_path)
         )
     except RecursionError:
         return None, "it is nested too deeply"
+    except UnicodeDecodeError as error:
+        return None, f"it is not UTF-8: {error}"
     except (ValueError, TypeError, LookupError, safe_pickle.UnsafePickle) as error:
         return None, str(error.args[0] if error.args else type(error).__name__)
     if not isinstance(content, dict):
@@ -212,7 +213,7 @@ def _meta_dtype(meta: dict[str, Any], meta_path: Path) -> str:
 
 
 def _make_char_tokenizer(itos: Any, meta_path: Path) -> CharTokenizer:
-    """Build the character tokenizer of nanoGPT's meta.pkl.
+    """Build the character tokenizer of nanoGPT's meta.pkl, or of a meta.json.
 
     Args:
         itos: the character of each id, from 0: a dictionary or a list.
@@ -222,6 +223,8 @@ def _make_char_tokenizer(itos: Any, meta_path: Path) -> CharTokenizer:
         UsageError: `itos` is no such table, or its characters are not sorted.
     """
     try:
+        if isinstance(itos, dict):  # the keys of a dictionary in JSON are texts
+            itos = {int(number): character for number, character in itos.items()}
         characters = [itos[number] for number in range(len(itos))]
         tokenizer = CharTokenizer(characters)
     except (LookupError, TypeError, ValueError) as error:

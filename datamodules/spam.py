@@ -61,7 +61,7 @@ def parse_messages(lines: list[str], name: str, has_splits: bool = False) -> lis
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        split, labelled_text = line.split("\t", 1) if has_splits else ("", line)
+        split, _, labelled_text = line.partition("\t") if has_splits else ("", "", line)
         # LABELS: ham and spam; a message stores the position of its label
         label, tab, text = labelled_text.partition("\t")
         if not tab or label not in LABELS:

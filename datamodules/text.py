@@ -7,6 +7,7 @@ it once.
 Axes: b batch, t time (the context length).
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +34,17 @@ from .text_files import list_files, read_text
 from .tokenizers import NumberTokenizer, SpecialTokenMode, Tokenizer, tokenizer_provenance
 
 IGNORE_INDEX = -100  # target of positions without loss, as in F.cross_entropy
+# arguments of TextDataModule that choose a text or say how it is read
+TEXT_OPTIONS = {
+    "path",
+    "source",
+    "root",
+    "tokenizer",
+    "max_chars_in_memory",
+    "special_tokens",
+    "vocab_size",
+    "dtype",
+}
 
 
 def python_docs_text() -> Iterator[str]:
@@ -130,13 +142,25 @@ class TextDataModule(BaseDataModule):
         Args:
             tokens: integer token ids.
             tokenizer: the tokenizer of the tokens, or the vocabulary size.
-            options: the other arguments of the class.
+            options: the arguments of the class that do not choose or read a text, such as
+                context_length, val_fraction and start_token.
+
+        Raises:
+            UsageError: an option has no effect on tokens, or the tokens are too few.
         """
+        if unused := sorted(options.keys() & TEXT_OPTIONS):
+            raise UsageError(
+                f"from_tokens: {', '.join(unused)} has no effect on tokens",
+                sorted(inspect.signature(cls).parameters.keys() - TEXT_OPTIONS),
+                f"remove {', '.join(unused)}",
+            )
         data = cls(**options)
         # NumberTokenizer knows only ids, and writes a text as "17 4"
-        known_tokenizer = NumberTokenizer(tokenizer) if isinstance(tokenizer, int) else tokenizer
+        is_size = isinstance(tokenizer, int | np.integer)
+        known_tokenizer = NumberTokenizer(int(tokenizer)) if is_size else tokenizer
         # the tokens with their tokenizer and SHA-256, after a check of their range
-        data._corpus = corpus_from_array(tokens, known_tokenizer)
+        corpus = corpus_from_array(tokens, known_tokenizer)
+        data._corpus = data._slice_tokens("the array", "tokens", corpus)
         data.provenance = {
             "source": "tokens",
             "file": "",
@@ -166,12 +190,13 @@ class TextDataModule(BaseDataModule):
 
         Lightning calls this on local rank 0 only. Without a distributed run, `setup` tokenizes.
         """
+        if self._corpus is not None:
+            return  # of from_tokens, or set up by an earlier stage
         if self.path is None:
             self._download_error = download_if_missing(
                 self.source, text_source(self.source), self.root
             )
-        if self._corpus is None:
-            self.prepare_for_all_ranks(self._write_token_file)
+        self.prepare_for_all_ranks(self._write_token_file)
 
     def _write_token_file(self) -> TextSummary | None:
         """Write the tokens of the text to a file; return None for a folder of token files."""

@@ -234,10 +234,15 @@ def _is_library_code(owner: Any) -> bool:
 
 def _methods_of(owner_class: type) -> Iterator[FunctionType]:
     for value in vars(owner_class).values():
-        function = getattr(value, "__func__", getattr(value, "fget", value))
-        function = inspect.unwrap(function) if callable(function) else function
-        if isinstance(function, FunctionType):
+        if (function := _plain_function(value)) is not None:
             yield function
+
+
+def _plain_function(value: Any) -> FunctionType | None:
+    """Return the function of a method, class method, property or decorated function, else None."""
+    function = getattr(value, "__func__", getattr(value, "fget", value))
+    function = inspect.unwrap(function) if callable(function) else function
+    return function if isinstance(function, FunctionType) else None
 
 
 def _find_uses(function: Any, owner: Any) -> _GradientUses:
@@ -257,7 +262,7 @@ def _scan_function(
 
     Args:
         function: the function or method; code of torch and Lightning is not searched.
-        owner: the class whose methods are called as `self.name(...)`.
+        owner: the class in which the name of each attribute is looked up, as `self.name` is.
         uses: the uses found so far, updated in place.
         visited: code of the functions searched so far, updated in place.
     """
@@ -281,9 +286,9 @@ def _scan_function(
                 called = getattr(owner, instruction.argval, None)
             elif instruction.opname == "LOAD_GLOBAL":
                 called = function.__globals__.get(instruction.argval)
-            # called: a method of the owner or a global function; it is searched as well
-            if isinstance(called, FunctionType):
-                _scan_function(called, owner, uses, visited)
+            # called: a method or property of the owner, or a global function; searched as well
+            if (called_function := _plain_function(called)) is not None:
+                _scan_function(called_function, owner, uses, visited)
 
 
 def _record_uses(

@@ -213,7 +213,8 @@ def quantize_module(
         exclude: layers of `targets` that are not quantized.
         double_quant: also quantize the scales of NF4.
         backend: torch or bitsandbytes.
-        allow_frozen_copies: whether the module may hold a frozen copy of a net that is quantized.
+        allow_frozen_copies: whether the module may hold a frozen copy of a net that is quantized. A
+            momentum teacher may not: its update pairs its parameters with those of the net.
 
     Raises:
         UsageError: a pattern matches nothing, or a layer cannot be quantized.
@@ -226,7 +227,8 @@ def quantize_module(
     if not allow_frozen_copies:
         _check_no_frozen_copies(module, names)
     errors: dict[str, float] = {}
-    # layer quantized last and its tensors, shared by all layers whose values are deferred
+    # Layer quantized last, and its tensors. The codes and the scales of a deferred layer are asked
+    # for one after another, so that a cache of one layer is enough.
     latest: list[Any] = []
     for name in names:
         layer, deferred = layers[name], None

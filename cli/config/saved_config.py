@@ -127,16 +127,22 @@ def to_argv(
     names = list(RESTORED_ARGS) if command == "fit" else []
     if gives_whole_run(values) or any(f"trainer.{name}" in typed_keys for name in LENGTH_ARGS):
         names = [name for name in names if name not in LENGTH_ARGS]
-    saved = {key: config[key] for key in SAVED_FLAG_KEYS if config.get(key) is not None}
+    # A variable of the environment would not take precedence over a flag. Model and data are merged
+    # with the user's values.
+    replaced_keys = typed_keys & {"seed_everything", "trainer.name"}
+    saved = {
+        key: config[key]
+        for key in SAVED_FLAG_KEYS
+        if config.get(key) is not None and key not in replaced_keys
+    }
     defaults = trainer_defaults()
     for name in names:
         key = f"trainer.{name}"
-        # The user's flags follow, but a variable of the environment would not take precedence.
         if key not in config or key in typed_keys or config[key] == defaults.get(name, MISSING):
             continue
         # an object, such as a logger with its own folder
         if not is_restorable(name, config[key]):
-            rank_zero_only(print)(f"{key} of {source} is an object and is not used: the default is")
+            rank_zero_only(print)(f"{key} of {source} is an object: the default is used instead")
         else:
             saved[key] = config[key]
     return [f"--{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in saved.items()]

@@ -176,6 +176,8 @@ def logprob_gap(logprobs: Tensor, rollout: Rollout) -> Tensor:
 def disable_adapters(net: nn.Module) -> Iterator[None]:
     """Disable the low-rank adapters of a net in a `with` block, so that it is the base model.
 
+    With reference="lora" the base model is the reference policy of the KL penalty.
+
     An adapter is a module with a method `lora_disabled`, as the LoRA callback creates them.
     """
     adapters: list[Any] = [m for m in net.modules() if hasattr(m, "lora_disabled")]

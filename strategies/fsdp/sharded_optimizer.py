@@ -590,12 +590,15 @@ class OwnerStepper(_PlainTensorStepper):
         return self.owner_by_id[id(parameter)] == self.rank_in_shard_group(parameter)
 
     def swap_in_plain(self, step: bool, use_placeholders: bool) -> bool:
-        """Put full tensors into the groups of their owners, and return whether there are any.
+        """Put full tensors into the groups of their owners, and remove the parameters of others.
 
         Args:
             step: whether the full tensors also get their full gradients.
             use_placeholders: put tensors without values into the groups of all ranks, which keep
                 the indices of parameters in a state_dict; nothing is sent.
+
+        Returns:
+            whether this rank has any tensor to step.
         """
         # an owner for each parameter that has none
         self._assign_owners()

@@ -12,6 +12,7 @@ import torch
 
 from ravine.cli.main import main
 from ravine.datamodules import FileTokenizer, TextDataModule, nanogpt_bins, token_cache
+from ravine.datamodules import text as text_module
 from ravine.lightning_modules import LanguageModel
 
 QUIET = dict.fromkeys(
@@ -226,6 +227,26 @@ def test_an_array_is_a_corpus(kind: Any, tmp_path: Path) -> None:
         ValueError, match=r"of type float64 and shape \(3,\) .*; allowed: .* integers"
     ):
         TextDataModule.from_tokens(np.ones(3), 9, context_length=8)
+
+
+def test_options_of_an_array_are_used_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_module, "download_if_missing", None)  # nothing is downloaded
+    numbers = tokens(9, 1_000)
+    size = np.int64(numbers.max() + 1)
+    part = {"start_token": 100, "stop_token": 200, "context_length": 8}
+    data = TextDataModule.from_tokens(numbers, size, **part)
+    data.prepare_data()
+    data.setup("fit")
+    assert data.corpus.tokens.tolist() == numbers[100:200].tolist()
+    with pytest.raises(ValueError, match=r"dtype, path has no effect on tokens; allowed: .*seed"):
+        TextDataModule.from_tokens(numbers, 10, path="my.txt", dtype="uint16")
+
+
+def test_characters_of_a_meta_json_are_a_list_or_a_dictionary(tmp_path: Path) -> None:
+    for number, itos in enumerate((["a", "b", "c"], {0: "a", 1: "b", 2: "c"})):
+        place = folder(tmp_path / f"bins{number}", 2, "uint16")
+        (place / "meta.json").write_text(json.dumps({"vocab_size": 3, "itos": itos}))
+        assert data_of(place).tokenizer.decode([2, 0, 1]) == "cab"
 
 
 def test_a_folder_of_token_files_is_trained_on_or_refused_by_the_command(

@@ -151,6 +151,30 @@ def norm_of(weight):
     return 0.0 if weight.grad is None else weight.grad.norm()
 
 
+class ReadsInADecoratedHelper(ReadsInItsStep):
+    @torch.no_grad()
+    def last_norm(self):
+        return norm_of(self.net[0][0].weight)
+
+
+class ReadsInAProperty(Net):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + 0 * self.last_norm
+
+    @property
+    def last_norm(self):
+        return norm_of(self.net[0][0].weight)
+
+
+class ReadsInAClassMethod(Net):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + 0 * self.norm_of_weights(self.net)
+
+    @classmethod
+    def norm_of_weights(cls, net):
+        return norm_of(net[0][0].weight)
+
+
 class OwnZeroGrad(Net):
     def configure_optimizers(self):
         class Keeps(torch.optim.Adam):
@@ -171,6 +195,9 @@ class Reader(L.Callback):
         (OverridesZeroGrad, ()),
         (ReadsBeforeZeroGrad, ()),
         (ReadsInItsStep, ()),
+        (ReadsInADecoratedHelper, ()),
+        (ReadsInAProperty, ()),
+        (ReadsInAClassMethod, ()),
         (OwnZeroGrad, ()),
         (Net, (Reader(),)),
     ],

@@ -113,6 +113,15 @@ def test_run_name_and_seed_are_restored(trained: Path) -> None:
     assert (config["seed_everything"], config["trainer"]["name"]) == (7, "base")
 
 
+def test_a_seed_in_the_environment_overrides_that_of_the_checkpoint(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PL_VALIDATE__SEED_EVERYTHING", "3")
+    assert main(["validate", "--ckpt_path", str(trained), TRUST]) == 0
+    config = yaml.safe_load(Path("runs/base/version_0/validate_0/config.yaml").read_text())
+    assert config["seed_everything"] == 3
+
+
 def test_a_checkpoint_has_plain_values_and_the_training_arguments(trained: Path) -> None:
     checkpoint = torch.load(trained, weights_only=True)
     own = checkpoint["ravine"]
