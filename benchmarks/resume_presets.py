@@ -1,11 +1,12 @@
 """Presets that are interrupted at a random step and continued by the command that they print.
 
-    python benchmarks/resume_presets.py [--seed 0] [--only shakespeare] [--left]
+    python benchmarks/resume_presets.py [--seed 0] [--only shakespeare] [--left] [--shell]
 
 Each preset that names a model is trained in a short form: few steps, small batches and networks, on
-the CPU. A second run of it gets Ctrl-C at a random step. The command in its `command.txt` is typed
-in a shell. The last checkpoint and the rows of `metrics.csv` are compared with those of the
-uninterrupted run, bit for bit. Presets that need another model first get a short one.
+the CPU. A second run of it gets Ctrl-C at a random step. The command in its `command.txt` is then
+run: in this process, which has imported everything, or with `--shell` as typed in a shell. The last
+checkpoint and the rows of `metrics.csv` are compared with those of the uninterrupted run, bit for
+bit. Presets that need another model first get a short one.
 
 A row a preset goes to rows/resume_presets.jsonl.
 """
@@ -212,7 +213,7 @@ def cut_and_resume(
     folder: Path,
     base: Path | None,
     seed: int = 0,
-    type_command: Callable[[Path, str], None] = type_in_shell,
+    type_command: Callable[[Path, str], None] = type_here,
 ) -> dict[str, Any]:
     """Compare an uninterrupted run of a preset with one that is cut, and continued as printed."""
     config = shorten(preset, base)
@@ -247,7 +248,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="a part of the names")
     parser.add_argument("--left", action="store_true", help="presets without a good row")
+    parser.add_argument("--shell", action="store_true", help="type each command in a shell")
     arguments = parser.parse_args()
+    type_command = type_in_shell if arguments.shell else type_here
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     names = [name for name in presets() if arguments.only in name]
@@ -267,12 +270,15 @@ def main() -> None:
                     base_folder = Path(top, "base", base)
                     base_folder.mkdir(parents=True)
                     bases[base] = train_base(base, base_folder)
-                result = cut_and_resume(preset, folder, bases.get(base or ""), arguments.seed)
+                base_path = bases.get(base or "")
+                result = cut_and_resume(preset, folder, base_path, arguments.seed, type_command)
             except Exception as error:
                 text = f"{type(error).__name__}: {error}"[:600]
                 result = {"outcome": "error", "said": [text]}
             seconds = round(time.process_time() - start_s, 2)
-            row = {"preset": preset, **result, "steps": STEPS, "seed": arguments.seed}
+            typed_in = "shell" if arguments.shell else "process"
+            row = {"preset": preset, **result, "typed_in": typed_in, "steps": STEPS}
+            row["seed"] = arguments.seed
             append("resume_presets", row | {"processor_seconds": seconds} | machine())
 
 

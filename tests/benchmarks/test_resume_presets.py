@@ -42,9 +42,7 @@ def test_a_preset_continued_by_its_printed_command_equals_the_uninterrupted_run(
     if name := resume_presets.BASES.get(preset):
         base = resume_presets.train_base(name, tmp_path / "base")
     (tmp_path / "run").mkdir()
-    result = resume_presets.cut_and_resume(
-        preset, tmp_path / "run", base, type_command=resume_presets.type_here
-    )
+    result = resume_presets.cut_and_resume(preset, tmp_path / "run", base)
     assert result["outcome"] == "bitwise", result
 
 
@@ -53,10 +51,7 @@ def test_a_part_of_the_configuration_that_does_not_come_back_is_caught(
 ) -> None:
     def cut(name: str) -> dict[str, Any]:
         (tmp_path / name).mkdir()
-        type_here = resume_presets.type_here
-        return resume_presets.cut_and_resume(
-            "spam/quick", tmp_path / name, None, type_command=type_here
-        )
+        return resume_presets.cut_and_resume("spam/quick", tmp_path / name, None)
 
     with monkeypatch.context() as patch:
         patch.setattr(saved_config, "callbacks_argv", lambda *args: [])
