@@ -109,7 +109,10 @@ def shorten(preset: str, base: Path | None, steps: int = STEPS) -> Config:
     data["init_args"] = DATA_DEFAULTS | data.get("init_args", {})
     model = config["model"]
     if isinstance(model, dict) and "base_checkpoint" in model.get("init_args", {}):
-        model["init_args"]["base_checkpoint"] = str(base)
+        model["init_args"] |= {
+            "base_checkpoint": str(base),
+            "max_new_tokens": LIMITS["max_new_tokens"],  # the default does not fit into the context
+        }
     # a kernel for a network of this size takes longer to compile than the run; a compiler is needed
     trainer["callbacks"] = [spec for spec in trainer["callbacks"] if class_of(spec) != "Compile"]
     for spec in trainer["callbacks"]:

@@ -17,7 +17,8 @@ LOSS_WINDOW = 100  # steps over which the training loss is averaged: the loss of
 class Summary(L.Callback):
     """Prints training loss, every validation metric and the number of parameters after a fit.
 
-    The module's `param_formula()`, if it exists, is printed with the number of parameters.
+    The module's `param_formula()`, if it exists, is printed with the number of parameters. A
+    checkpoint holds the last losses, of several ranks those of the first.
     """
 
     def __init__(self) -> None:
@@ -37,6 +38,14 @@ class Summary(L.Callback):
         if loss is not None:
             self.losses.append(loss.detach())
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the losses of the last steps, as scalars on the CPU."""
+        return {"losses": [loss.cpu() for loss in self.losses]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the losses, so that a resumed run prints the mean of an uninterrupted one."""
+        self.losses.extend(state_dict["losses"])
+
     def summary_lines(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, str]:
         """Return the lines to print, by name; also log the mean training loss.
 
@@ -44,7 +53,8 @@ class Summary(L.Callback):
         """
         lines = {}
         if self.losses:
-            mean = trainer.strategy.reduce(torch.stack(list(self.losses)).mean(), reduce_op="mean")
+            losses = torch.stack([loss.to(pl_module.device) for loss in self.losses])
+            mean = trainer.strategy.reduce(losses.mean(), reduce_op="mean")
             lines[f"train/loss, last {len(self.losses)} steps"] = f"{float(mean):.4f}"
             for logger in trainer.loggers:
                 logger.log_metrics({"train/loss_last_100": float(mean)}, logged_step(trainer))

@@ -59,6 +59,7 @@ class ConfigSaver(L.Callback):
         """Store the configuration of a command, and the keys that differ from its checkpoint."""
         self.config, self.changed_keys = resolve_config(parser, config), changed_keys
         self.start_step: int | None = None  # step at which training started, or None
+        self._has_command_file = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write config.yaml, after the datamodule has resolved its source."""
@@ -99,9 +100,11 @@ class ConfigSaver(L.Callback):
         section.update({"config": saved_values, "world_size": trainer.world_size})
         # set by the command line: makes the command that continues from a checkpoint or a run
         make_command = getattr(trainer, "resume_command", None)
-        if make_command and trainer.is_global_zero and trainer.global_step and trainer.log_dir:
+        folder = trainer.log_dir if make_command and not self._has_command_file else None
+        if folder and trainer.is_global_zero and trainer.global_step:
             # A killed run has this command; the end of a run writes that of its last checkpoint.
-            record.write_command(trainer.log_dir, make_command(trainer.log_dir))
+            record.write_command(folder, make_command(folder))
+            self._has_command_file = True
 
 
 def load_saved_config(path: Path) -> Config:

@@ -206,7 +206,8 @@ def packages_to_trust(config: dict[str, Any]) -> list[str]:
         for name in iter_imported_names(value, _AdmitAll(), is_class_path=True)
     }
     trust = TrustPolicy()
-    return sorted({name.partition(".")[0] for name in names if not trust.is_admitted(name)})
+    packages = {name.partition(".")[0] for name in names if not trust.is_admitted(name)}
+    return sorted(package for package in packages if package.isidentifier())
 
 
 def iter_imported_names(

@@ -197,6 +197,7 @@ def flag_names(command: str, current: str, arguments: list[str]) -> list[str]:
         return [*flags, *([f"{CALLBACKS_FLAG}+="] if head == "--trainer" else [])]
     sections = ("--model", "--data", "--trainer")
     names = [f"{name}=" for name in ("--config", "--ckpt_path", "--seed_everything", "--trust")]
+    names += ["--allow_changed_data"] if command == "fit" else []
     names += [f"{name}=" for name in sections[:2]]
     names += [f"{name}." for name in (*sections, *SHORT_FORMS)]
     return [*names, *BARE_FLAGS]
