@@ -229,7 +229,8 @@ def check_refusal(preset: Preset, change: Change, key: str | None, error: UsageE
         return "several"
     assert key is None, text
     if not change.paths or error.label != "callbacks of the run":
-        assert "has no" in error.problem or "elements" in error.problem, text
+        reasons = ("has no", "elements", "no class is")
+        assert any(reason in error.problem for reason in reasons), text
         return "refused"
     assert error.allowed == list(dict.fromkeys(preset.classes)), text
     (first, *_) = error.flag.split(", or ")

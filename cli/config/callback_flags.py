@@ -581,6 +581,17 @@ def _raise_argument_error(
         ) from error
     parent = path.rpartition(".")[0]
     if parent in CLASS_ARGUMENTS and (spec.get("init_args") or {}).get(parent) is None:
+        # rules may have optimizers of their own
+        key = path.rpartition(".")[2]
+        others = [p for p in nearest_paths(path, paths) if p.endswith(f".{key}")]
+        prefix = flag.flag.removesuffix(flag.path)
+        if others:
+            raise UsageError(
+                f"{flag.location}: no class is set for {parent!r} of {name}",
+                others,
+                flag=f"{prefix}{others[0]}={flag.quoted_text}",
+                label="nearest",
+            ) from error
         parent_flag = f"{flag.flag.rpartition('.')[0]}=AdamW"
         raise UsageError(
             f"{flag.location}: no class is set for {parent!r} of {name}",
