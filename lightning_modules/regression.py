@@ -149,7 +149,10 @@ class Regression(OptimizationProblem):
         points = self.forward()  # (m d)
         losses = LOSSES[self.loss](self._predict(x, points), y)  # (m b)
         weights = None if batch.weights is None else batch.weights[step]
-        values = losses.mean(-1) if weights is None else (losses * weights).sum(-1)  # (m)
+        if weights is not None:
+            values = (losses * weights).sum(-1)  # (m)
+        else:  # one draw needs no mean, which would take a tenth of a small step
+            values = losses.squeeze(-1) if losses.shape[-1] == 1 else losses.mean(-1)  # (m)
         if self.l2 or (self.l1 and not self.proximal):
             values = values + self._penalty(points, with_l1=not self.proximal)
         if step == 0:  # once in a batch

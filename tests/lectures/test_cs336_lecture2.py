@@ -95,3 +95,37 @@ def test_a_raw_file_of_tokens_is_mapped_and_not_loaded(tmp_path: Path) -> None:
     starts = {int(torch.randint(10 - 4, (), generator=generator)) for _ in range(200)}
     assert starts == set(range(6))
     assert len(tokens[6:10]) == 4
+
+
+def depth_scale(gain: float, activation: nn.Module) -> float:
+    """The scale of activations after 20 layers of width 256, from unit scale."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(512, 256, generator=generator)
+    for _ in range(20):
+        weights = torch.randn(256, 256, generator=generator) * gain / 16
+        x = activation(x @ weights)
+    return x.square().mean().sqrt().item()
+
+
+def test_initial_weights_of_variance_one_over_width_keep_the_scale():
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(s, generator=generator) for s in ((8, 16384), (16384, 32)))
+    assert (x @ w).std().item() == pytest.approx(128, rel=0.15)
+    assert (x @ w / 128).std().item() == pytest.approx(1, rel=0.15)
+    linear, relu = nn.Identity(), nn.ReLU()
+    assert depth_scale(1.0, linear) == pytest.approx(1, rel=0.3)
+    assert depth_scale(0.5, linear) == pytest.approx(2**-20 * depth_scale(1.0, linear), rel=1e-3)
+    assert depth_scale(2**0.5, relu) == pytest.approx(2**10 * depth_scale(1.0, relu), rel=1e-3)
+    assert 0.3 < depth_scale(2**0.5, relu) < 3
+
+
+def test_the_bounds_of_a_truncated_normal_are_absolute():
+    """a=-3, b=3 at sigma 1/128 are 384 sigma and truncate nothing."""
+    sigma, torch_seed = 1 / 128, 0
+    torch.manual_seed(torch_seed)
+    w = nn.init.trunc_normal_(torch.empty(524_288), std=sigma, a=-3, b=3) / sigma
+    assert w.abs().max() > 4.5
+    assert int((w.abs() > 3).sum()) == pytest.approx(1_415, rel=0.1)  # 2.7e-3 of all
+    w = nn.init.trunc_normal_(torch.empty(524_288), std=sigma, a=-3 * sigma, b=3 * sigma) / sigma
+    assert w.abs().max().item() == pytest.approx(2.9996, abs=1e-3)
+    assert w.std().item() == pytest.approx(0.98658, abs=3e-3)

@@ -80,3 +80,16 @@ def test_the_pooling_map_of_the_figure():
     mean = [[3.25, 1, 1.5], [1.5, 6.5, 1], [1.5, 1, 6]]
     assert F.avg_pool2d(image, 2)[0].tolist() == mean
     assert F.max_pool2d(image, 2)[0].tolist() == [[6, 2, 3], [3, 8, 2], [3, 2, 9]]
+
+
+def test_the_models_of_the_lecture_have_their_numbers_of_parameters():
+    """SmallCNN has 1,477 parameters in 6 tensors, and not in 7."""
+    cnn = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3, padding=1), nn.Linear(16, 5)
+    )
+    mlp = nn.Sequential(nn.Linear(5, 10), nn.ReLU(), nn.Linear(10, 3))
+    parity = nn.Sequential(nn.Linear(784, 32), nn.ReLU(), nn.Linear(32, 1))
+    counts = [sum(p.numel() for p in net.parameters()) for net in (cnn, mlp, parity)]
+    assert counts == [1477, 93, 25_153]
+    assert len(list(cnn.parameters())) == 6
+    assert nn.Linear(784, 1, bias=False).weight.numel() == 784

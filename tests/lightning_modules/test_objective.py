@@ -1,6 +1,7 @@
 """Objective: closed forms of gradient descent, stop rules, and functions that are refused."""
 
 import re
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -231,3 +232,18 @@ def test_each_member_can_have_its_own_optimizer_and_schedule():
     )
     assert paths.lrs[:3] == [[0.5, 0.5, 0.1], [0.5, 0.25, 0.05], [0.5, 0.5 / 3, 0.025]]
     assert paths.stacked_points()[:3, 1, 0].tolist() == pytest.approx([1, 0.5, 0.375])
+
+
+def test_a_function_that_only_a_checkpoint_names_is_not_imported(folder: Path, capsys: Any) -> None:
+    """The path of a user's function is trusted if the same command names it, or with --trust."""
+    (folder / "my_file.py").write_text("def f(w):\n    return (w**2).sum()\n")
+    words = ["--model=Objective", "--model.function=my_file.f", "--trainer.max_steps=2"]
+    assert main(["fit", *words, "--trainer.accelerator=cpu", "--trainer.name=first"]) == 0
+    (checkpoint,) = Path("runs/first/version_0/checkpoints").glob("*.ckpt")
+    resume = ["fit", f"--ckpt_path={checkpoint}", "--trainer.max_steps=4"]
+    (folder / "my_file.py").write_text("raise SystemExit('this file was imported')\n")
+    sys.modules.pop("my_file", None)
+    assert main(resume) == 2
+    assert "names 'my_file.f', which is not a class of Ravine; it is not" in capsys.readouterr().err
+    (folder / "my_file.py").write_text("def f(w):\n    return (w**2).sum()\n")
+    assert main([*resume, "--trust=my_file"]) == 0

@@ -117,3 +117,20 @@ def test_a_geometric_schedule_freezes(line):
     gaps = expected_gaps(line, [0.2 * 0.999**k for k in range(40_000)], 1.0143)
     assert gaps[10_000] == pytest.approx(4.80e-6, rel=0.01)
     assert gaps[40_000] == pytest.approx(4.78e-6, rel=0.01)
+
+
+def test_without_noise_the_mean_square_error_falls_by_its_factor_each_step():
+    """Figure 2.5, data of seed 222: the factor is 0.9360 at lr 0.1 and 0.7191 at 0.5."""
+    x, y = generate_line(200, 1.0, 0.0, seed=222)
+    moments = compute_moments(x[:, None], y, torch.ones(1, dtype=torch.float64), 1.0)
+    assert moments.gradient_covariance.item() < 1e-30
+    factors = [transition_matrix(moments, lr, 1).item() for lr in (0.1, 0.5)]
+    assert factors == pytest.approx([0.9360, 0.7191], abs=5e-5)
+
+
+def test_the_mean_of_all_sample_gradients_is_the_full_gradient():
+    x, y = generate_line(200, 1.0, 0.2, seed=0)
+    w = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    (full,) = torch.autograd.grad(((x * w - y) ** 2).mean() / 2, w)
+    rows = [torch.autograd.grad((a * w - b) ** 2 / 2, w)[0] for a, b in zip(x, y, strict=True)]
+    assert torch.stack(rows).mean().item() == pytest.approx(full.item(), abs=1e-15)
