@@ -340,7 +340,7 @@ def test_an_object_of_a_checkpoint_is_not_built_and_is_named(
     assert main(["fit", "--ckpt_path=evil.ckpt", "--trainer.max_steps=5"]) == 0
     out = capsys.readouterr().out
     for key in ("logger", "profiler"):
-        assert f"trainer.{key} of evil.ckpt is an object and is not used" in out
+        assert f"trainer.{key} of evil.ckpt is an object: the default is used instead" in out
     assert not Path("mark").exists()
 
 
