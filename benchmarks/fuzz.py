@@ -306,7 +306,7 @@ def read_checkpoint(path: Path) -> None:
     AtomicCheckpointIO().load_checkpoint(path)
     config = saved_config.load_saved_config(path)
     if config:
-        saved_config.to_argv(config)
+        saved_config.to_argv(config, [])
     checkpoint_metadata.load_metadata(path)
     loading.load_model(path)
 

@@ -158,7 +158,9 @@ def missing_metric_error(
     """
     owner, module_name = requirement.owner_name, type(module).__name__
     wanted = " and ".join(repr(name) for name in requirement.names)
-    logged = sort_by_similarity(requirement.names[0], names)[:6]  # the most similar first
+    # `name_step` and `name_epoch` may be possible forms of `name` only
+    plain_names = {n for n in names if n.removesuffix("_step").removesuffix("_epoch") == n} or names
+    logged = sort_by_similarity(requirement.names[0], plain_names)[:6]  # the most similar first
     where = "" if trainer.enable_validation else "; this fit has no validation"
     hint, flag = f"log {wanted} in {module_name}", ""
     if logged and requirement.is_scheduler:
