@@ -129,8 +129,12 @@ CHANGES = [
 
 
 def preset_names() -> list[str]:
-    """Return the presets that name a model; the others are overlays."""
-    texts = {n: Path(presets.find_config(n)).read_text() for n in presets.list_presets()}
+    """Return the presets that name a model; the others are overlays.
+
+    The presets of `lectures/` run several optimizers side by side, and are not checked.
+    """
+    names = [name for name in presets.list_presets() if not name.startswith("lectures/")]
+    texts = {name: Path(presets.find_config(name)).read_text() for name in names}
     return [n for n, text in texts.items() if "class_path" in yaml.safe_load(text).get("model", ())]
 
 
