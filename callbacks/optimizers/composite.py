@@ -10,6 +10,7 @@ in the list and belongs to one member. The plan's rules choose the member (`rout
 it is the last member.
 """
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
@@ -139,6 +140,12 @@ class CompositeOptimizer(Optimizer):
         """
         if not _is_same_list(self._returned_groups, self._last_groups):  # a caller changed the list
             self._assign_groups(list(self._returned_groups))
+        elif (
+            self._last_groups
+            and len(self.optimizers) == 1  # whose groups are in the order of this list
+            and _is_same_list(self.optimizers[0].param_groups, self._last_groups)
+        ):
+            return self._returned_groups  # read several times in each training step
         self._register_groups()
         queues = [iter(member.param_groups) for member in self.optimizers]
         self._returned_groups[:] = [next(queues[owner]) for owner in self._group_owners]
@@ -565,7 +572,7 @@ class CompositeOptimizer(Optimizer):
 
 
 def _is_same_list(left: list[ParamGroup], right: list[ParamGroup]) -> bool:
-    return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))
+    return len(left) == len(right) and all(map(operator.is_, left, right))
 
 
 def _list_params(param_group: ParamGroup) -> list[Tensor]:
