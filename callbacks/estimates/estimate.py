@@ -182,7 +182,7 @@ class Estimate:
         if result.is_stepped:
             lines.append(
                 f"a micro-batch of {result.samples} samples ({result.units:,} {result.unit}) on "
-                f"each rank, {result.accumulate} of them in a step; precision {self.precision}"
+                f"a rank, {result.accumulate} of them in a step; precision {self.precision}"
             )
         if not result.is_stepped:
             lines.append("activations are not included: no forward pass was simulated")
@@ -303,9 +303,11 @@ class Estimate:
     def _run_table(self) -> Table:
         unit = self.simulation.unit
         table = Table("layout", title="what is sent, what fits, and how long a run takes")
-        for column in ("sent", "messages", "with libraries", "fits", "max batch", "step"):
-            table.add_column(column, no_wrap=True)
-        for column in (f"{unit}/s", "MFU", "run"):
+        columns = ["sent", "messages"]
+        if self.device is not None:
+            columns += ["with libraries", "fits", "max batch"]
+            columns += ["step", f"{unit}/s", "MFU", "run"]
+        for column in columns:
             table.add_column(column, no_wrap=True)
         for row in self.rows:
             messages = sum(row.layout.collectives.values())

@@ -9,6 +9,7 @@ from a fake tensor is fake, so that no operation of the network runs. The batch 
 import contextlib
 import io
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -313,6 +314,8 @@ class SimulationLimit(L.Callback):
         result = strategy.simulation
         result.accumulate = trainer.accumulate_grad_batches
         steps = trainer.estimated_stepping_batches
+        if trainer.max_steps < 0 and not strategy.divides_batch:  # ranks share the loader's batches
+            steps = math.ceil(steps / strategy.dp_size) if steps < math.inf else steps
         result.total_steps = int(steps) if 0 < steps < float("inf") else None
         trainer.accumulate_grad_batches = min(result.accumulate, MAX_MICRO_BATCHES)
         # only now, because callbacks such as GenerateSamples ask in `setup` for a validation

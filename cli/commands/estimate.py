@@ -18,6 +18,7 @@ from ravine.errors import UsageError
 
 from .. import resume_path
 from ..command import RavineCLI, configure_parser, expand_strategy_preset
+from ..error_report import program_name
 from ..estimation import (
     Level,
     estimate_with_trainer,
@@ -169,7 +170,14 @@ def run_argv(argv: list[str]) -> int:
     configure_parser()
     fit_argv, checkpoint = resume_path.resolve_argv(expand_strategy_preset(["fit", *others]))
     sys.argv[1:] = fit_argv
-    command = EstimateCLI(fit_argv, checkpoint, flags)
+    try:
+        command = EstimateCLI(fit_argv, checkpoint, flags)
+    except UsageError as error:  # of the parser, which suggests a command of `fit`
+        fit, parts = f"{program_name()} fit ", error.to_arguments()
+        if not error.flag.startswith(fit):
+            raise
+        parts["flag"] = error.flag.replace(fit, f"{program_name()} estimate ", 1)
+        raise UsageError(**parts) from error
     result = cast(Estimate, command.result)
     if flags.json:
         values = result.to_dict() | {"recommended_flags": recommended_flags(result)}

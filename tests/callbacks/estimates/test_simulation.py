@@ -251,6 +251,13 @@ def test_code_that_needs_values_is_named_by_file_and_line(read: Any) -> None:
     assert measured.peak_bytes > 0
 
 
+def test_ranks_share_the_batches_of_a_loader_that_does_not_divide_them() -> None:
+    for ranks, steps in ((1, 8), (2, 4), (3, 3)):
+        result = estimate(Plain(), vectors(), max_epochs=2, devices=ranks)
+        assert result.simulation.total_steps == steps  # 4 batches in each of 2 epochs
+        assert result.simulation.samples == 64
+
+
 def test_a_mask_of_the_batch_selects_its_real_number_of_elements() -> None:
     class Masked(Plain):
         def training_step(self, batch: Any, index: int) -> Any:

@@ -67,6 +67,14 @@ def test_mistakes_are_one_line_with_what_to_type(capsys: Any) -> None:
         assert "Traceback" not in error
 
 
+def test_a_missing_model_is_answered_with_a_command_of_estimate(capsys: Any) -> None:
+    assert main(["estimate", "--gpu=h200"]) == 2
+    error = capsys.readouterr().err
+    assert "no model was given" in error
+    assert " estimate --config" in error
+    assert " fit " not in error
+
+
 def test_flags_of_estimate_are_taken_out_and_all_others_stay() -> None:
     flags, others = split_flags(["--gpu", "a10", "--devices=4", "--trainer.devices=2", "--json"])
     assert (flags.gpu, flags.devices, flags.json, flags.level) == ("a10", 4, True, "simulate")
