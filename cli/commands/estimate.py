@@ -173,11 +173,11 @@ def run_argv(argv: list[str]) -> int:
     try:
         command = EstimateCLI(fit_argv, checkpoint, flags)
     except UsageError as error:  # of the parser, which suggests a command of `fit`
-        fit, parts = f"{program_name()} fit ", error.to_arguments()
+        fit, arguments = f"{program_name()} fit ", error.to_arguments()
         if not error.flag.startswith(fit):
             raise
-        parts["flag"] = error.flag.replace(fit, f"{program_name()} estimate ", 1)
-        raise UsageError(**parts) from error
+        arguments["flag"] = error.flag.replace(fit, f"{program_name()} estimate ", 1)
+        raise UsageError(**arguments) from error
     result = cast(Estimate, command.result)
     if flags.json:
         values = result.to_dict() | {"recommended_flags": recommended_flags(result)}
