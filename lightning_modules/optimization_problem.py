@@ -15,11 +15,12 @@ Axes: m members, d variables of a member, k points.
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from ravine.errors import UsageError, check_at_least_one
 from ravine.lightning_compat import count_optimizer_step
@@ -148,7 +149,7 @@ class OptimizationProblem(TaskModule):
                 count_optimizer_step(self.trainer)
                 for config in self.trainer.lr_scheduler_configs:
                     if config.interval == "step":
-                        config.scheduler.step()
+                        cast(LRScheduler, config.scheduler).step()
             optimizer.step(closure=optimizer_closure)
             self.after_optimizer_step(optimizer)
             if self.trainer.should_stop:

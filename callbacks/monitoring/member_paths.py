@@ -246,7 +246,9 @@ def evaluate_metric(module: Any, metric: str, points: Tensor) -> Tensor:
 def list_member_params(module: Any) -> Sequence[Sequence[Tensor]]:
     """Return the parameters of each member; a module without members is one member."""
     list_members: Any = getattr(module, "member_parameters", None)
-    return list_members() if callable(list_members) else [list(module.parameters())]
+    if list_members is None:
+        return [list(module.parameters())]
+    return list_members()
 
 
 def member_points(module: Any) -> Tensor:

@@ -10,6 +10,7 @@ them. All groups belong to one optimizer, whose state is kept for each parameter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import lightning as L
 import numpy
@@ -73,7 +74,8 @@ class OptimizerSweep(OptimizerPlan):
         self.lrs = values
         suffix = "_*" if num_replicas > 1 else ""  # members.3_0, members.3_1, ...
         # lr_scale multiplies the rate 1, so that the rates are exact and one optimizer has them all
-        unit_rate = partial(optimizer, lr=1.0)
+        make_optimizer: Any = optimizer  # its keywords are those of the class
+        unit_rate = partial(make_optimizer, lr=1.0)
         rules = [
             ParamRule(pattern=f"*members.{index}{suffix}", optimizer=unit_rate, lr_scale=lr)
             for index, lr in enumerate(values)
