@@ -57,7 +57,7 @@ SCHEDULES = {
     **dict.fromkeys(("warmup_stable_decay", "trapezoidal"), "wsd"),
 }
 SOURCES = {"tinyshakespeare": "shakespeare", "tiny_shakespeare": "shakespeare"}
-LOGGERS = {**dict.fromkeys(("tb", "tensorboardx"), "tensorboard"), "none": "false"}
+LOGGERS = {"tb": "tensorboard", "none": "false"}
 CHECKPOINTS = {**dict.fromkeys(("true", "1", "latest", "resume"), "auto"), "scratch": "null"}
 ON = ("", "true", "1", "yes", "on")  # values of a flag that switches something on
 # Flags of `generate`, which the commands of the trainer do not have.

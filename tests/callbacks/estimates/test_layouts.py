@@ -94,7 +94,7 @@ def test_bytes_sent_are_two_or_three_times_the_parameters(by_ranks: dict[int, Es
 
 def test_collectives_of_zero_are_those_of_the_counted_formula() -> None:
     """`count_collectives` is compared with real messages in test_communication_volume.py."""
-    shape = {"num_layers": 3, "d_model": 256, "num_heads": 4}  # blocks above 1 MiB are units
+    shape = {"num_layers": 3, "d_model": 256, "num_heads": 8}  # blocks above 1 MiB are units
     result = make(8, size=shape, level="quick")
     for name, stage in (("zero2", 2), ("zero3", 3)):
         counts = row(result, name).collectives
@@ -164,14 +164,15 @@ def test_the_micro_batch_is_that_of_a_rank() -> None:
 
 
 def test_time_grows_with_messages_and_a_run_has_as_many_steps_as_the_trainer() -> None:
-    fast = make(8, gpu="h200", max_steps=70)
-    slow = make(8, gpu="h200", max_steps=70, link="ib400", num_nodes=1)
+    shape = {"num_layers": 2, "d_model": 64, "num_heads": 8}  # tp divides whole heads
+    fast = make(8, size=shape, gpu="h200", max_steps=70)
+    slow = make(8, size=shape, gpu="h200", max_steps=70, link="ib400", num_nodes=1)
     times = [next(r.time for r in e.rows if r.name == "tp") for e in (fast, slow)]
     assert times[0] is not None
     assert times[1] is not None
     assert times[0].seconds < times[1].seconds
     assert times[0].total_s == pytest.approx(70 * times[0].seconds)
-    flops = fast.simulation.flops_per_unit * 8 * 16  # type: ignore[operator]
+    flops = fast.simulation.flops_per_unit * 8 * 64  # type: ignore[operator]
     peak = DEVICES["h200"].flops_per_s * 8
     assert times[0].mfu == pytest.approx(flops / (times[0].seconds * peak))
 
