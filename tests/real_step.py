@@ -7,7 +7,6 @@ step.peak, step.state_bytes, step.flops
 import contextlib
 import io
 import tempfile
-import time
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,9 @@ from ravine import Trainer
 from ravine.callbacks.monitoring.memory import measure_memory
 
 aten = torch.ops.aten
+# Size of a tensor that is allocated and freed to mark a moment in the list of allocations. The
+# profiler's clock may differ from Python's by more than a step of these tests takes.
+MARK_BYTES = 7_654_321
 
 
 def unwrapped(formula: Any) -> Any:
@@ -50,17 +52,17 @@ class RealStep:
 
 
 class StepWatch(L.Callback):
-    """Notes the times of the second optimizer step, and counts FLOPs in its last micro-batch."""
+    """Marks start and end of the second optimizer step, and counts FLOPs in its last micro-batch."""
 
     def __init__(self, counts_flops: bool) -> None:
         self.counts_flops = counts_flops
-        self.start = self.end = 0
+        self.num_marks = 0
         self.flops = self.state_bytes = 0
         self.counter: Any = None
 
     def on_train_batch_start(self, trainer, module, batch, index) -> None:
-        if trainer.global_step == 1 and not self.start:
-            self.start = time.time_ns()
+        if trainer.global_step == 1 and self.num_marks == 0:
+            self.mark()
         if trainer.global_step == 2 and self.counts_flops:
             self.counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
             self.counter.__enter__()
@@ -68,6 +70,10 @@ class StepWatch(L.Callback):
     def on_after_backward(self, trainer, module) -> None:
         if module.automatic_optimization:  # without the FLOPs of the optimizer
             self.stop_counting()
+
+    def mark(self) -> None:
+        torch.empty(MARK_BYTES, dtype=torch.uint8)  # freed at once
+        self.num_marks += 1
 
     def stop_counting(self) -> None:
         if self.counter is not None:
@@ -77,8 +83,8 @@ class StepWatch(L.Callback):
 
     def on_train_batch_end(self, trainer, module, *_) -> None:
         self.stop_counting()
-        if trainer.global_step == 2 and not self.end:
-            self.end = time.time_ns()
+        if trainer.global_step == 2 and self.num_marks == 1:
+            self.mark()
             self.state_bytes = measure_memory(module, trainer.optimizers)[
                 "optimizer state"
             ].num_bytes
@@ -87,7 +93,14 @@ class StepWatch(L.Callback):
 
     def peak(self, found: Any) -> int:
         """The peak of the step in the curve of `tensor_bytes`."""
-        return max(alive for at, alive in found.curve if self.start <= at <= self.end)
+        levels = [alive for _, alive in found.curve]
+        marks = [
+            index
+            for index, (before, after) in enumerate(zip([0, *levels], levels, strict=False))
+            if after - before == MARK_BYTES
+        ]
+        start, end = marks  # indices of the levels that the marks raise
+        return max(levels[start + 1 : end])
 
 
 def real_step(build: Any, make_data: Any, counts_flops: bool = True, **arguments: Any) -> RealStep:
