@@ -82,7 +82,7 @@ def test_ddp_keeps_all_states_and_zero3_its_part(by_ranks: dict[int, Estimate]) 
     shard = row(by_ranks[8], "zero3").classes["optimizer state"]
     assert whole / 8 <= shard < whole / 8 * 1.05  # padding, and a step count of each parameter
     owned = row(by_ranks[8], "zero1").classes["optimizer state"]
-    assert whole / 8 <= owned
+    assert whole / 8 <= owned < whole / 2  # the largest parameter has one owner
 
 
 def test_bytes_sent_are_two_or_three_times_the_parameters(by_ranks: dict[int, Estimate]) -> None:
