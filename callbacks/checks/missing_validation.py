@@ -13,23 +13,26 @@ from ..stock_callbacks.gradient_accumulation import find_accumulation_scheduler
 def find_missing_validation(trainer: Any, module: L.LightningModule) -> UsageError | None:
     """Return a notice if the fit that starts now will run no validation, else None.
 
-    The notice is an error that is printed, not raised. Nothing is said if the user has set
-    `limit_val_batches=0`, and if the length of the run is not known.
+    The notice is an error that is printed, not raised. There is none if the user has set
+    `limit_val_batches=0`, or if the length of the run is not known.
     """
+    data = getattr(trainer, "datamodule", None)
+    # Ravine's datamodules set `skips_validation`, and limit_val_batches=0, if they have no data
+    if not trainer.limit_val_batches and not getattr(data, "skips_validation", False):
+        return None
     name = type(module).__name__
     if not is_overridden("validation_step", module):
-        return UsageError(f"no validation runs: {name} has no validation_step")
+        return UsageError(
+            f"no validation runs: {name} has no validation_step",
+            hint=f"define validation_step in {name}",
+        )
     if not trainer.enable_validation:
-        data = getattr(trainer, "datamodule", None)
-        # an attribute of Ravine's datamodules
-        if trainer.limit_val_batches and data is None:
+        if data is None:
             return UsageError(
-                "no validation runs: fit has got no validation data",
+                "no validation runs: fit has no validation data",
                 hint="pass val_dataloaders to fit",
             )
-        if trainer.limit_val_batches or getattr(data, "skips_validation", False):
-            return UsageError(f"no validation runs: {type(data).__name__} has no validation data")
-        return None
+        return UsageError(f"no validation runs: {type(data).__name__} has no validation data")
     first, total = find_first_validation(trainer), count_planned_batches(trainer)
     if first is None or total is None or first <= total or getattr(trainer, "fast_dev_run", 0):
         return None

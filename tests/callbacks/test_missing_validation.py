@@ -119,15 +119,20 @@ def test_a_module_without_a_validation_step_and_data_without_a_loader_are_named(
     watch = watched(NoStep(), max_steps=1)
     assert watch.notice.problem == "no validation runs: NoStep has no validation_step"
     watch = watched(NoLoader(), max_steps=1)
-    assert watch.notice.problem == "no validation runs: fit has got no validation data"
+    assert watch.notice.problem == "no validation runs: fit has no validation data"
     watch = Watch()
     trainer = L.Trainer(**QUIET, max_steps=1, enable_checkpointing=False, callbacks=[watch])
     trainer.fit(NoLoader(), datamodule=Data())
     assert watch.notice.problem == "no validation runs: Data has no validation data"
 
 
+@pytest.mark.filterwarnings("ignore:You .* Skipping val loop")
 def test_nothing_is_said_of_a_validation_that_the_user_has_switched_off() -> None:
-    assert watched(NetInInit(), max_steps=1, limit_val_batches=0).notice is None
+    class NoStep(NetInInit):
+        validation_step = L.LightningModule.validation_step
+
+    for kind in (NetInInit, NoStep):
+        assert watched(kind(), max_steps=1, limit_val_batches=0).notice is None
     assert watched(NetInInit(), fast_dev_run=1).notice is None
     # the number of batches of manual optimization is not known
     assert watched(TwoOptimizers(), max_steps=2).notice is None
