@@ -30,6 +30,7 @@ def test_every_figure_is_that_of_a_config():
     plots = "_(convergence|trajectory|steps_to_target)$"
     assert {re.sub(plots, "", figure) for figure in figures} <= set(CONFIGS)
     shown = set(re.findall(r"\]\(figures/lectures/(\w+)\.png\)", PAGE))
+    assert len(shown) >= 15
     assert shown <= figures
 
 

@@ -374,6 +374,6 @@ def test_the_bar_of_a_hundred_columns_is_one_line_with_four_numbers_and_the_time
     ).fit(Fast())
     lines = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", screen.getvalue()).splitlines()
     (last,) = [line for line in lines if "24/24" in line][-1:]
-    pattern = r"24/24 loss \S+  lr \S+/\S+  grad_norm \S+  [\d,]+ tokens/s  0:0\d of 0:0\d"
+    pattern = r"24/24 loss \S+  lr \S+/\S+  grad_norm \S+  [\d,]+ tokens/s  \d+:\d\d of \d+:\d\d"
     assert re.search(pattern, last)
     assert max(map(len, lines)) <= 100
