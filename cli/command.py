@@ -162,7 +162,7 @@ class RavineCLI(CommandLine):
         super().instantiate_classes()
         for callback in cast(Any, self.trainer).callbacks:
             if isinstance(callback, RunChecks):
-                callback.format_notice = format_notice  # with flags, which a script has not
+                callback.format_notice = format_notice  # with flags, which a script does not have
         config = self._resolved_config(self.subcommand or "fit")
         if self.saved_config_values:
             cast(Trainer, self.trainer).changed_arguments = changed_arguments(

@@ -77,7 +77,7 @@ class Regression(OptimizationProblem):
                 )
         self.loss, self.l1, self.l2, self.proximal, self.start = loss, l1, l2, proximal, start
         self.tensor_dtype = check_dtype("Regression", dtype)
-        # from the data: number of weights and members, classes, and whether the last is a 1
+        # from the data: numbers of features, members, replicas and classes, and the intercept
         self.sizes: dict[str, Any] = {}
         self._data: Any = None  # x (n d), y (m n) and batch sizes of the datamodule
 

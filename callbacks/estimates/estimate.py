@@ -15,6 +15,7 @@ from .devices import GIB, Device
 from .layouts import Layout, LayoutCalculator, Ranks, describe_module
 from .simulation import Simulation
 from .step_time import StepTime, list_assumptions, step_time
+from .tensor_tracker import CLASSES
 
 MIB = 2**20
 # memory of a GPU beside the tensors of a run
@@ -58,7 +59,7 @@ class Row:
 
 @dataclass
 class Estimate:
-    """What a run holds, computes and sends; `print` shows it as tables.
+    """Memory, FLOPs, communication and time of a run; `print` shows them as tables.
 
     Attributes:
         simulation: of one process.
@@ -276,7 +277,7 @@ class Estimate:
             peak = result.peak
             table.add_row("peak of a step", format_bytes(peak.total))
             for name, size in sorted(
-                zip(_class_names(), peak.num_bytes, strict=True), key=lambda pair: -pair[1]
+                zip(CLASSES, peak.num_bytes, strict=True), key=lambda pair: -pair[1]
             ):
                 if size:
                     table.add_row(f"  {name}", format_bytes(size))
@@ -302,7 +303,7 @@ class Estimate:
 
     def _run_table(self) -> Table:
         unit = self.simulation.unit
-        table = Table("layout", title="what is sent, what fits, and how long a run takes")
+        table = Table("layout", title="communication, memory limit and time")
         columns = ["sent", "messages"]
         if self.device is not None:
             columns += ["with libraries", "fits", "max batch"]
@@ -330,12 +331,6 @@ class Estimate:
         console = Console(file=io.StringIO(), width=120)
         console.print(self)
         return str(console.file.getvalue())  # type: ignore[attr-defined]
-
-
-def _class_names() -> tuple[str, ...]:
-    from .tensor_tracker import CLASSES
-
-    return CLASSES
 
 
 def format_bytes(size: float) -> str:

@@ -81,6 +81,7 @@ class Layout:
         collectives: number of collectives of an optimizer step, by kind.
         overlaps: whether they run during the backward pass.
         is_exact: whether shards are computed parameter by parameter; else activations are scaled.
+        dp_size: data-parallel ranks, each with a batch of its own.
         compute_fraction: part of the FLOPs of a micro-batch that a rank computes.
     """
 

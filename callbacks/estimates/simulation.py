@@ -64,7 +64,7 @@ class ParameterInfo:
 
 @dataclass
 class Simulation:
-    """What one process holds and computes in an optimizer step of a run.
+    """Memory and operations of one process in an optimizer step of a run.
 
     Attributes:
         parameters: all parameters of the module, in order.

@@ -8,6 +8,7 @@ All constants are assumptions, and are printed with the result. `e_f` and `e_b` 
 peak and bandwidth that large kernels reach.
 """
 
+import math
 from dataclasses import dataclass
 
 from .devices import Device
@@ -50,7 +51,7 @@ def step_time(
     simulation: Simulation, layout: Layout, ranks: Ranks, device: Device, is_half: bool
 ) -> StepTime | None:
     """Return the time of an optimizer step under a layout; None without FLOP/s of the device."""
-    if device.flops_per_s != device.flops_per_s or not simulation.operations:  # not a number
+    if math.isnan(device.flops_per_s) or not simulation.operations:
         return None
     micro_batch, optimizer = compute_seconds(simulation, device, is_half)
     compute = simulation.accumulate * micro_batch * layout.compute_fraction + optimizer

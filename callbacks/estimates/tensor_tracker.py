@@ -47,7 +47,7 @@ WORKSPACES: dict[Any, Any] = {
     aten._embedding_bag_dense_backward.default: lambda grad, indices, *_: 24 * indices.numel(),
 }
 VALUE_READS = (aten._local_scalar_dense.default, aten.item.default)
-LIBRARY_FOLDERS = tuple(str(Path(str(package.__file__)).parent) for package in (torch,))
+TORCH_FOLDER = str(Path(str(torch.__file__)).parent)
 # decides by values how often it computes the loss, and what its state is
 LBFGS_FILE = str(Path(torch.optim.__file__).parent / "lbfgs.py")
 # code of Lightning and Ravine that reads values gets 1.0 or true
@@ -274,7 +274,7 @@ def _calling_frame() -> tuple[Any, str]:
     frame: Any = sys._getframe(1)
     while frame is not None:
         path = frame.f_code.co_filename
-        if path != __file__ and not path.startswith((*LIBRARY_FOLDERS, "<")):
+        if path != __file__ and not path.startswith((TORCH_FOLDER, "<")):
             return frame, path
         frame = frame.f_back
     return None, ""

@@ -31,7 +31,7 @@ class StepsToTarget(RecordedPaths):
         """Start with empty paths."""
         super().__init__(labels=None, num_replicas=1, every_n_steps=1)
         self.target, self.metric, self.title = target, metric, title
-        # after the run: for each member the step and the learning rate; the step is None if never
+        # after the run: for each member the learning rate and the step; None: not reached
         self.results: list[tuple[float, int | None]] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
