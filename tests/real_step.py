@@ -52,7 +52,7 @@ class RealStep:
 
 
 class StepWatch(L.Callback):
-    """Marks start and end of the second optimizer step, and counts FLOPs in its last micro-batch."""
+    """Marks the second optimizer step, and counts FLOPs in its last micro-batch."""
 
     def __init__(self, counts_flops: bool) -> None:
         self.counts_flops = counts_flops
