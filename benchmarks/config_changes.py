@@ -7,7 +7,7 @@ A preset either has the argument or not.
     changed     the resolved configuration differs in that one value, which is the typed one
     several     the short form matches several arguments; the error lists flags that do it
     added       the callback is not in the preset; the error names flags that add it
-    refused     the model, the data or the optimizer has no such argument, and the error says so
+    refused     the model, the data or the optimizer has no such argument; the error names it
 
 A row a preset goes to rows/config_changes.jsonl, with the number of each outcome and the processor
 time. Anything else is an error of this program. tests/configs/test_config_changes.py checks a part

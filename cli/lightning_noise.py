@@ -21,7 +21,7 @@ SILENCED_WARNINGS = (  # prefixes, as regular expressions
     r"Experiment logs directory .* exists and is not empty",
     r"Checkpoint directory .* exists and is not empty",
     r"The dirpath has changed from",
-    # RunChecks says before the first step that no validation runs, and why
+    # RunChecks prints before the first step that no validation runs, and the reason
     r"You (passed in|defined) a .* Skipping val loop",
     # Lightning's model summary counts the parameters correctly anyway
     r"Precision .* is not supported by the model summary",

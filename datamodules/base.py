@@ -106,7 +106,7 @@ class BaseDataModule(L.LightningDataModule, metaclass=ABCMeta):
         """Run no validation, which avoids Lightning's warning about an empty loader."""
         trainer: Any = self.trainer
         if trainer is not None:
-            self.skips_validation = True  # RunChecks says so at the start of the run
+            self.skips_validation = True  # RunChecks prints it at the start of the run
             trainer.limit_val_batches = 0
 
 

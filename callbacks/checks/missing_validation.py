@@ -1,4 +1,4 @@
-"""Find before the first step that a fit will run no validation, and say why."""
+"""Find before the first step whether a fit will run no validation, and the reason."""
 
 from typing import Any
 

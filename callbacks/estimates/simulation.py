@@ -318,7 +318,7 @@ class SimulationLimit(L.Callback):
             steps = math.ceil(steps / strategy.dp_size) if steps < math.inf else steps
         result.total_steps = int(steps) if 0 < steps < float("inf") else None
         trainer.accumulate_grad_batches = min(result.accumulate, MAX_MICRO_BATCHES)
-        # only now, because callbacks such as GenerateSamples ask in `setup` for a validation
+        # only now, because callbacks such as GenerateSamples check in `setup` that validation runs
         trainer.limit_val_batches = 0
 
     def on_train_batch_end(

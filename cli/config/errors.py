@@ -118,7 +118,7 @@ class ConfigErrorFinder:
             self.check_key(self.parser, "", config_value.key, config_value)
 
     def make_guesser(self) -> FlagGuesser:
-        """Return what suggests flags for a wrong name; it knows the classes of all values."""
+        """Return a FlagGuesser with the classes of all values, for the error of a wrong name."""
         survey = ConfigErrorFinder(self.root_parser, self.command, explains=False)
         for config_value in self.values:
             with suppress(UsageError):  # the error that is reported, and those after it
@@ -626,7 +626,7 @@ def import_class(config_value: ConfigValue, base_names: str, bases: tuple[type, 
         # the module itself or a package of its path, not a module that its code imports
         if missing and f"{path}.".startswith(f"{missing}."):
             if os.path.isfile(config_value.text):  # a config that the parser could not read
-                # raises an error that says what is wrong in the file
+                # raises an error that names the mistake in the file
                 presets.check_config_file(config_value.text)
             files = [file.stem for file in Path().glob("[!.]*.py")]
             problem = (

@@ -287,7 +287,7 @@ def canonical(name: str) -> str:
 
 
 class FlagGuesser:
-    """Suggests flags for one command, whose classes it knows."""
+    """Suggests flags for one command, from the arguments of its classes."""
 
     def __init__(
         self,
@@ -331,7 +331,7 @@ class FlagGuesser:
         return list(suggestions.items())
 
     def switches_off(self, name: str, value: ConfigValue) -> bool:
-        """Return whether a flag such as `--compile=false` asks for what is the default anyway."""
+        """Return whether a flag such as `--compile=false` sets what is the default anyway."""
         guess = GUESSES.get(canonical(name))
         is_switch = guess is not None and (guess.value != "" or "." not in guess.keys[0])
         word = canonical(value.text)

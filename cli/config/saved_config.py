@@ -225,7 +225,7 @@ def _check_importable(spec: Config, source: str) -> None:
 def check_parsed_alone(parser: LightningArgumentParser, argv: list[str], source: str) -> None:
     """Raise an error that names the checkpoint if the flags made from it are wrong.
 
-    Otherwise the error would blame the command for a word that the user has not typed.
+    Otherwise the error would name a word that the user has not typed.
 
     Args:
         parser: the parser of all commands.

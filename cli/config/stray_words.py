@@ -140,7 +140,7 @@ def check_stray_words(finder: "ConfigErrorFinder", argv: list[str]) -> None:
     """Raise UsageError for the first word that belongs to no flag.
 
     Args:
-        finder: knows the parser of the command.
+        finder: has the parser of the command.
         argv: the command and its arguments.
     """
     for word, next_word in find_stray_words(argv):

@@ -128,7 +128,7 @@ def example_value(hint: Any) -> str:
 
 
 def example_of(hint: Any, default: Any = None) -> str:
-    """Return an example of a value that ``hint`` accepts: the default, if it says something.
+    """Return an example of a value that ``hint`` accepts: the default, or a usual value.
 
     Args:
         hint: the type hint of an argument.

@@ -32,7 +32,7 @@ def repaired_line(text: str, error: yaml.YAMLError) -> tuple[int, str] | None:
         for number in numbers:
             for candidate in find_candidates(lines[number], lines[number - 1] if number else ""):
                 changed = "\n".join([*lines[:number], candidate, *lines[number + 1 :]])
-                # the line of the first error that remains; a repaired line is not blamed again
+                # the line of the first error that remains; a repaired line is not reported again
                 if _error_line(changed) > max(mark.line, number):
                     return number + 1, candidate
     return None
