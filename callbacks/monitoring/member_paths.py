@@ -105,8 +105,9 @@ class RecordedPaths(Callback, ABC):
             )
         if self.labels is not None and len(self.labels) != expected:
             raise UsageError(
-                f"{type(self).__name__}: {len(self.labels)} labels for {expected} members",
-                [f"{expected} labels"],
+                f"{type(self).__name__}: labels has {len(self.labels)} names, and the number of "
+                f"settings is {expected}",
+                ["one name for each setting"],
                 hint="remove labels",
                 flag="--trainer.callbacks.labels=null",
             )

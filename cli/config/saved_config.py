@@ -191,7 +191,7 @@ def callbacks_argv(
 
 
 def _typed_callbacks(values: Iterable[ConfigValue]) -> tuple[bool, set[str]]:
-    """Return whether the user replaces the list of callbacks, and the classes that he adds."""
+    """Return whether the user replaces the list of callbacks, and the classes that are added."""
     is_replaced, names = False, set[str]()
     for value in values:
         if value.key.rstrip("+") != "trainer.callbacks":

@@ -74,6 +74,9 @@ def test_sharded_classes_never_grow_with_the_ranks(by_ranks: dict[int, Estimate]
         for kind in ("optimizer state", "parameters"):
             sizes = [layout.classes[kind] for layout in layouts]
             assert sizes == sorted(sizes, reverse=True), (name, kind)
+        # on 8 ranks less than on 2, so that a layout that shards nothing fails
+        first, *_, last = (layout.classes["optimizer state"] for layout in layouts)
+        assert last < first, name
 
 
 def test_ddp_keeps_all_states_and_zero3_its_part(by_ranks: dict[int, Estimate]) -> None:

@@ -171,7 +171,10 @@ def test_a_resumed_run_keeps_its_points(tmp_path: Path) -> None:
         (lambda: ConvergencePlot(panels=[]), "panels is empty; allowed: one panel or more"),
         (lambda: ConvergencePlot(every_n_steps=0), "every_n_steps=0 is too small"),
         (lambda: TrajectoryPlot(window=[0, 1]), "window=[0, 1] is not a window"),
-        (lambda: ConvergencePlot(labels=["a", "b"]), "2 labels for 1 members; allowed: 1 labels"),
+        (
+            lambda: ConvergencePlot(labels=["a", "b"]),
+            "labels has 2 names, and the number of settings is 1",
+        ),
         (lambda: ConvergencePlot([Panel("step_ratio")], every_n_steps=2), "needs every step"),
         (lambda: ConvergencePlot(show_floor=True), "no closed form of the noise floor is known"),
         (lambda: ConvergencePlot([Panel(axis="samples")]), "Objective has no samples"),
