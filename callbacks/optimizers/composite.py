@@ -589,7 +589,9 @@ def _list_params(param_group: ParamGroup) -> list[Tensor]:
             hint="pass a list",
         )
     raw_params = [raw_params] if isinstance(raw_params, Tensor) else list(raw_params)
-    parameters = [p[1] if isinstance(p, tuple) and len(p) == 2 else p for p in raw_params]
+    parameters: list[Any] = [
+        p[1] if isinstance(p, tuple) and len(p) == 2 else p for p in raw_params
+    ]
     if non_tensors := [type(p).__name__ for p in parameters if not isinstance(p, Tensor)]:
         raise UsageTypeError(
             f"add_param_group: param_group['params'] contains a {non_tensors[0]}",

@@ -167,7 +167,7 @@ def _as_real(gradient: Tensor) -> Tensor:
 def _member_gradients(trainer: L.Trainer) -> list[list[Tensor]]:
     """Return the gradients of each member, if the module trains several members of a sweep."""
     list_members: Any = getattr(trainer.lightning_module, "member_parameters", None)
-    members = list_members() if callable(list_members) else []
+    members: list[list[Tensor]] = list_members() if list_members is not None else []
     gradients = [[p.grad for p in member if p.grad is not None] for member in members]
     return [member for member in gradients if member] if len(members) > 1 else []
 

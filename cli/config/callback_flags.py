@@ -466,7 +466,8 @@ def _no_plan_error(
 def _callback_parser() -> ArgumentParser:
     """Return a parser for one callback: `--callback.lr=0.01` changes one argument of it."""
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--callback", type=Callback)
+    # fail_untyped=False: an optimizer of the user's own may have no type for `params`
+    parser.add_subclass_arguments(Callback, "callback", fail_untyped=False, required=False)
     return parser
 
 

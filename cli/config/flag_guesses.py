@@ -8,7 +8,7 @@ only if the parser accepts its value.
 
 import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -292,7 +292,7 @@ class FlagGuesser:
     def __init__(
         self,
         parser: ArgumentParser,
-        specs: list[CallbackSpec],
+        specs: Sequence[CallbackSpec],
         classes: dict[str, tuple[type, int]],
         new_finder: Callable[[], "ConfigErrorFinder"],
     ) -> None:

@@ -101,7 +101,7 @@ class ConfigSaver(L.Callback):
         # set by the command line: makes the command that continues from a checkpoint or a run
         make_command = getattr(trainer, "resume_command", None)
         folder = trainer.log_dir if make_command and not self._has_command_file else None
-        if folder and trainer.is_global_zero and trainer.global_step:
+        if make_command and folder and trainer.is_global_zero and trainer.global_step:
             # A killed run has this command; the end of a run writes that of its last checkpoint.
             record.write_command(folder, make_command(folder))
             self._has_command_file = True

@@ -66,7 +66,8 @@ def is_log_step(trainer: L.Trainer) -> bool:
     Upstream: pytorch/loops/training_epoch_loop.py
     Seen on: 2.5.6 to 2.6.6
     """
-    interval = trainer.log_every_n_steps
+    any_trainer: Any = trainer
+    interval = any_trainer.log_every_n_steps
     # the counter changes at the end of a step, after its hooks
     return bool(interval) and (_num_logged_steps(trainer) + 1) % interval == 0
 

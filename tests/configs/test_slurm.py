@@ -184,7 +184,7 @@ def test_a_stopped_job_resumes_to_the_same_weights(stop, whole, tmp_path):
     said, (step, weights) = job.say(), job.weights()
     assert (job.show("JobState"), job.show("ExitCode")) == ("COMPLETED", "0:0"), said
     name = {by_signal: "SIGUSR1", by_preemption: "SIGTERM"}[stop]
-    stopped_at = int(re.search(rf"stopped by {name} at step (\d+); resume with", said)[1])
+    stopped_at = int(re.search(rf"stopped by {name} at step (\d+); resume: ", said)[1])
     assert 0 < stopped_at < step == whole[0], said
     assert all(torch.equal(weights[name], whole[1][name]) for name in whole[1])
 

@@ -109,7 +109,7 @@ def test_a_signal_to_one_node_stops_both_and_the_same_command_resumes(tmp_path, 
         os.kill(rank_of(nodes[0]), signal.SIGKILL)
         assert [node.wait(300) for node in nodes] == [0, 0], said(there)
     whole = "".join(log.read_text() for log in there.glob("node*.log"))
-    assert f"stopped by SIGTERM at step {stopped_at}; resume with" in whole
+    assert f"stopped by SIGTERM at step {stopped_at}; resume: " in whole
     assert whole.count("failed (exitcode: -9)") == 1
     assert "failed to connect" not in whole  # with the addresses of the ranks that are no more
     monkeypatch.chdir(tmp_path / "alone")

@@ -159,6 +159,27 @@ _, *BLOCKS = Path(__file__).with_name("callback_flag_errors.txt").read_text().sp
 ERRORS = [block.strip().removeprefix("$ ").splitlines() for block in BLOCKS]
 
 
+UNTYPED_OPTIMIZER = """
+import torch
+
+class Untyped(torch.optim.SGD):
+    def __init__(self, params, lr: float = 1e-3):
+        super().__init__(params, lr)
+"""
+
+
+def test_an_optimizer_without_a_type_of_its_parameters_is_addressed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "untyped_optimizer.py").write_text(UNTYPED_OPTIMIZER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    plan = "--trainer.callbacks=OptimizerPlan"
+    words = [plan, "--trainer.callbacks.optimizer=untyped_optimizer.Untyped", "--optimizer.lr=0.5"]
+    config = config_of("fit", "--config", "shakespeare/quick_adamw", *words)
+    (callback,) = config["trainer"]["callbacks"]
+    assert callback["init_args"]["optimizer"]["init_args"]["lr"] == 0.5
+
+
 @pytest.mark.parametrize("block", ERRORS, ids=lambda block: block[0])
 def test_a_wrong_flag_is_answered_with_one_that_works(block: list[str]) -> None:
     flags, *lines = block
