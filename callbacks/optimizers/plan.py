@@ -212,11 +212,12 @@ class OptimizerPlan(Callback):
         first_factors = scheduler.current_factors() if scheduler is not None else []
         if trainer.max_epochs != -1 and self is attached_plans(trainer)[-1]:
             self._set_total_steps(trainer, count_optimizer_steps(trainer))
-        # the rates of the first step were set before the length of the run was known
-        if (
-            scheduler is not None
-            and trainer.global_step == 0
-            and scheduler.current_factors() != first_factors
+        # The rates of the first step were set before the length of the run was known, or are those
+        # of a checkpoint whose run had another length.
+        is_first = trainer.global_step == 0
+        has_new_length = self._saved_total_steps not in (None, self._total_steps)
+        if scheduler is not None and (
+            has_new_length or (is_first and scheduler.current_factors() != first_factors)
         ):
             scheduler.set_current_lrs()
         if (

@@ -204,6 +204,9 @@ def test_a_resume_with_another_length_prints_the_old_and_the_new_length(
     line = "has 8 optimizer steps, and this run has 16; at step 4 the learning rate changes"
     assert (f"{line} from 0.5 to 0.75 of its peak" in capsys.readouterr().out) == said
     assert len(module.rates) == length - 4
+    # (b - k) / b of the peak at step k of b, from the first step on
+    for index, rates in enumerate(module.rates):
+        assert rates == pytest.approx([0.1 * (length - 4 - index) / length] * len(rates))
 
 
 def test_a_fast_dev_run_accepts_a_warmup_longer_than_the_run():
