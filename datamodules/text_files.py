@@ -5,6 +5,7 @@ A file is read in chunks, so that a text may be longer than the memory.
 
 import codecs
 import os
+import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -89,14 +90,15 @@ def list_files(path: Path, argument: str = "path") -> list[Path]:
         return [path]
     if not path.is_dir():
         siblings = [p.name for p in path.parent.glob("[!.]*")] if path.parent.is_dir() else []
-        # the names that resemble it, else the first ones of the folder
-        closest = suggest_names(path.name, siblings) or sorted(siblings)[:3]
-        existing = str(path.with_name(closest[0])) if closest else "FILE"
+        similar = suggest_names(path.name, siblings)
+        # another file of the folder is shown, but is not what the user meant
+        suggested = str(path.with_name(similar[0])) if similar else "FILE"
+        closest = similar or sorted(siblings)[:3]
         raise MissingFileError(
             f"the file or folder {path} does not exist",
             closest if path.parent.is_dir() else ["a path in a folder that exists"],
-            f"use {argument}={existing!r}",
-            flag=f"--data.{argument}={existing}",
+            f"use {argument}={suggested!r}",
+            flag=shlex.quote(f"--data.{argument}={suggested}"),
             label="nearest" if closest else "allowed",
         )
     files = []

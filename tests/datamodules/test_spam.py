@@ -261,9 +261,11 @@ def test_bad_input_is_refused_before_the_first_step_in_one_message(
 
 def test_a_missing_file_names_its_neighbours() -> None:
     written()
-    with pytest.raises(FileNotFoundError, match=r"nearest: messages\.tsv; use path='FILE'$"):
+    with pytest.raises(
+        FileNotFoundError, match=r"nearest: messages\.tsv; use path='messages\.tsv'$"
+    ):
         spam_data(Path("mesages.tsv"))
-    with pytest.raises(FileNotFoundError, match=r"use predict_path='FILE'$"):
+    with pytest.raises(FileNotFoundError, match=r"use predict_path='messages\.tsv'$"):
         spam_data(stage="predict", predict_path="mesages.tsv")
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ravine.datamodules import (
     text_files,
     token_cache,
 )
+from ravine.errors import MissingFileError
 
 DATA_ROOT = os.environ.get("DATA_ROOT")
 POEM = "".join(f"{i}: the quick brown fox jumps over the lazy dog\n" for i in range(60))
@@ -283,8 +285,16 @@ def test_bad_input_is_refused_before_the_first_step_in_one_message(
 
 
 def test_a_missing_path_names_its_neighbours(poem: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nearest: poem\.txt; use path='FILE'$"):
+    nearest = re.escape(f"nearest: poem.txt; use path={str(poem)!r}")
+    with pytest.raises(FileNotFoundError, match=f"{nearest}$"):
         text_data(tmp_path / "peom.txt")
+    # no name is similar: the hint names none
+    with pytest.raises(FileNotFoundError, match=r"nearest: poem\.txt; use path='FILE'$"):
+        text_data(tmp_path / "nowhere.jsonl")
+    poem.rename(tmp_path / "my poem.txt")
+    with pytest.raises(MissingFileError) as error:
+        text_data(tmp_path / "my peom.txt")
+    assert error.value.flag == f"'--data.path={tmp_path}/my poem.txt'"  # quoted for a shell
     with pytest.raises(
         FileNotFoundError, match="does not exist; allowed: a path in a folder that exists"
     ):
