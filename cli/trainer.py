@@ -458,5 +458,5 @@ def check_logger_installed(logger: Logger | LoggerName) -> None:
         raise UsageError(
             f"the logger {logger!r} needs the package {logger}, which is not installed",
             hint=f"pip install {logger}, or use logger=['csv', 'tensorboard']",
-            flag=f"pip install {logger}",
+            flag=f"pip install {logger}, or --trainer.logger=[csv,tensorboard]",
         )
