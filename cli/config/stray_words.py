@@ -7,7 +7,7 @@ Only `check_stray_words` needs the parser of the command, and with it torch.
 
 import re
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,7 +17,6 @@ from ..discovery import registry
 from ..error_report import program_name
 from ..run_folders import index, record
 from . import presets
-from .values import ConfigValue, from_argv
 
 if TYPE_CHECKING:
     from .errors import ConfigErrorFinder
@@ -164,9 +163,10 @@ def check_stray_words(finder: "ConfigErrorFinder", argv: list[str]) -> None:
 
 def _fix_of(finder: "ConfigErrorFinder", flag: str) -> dict:
     """Return the flag to type in place of one that may itself have a wrong name."""
-    values: Iterable[ConfigValue] = from_argv([flag])
+    from .values import from_argv  # imports yaml, which `runs` does not need
+
     try:
-        for value in values:
+        for value in from_argv([flag]):
             finder.check_key(finder.parser, "", value.key, value)
     except UsageError as error:
         return {"allowed": error.allowed, "flag": error.flag, "label": error.label}

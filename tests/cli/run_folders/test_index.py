@@ -96,7 +96,7 @@ def test_filters_keep_the_runs_that_satisfy_all_of_them(
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--stauts=done"], ["runs has no flag --stauts", "type: --status=..."]),
+        (["--stauts=done"], ["runs has no flag --stauts", "type: --status=done"]),
         (["--status=finished"], ["no status is called 'finished'", "type: --status=done"]),
         (["--task=LangaugeModel"], ["no run has the task", "--task=LanguageModel"]),
         (["--best=0.5"], ["--best=0.5 is no range", "from.., ..to", "type: --best=..0.5"]),
