@@ -11,6 +11,8 @@ from ravine.lightning_modules import (
     Diffusion,
     ImageClassifier,
     LanguageModel,
+    Objective,
+    Regression,
     Reinforce,
     protocols,
 )
@@ -32,7 +34,8 @@ def implementations() -> list[Any]:
     model = LanguageModel(5, 8, num_layers=1, d_model=8, num_heads=2, num_experts=2)
     model.configure_model()
     assert model.net is not None
-    return [*model.modules(), Diffusion(base_channels=8), ImageClassifier(), Reinforce, SaveFigures]
+    tasks = [Diffusion(base_channels=8), ImageClassifier(), Objective(), Regression(), Reinforce]
+    return [*model.modules(), *tasks, SaveFigures]
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
