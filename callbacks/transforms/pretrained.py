@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ravine.errors import MissingFileError, UsageError, format_arguments, format_flags
+from ravine.lightning_compat import checkpoint_connector
 from ravine.strategies.checkpoint import sharded_index, state_dict
 from ravine.strategies.checkpoint.atomic_io import (
     CHECKPOINT_SUFFIX,
@@ -100,9 +101,12 @@ class Pretrained(Transform):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Register the phase; raise UsageError if the module cannot read weights."""
-        is_missing = not Path(self.path).expanduser().exists()  # reported by `on_fit_start`
         can_load = callable(getattr(pl_module, "load_pretrained", None))
-        if not self._is_checkpoint and not can_load and not is_missing:
+        # A run that is resumed does not need the path, which may be a removed folder of runs. The
+        # connector of a stock Trainer does not tell which run is resumed
+        is_resumed = bool(getattr(checkpoint_connector(trainer), "selected_path", None))
+        is_needed = not is_resumed or Path(self.path).expanduser().exists()
+        if not self._is_checkpoint and not can_load and is_needed:
             raise UsageError(
                 f"Pretrained: {self.path} is not a checkpoint (.ckpt), and "
                 f"{type(pl_module).__name__} has no method load_pretrained",

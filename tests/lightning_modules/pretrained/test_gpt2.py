@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from ravine.callbacks import Pretrained
 from ravine.callbacks.transforms.pretrained import load_weights
 from ravine.cli.main import main
+from ravine.cli.trainer import Trainer
 from ravine.datamodules import ByteTokenizer, TextDataModule
 from ravine.errors import UsageError
+from ravine.lightning_compat import checkpoint_connector
 from ravine.lightning_modules import LanguageModel
 from ravine.lightning_modules.nn import Transformer
 from ravine.lightning_modules.pretrained import gpt2
@@ -329,12 +331,22 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
         gpt2.load_hf(tmp_path, other)
 
 
-def test_a_module_that_cannot_load_these_weights_is_refused() -> None:
+def test_a_module_that_cannot_load_these_weights_is_refused(tmp_path: Path) -> None:
     class Foreign(L.LightningModule):
         pass
 
-    with pytest.raises(ValueError, match="Foreign has no method load_pretrained"):
-        Pretrained("x").setup(L.Trainer(logger=False), Foreign(), "fit")
+    message = "Foreign has no method load_pretrained"
+    for path in ("x", str(tmp_path)):  # missing, and existing
+        with pytest.raises(ValueError, match=message):
+            Pretrained(path).setup(L.Trainer(logger=False), Foreign(), "fit")
+    # a resumed run does not need the path, which may have been a folder of runs
+    trainer = Trainer(logger=False)
+    with pytest.raises(ValueError, match=message):
+        Pretrained("x").setup(trainer, Foreign(), "fit")
+    checkpoint_connector(trainer).selected_path = "last.ckpt"
+    Pretrained("x").setup(trainer, Foreign(), "fit")
+    with pytest.raises(ValueError, match=message):
+        Pretrained(str(tmp_path)).setup(trainer, Foreign(), "fit")
 
 
 @pytest.mark.parametrize(
