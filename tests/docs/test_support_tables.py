@@ -9,6 +9,10 @@ combination before the first step. Any other outcome, a hang included, fails a t
 
 Callbacks that do not change training run together, and so do three that change it independently.
 If one of a group is refused, each is tried alone.
+
+Callbacks that need a module with members are not in the tables: tests require that they are refused
+on the modules of the tables, and that on Objective they have an effect and train with ddp as on one
+process.
 """
 
 import io
@@ -45,6 +49,7 @@ from ravine.callbacks import (
     Muon,
     Newton,
     OptimizerPlan,
+    OptimizerSweep,
     Pretrained,
 )
 from ravine.callbacks.optimizers import muon, update_monitor
@@ -58,6 +63,7 @@ from ravine.lightning_modules import (
     Diffusion,
     ImageClassifier,
     LanguageModel,
+    Objective,
     Reinforce,
     SpamClassifier,
 )
@@ -80,8 +86,10 @@ KINDS = {
     for name, kind in (vars(ravine.callbacks) | vars(ravine.strategies)).items()
     if isinstance(kind, type) and issubclass(kind, L.Callback)
 }
-CALLBACKS = sorted(KINDS)
-PLANS = {name for name, kind in KINDS.items() if issubclass(kind, OptimizerPlan)}
+# they need a module with members, and are refused on the modules of the tables
+MEMBER_CALLBACKS = ("ConvergencePlot", "OptimizerSweep", "StepsToTarget", "TrajectoryPlot")
+CALLBACKS = sorted(KINDS.keys() - {*MEMBER_CALLBACKS})
+PLANS = {name for name in CALLBACKS if issubclass(KINDS[name], OptimizerPlan)}
 EVERY_OTHER, OPTIMIZERS = "all callbacks not listed below", "all optimizers of `ravine.callbacks`"
 ARGUMENTS = {
     "MetricAlert": lambda: MetricAlert({"train/loss": 99.0}),
@@ -93,8 +101,9 @@ ARGUMENTS = {
     "Muon": lambda: Muon(iteration_dtype="float32", aux_optimizer=partial(torch.optim.SGD, lr=0.1)),
     # a difference of gradients loses half of the digits; damping bounds its effect on the step
     "Newton": lambda: Newton(damping=5.0),
-    "OptimizerPlan": lambda: OptimizerPlan(partial(torch.optim.SGD, lr=0.1, momentum=0.9)),
-    "Pretrained": lambda: Pretrained("weights.pt"),
+    "OptimizerSweep": lambda: OptimizerSweep(torch.optim.SGD, lrs=[0.5, 0.25]),
+    "OptimizerPlan": lambda: OptimizerPlan(partial(torch.optim.SGD, lr=0.1, momentum=0.5)),
+    "Pretrained": lambda: Pretrained(__file__),  # the modules below do not read it
     "GenerateSamples": lambda: GenerateSamples({"prompt": "T", "max_new_tokens": 4}),
 }
 WATCHERS = (
@@ -155,7 +164,7 @@ class RandomImages:
         return self.generate_images(torch.arange(16)), torch.arange(16) % 2
 
     def load_pretrained(self, path):
-        assert path == "weights.pt"
+        assert path == __file__
         with torch.no_grad():
             next(iter(self.parameters())).mul_(0.5)
 
@@ -221,7 +230,7 @@ class ByHand(Foreign, TwoOptimizers):
 
     def configure_optimizers(self):
         players = self.predictor, self.critic
-        return [torch.optim.SGD(player.parameters(), lr=0.5) for player in players]
+        return [torch.optim.SGD(player.parameters(), lr=0.5, momentum=0.9) for player in players]
 
 
 class Text(TextDataModule):
@@ -274,6 +283,12 @@ def task(number, names, folder, devices):
     return Reinforce(str(folder / "base.ckpt"), rewards, max_new_tokens=5, group_size=2), prompts
 
 
+def objective(names, folder, devices):
+    """Two members of two variables, for the callbacks that need them."""
+    module = Objective("quadratic", start=[2.0, 1.0], num_members=2, condition_number=4)
+    return module, None  # it has its own batches
+
+
 TASKS = ("SpamClassifier", "ImageClassifier", "Diffusion", "LanguageModel", "Reinforce")
 FOREIGN = ("NetInInit", "NetInConfigureModel", "TwoOptimizers")
 MODULES = {
@@ -283,6 +298,7 @@ MODULES = {
     "NetInInit": partial(foreign, InInit),
     "NetInConfigureModel": partial(foreign, InConfigureModel),
     "TwoOptimizers": partial(foreign, ByHand),
+    "Objective": objective,
 }
 
 
@@ -290,6 +306,8 @@ def groups(module):
     """Which callbacks are tried together."""
     if module in TASKS:
         return [()]
+    if module == "Objective":
+        return [(name,) for name in MEMBER_CALLBACKS]
     together = [(*WATCHERS, "OptimizerPlan"), STIRRERS]
     if module == "TwoOptimizers":  # it refuses the plan and a stirrer
         together = [WATCHERS]
@@ -336,7 +354,7 @@ def attempt(module, names, strategy, devices, folder):
     callbacks = [ARGUMENTS.get(n, KINDS[n])() for n in names]
     model, data = MODULES[module](names, folder, devices)
     if not any(isinstance(c, OptimizerPlan) for c in callbacks) and model.automatic_optimization:
-        callbacks.append(OptimizerPlan(partial(torch.optim.SGD, lr=0.1)))
+        callbacks.append(OptimizerPlan(partial(torch.optim.SGD, lr=0.1, momentum=0.9)))
     if strategy == "ddp" and not model.automatic_optimization:
         strategy = "ddp_find_unused_parameters_true"
     run = folder / f"{module} {strategy} {len(names)} {''.join(names[:1])}"
@@ -361,7 +379,7 @@ def attempt(module, names, strategy, devices, folder):
         with observed(names, run) as seen:
             trainer.fit(model, data)
     except ValueError as refusal:
-        if getattr(model, "begun", 0) > 0:
+        if getattr(model, "num_starts", 0) > 0:
             raise AssertionError(f"{names} are refused after a step") from refusal
         return str(refusal)
     logged = {n: v for n, v in trainer.callback_metrics.items() if told_alike(n)}
@@ -532,6 +550,28 @@ def test_each_callback_changes_something_observable(single, name):
     together = (single("transformer", STIRRERS), single("transformer", rest))
     for found, without in (alone, together)[: 1 + (name in STIRRERS)]:
         assert found.keys() != without.keys() or furthest(found, without) > 1e-4
+
+
+@pytest.mark.parametrize("name", MEMBER_CALLBACKS)
+def test_a_callback_that_needs_members_has_an_effect_on_them(single, name):
+    found, without = single("Objective", (name,)), single("Objective", ())
+    assert not isinstance(found, str)
+    assert found.keys() != without.keys() or furthest(found, without) > 1e-4
+
+
+def test_callbacks_that_need_members_train_as_on_one_process(measure):
+    cells = measure(("Objective",), "ddp", 2)
+    assert cells == dict.fromkeys(("Objective", name) for name in MEMBER_CALLBACKS)
+
+
+@pytest.mark.parametrize("module", ["transformer", *FOREIGN])
+@pytest.mark.parametrize("name", MEMBER_CALLBACKS)
+def test_a_callback_that_needs_members_is_refused_on_other_modules(single, module, name):
+    refusal = single(module, (name,))
+    assert isinstance(refusal, str)
+    assert refusal.startswith(name)
+    assert "allowed: Objective, Regression, a module with member_" in refusal
+    assert "\n" not in refusal
 
 
 def norms_of_shards():
