@@ -5,6 +5,7 @@ step.peak, step.state_bytes, step.flops
 """
 
 import contextlib
+import gc
 import io
 import tempfile
 import warnings
@@ -116,6 +117,7 @@ def real_step(build: Any, make_data: Any, counts_flops: bool = True, **arguments
     ):
         warnings.simplefilter("ignore")
         trainer = Trainer(accelerator="cpu", devices=1, default_root_dir=folder, **arguments)
+        gc.collect()  # what earlier tests left must not be freed within the step
         with tensor_bytes() as found:
             module, data = build(), make_data()
             key = "datamodule" if isinstance(data, L.LightningDataModule) else "train_dataloaders"
