@@ -272,7 +272,7 @@ def record_logged_names(module: L.LightningModule, num_loaders: int) -> Iterator
     A module's own `log`, which may change the names, is called as in a training step. Nothing is
     logged. Lightning may log a name as it is, or with `_step` and `_epoch`, depending on options
     and on defaults that differ between hooks; with several loaders it adds a suffix at the end. All
-    of these forms are recorded, because a name that nobody logs has none of them.
+    of these forms are recorded; a name that is never logged has none of them.
     """
     names: set[str] = set()
     original = L.LightningModule.log

@@ -42,7 +42,7 @@ class Panel:
     """One panel of a ConvergencePlot.
 
     Args:
-        metric: what is drawn.
+        metric: name of the drawn quantity.
         axis: unit of the horizontal axis.
         log_x: use a logarithmic horizontal axis.
         log_y: use a logarithmic vertical axis.

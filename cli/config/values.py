@@ -123,7 +123,7 @@ class ConfigValue:
     def _is_top_level(self) -> bool:
         """Return whether this is the whole value of a flag or variable, not a part of it."""
         typed_key = self.source.lstrip("-").rstrip("+")
-        key = self.key.replace(".init_args.", ".")  # which nobody types
+        key = self.key.replace(".init_args.", ".")  # the parser adds init_args; users leave it out
         return typed_key in (key, self.key) or _env_var_key(self.source) == self.key
 
 
