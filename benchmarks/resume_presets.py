@@ -74,8 +74,12 @@ Config = dict[str, Any]
 
 
 def presets() -> list[str]:
-    """The presets that describe a whole run: those that name a model."""
-    return [name for name in list_presets() if "model" in read(name) and "data" in read(name)]
+    """The presets that describe a whole run; those of lectures may have a model without data."""
+    return [
+        name
+        for name in list_presets()
+        if "model" in read(name) and ("data" in read(name) or name.startswith("lectures/"))
+    ]
 
 
 def read(preset: str) -> Config:
@@ -105,9 +109,9 @@ def class_of(spec: Any) -> str:
 def shorten(preset: str, base: Path | None, steps: int = STEPS) -> Config:
     """The short form of a preset, and the checkpoint that it starts from, or None."""
     config = limited(read(preset))
-    trainer, data = config["trainer"], config["data"]
-    data["init_args"] = DATA_DEFAULTS | data.get("init_args", {})
-    model = config["model"]
+    trainer, data, model = config["trainer"], config.get("data"), config["model"]
+    if isinstance(data, dict) and not preset.startswith("lectures/"):
+        data["init_args"] = DATA_DEFAULTS | data.get("init_args", {})
     if isinstance(model, dict) and "base_checkpoint" in model.get("init_args", {}):
         model["init_args"] |= {
             "base_checkpoint": str(base),
@@ -126,6 +130,7 @@ def shorten(preset: str, base: Path | None, steps: int = STEPS) -> Config:
         trainer["val_check_interval"] = 3 * trainer.get("accumulate_grad_batches", 1)
     trainer |= {"accelerator": "cpu", "limit_val_batches": 2, "log_every_n_steps": 1}
     trainer["enable_progress_bar"] = False
+    trainer.pop("enable_checkpointing", None)  # a run without checkpoints cannot be continued
     return config
 
 
