@@ -206,10 +206,12 @@ def describe_run(run: RunSummary) -> list[tuple[str, str]]:
         ("run", run.name),
         ("folder", str(run.folder)),
         ("command", shlex.join(str(word) for word in words)),
+        ("first command", shlex.join(run.first_command or ())),
         ("status", f"{run.status} {known.get('error') or ''}".strip()),
         ("task", run.task or ""),
         ("steps", "" if run.steps is None else f"{run.steps:,}"),
         ("best", format_best(run)),
+        ("best file", str(run.best_file or "")),
         ("time", format_time(run.seconds)),
         ("started", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run.started))),
         ("size", format_size(run.size)),
@@ -227,7 +229,8 @@ def describe_run(run: RunSummary) -> list[tuple[str, str]]:
 
 def as_json(run: RunSummary) -> dict[str, Any]:
     """Return a summary as plain values."""
-    values = run._asdict() | {"folder": str(run.folder)}
+    best_file = None if run.best_file is None else str(run.best_file)
+    values = run._asdict() | {"folder": str(run.folder), "best_file": best_file}
     return {key: value for key, value in values.items() if key != "record"}
 
 
@@ -269,8 +272,11 @@ def printable(text: str) -> str:
 
 
 def format_best(run: RunSummary) -> str:
-    """Return the monitored metric and its best value."""
-    return "" if run.best is None else f"{run.metric} {format_number(run.best)}"
+    """Return the monitored metric, its best value and the step of that value."""
+    if run.best is None:
+        return ""
+    step = "" if run.best_step is None else f" at step {run.best_step}"
+    return f"{run.metric} {format_number(run.best)}{step}"
 
 
 def format_number(value: Any) -> str:

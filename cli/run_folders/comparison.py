@@ -43,8 +43,9 @@ class ComparedRun(NamedTuple):
 
     summary: RunSummary
     config: dict[str, Any]
+    unused_keys: tuple[str, ...]  # beginnings of keys of optimizer plans that do not train
     curves: MetricCurves
-    metrics: dict[str, float]
+    metrics: dict[str, float]  # at the end of the run, those that no curve has
 
 
 def compare_runs(names: list[str], root: Path, flags: dict[str, str]) -> int:
@@ -89,16 +90,34 @@ def read_run(folder: Path, root: Path) -> ComparedRun:
     """Read a run's record, configuration and curves."""
     summary = index.summarize(folder, root)
     curves = index.joined_curves(summary, root)
-    metrics = {name: points[-1][1] for name, points in curves.items() if points}
-    recorded = (summary.record or {}).get("metrics")
-    for name, value in recorded.items() if isinstance(recorded, dict) else ():
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            metrics[str(name)] = float(value)
-    return ComparedRun(summary, read_config(folder / "config.yaml"), curves, metrics)
+    # the record has the values that were logged last, not their steps: a curve says more
+    recorded = index.mapping((summary.record or {}).get("metrics"))
+    metrics = {
+        str(name): float(value)
+        for name, value in recorded.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and not curves.get(name)
+    }
+    config = read_config(folder / "config.yaml")
+    return ComparedRun(summary, dict(flatten(config)), unused_plans(config), curves, metrics)
+
+
+def unused_plans(config: dict[str, Any]) -> tuple[str, ...]:
+    """Return the beginnings of keys of the optimizer plans that do not train: all but the last.
+
+    Args:
+        config: the configuration, as `config.yaml` has it.
+    """
+    from ..discovery.registry import entries_of
+
+    callbacks = index.mapping(config.get("trainer")).get("callbacks")
+    plans = {entry.name for entry in entries_of("optimizers") if entry.is_plan}
+    named = named_classes("trainer.callbacks", callbacks if isinstance(callbacks, list) else [])
+    keys = [key for key, name in named if name in plans]
+    return tuple(f"{key}." for key in keys[:-1])
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return a configuration as dotted keys and plain values; {} if it is missing or malformed."""
+    """Return a configuration; {} if it is missing or malformed."""
     import yaml
 
     from ..config.presets import check_yaml_size
@@ -115,7 +134,7 @@ def read_config(path: Path) -> dict[str, Any]:
         json.dumps(content, default=str)  # rejects recursive anchors
     except (yaml.YAMLError, UsageError, TypeError, ValueError, RecursionError):
         return {}
-    return dict(flatten(content)) if isinstance(content, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def flatten(value: Any, key: str = "") -> list[tuple[str, Any]]:
@@ -135,29 +154,53 @@ def flatten(value: Any, key: str = "") -> list[tuple[str, Any]]:
             leaves += flatten(child, inner)
         return leaves
     if isinstance(value, list) and any(isinstance(v, dict) and "class_path" in v for v in value):
-        leaves, seen = [], set()
-        for position, child in enumerate(value):
-            class_path = child.get("class_path", "") if isinstance(child, dict) else ""
-            name = str(class_path).rpartition(".")[2] or str(position)
-            # a second entry of the same class gets its position as well
-            name = f"{name}.{position}" if name in seen else name
-            seen.add(name)
-            leaves += flatten(child, f"{key}.{name}")
-        return leaves
+        keys = [inner for inner, _ in named_classes(key, value)]
+        return [
+            leaf for inner, child in zip(keys, value, strict=True) for leaf in flatten(child, inner)
+        ]
     return [(key, value)]
 
 
+def named_classes(key: str, values: list[Any]) -> list[tuple[str, str]]:
+    """Return the dotted key and the class name of each entry of a list of classes.
+
+    Args:
+        key: the dotted key of the list.
+        values: the entries, as `config.yaml` has them.
+    """
+    named: list[tuple[str, str]] = []
+    for position, value in enumerate(values):
+        class_path = value.get("class_path", "") if isinstance(value, dict) else ""
+        name = str(class_path).rpartition(".")[2]
+        inner = f"{key}.{name or position}"
+        # a second entry of the same class gets its position as well
+        is_second = any(inner == earlier for earlier, _ in named)
+        named.append((f"{inner}.{position}" if is_second else inner, name))
+    return named
+
+
 def differing_values(runs: list[ComparedRun]) -> dict[str, list[str]]:
-    """Return the keys whose values are not the same in all runs, with the values as texts."""
+    """Return the keys whose values are not the same in all runs, with the values as texts.
+
+    A value of an optimizer plan that does not train, because a later one does, is marked.
+    """
     keys = sorted({key for run in runs for key in run.config})
     differences = {}
     for key in keys:
         if key.startswith(IGNORED_KEYS):
             continue
-        texts = [value_text(run.config[key]) if key in run.config else "-" for run in runs]
+        texts = [config_text(run, key) for run in runs]
         if len(set(texts)) > 1:
             differences[key] = texts
     return differences
+
+
+def config_text(run: ComparedRun, key: str) -> str:
+    """Return the value of a key of a run's configuration, or - without one."""
+    if key not in run.config:
+        return "-"
+    mark = " (does not train)" if key.startswith(run.unused_keys) else ""
+    return value_text(run.config[key]) + mark
 
 
 def value_text(value: Any) -> str:
@@ -192,18 +235,45 @@ def facts_of(run: ComparedRun) -> dict[str, str]:
 def table_sections(
     runs: list[ComparedRun], differences: dict[str, list[str]]
 ) -> list[tuple[str, dict[str, list[str]]]]:
-    """Return the sections of the table: facts, differing configuration, last metrics."""
-    from ..commands.runs import format_number
-
+    """Return the sections of the table: facts, differing configuration, metrics."""
     facts = [facts_of(run) for run in runs]
     rows = {key: [fact[key] for fact in facts] for key in facts[0]}
     rows = {key: texts for key, texts in rows.items() if set(texts) != {"-"}}
-    names = sorted({name for run in runs for name in run.metrics})
-    metrics = {
-        name: [format_number(run.metrics[name]) if name in run.metrics else "-" for run in runs]
-        for name in names
-    }
-    return [("run", rows), ("differs", differences), ("last value", metrics)]
+    names = sorted({name for run in runs for name in {*run.curves, *run.metrics}})
+    last = {name: [last_value_text(run, name) for run in runs] for name in names}
+    sections = [("run", rows), ("differs", differences), ("last value", last)]
+    if common := values_at_common_steps(runs, names):
+        sections.append(("at the last step that all have", common))
+    return sections
+
+
+def last_value_text(run: ComparedRun, name: str) -> str:
+    """Return the last value of a metric and its step, or - without one."""
+    from ..commands.runs import format_number
+
+    if points := run.curves.get(name):
+        step, value = points[-1]
+        return f"{format_number(value)} at step {step:.0f}"
+    return format_number(run.metrics[name]) if name in run.metrics else "-"
+
+
+def values_at_common_steps(runs: list[ComparedRun], names: list[str]) -> dict[str, list[str]]:
+    """Return the values at the last step that all runs have logged, by metric and step.
+
+    Metrics whose last values have the same step in all runs are left out, because their last values
+    can be compared, and so are those without a common step.
+    """
+    from ..commands.runs import format_number
+
+    rows = {}
+    for name in names:
+        # a step that was logged twice has its last value
+        curves = [dict(run.curves.get(name, ())) for run in runs]
+        common = set.intersection(*(set(curve) for curve in curves))
+        if common and len({max(curve) for curve in curves}) > 1:
+            step = max(common)
+            rows[f"{name} at step {step:.0f}"] = [format_number(curve[step]) for curve in curves]
+    return rows
 
 
 def format_columns(runs: list[ComparedRun], differences: dict[str, list[str]]) -> str:
@@ -216,7 +286,7 @@ def format_columns(runs: list[ComparedRun], differences: dict[str, list[str]]) -
     from ..commands.runs import printable
 
     lines = [("", *(run.summary.name for run in runs))]
-    # sections named run, differs and last value; rows: by key, a text for each run
+    # rows: by key, a text for each run
     for title, rows in table_sections(runs, differences):
         lines.append((f"[{title}]", *("" for _ in runs)))
         if not rows:
@@ -345,14 +415,14 @@ def make_page(runs: list[ComparedRun], differences: dict[str, list[str]], pictur
     """
     head = "".join(f"<th>{html.escape(run.summary.name)}</th>" for run in runs)
     body = []
-    # sections named run, differs and last value; rows: by key, a text for each run
+    titles = {
+        "run": "Runs",
+        "differs": "Configuration that differs",
+        "last value": "Metrics, last value",
+    }
+    # rows: by key, a text for each run
     for title, rows in table_sections(runs, differences):
-        titles = {
-            "run": "Runs",
-            "differs": "Configuration that differs",
-            "last value": "Metrics, last value",
-        }
-        body.append(f"<h2>{titles[title]}</h2>")
+        body.append(f"<h2>{titles.get(title, f'Metrics {title}')}</h2>")
         if not rows:
             body.append("<p>nothing</p>")
             continue
@@ -380,7 +450,7 @@ def make_page(runs: list[ComparedRun], differences: dict[str, list[str]], pictur
         f'<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">'
         f'<meta name="viewport" content="width=device-width">'
         f"<title>{title}</title><style>{STYLE}</style></head><body><h1>{title}</h1>"
-        f"{''.join(body)}<h2>MetricCurves</h2>"
+        f"{''.join(body)}<h2>Curves</h2>"
         f'<img alt="curves of the metrics" src="data:image/png;base64,{image}">'
         f"<h2>Commands</h2><ul>{commands or '<li>not recorded</li>'}</ul></body></html>\n"
     )

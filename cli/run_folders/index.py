@@ -47,9 +47,12 @@ class RunSummary(NamedTuple):
     metric: str | None
     mode: str  # min, or max
     best: float | None
+    best_step: int | None
+    best_file: Path | None  # the checkpoint with the weights of the best value
     seconds: float | None
     size: int  # bytes of all its files
     started: float  # seconds since 1970
+    first_command: list[str] | None  # of a resumed run: the command that started it
     record: Record | None
 
 
@@ -59,7 +62,7 @@ class FolderFacts(NamedTuple):
     size: int
     last_written: float
     first_written: float
-    checkpoints: list[str]  # names
+    checkpoints: list[Path]
 
 
 def find_run_folders(root: Path) -> Iterator[Path]:
@@ -128,14 +131,14 @@ def summarize(folder: Path, root: Path) -> RunSummary:
     steps, seconds, started = (_number(known.get(k)) for k in ("steps", "duration_s", "started"))
     # `running` becomes `killed` if the process no longer exists
     status = status_of(record, facts.last_written)
-    best, metric, mode, task = None, None, "min", _text(known.get("task"))
-    recorded_best = known.get("best")
-    if isinstance(recorded_best, dict):
-        metric, best = _text(recorded_best.get("metric")), _number(recorded_best.get("value"))
-        mode = "max" if recorded_best.get("mode") == "max" else "min"
+    task, recorded_best = _text(known.get("task")), mapping(known.get("best"))
+    metric, best = _text(recorded_best.get("metric")), _number(recorded_best.get("value"))
+    mode = "max" if recorded_best.get("mode") == "max" else "min"
+    best_step = _number(recorded_best.get("step"))
     # such a run has not written its best value: look into metrics.csv and config.yaml
     if record is None or (best is None and status in ("killed", "running")):
-        last_step, metric, best = read_best_loss(folder, first_logged_step(record))
+        # metrics: the number of steps, and the best validation loss with its name and step
+        last_step, metric, best, best_step = read_best_loss(folder, first_logged_step(record))
         steps = max((s for s in (steps, last_step, checkpoint_step(facts)) if s), default=steps)
         task = task or task_of_config(folder)
     if record is None:
@@ -153,11 +156,66 @@ def summarize(folder: Path, root: Path) -> RunSummary:
         metric=metric,
         mode=mode,
         best=best,
+        best_step=None if best_step is None else int(best_step),
+        best_file=find_best_file(folder, facts, recorded_best, best_step),
         seconds=seconds,
         size=facts.size,
         started=facts.first_written if started is None else started,
+        first_command=first_command(record, root),
         record=record,
     )
+
+
+def find_best_file(
+    folder: Path, facts: FolderFacts, recorded_best: dict[str, Any], step: float | None
+) -> Path | None:
+    """Return the existing checkpoint of the best value, or None.
+
+    It is the file that the record names, or else one of the run's with the step in its name.
+
+    Args:
+        folder: the run's folder.
+        facts: its files.
+        recorded_best: the best value in the record: metric, value, step, file.
+        step: the step of the best value.
+    """
+    name = _text(recorded_best.get("file"))
+    # relative to the run's folder, which may have moved, or absolute if it lies elsewhere
+    if name is not None and "\0" not in name and os.path.exists(path := folder / name):
+        return path
+    if step is None:
+        return None
+    return next((p for p in sorted(facts.checkpoints) if step_in_name(p.name) == step), None)
+
+
+def step_in_name(name: str) -> int | None:
+    """Return the step that a checkpoint's name states, `step=000080.ckpt`."""
+    match = STEP_PATTERN.search(name)
+    return int(match[1]) if match else None
+
+
+def first_command(record: Record | None, root: Path) -> list[str] | None:
+    """Return the command that started a resumed run, before all resumptions; None otherwise.
+
+    Args:
+        record: the record of the run.
+        root: the folder of all runs; a parent elsewhere is not read.
+    """
+    earliest, seen = record, set[Path]()
+    while earliest is not None:
+        history = earliest.get("history")
+        # a run that went on in its folder: the first entry is the record of its beginning
+        if isinstance(history, list) and history and isinstance(history[0], dict):
+            earliest = history[0]
+        folder = parent_folder(mapping(earliest.get("parent")), root)
+        parent_record = None if folder is None or folder in seen else read_record(folder)
+        if folder is None or parent_record is None:
+            break
+        seen.add(folder)
+        earliest = parent_record
+    if earliest is None or earliest is record or not isinstance(earliest.get("command"), list):
+        return None
+    return [str(word) for word in earliest["command"]]
 
 
 def _number(value: Any) -> float | None:
@@ -184,7 +242,7 @@ def inspect_folder(folder: Path) -> FolderFacts:
             for entry in entries:
                 # a checkpoint is a file, or the folder of a sharded one
                 if entry.name.endswith(".ckpt"):
-                    checkpoints.append(entry.name)
+                    checkpoints.append(Path(entry.path))
                 if entry.is_dir(follow_symlinks=False):
                     pending.append(entry.path)
                     continue
@@ -202,8 +260,8 @@ def inspect_folder(folder: Path) -> FolderFacts:
 
 def checkpoint_step(facts: FolderFacts) -> int | None:
     """Return the largest step in the names of a run's checkpoints."""
-    matches = [STEP_PATTERN.search(name) for name in facts.checkpoints]
-    return max((int(match[1]) for match in matches if match), default=None)
+    steps = [step_in_name(path.name) for path in facts.checkpoints]
+    return max((step for step in steps if step is not None), default=None)
 
 
 def task_of_config(folder: Path) -> str | None:
@@ -215,34 +273,35 @@ def task_of_config(folder: Path) -> str | None:
 
 def read_best_loss(
     folder: Path, first_step: int = 0
-) -> tuple[int | None, str | None, float | None]:
-    """Return the steps in `metrics.csv`, and the name and smallest value of a validation loss.
+) -> tuple[int | None, str | None, float | None, int | None]:
+    """Return the steps in `metrics.csv`; name, smallest value and step of a validation loss.
 
     `first_step` is the number of the first optimizer step in the file.
     """
     text = read_regular_file(folder / "metrics.csv", MAX_METRICS_BYTES)
     if not text:
-        return None, None, None
+        return None, None, None, None
     lines = text.splitlines()
     columns = lines[0].split(",")
     # such as val/loss; the first of them is used
     names = [n for n in columns if n.startswith("val") and n.endswith("loss")]
     step_column = columns.index("step") if "step" in columns else None
     column = columns.index(names[0]) if names else None
-    best, last_step = None, None
+    best, best_step, last_step = None, None, None
     for line in lines[1:]:
         cells = line.split(",")
         # a line that is being written, or was cut off
         if len(cells) != len(columns):
             continue
         with suppress(ValueError):
+            if step_column is not None and cells[step_column].isdecimal():
+                last_step = int(cells[step_column][:15]) + 1 - first_step
             if column is not None and cells[column]:
                 value = float(cells[column])
                 # value == value is False for NaN
-                best = value if value == value and (best is None or value < best) else best
-            if step_column is not None and cells[step_column].isdecimal():
-                last_step = int(cells[step_column][:15]) + 1 - first_step
-    return last_step, names[0] if best is not None else None, best
+                if value == value and (best is None or value < best):
+                    best, best_step = value, last_step
+    return last_step, names[0] if best is not None else None, best, best_step
 
 
 def read_curves(

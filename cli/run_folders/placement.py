@@ -23,7 +23,6 @@ import torch
 from ravine.strategies.checkpoint.atomic_io import find_damage, list_checkpoints
 
 from . import index, record
-from .index import STEP_PATTERN
 
 CHECKPOINTS_FOLDER = "checkpoints"
 
@@ -192,8 +191,7 @@ def newer_checkpoint(path: Path, run: Path) -> Path | None:
 
 def checkpoint_step_in_name(path: Path) -> int | None:
     """Return the step that a checkpoint's name states, `step=000080.ckpt`."""
-    match = STEP_PATTERN.search(path.name)
-    return int(match[1]) if match else None
+    return index.step_in_name(path.name)
 
 
 def checkpoint_step(path: Path) -> int | None:

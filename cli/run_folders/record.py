@@ -3,7 +3,8 @@
     verb, command, configs, name, task      what was typed, and what it trains
     git, versions, machine                  where it ran; the diff is in `changes.diff`
     status, error, started, duration_s      how it ended; `running` until then
-    steps, metrics, best                    how far it came
+    steps, metrics                          how far it came
+    best                                    best value: metric, mode, value, step, file
     parent                                  the run and the step that it was resumed from
     first_logged_step                       the number of the first optimizer step in the logs
     history                                 earlier records of a run that goes on in its folder

@@ -1,5 +1,6 @@
 """RunRecorder: the callback that writes how far a run came, and how it ended, to its record."""
 
+import os
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from .record import Record, new_record, read_record, write_record, write_surroundings
 
 MAX_METRICS = 200
+MAX_HISTORY = 100  # earlier records that are kept: the first one and the newest
+NOT_IN_HISTORY = ("metrics", "versions", "machine", "process")  # they would fill the file
 
 
 class RunRecorder(L.Callback):
@@ -54,10 +57,8 @@ class RunRecorder(L.Callback):
             # restored by `on_exception` if the run fails before it trains a step
             self._earlier = read_record(folder)
             earlier = dict(self._earlier or {})
-            history = earlier.pop("history", [])
-            # The earlier record becomes the last entry of the new one's history.
-            ended = {**earlier, "continued_from": origin} if earlier else {}
-            record["history"] = [*(history if isinstance(history, list) else []), ended]
+            # the earlier record becomes the last entry of the new one's history
+            record["history"] = extend_history(earlier.pop("history", []), earlier, origin)
             record["parent"] = earlier.get("parent")
             best = earlier.get("best")
             # a best value of the earlier part counts for the whole run
@@ -129,6 +130,8 @@ class RunRecorder(L.Callback):
         if record["verb"] == "fit" and trainer.state.fn == "fit":
             record["steps"] = trainer.global_step
             record["best"] = self._find_best(trainer, record["metrics"])
+            if self.folder is not None and record["best"] is not None:
+                record["best"]["file"] = best_file(trainer, record["best"], self.folder)
 
     def _find_best(self, trainer: Any, metrics: dict[str, Any]) -> dict[str, Any] | None:
         """Return the best value of the monitored metric so far, with its name, mode and step.
@@ -162,6 +165,43 @@ class RunRecorder(L.Callback):
         if self.record is not None and self.folder is not None:
             with suppress(OSError):  # a full disk or a removed folder ends the run elsewhere
                 write_record(self.folder, self.record)
+
+
+def extend_history(
+    history: Any, earlier: Record, origin: dict[str, Any] | None
+) -> list[dict[str, Any]]:
+    """Return the records of a run that goes on in its folder, with that of the part before.
+
+    A run may be resumed a thousand times: the first record is kept, and the newest ones.
+
+    Args:
+        history: the records before `earlier`; another type than a list is ignored.
+        earlier: the record of the part before; {} without one.
+        origin: run, checkpoint and step from which the run goes on.
+    """
+    kept = {key: value for key, value in earlier.items() if key not in NOT_IN_HISTORY}
+    ended = kept | {"continued_from": origin} if earlier else {}
+    records = [*(history if isinstance(history, list) else []), ended]
+    return records if len(records) <= MAX_HISTORY else [records[0], *records[1 - MAX_HISTORY :]]
+
+
+def best_file(trainer: Any, best: dict[str, Any], folder: Path) -> str | None:
+    """Return the checkpoint of the best value, relative to the run's folder if it is below.
+
+    None stands for a value whose checkpoint was not written, or not yet.
+
+    Args:
+        trainer: the trainer, with its ModelCheckpoint callbacks.
+        best: metric and value, as in the record.
+        folder: the run's folder.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        score = getattr(callback, "best_model_score", None)
+        path = getattr(callback, "best_model_path", "")
+        is_same_metric = getattr(callback, "monitor", None) == best["metric"]
+        if path and is_same_metric and score is not None and float(score) == best["value"]:
+            return os.path.relpath(path, folder) if Path(path).is_relative_to(folder) else str(path)
+    return None
 
 
 def plain(value: Any) -> Any:

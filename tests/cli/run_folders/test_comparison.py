@@ -44,13 +44,43 @@ def test_the_table_has_what_differs_and_not_what_is_the_same(
     assert main(["runs", "compare", "a/0", "a/1"]) == 0
     said = capsys.readouterr().out
     assert re.search(r"model\.dropout +0\.1 +0\.2\n", said)
-    assert re.search(r"val/loss +1\.5 +1\.25\n", said)
+    assert re.search(r"val/loss +1\.5 at step 2 +1\.25 at step 2\n", said)
+    assert "that all have" not in said
     assert "decay" not in said
     assert "d_model" not in said
     page = Path("runs/comparison/comparison.html").read_text()
     assert "model.dropout" in page
     assert Path("runs/comparison/curves.png").read_bytes()[:4] == b"\x89PNG"
     assert [run.name for run in index.list_runs(Path("runs"))] == ["a/0", "a/1"]
+
+
+def test_runs_of_different_lengths_are_compared_at_the_last_step_that_both_have(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    make_run("a/version_0", {10: 2.0, 20: 1.5, 30: 1.0}, metrics={"val/loss": 1.0, "hp": 7.0})
+    make_run("a/version_1", {10: 2.5, 20: 1.25})
+    assert main(["runs", "compare", "a/0", "a/1"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^val/loss +1 at step 30 +1\.25 at step 20$", said, re.MULTILINE)
+    assert re.search(r"^val/loss at step 20 +1\.5 +1\.25$", said, re.MULTILINE)
+    assert re.search(r"^hp +7 +-$", said, re.MULTILINE)  # in the record only, which has no step
+    page = Path("runs/comparison/comparison.html").read_text()
+    assert "<th>val/loss at step 20</th><td>1.5</td><td>1.25</td>" in page
+
+
+def test_values_of_a_plan_that_does_not_train_are_marked(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plan = "- class_path: ravine.callbacks.{}\n    init_args: {{{}}}\n"
+    first = plan.format("OptimizerPlan", "optimizer: {class_path: SGD, init_args: {lr: 0.5}}")
+    one = f"trainer:\n  callbacks:\n  {first}"
+    make_run("a/version_0", {1: 2.0}, one)
+    make_run("a/version_1", {1: 2.0}, one + "  " + plan.format("Muon", "lr: 0.25"))
+    assert main(["runs", "compare", "a/0", "a/1"]) == 0
+    said = capsys.readouterr().out
+    key = r"^trainer\.callbacks\.OptimizerPlan\.optimizer\.lr"
+    assert re.search(rf"{key} +0\.5 +0\.5 \(does not train\)$", said, re.MULTILINE)
+    assert re.search(r"^trainer\.callbacks\.Muon\.lr +- +0\.25$", said, re.MULTILINE)
 
 
 class PageParser(HTMLParser):
@@ -117,7 +147,8 @@ def test_a_parent_that_is_the_run_itself_or_lies_elsewhere_is_not_read(
 )
 def test_a_malformed_configuration_is_left_out_and_nothing_in_it_is_run(text: str) -> None:
     path = make_run("a/version_0", {1: 1.0}, text) / "config.yaml"
-    texts = [f"{key} {value}" for key, value in comparison.read_config(path).items()]
+    values = comparison.flatten(comparison.read_config(path))
+    texts = [f"{key} {value}" for key, value in values]
     assert not Path("it_ran").exists()
     assert not [text for text in texts if "touch" in text]
 

@@ -61,10 +61,56 @@ def test_a_run_without_a_record_is_listed_from_its_files() -> None:
         "SpamClassifier",
         10,
     )
-    assert (run.metric, run.best) == ("val/loss", 1.5)
+    assert (run.metric, run.best, run.best_step) == ("val/loss", 1.5, 5)
+    assert run.best_file is None  # the only checkpoint is of step 10
     assert run.size == 1000 + sum(
         (run.folder / name).stat().st_size for name in ("config.yaml", "metrics.csv")
     )
+
+
+def test_the_best_value_is_shown_with_its_step_and_its_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = make_run("a/version_0", best=0.3)
+    for name in ("step=000010.ckpt", "step=000020.ckpt", "mine.ckpt"):
+        (folder / "checkpoints" / name).touch()
+    best_file = "runs/a/version_0/checkpoints/step=000010.ckpt"
+    assert main(["runs"]) == 0
+    assert "val/loss 0.3 at step 10" in capsys.readouterr().out
+    assert main(["runs", "show", "a/0"]) == 0
+    assert f"best file  {best_file}" in capsys.readouterr().out
+    assert main(["runs", "--json"]) == 0
+    (run,) = json.loads(capsys.readouterr().out)
+    assert (run["best_step"], run["best_file"]) == (10, best_file)
+    outside = tmp_path / "outside.ckpt"
+    outside.touch()
+    for recorded, expected in (
+        ("checkpoints/mine.ckpt", "mine.ckpt"),  # another name than that of the step
+        ("checkpoints/removed.ckpt", "step=000010.ckpt"),
+        (str(outside), "outside.ckpt"),  # Checkpoint(dirpath=...)
+        ("\0", "step=000010.ckpt"),
+    ):
+        best = {"metric": "val/loss", "value": 0.3, "step": 10, "file": recorded}
+        record.write_record(folder, (record.read_record(folder) or {}) | {"best": best})
+        found = index.summarize(folder, Path("runs")).best_file
+        assert found is not None
+        assert found.name == expected
+
+
+def test_a_resumed_run_shows_the_command_that_started_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    begun = ["lightning", "fit", "--config=spam"]
+    earlier = {"command": begun, "parent": None}
+    make_run("a/version_0", command=["lightning", "fit", "--ckpt_path=x"], history=[earlier, {}])
+    resumed = {"parent": {"run": "a/version_0", "step": 5}}
+    make_run("a/version_1", command=["lightning", "fit", "--ckpt_path=y"], **resumed)
+    make_run("b/version_0", command=begun)
+    for name, expected in (("a/0", begun), ("a/1", begun), ("b/0", None)):
+        run = index.summarize(index.find_run(name, Path("runs")), Path("runs"))
+        assert run.first_command == expected, name
+    assert main(["runs", "show", "a/1"]) == 0
+    assert "first command  lightning fit --config=spam\n" in capsys.readouterr().out
 
 
 def test_filters_keep_the_runs_that_satisfy_all_of_them(
