@@ -100,13 +100,13 @@ def test_the_best_value_is_shown_with_its_step_and_its_file(
 def test_a_resumed_run_shows_the_command_that_started_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    begun = ["lightning", "fit", "--config=spam"]
-    earlier = {"command": begun, "parent": None}
+    first_words = ["lightning", "fit", "--config=spam"]
+    earlier = {"command": first_words, "parent": None}
     make_run("a/version_0", command=["lightning", "fit", "--ckpt_path=x"], history=[earlier, {}])
-    resumed = {"parent": {"run": "a/version_0", "step": 5}}
-    make_run("a/version_1", command=["lightning", "fit", "--ckpt_path=y"], **resumed)
-    make_run("b/version_0", command=begun)
-    for name, expected in (("a/0", begun), ("a/1", begun), ("b/0", None)):
+    parent = {"run": "a/version_0", "step": 5}
+    make_run("a/version_1", command=["lightning", "fit", "--ckpt_path=y"], parent=parent)
+    make_run("b/version_0", command=first_words)
+    for name, expected in (("a/0", first_words), ("a/1", first_words), ("b/0", None)):
         run = index.summarize(index.find_run(name, Path("runs")), Path("runs"))
         assert run.first_command == expected, name
     assert main(["runs", "show", "a/1"]) == 0
