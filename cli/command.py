@@ -188,7 +188,7 @@ class RavineCLI(CommandLine):
         if not plans:
             raise UsageError(
                 "--print_groups needs OptimizerPlan, and the model builds its own optimizer",
-                flag="--trainer.callbacks+=OptimizerPlan --trainer.callbacks.optimizer=AdamW",
+                flag="--optimizer=AdamW",
             )
         for plan in plans:
             plan.print_groups = True

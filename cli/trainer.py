@@ -60,6 +60,21 @@ from .run_folders.placement import Placement, create_numbered_folder, place_run
 from .run_folders.record import FIRST_LOGGED_STEP
 from .run_folders.recorder import RunRecorder
 
+# Callbacks that the Trainer adds itself, the last one only if it has several ranks.
+DEFAULT_CALLBACKS: tuple[type[Callback], ...] = (
+    ExactResume,
+    GracefulStop,
+    TokenWeightedLoss,
+    Checkpoint,
+    ProgressBar,
+    LossPlot,
+    TrainingMonitor,
+    PredictionTable,
+    RunRecorder,
+    RunChecks,
+    RankWatchdog,
+)
+# Another class that counts as the same kind: with a ModelCheckpoint no Checkpoint is added.
 EQUIVALENT_CLASSES = {Checkpoint: ModelCheckpoint, ProgressBar: LightningProgressBar}
 DEVICES_PATTERN = re.compile(r"auto|-1|[1-9]\d*|\d+,|\d+(, ?\d+)+")
 LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]

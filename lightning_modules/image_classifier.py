@@ -250,7 +250,7 @@ class ClassifierFeatures(nn.Module):
                 f"ClassifierFeatures: {path} cannot be loaded as an ImageClassifier: {reason}",
                 ["a checkpoint of an ImageClassifier"],
                 "train one, and use ClassifierFeatures(FILE)",
-                flag="--trainer.callbacks.extractor.path=FILE",
+                flag="--trainer.callbacks.FrechetDistance.extractor.path=FILE",
             ) from error
         self.net = cast(BackboneAndHead, module.net).requires_grad_(False)
         # the data and the variant, such as mnist_cnn

@@ -180,7 +180,7 @@ class Regression(OptimizationProblem):
                         f"gradient, and the optimizer is {type(member).__name__}",
                         ["SGD", "proximal=False"],
                         "use OptimizerPlan(partial(SGD, lr=0.1))",
-                        flag="--trainer.callbacks.optimizer=SGD",
+                        flag="--optimizer=SGD",
                     )
 
     @torch.no_grad()

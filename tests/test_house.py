@@ -540,7 +540,30 @@ def flags_without_hint(root: Path) -> dict[str, list[int]]:
     return found
 
 
-@pytest.mark.parametrize("check", [flags_in_text, flags_without_hint])
+def flags_of_the_last_callback(root: Path) -> dict[str, list[int]]:
+    """Lines of flags with an argument of a callback, but without its class, by file.
+
+    `--trainer.callbacks.decay` is an argument of the last callback of the run, whichever that is:
+    only behind `--trainer.callbacks+=EMA` in the same text it is sure to be of EMA.
+    """
+    found: dict[str, list[int]] = {}
+    for name, tree in library_trees(root):
+        docstrings = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}
+        parts = {id(p) for n in ast.walk(tree) if isinstance(n, ast.JoinedStr) for p in n.values}
+        for node in ast.walk(tree):
+            is_text = isinstance(node, ast.JoinedStr) or bool(word(node))
+            if not is_text or id(node) in docstrings | parts:
+                continue
+            values = node.values if isinstance(node, ast.JoinedStr) else [node]
+            text = "".join(word(v) or "{}" for v in values)
+            before, flag, after = text.partition("--trainer.callbacks.")
+            named = re.match(r"([A-Z]\w*|\{\})\.", after) or "--trainer.callbacks+=" in before
+            if flag and not named:
+                found.setdefault(name, []).append(node.lineno)
+    return found
+
+
+@pytest.mark.parametrize("check", [flags_in_text, flags_without_hint, flags_of_the_last_callback])
 def test_library_errors_have_flags_only_in_the_argument_flag_and_a_hint_beside_it(
     check: Callable[[Path], dict[str, list[int]]],
 ) -> None:
@@ -584,3 +607,23 @@ def test_a_flag_without_a_hint_for_a_script_is_caught(
 ) -> None:
     (scratch / "strategies" / "bad.py").write_text(text + "\n")
     assert sum(map(len, flags_without_hint(scratch).values())) == faults
+
+
+@pytest.mark.parametrize(
+    ("text", "faults"),
+    [
+        ("flag = '--trainer.callbacks.decay=0.9'", 1),
+        ("flag = '--a=1, or ' '--trainer.callbacks.decay=0.9'", 1),
+        ("flag = f'--trainer.callbacks.{key}={value}'", 1),
+        ("flags = format_flags('--trainer.callbacks.', {'decay': 0.9})", 1),
+        ("flag = '--trainer.callbacks.EMA.decay=0.9'", 0),
+        ("flag = f'--trainer.callbacks.{type(self).__name__}.decay=0.9'", 0),
+        ("flag = '--trainer.callbacks+=EMA --trainer.callbacks.decay=0.9'", 0),
+        ("class A:\n    '''lightning fit --trainer.callbacks.decay=0.9'''", 0),
+    ],
+)
+def test_a_flag_of_a_callback_without_its_class_is_caught(
+    scratch: Path, text: str, faults: int
+) -> None:
+    (scratch / "callbacks" / "bad.py").write_text(text + "\n")
+    assert sum(map(len, flags_of_the_last_callback(scratch).values())) == faults

@@ -150,7 +150,7 @@ class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
             f"Checkpoint: monitor={self.monitor!r} is not logged by the end of {end}",
             logged or ["none"],
             hint=f"use monitor={logged[0]!r}" if logged else f"log {self.monitor!r}",
-            flag=f"--trainer.callbacks.monitor={logged[0]}" if logged else "",
+            flag=f"--trainer.callbacks.{type(self).__name__}.monitor={logged[0]}" if logged else "",
             label="logged",
         )
 

@@ -65,7 +65,7 @@ class EMA(OptimizerStepCallback):
                 f"EMA: decay={decay} is outside [0, 1)",
                 ["0 or more, below 1"],
                 hint="use decay=0.999",
-                flag="--trainer.callbacks.decay=0.999",
+                flag=f"--trainer.callbacks.{type(self).__name__}.decay=0.999",
             )
         self.decay = decay
         self.warmup = warmup

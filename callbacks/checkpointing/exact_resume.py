@@ -126,7 +126,7 @@ class ExactResume(Callback):
                 f"ExactResume: accept={unknown[0]!r} is not a difference that can be accepted",
                 ACCEPTABLE_DIFFERENCES,
                 hint=f"use accept=[{name!r}]",
-                flag=f"--trainer.callbacks.accept=[{name}]",
+                flag=f"--trainer.callbacks.{type(self).__name__}.accept=[{name}]",
             )
         self._seed, self._rank = 0, 0  # data-parallel rank
         self._seeders: list[BatchSeeder] = []  # of the data loaders so far

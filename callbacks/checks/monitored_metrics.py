@@ -170,7 +170,7 @@ def missing_metric_error(
         value = example_value(requirement.argument, logged[0])
         hint = f"use {owner}({requirement.argument}={value!r})"
         text = shlex.quote(str(value).replace("'", ""))
-        flag = f"--trainer.callbacks.{requirement.argument}={text}"
+        flag = f"--trainer.callbacks.{owner}.{requirement.argument}={text}"
     return UsageError(
         f"{owner} monitors {wanted}, which {module_name} does not log{where}",
         logged or ["none"],

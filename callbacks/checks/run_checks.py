@@ -234,7 +234,7 @@ def _check_has_optimizer(trainer: L.Trainer | None, module: L.LightningModule) -
         raise UsageError(
             f"{name} has no configure_optimizers, and the trainer has no OptimizerPlan",
             hint="pass callbacks=[OptimizerPlan(torch.optim.AdamW)] to Trainer",
-            flag="--trainer.callbacks+=OptimizerPlan --trainer.callbacks.optimizer=AdamW",
+            flag="--optimizer=AdamW",
         )
 
 

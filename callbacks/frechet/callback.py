@@ -112,7 +112,7 @@ class FrechetDistance(L.Callback):
                     f"FrechetDistance: {name}={value} is too small",
                     [f"{least} or more"],
                     hint=f"use {name}={example}",
-                    flag=f"--trainer.callbacks.{name}={example}",
+                    flag=f"--trainer.callbacks.{type(self).__name__}.{name}={example}",
                 )
         self.extractor, self.weights = extractor, weights
         self.layer: FeatureLayer = layer

@@ -71,8 +71,8 @@ def locate_inception_weights(
             candidates,
             hint=f"copy {WEIGHTS_FILE} to {hub_path}, pass weights=FILE, or pass "
             "extractor=ClassifierFeatures(CHECKPOINT)",
-            flag="--trainer.callbacks.weights=FILE, or "
-            "--trainer.callbacks.extractor=ClassifierFeatures",
+            flag="--trainer.callbacks.FrechetDistance.weights=FILE, or "
+            "--trainer.callbacks.FrechetDistance.extractor=ClassifierFeatures",
             label="searched",
         )
     return verified_path, WEIGHTS_SHA256

@@ -42,7 +42,7 @@ class RolloutTable(OptimizerStepCallback):
                     f"RolloutTable: {name}={value} is too small",
                     ["1 or more"],
                     hint=f"use {name}=10",
-                    flag=f"--trainer.callbacks.{name}=10",
+                    flag=f"--trainer.callbacks.{type(self).__name__}.{name}=10",
                 )
         self.every_n_steps, self.num_samples = every_n_steps, num_samples
         self.last_shown_step = -1

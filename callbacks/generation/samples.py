@@ -90,6 +90,7 @@ def check_generate_arguments(module: Any, arguments: dict[str, Any]) -> None:
         unknown = [name for name in arguments if name not in signature.parameters]
         near = suggest_names(unknown[0], names, 1) if unknown else []
         value = arguments[unknown[0]] if near else None  # it is kept under the corrected name
+        text = shlex.quote(str(value))
         raise UsageError(
             f"GenerateSamples: {type(module).__name__}.generate does not accept the arguments: "
             f"{error}",
@@ -97,7 +98,5 @@ def check_generate_arguments(module: Any, arguments: dict[str, Any]) -> None:
             hint=f"use GenerateSamples({{{near[0]!r}: {value!r}}})"
             if near
             else "change the arguments of GenerateSamples",
-            flag=f"--trainer.callbacks.arguments.{near[0]}={shlex.quote(str(value))}"
-            if near
-            else "",
+            flag=f"--trainer.callbacks.GenerateSamples.arguments.{near[0]}={text}" if near else "",
         ) from error

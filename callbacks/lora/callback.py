@@ -115,7 +115,7 @@ class LoRA(Transform):
                 f"LoRA: dtype={dtype!r} is not supported",
                 DTYPE_NAMES,
                 hint="use dtype='float32'",
-                flag="--trainer.callbacks.dtype=float32",
+                flag=f"--trainer.callbacks.{type(self).__name__}.dtype=float32",
             )
         self.arguments: dict[str, Any] = {
             "targets": None if targets is None else as_list(targets),
@@ -178,7 +178,9 @@ class LoRA(Transform):
                 hint=f"use targets=[{names[0]!r}]"
                 if names
                 else "remove LoRA() from Trainer(callbacks=...)",
-                flag=f"--trainer.callbacks.targets={names[0]}" if names else "",
+                flag=f"--trainer.callbacks.{type(self).__name__}.targets={names[0]}"
+                if names
+                else "",
                 label="layers that can be adapted",
             )
         dtype_name = self.arguments["dtype"]
@@ -283,7 +285,7 @@ class LoRA(Transform):
                 "in __init__, before the adapters, or has other parameters",
                 hint="pass self.parameters() to the optimizer in configure_optimizers, or add "
                 "OptimizerPlan(AdamW) to Trainer(callbacks=...)",
-                flag="--trainer.callbacks+=OptimizerPlan --trainer.callbacks.optimizer=AdamW",
+                flag="--optimizer=AdamW",
             )
 
     def on_train_batch_start(
@@ -387,7 +389,7 @@ class LoRA(Transform):
                 f"LoRA: the adapter of {', '.join(idle[:3])}{more} gets no gradient {when}; its "
                 "layer runs under torch.no_grad(), or its output is detached",
                 hint=f"remove torch.no_grad() and detach(), or use exclude={idle[:6]}",
-                flag=f"--trainer.callbacks.exclude=[{names}]",
+                flag=f"--trainer.callbacks.{type(self).__name__}.exclude=[{names}]",
             )
 
     def _check_all_called(self, module: nn.Module, when: str) -> None:
@@ -400,7 +402,7 @@ class LoRA(Transform):
                 f"LoRA: the adapter of {', '.join(uncalled[:3])}{more} was never called {when}; "
                 "the module reads the layer's weight instead of calling the layer, or skips it",
                 hint=f"use exclude=[{uncalled[0]!r}]",
-                flag=f"--trainer.callbacks.exclude={uncalled[0]}",
+                flag=f"--trainer.callbacks.{type(self).__name__}.exclude={uncalled[0]}",
             )
 
 

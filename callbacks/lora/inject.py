@@ -192,14 +192,14 @@ def check_alpha_and_dropout(alpha: float, dropout: float) -> None:
             f"LoRA: alpha={alpha} is not a positive number",
             ["above 0"],
             hint="use alpha=16",
-            flag="--trainer.callbacks.alpha=16",
+            flag="--trainer.callbacks.LoRA.alpha=16",
         )
     if not 0 <= dropout < 1:
         raise UsageError(
             f"LoRA: dropout={dropout} is outside [0, 1)",
             ["0 or more, below 1"],
             hint="use dropout=0.05",
-            flag="--trainer.callbacks.dropout=0.05",
+            flag="--trainer.callbacks.LoRA.dropout=0.05",
         )
 
 
@@ -228,7 +228,7 @@ def _select_layers(
             else "LoRA: targets selects no layer",
             list(layers)[:MAX_LISTED],
             hint="use fewer patterns in exclude" if names else "use targets=None for the defaults",
-            flag="" if names else "--trainer.callbacks.targets=null",
+            flag="" if names else "--trainer.callbacks.LoRA.targets=null",
             label="layers",
         )
     return [name for name in names if name not in excluded]
@@ -258,7 +258,7 @@ def _check_target_is_adaptable(
             hint=f"use targets=[{near[0]!r}]"
             if near
             else "remove LoRA() from Trainer(callbacks=...)",
-            flag=f"--trainer.callbacks.targets={near[0]}" if near else "",
+            flag=f"--trainer.callbacks.LoRA.targets={near[0]}" if near else "",
             label="nearest",
         )
 
@@ -295,7 +295,7 @@ def _check_copy_pairs(names: Sequence[str], copies: Mapping[str, str]) -> None:
             "the two, so code that pairs their parameters (a momentum teacher) would fail",
             ["the same layers of both"],
             hint=f"use targets=['{original}.*', '{copy}.*']",
-            flag=f"--trainer.callbacks.targets=[{original}.*,{copy}.*]",
+            flag=f"--trainer.callbacks.LoRA.targets=[{original}.*,{copy}.*]",
         )
 
 
@@ -319,7 +319,7 @@ def _check_ranks(bad_ranks: Mapping[str, tuple[int, tuple[int, int]]]) -> None:
         f"{more}",
         [f"1 to {min(sizes)} for {name}" for name, (_, sizes) in listed],
         hint=f"use ranks={valid_ranks}, or rank=None for {DEFAULT_RANK} or the smaller side",
-        flag=f"--trainer.callbacks.ranks='{{{flag_value}}}'",
+        flag=f"--trainer.callbacks.LoRA.ranks='{{{flag_value}}}'",
     )
 
 
@@ -355,7 +355,7 @@ def _check_layer(
                 f"LoRA: {name} has keys or values of another width than its queries",
                 ["attention with one width"],
                 hint=f"use exclude=[{name!r}]",
-                flag=f"--trainer.callbacks.exclude={name}",
+                flag=f"--trainer.callbacks.LoRA.exclude={name}",
             )
         if dropout or num_blocks != 1:
             raise UsageError(
@@ -363,7 +363,7 @@ def _check_layer(
                 f"splits q, k, v; dropout={dropout} and num_blocks={num_blocks} are not supported",
                 ["dropout=0 and num_blocks=1"],
                 hint="use dropout=0" if dropout else f"remove {name} from num_blocks",
-                flag="--trainer.callbacks.dropout=0" if dropout else "",
+                flag="--trainer.callbacks.LoRA.dropout=0" if dropout else "",
             )
         sizes = (layer.embed_dim, layer.embed_dim)
     elif isinstance(layer, nn.Conv2d):
@@ -375,7 +375,7 @@ def _check_layer(
                 f"LoRA: {name} rescales its rows (max_norm), so their change is not low-rank",
                 ["an embedding without max_norm"],
                 hint=f"use exclude=[{name!r}]",
-                flag=f"--trainer.callbacks.exclude={name}",
+                flag=f"--trainer.callbacks.LoRA.exclude={name}",
             )
         sizes = (layer.num_embeddings, layer.embedding_dim)
     else:

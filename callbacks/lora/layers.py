@@ -105,7 +105,7 @@ class Adapter(LayerMixin):
                     f"checkpoint and {tuple(current.shape)} in this run (rank {self.lora_rank})",
                     ["rank, num_blocks and targets of the run that wrote the checkpoint"],
                     hint="use the rank of the checkpoint",
-                    flag="--trainer.callbacks.rank=RANK",
+                    flag="--trainer.callbacks.LoRA.rank=RANK",
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -93,7 +93,7 @@ class ConvergencePlot(RecordedPaths):
                 "ConvergencePlot: panels is empty",
                 ["one panel or more"],
                 hint="use panels=[Panel('objective')]",
-                flag="--trainer.callbacks.panels=[{metric: objective}]",
+                flag=f"'--trainer.callbacks.{type(self).__name__}.panels=[{{metric: objective}}]'",
             )
         self.show_floor, self.title = show_floor, title
         # after the run: by setting, the measured and the predicted noise floor
@@ -224,7 +224,7 @@ class ConvergencePlot(RecordedPaths):
                 f"{type(module).__name__}",
                 ["show_floor=False"],
                 hint="use show_floor=False",
-                flag="--trainer.callbacks.show_floor=false",
+                flag=f"--trainer.callbacks.{type(self).__name__}.show_floor=false",
             )
         return predicted
 

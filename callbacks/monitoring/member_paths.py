@@ -60,7 +60,7 @@ class RecordedPaths(Callback, ABC):
                     f"{type(self).__name__}: {name}={value} is too small",
                     ["1 or more"],
                     hint=f"use {name}=1",
-                    flag=f"--trainer.callbacks.{name}=1",
+                    flag=f"--trainer.callbacks.{type(self).__name__}.{name}=1",
                 )
         self.labels, self.num_replicas = labels, num_replicas
         self.every_n_steps = every_n_steps
@@ -101,7 +101,7 @@ class RecordedPaths(Callback, ABC):
                 f"{num_members} members",
                 [n for n in range(1, num_members + 1) if num_members % n == 0],
                 hint="use num_replicas=1",
-                flag="--trainer.callbacks.num_replicas=1",
+                flag=f"--trainer.callbacks.{type(self).__name__}.num_replicas=1",
             )
         if self.labels is not None and len(self.labels) != expected:
             raise UsageError(
@@ -109,7 +109,7 @@ class RecordedPaths(Callback, ABC):
                 f"settings is {expected}",
                 ["one name for each setting"],
                 hint="remove labels",
-                flag="--trainer.callbacks.labels=null",
+                flag=f"--trainer.callbacks.{type(self).__name__}.labels=null",
             )
 
     def on_before_backward(
@@ -200,7 +200,7 @@ class RecordedPaths(Callback, ABC):
                 f"{self.every_n_steps}",
                 ["every_n_steps=1"],
                 hint="use every_n_steps=1",
-                flag="--trainer.callbacks.every_n_steps=1",
+                flag=f"--trainer.callbacks.{type(self).__name__}.every_n_steps=1",
             )
         if metric == "weight" and (num_variables := module.member_points().shape[1]) != 1:
             raise UsageError(

@@ -255,7 +255,7 @@ class MetricPlot(RecordedCurves):
                 hint=f"use metrics=[{near!r}]"
                 if near
                 else "remove MetricPlot() from Trainer(callbacks=...)",
-                flag=f"--trainer.callbacks.metrics=[{near}]" if near else "",
+                flag=f"--trainer.callbacks.{type(self).__name__}.metrics=[{near}]" if near else "",
             )
         if missing:
             module.print(f"MetricPlot: {type(module).__name__} does not log {', '.join(missing)}")

@@ -100,7 +100,7 @@ class ProgressBar(OptimizerStepCallback, LightningProgressBar):
                 f"ProgressBar: refresh_rate={refresh_rate} is too small",
                 ["1 or more"],
                 hint="use refresh_rate=10",
-                flag="--trainer.callbacks.refresh_rate=10",
+                flag=f"--trainer.callbacks.{type(self).__name__}.refresh_rate=10",
             )
         self.refresh_rate = refresh_rate
         self.enabled = True  # False on ranks other than 0

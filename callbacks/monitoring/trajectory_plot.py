@@ -55,7 +55,7 @@ class TrajectoryPlot(RecordedPaths):
                     f"TrajectoryPlot: {name}={list(ends)} is not a window",
                     ["[x_min, x_max, y_min, y_max]"],
                     hint=f"use {name}=[-1, 4, -1, 4]",
-                    flag=f"--trainer.callbacks.{name}=[-1,4,-1,4]",
+                    flag=f"--trainer.callbacks.{type(self).__name__}.{name}=[-1,4,-1,4]",
                 )
         self.window, self.zoom, self.title = window, zoom, title
 

@@ -34,14 +34,14 @@ class MomentumSchedule(Callback):
                     f"MomentumSchedule: {name}={value} is not a momentum",
                     ["above 0, below 1"],
                     hint=f"use {name}=0.9",
-                    flag=f"--trainer.callbacks.{name}=0.9",
+                    flag=f"--trainer.callbacks.{type(self).__name__}.{name}=0.9",
                 )
         if num_steps < 1:
             raise UsageError(
                 f"MomentumSchedule: num_steps={num_steps} is too small",
                 ["1 or more"],
                 hint="use num_steps=300",
-                flag="--trainer.callbacks.num_steps=300",
+                flag=f"--trainer.callbacks.{type(self).__name__}.num_steps=300",
             )
         self.start, self.stop, self.num_steps = start, stop, num_steps
 

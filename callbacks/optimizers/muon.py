@@ -174,7 +174,7 @@ class MuonOptimizer(Optimizer):
                     f"Muon: {argument}={value!r} does not exist",
                     allowed,
                     hint=f"use {argument}={next(iter(allowed))!r}",
-                    flag=f"--trainer.callbacks.{argument}={next(iter(allowed))}",
+                    flag=f"--trainer.callbacks.Muon.{argument}={next(iter(allowed))}",
                 )
         defaults = {
             "lr": lr,

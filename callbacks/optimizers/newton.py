@@ -113,7 +113,7 @@ class NewtonOptimizer(Optimizer):
                 f"Newton: damping={group['damping']} is too small, because the curvature is zero "
                 "in some direction",
                 hint="use damping=1e-3",
-                flag="--trainer.callbacks.damping=1e-3",
+                flag="--trainer.callbacks.Newton.damping=1e-3",
             )
         _unflatten_into(start - group["lr"] * solution, parameters)
         return loss  # of the last call, at the weights before the step

@@ -91,13 +91,13 @@ class OptimizerPlan(Callback):
                     f"OptimizerPlan: rule {number} ({rule.label}) has no optimizer, and neither "
                     "has the plan",
                     hint="pass optimizer=AdamW to the ParamRule or to OptimizerPlan",
-                    flag="--trainer.callbacks.optimizer=AdamW",
+                    flag=f"--trainer.callbacks.{type(self).__name__}.optimizer=AdamW",
                 )
         if optimizer is None and not rules:
             raise UsageError(
                 f"{type(self).__name__} needs an optimizer or rules",
                 hint="pass optimizer=torch.optim.AdamW",
-                flag="--trainer.callbacks.optimizer=AdamW",
+                flag="--optimizer=AdamW",
             )
         self.rules = [
             replace(r, optimizer=r.optimizer or optimizer) for r in rules or (ParamRule(),)
@@ -511,7 +511,7 @@ class OptimizerPlan(Callback):
                 f"{name} computes the loss several times in a step, which is not possible with "
                 f"{', '.join(conflicts)}",
                 hint="use an optimizer such as AdamW",
-                flag="--trainer.callbacks.optimizer=AdamW",
+                flag="--optimizer=AdamW",
             )
 
 
@@ -584,7 +584,7 @@ def _check_eps(optimizer: Optimizer) -> None:
                 "(0 / 0)",
                 ["6e-8 or more"],
                 hint="use eps=1e-4, or Trainer(precision='16-mixed')",
-                flag="--trainer.precision=16-mixed, or --trainer.callbacks.optimizer.eps=1e-4",
+                flag="--trainer.precision=16-mixed, or --optimizer.eps=1e-4",
             )
 
 

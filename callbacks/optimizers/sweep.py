@@ -69,7 +69,7 @@ class OptimizerSweep(OptimizerPlan):
                 f"OptimizerSweep: lrs={values} with num_replicas={num_replicas} makes no member",
                 ["one learning rate or more, and num_replicas of 1 or more"],
                 hint="use lrs=[0.5, 0.1]",
-                flag="--trainer.callbacks.lrs=[0.5,0.1]",
+                flag=f"--trainer.callbacks.{type(self).__name__}.lrs=[0.5,0.1]",
             )
         self.lrs = values
         suffix = "_*" if num_replicas > 1 else ""  # members.3_0, members.3_1, ...
@@ -89,6 +89,6 @@ class OptimizerSweep(OptimizerPlan):
                 f"OptimizerSweep: {type(pl_module).__name__} has no members of a sweep",
                 ["Objective", "Regression", "a module with member_parameters()"],
                 hint="use OptimizerPlan for one learning rate",
-                flag="--trainer.callbacks+=OptimizerPlan",
+                flag="--trainer.callbacks+=OptimizerPlan --trainer.callbacks.optimizer=SGD",
             )
         super().setup(trainer, pl_module, stage)

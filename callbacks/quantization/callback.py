@@ -82,21 +82,21 @@ class Quantization(Transform):
                 f"Quantization: scheme={scheme!r} does not exist",
                 ["nf4", "int8"],
                 hint="use scheme='nf4'",
-                flag="--trainer.callbacks.scheme=nf4",
+                flag="--trainer.callbacks.Quantization.scheme=nf4",
             )
         if backend not in ("torch", "bitsandbytes"):
             raise UsageError(
                 f"Quantization: backend={backend!r} does not exist",
                 ["torch", "bitsandbytes"],
                 hint="use backend='torch'",
-                flag="--trainer.callbacks.backend=torch",
+                flag="--trainer.callbacks.Quantization.backend=torch",
             )
         if backend == "bitsandbytes" and scheme != "nf4":
             raise UsageError(
                 f"Quantization: backend='bitsandbytes' does not support scheme={scheme!r}",
                 ["nf4"],
                 hint="use backend='torch'",
-                flag="--trainer.callbacks.backend=torch",
+                flag="--trainer.callbacks.Quantization.backend=torch",
             )
         self.arguments: dict[str, Any] = {
             "scheme": scheme,
@@ -123,13 +123,14 @@ class Quantization(Transform):
                 f"Quantization: backend='bitsandbytes' needs CUDA, and this run is on {device}",
                 ["backend='torch', which computes the same codes"],
                 hint="use backend='torch'",
-                flag="--trainer.callbacks.backend=torch",
+                flag="--trainer.callbacks.Quantization.backend=torch",
             )
         if self.backend == "bitsandbytes" and find_spec("bitsandbytes") is None:
             raise UsageError(
                 "Quantization: the package bitsandbytes is not installed",
                 hint="install ravine[quant], or use backend='torch'",
-                flag="pip install 'ravine[quant]', or --trainer.callbacks.backend=torch",
+                flag="pip install 'ravine[quant]', or "
+                "--trainer.callbacks.Quantization.backend=torch",
             )
         pl_module.strict_loading = False  # a float checkpoint has weights instead of codes
         super().setup(trainer, pl_module, stage)  # registers `transform` for `configure_model`
@@ -268,7 +269,9 @@ def _select_layers(
                 hint=f"use targets=[{next(iter(layers))!r}]"
                 if layers
                 else "remove Quantization() from Trainer(callbacks=...)",
-                flag=f"--trainer.callbacks.targets={next(iter(layers))}" if layers else "",
+                flag=f"--trainer.callbacks.Quantization.targets={next(iter(layers))}"
+                if layers
+                else "",
                 label="layers that can be quantized",
             )
     else:
@@ -304,7 +307,7 @@ def _check_target_types(module: nn.Module, targets: Patterns, layers: dict[str, 
                     hint=f"use targets=[{near[0]!r}]"
                     if near
                     else "remove Quantization() from Trainer(callbacks=...)",
-                    flag=f"--trainer.callbacks.targets={near[0]}" if near else "",
+                    flag=f"--trainer.callbacks.Quantization.targets={near[0]}" if near else "",
                     label="nearest",
                 )
 
@@ -327,8 +330,8 @@ def _check_no_frozen_copies(module: nn.Module, names: list[str]) -> None:
                 f"Quantization: {copy} is a frozen copy of {original}, and code that pairs their "
                 "parameters (a momentum teacher) would read codes as weights",
                 hint=f"use exclude={patterns}, or for a fixed reference allow_frozen_copies=True",
-                flag=f"--trainer.callbacks.exclude=[{','.join(patterns)}], or for a fixed "
-                "reference --trainer.callbacks.allow_frozen_copies=true",
+                flag=f"--trainer.callbacks.Quantization.exclude=[{','.join(patterns)}], or "
+                "for a fixed reference --trainer.callbacks.Quantization.allow_frozen_copies=true",
             )
 
 
@@ -361,7 +364,7 @@ def _check_layer(module: nn.Module, name: str, layer: nn.Linear) -> None:
             "save no memory",
             ["layers with their own weight"],
             hint=f"use exclude=[{name!r}]",
-            flag=f"--trainer.callbacks.exclude={name}",
+            flag=f"--trainer.callbacks.Quantization.exclude={name}",
         )
 
 

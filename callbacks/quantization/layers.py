@@ -124,8 +124,9 @@ class QuantizedLinear(LayerMixin, nn.Linear):
                     f"(scheme={self.scheme!r}, double_quant={self.double_quant})",
                     ["scheme and double_quant of the run that wrote the checkpoint"],
                     hint=f"use scheme={other!r}, or double_quant={not self.double_quant}",
-                    flag=f"--trainer.callbacks.scheme={other}, or "
-                    f"--trainer.callbacks.double_quant={str(not self.double_quant).lower()}",
+                    flag=f"--trainer.callbacks.Quantization.scheme={other}, or "
+                    "--trainer.callbacks.Quantization.double_quant="
+                    f"{str(not self.double_quant).lower()}",
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)
 

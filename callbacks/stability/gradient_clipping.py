@@ -234,7 +234,7 @@ class GradientClipping(Callback):
                 "other",
                 ["max_norm or max_value"],
                 hint="remove max_value",
-                flag="--trainer.callbacks.max_value=null",
+                flag=f"--trainer.callbacks.{type(self).__name__}.max_value=null",
             )
         for name, bound in (("max_norm", max_norm), ("max_value", max_value)):
             if bound is not None and not bound > 0:
@@ -242,7 +242,7 @@ class GradientClipping(Callback):
                     f"GradientClipping: {name}={bound} is not positive",
                     ["above 0"],
                     hint=f"use {name}=1.0",
-                    flag=f"--trainer.callbacks.{name}=1.0",
+                    flag=f"--trainer.callbacks.{type(self).__name__}.{name}=1.0",
                 )
         self.max_norm = 1.0 if max_norm is None and max_value is None else max_norm
         self.max_value = max_value
@@ -251,7 +251,7 @@ class GradientClipping(Callback):
                 f"GradientClipping: patience={patience} is negative",
                 ["0 (no check) or more"],
                 hint="use patience=0",
-                flag="--trainer.callbacks.patience=0",
+                flag=f"--trainer.callbacks.{type(self).__name__}.patience=0",
             )
         self.patience = patience
         self.skipped_steps = SkippedSteps()

@@ -107,7 +107,9 @@ class MetricAlert(OptimizerStepCallback):
                 hint=f"use min_value={{{near!r}: 0.5}}"
                 if near
                 else "remove MetricAlert() from Trainer(callbacks=...)",
-                flag=f"--trainer.callbacks.min_value='{{{near}: 0.5}}'" if near else "",
+                flag=f"--trainer.callbacks.{type(self).__name__}.min_value='{{{near}: 0.5}}'"
+                if near
+                else "",
             )
         # a metric may be logged for the first time now
         self.first_values = values | self.first_values  # earlier values are kept

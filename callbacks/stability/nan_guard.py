@@ -75,7 +75,7 @@ class NaNGuard(Callback):
                 f"NaNGuard: max_skips={max_skips} is negative",
                 ["0 (stop at the first) or more"],
                 hint="use max_skips=0",
-                flag="--trainer.callbacks.max_skips=0",
+                flag=f"--trainer.callbacks.{type(self).__name__}.max_skips=0",
             )
         self.max_skips = max_skips
         self.num_skipped = 0

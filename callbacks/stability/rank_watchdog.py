@@ -80,7 +80,7 @@ class RankWatchdog(Callback):
                 f"RankWatchdog: limit_s={limit_s} is not a positive time",
                 ["seconds above 0"],
                 hint="use limit_s=300",
-                flag="--trainer.callbacks.limit_s=300",
+                flag=f"--trainer.callbacks.{type(self).__name__}.limit_s=300",
             )
         self.limit_s = limit_s
         self._group: Any = None  # process group on the CPU; None without several ranks

@@ -35,7 +35,6 @@ from ravine.strategies.materialize import collect_deferred_values, materialize_p
 
 from ..hook_overrides import hook_owner, is_attached, override_hook, restore_hook
 
-CALLBACK_FLAG = "--trainer.callbacks."  # prefix of the arguments of the last callback
 RENAMING_PHASES = ("quantize", "adapt")  # phases that rename weights
 # part of the state_dict names after a phase
 CHANGED_NAMES = {"quantize": ".weight_codes", "adapt": "lora_"}
@@ -290,7 +289,7 @@ def check_saved_transforms(module: L.LightningModule, checkpoint: dict[str, Any]
         if phase not in state.applied:
             # arguments without those that are empty, for the message
             non_empty = {k: v for k, v in saved_arguments.items() if v not in (None, [], {})}
-            flags = format_flags(CALLBACK_FLAG, non_empty)
+            flags = format_flags(f"--trainer.callbacks.{name}.", non_empty)
             raise UsageError(
                 f"the checkpoint was trained with {name}, which is missing in this run",
                 hint=f"add {name}({format_arguments(non_empty)}) to Trainer(callbacks=...)",
@@ -307,7 +306,7 @@ def check_saved_transforms(module: L.LightningModule, checkpoint: dict[str, Any]
                 f"{name}: the checkpoint was trained with {saved_text}, and this run has "
                 f"{current_text}",
                 hint=f"use {name}({saved_text})",
-                flag=format_flags(CALLBACK_FLAG, saved_changed),
+                flag=format_flags(f"--trainer.callbacks.{name}.", saved_changed),
             )
     if "adapt" in saved and "quantize" in state.applied and "quantize" not in saved:
         raise UsageError(

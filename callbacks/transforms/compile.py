@@ -50,7 +50,8 @@ class Compile(Transform):
                 f"Compile: mode={mode!r} is not available with backend={backend!r}",
                 ["mode='default'", "backend='inductor'"],
                 hint="use mode='default'",
-                flag="--trainer.callbacks.mode=default, or --trainer.callbacks.backend=inductor",
+                flag=f"--trainer.callbacks.{type(self).__name__}.mode=default, or "
+                f"--trainer.callbacks.{type(self).__name__}.backend=inductor",
             )
         self.mode, self.blocks, self.backend = mode, blocks, backend
         # whether the strategy runs the net in parts: pipeline stages, or blocks gathered singly
@@ -89,7 +90,7 @@ class Compile(Transform):
                 raise UsageError(
                     f"Compile: {name} has no blocks (a ModuleDict or ModuleList)",
                     hint="use blocks=False",
-                    flag="--trainer.callbacks.blocks=false",
+                    flag=f"--trainer.callbacks.{type(self).__name__}.blocks=false",
                 )
             raise UsageError(
                 f"Compile: {name} has no submodule with parameters",

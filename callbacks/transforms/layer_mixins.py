@@ -111,5 +111,5 @@ def check_plain_layer(
             f"{caller}: {name} {reason}",
             [f"a {layer_type.__name__} that stores its weight"],
             hint=f"use exclude=[{name!r}]",
-            flag=f"--trainer.callbacks.exclude={name}",
+            flag=f"--trainer.callbacks.{caller}.exclude={name}",
         )

@@ -41,13 +41,15 @@ def select_names(patterns: Patterns, names: Sequence[str], argument: str) -> lis
     for pattern in as_list(patterns):
         if not any(matches_pattern(pattern, name) for name in names):
             near = closest_names(pattern, names)  # the most similar names
-            key = argument.rpartition(".")[2]  # `targets`
+            owner, _, key = argument.rpartition(".")  # LoRA, targets
             # LIST_KEYS: arguments whose value on the command line is a list of names
             raise UsageError(
                 f"{argument}: {pattern!r} matches no layer",
                 near,
                 hint=f"use {near[0]!r} in {key}" if near else f"remove {key}",
-                flag=f"--trainer.callbacks.{key}={near[0]}" if near and key in LIST_KEYS else "",
+                flag=f"--trainer.callbacks.{owner}.{key}={near[0]}"
+                if near and key in LIST_KEYS
+                else "",
                 label="nearest",
             )
     return [

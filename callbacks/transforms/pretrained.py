@@ -84,7 +84,7 @@ class Pretrained(Transform):
             raise self._missing_file_error()
 
     def _missing_file_error(self) -> MissingFileError:
-        flag = "--trainer.callbacks.path=FILE"
+        flag = "--trainer.callbacks.Pretrained.path=FILE"
         # the command belongs to the path of a config, which a flag may have replaced
         made_path = self.path.removeprefix("runs/").rstrip("/")
         if made_path and any(word.endswith(made_path) for word in shlex.split(self.command)):
@@ -112,7 +112,7 @@ class Pretrained(Transform):
                 f"{type(pl_module).__name__} has no method load_pretrained",
                 ["a .ckpt file", "a module with a method load_pretrained(path)"],
                 hint="pass a .ckpt file as path",
-                flag="--trainer.callbacks.path=FILE.ckpt",
+                flag="--trainer.callbacks.Pretrained.path=FILE.ckpt",
             )
         super().setup(trainer, pl_module, stage)
 
@@ -159,7 +159,7 @@ class Pretrained(Transform):
                 f"Pretrained: {non_finite_name} is not finite in {self.weights_path}",
                 ["weights without NaN and infinity"],
                 hint="pass another path",
-                flag="--trainer.callbacks.path=FILE",
+                flag="--trainer.callbacks.Pretrained.path=FILE",
             )
 
     @property
@@ -238,7 +238,7 @@ def load_weights(module: L.LightningModule, path: str) -> None:
             f"Pretrained: {path} has no weights of this {type(module).__name__}: {mismatches}",
             ["a checkpoint of this model"],
             hint="pass another path",
-            flag="--trainer.callbacks.path=FILE",
+            flag="--trainer.callbacks.Pretrained.path=FILE",
         )
     module.on_load_checkpoint(checkpoint)  # the module's hook may rename weights in it
     check_weight_shapes(module, checkpoint, path)
@@ -264,7 +264,7 @@ def load_weights(module: L.LightningModule, path: str) -> None:
             f"{', '.join(problems[:4])}{more}",
             ["a checkpoint of this model"],
             hint="pass another path",
-            flag="--trainer.callbacks.path=FILE",
+            flag="--trainer.callbacks.Pretrained.path=FILE",
         )
 
 
@@ -296,5 +296,5 @@ def check_weight_shapes(module: L.LightningModule, checkpoint: dict[str, Any], p
         f"Pretrained: the weights in {path} have other sizes than this {name}: {mismatches}",
         ["a model with the sizes of the checkpoint"],
         hint=f"use {name}({format_arguments(sizes)})" if sizes else "pass another path",
-        flag=format_flags("--model.", sizes) or "--trainer.callbacks.path=FILE",
+        flag=format_flags("--model.", sizes) or "--trainer.callbacks.Pretrained.path=FILE",
     )

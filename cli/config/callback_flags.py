@@ -3,7 +3,8 @@
     --trainer.callbacks.Muon.lr=0.01            the callback of the class Muon
     --trainer.callbacks.Muon.1.lr=0.01          the second of two callbacks of the class Muon
     --trainer.callbacks.OptimizerPlan.rules.0.lr_scale=2    an element of a list, by its index
-    --optimizer.lr=0.01 --schedule.warmup=20    the one callback that trains: OptimizerPlan, Muon
+    --optimizer.lr=0.01 --schedule.warmup=20    the callback that trains: OptimizerPlan, Muon
+    --optimizer=SGD                             the same with another optimizer
 
 The parser first builds the list of callbacks, from configs, other flags and the checkpoint. These
 flags are then applied to that list, in the order in which they were typed. The plain form
@@ -32,7 +33,8 @@ from ravine.errors import UsageError, suggest_names
 
 from ..discovery.class_pages import EXAMPLE_VALUES
 from ..error_report import program_name
-from . import typehints
+from ..trainer import DEFAULT_CALLBACKS, EQUIVALENT_CLASSES
+from . import flag_guesses, typehints
 from .callback_arguments import (
     FLAG_PREFIX,
     CallbackSpec,
@@ -47,7 +49,8 @@ from .callback_arguments import (
     numbered_name,
     optimizers_of,
 )
-from .errors import ConfigErrorFinder
+from .errors import ConfigErrorFinder, check_class_text
+from .optimizer_choice import choose_optimizer, with_optimizer
 from .values import ConfigValue, parse_node
 
 CALLBACKS_KEY = "trainer.callbacks"
@@ -61,7 +64,8 @@ class CallbackFlag:
 
     Args:
         owner: the name of a class; optimizer or schedule for a short form.
-        path: the argument, such as schedule.warmup; it ends in + if the value is appended.
+        path: the argument, such as schedule.warmup; it ends in + if the value is appended. ""
+            for `--optimizer=NAME`.
         text: the value as typed.
         flag: the flag as typed, without the value.
         number: which of several callbacks of the class, from 0; None without a number.
@@ -151,6 +155,8 @@ def _parse_flag(name: str) -> CallbackFlag | None:
         number = int(segments.pop(0)) if segments and segments[0].isdigit() else None
         return CallbackFlag(owner.rstrip("+"), _without_init_args(segments), "", name, number)
     short, dot, path = name.removeprefix("--").partition(".")
+    if name == "--optimizer":
+        return CallbackFlag("optimizer", "", "", name)
     if name.startswith("--") and short in SHORT_FORMS and dot:
         return CallbackFlag(short, _without_init_args(path.split(".")), "", name)
     return None
@@ -198,7 +204,15 @@ def apply_flags(
         return
     trainer = config["trainer"]
     callbacks: list[Namespace] = list(trainer.get("callbacks") or [])
-    for flag in flags:
+    for position, flag in enumerate(flags):
+        if flag.owner == "optimizer" and not flag.path:
+            model = config.get("model") or {}
+            class_path = str(model.get("class_path", model))
+            _choose_optimizer(parser, command, callbacks, class_path, flags[position:])
+            continue
+        if flag.number is None and _is_added_by_trainer(callbacks, flag.owner):
+            added = _callback_parser().parse_args([f"--callback={flag.owner}"])
+            callbacks.append(cast(Namespace, added.callback))
         specs = [callback.as_dict() for callback in callbacks]
         # the position of the callback in the list, and the path of the argument
         index, path = _resolve(specs, flag, command)
@@ -209,6 +223,72 @@ def apply_flags(
             full_flag = flag_of(numbered_name(specs, index), path, flag.text)
             rank_zero_only(print)(f"{flag.flag.removeprefix('--')}: {full_flag}")
     trainer["callbacks"] = callbacks
+
+
+def _is_added_by_trainer(callbacks: Sequence[Namespace], name: str) -> bool:
+    """Return whether the trainer adds a callback of this class itself, because none is given."""
+    default_class = next((cls for cls in DEFAULT_CALLBACKS if cls.__name__ == name), None)
+    if default_class is None:
+        return False
+    kind = EQUIVALENT_CLASSES.get(default_class, default_class)
+    classes = [load_class(str(callback["class_path"])) for callback in callbacks]
+    return not any(cls is not None and issubclass(cls, kind) for cls in classes)
+
+
+def _choose_optimizer(
+    parser: ArgumentParser,
+    command: str,
+    callbacks: list[Namespace],
+    model: str,
+    flags: Sequence[CallbackFlag],
+) -> None:
+    """Give the run the optimizer of `--optimizer=NAME`, and print what is kept and lost.
+
+    Args:
+        parser: the parser of all commands, for errors.
+        command: the command.
+        callbacks: the callbacks of the run, one of which is replaced or added.
+        model: the class of the model.
+        flags: the flag, and those after it, which may set required arguments of the optimizer.
+    """
+    flag, *later_flags = flags
+    specs = [_to_plain(callback) for callback in callbacks]
+    if command != "fit" and not any(is_plan(spec) for spec in specs):
+        raise _no_plan_error(specs, flag, "", command)
+    value = ConfigValue("optimizer", parse_node(flag.text), flag.flag)
+    if flag.is_missing or not flag.text:
+        names = ["the name of an optimizer"]
+        raise UsageError(f"{flag.location}: the value is missing", names, flag="--optimizer=AdamW")
+    check_class_text(value)
+    finder = ConfigErrorFinder(parser, command)
+    # raises an error with the nearest names
+    finder.choose_class([(Optimizer, 1), (OptimizerPlan, 0)], "optimizer", value)
+    new_class, num_supplied = finder.chosen_classes.get("optimizer", (None, 0))
+    if new_class is OptimizerPlan:
+        problem = f"{flag.location}: OptimizerPlan trains with an optimizer, whose name is missing"
+        raise UsageError(problem, flag="--optimizer=AdamW")
+    actions = typehints.class_parser(new_class, num_supplied)._actions if new_class else ()
+    missing = {action.dest for action in actions if action.required}
+    required = {
+        later.path: get_loader("yaml")(later.text)
+        for later in later_flags
+        if later.owner == "optimizer" and later.path in missing
+    }
+    choice = choose_optimizer(specs, flag.text, flag.location, model, required)
+    lacking = sorted(missing - required.keys())
+    if lacking:
+        example = flag_guesses.default_text(cast(type, new_class), lacking[0])
+        raise UsageError(
+            f"{flag.location}: {flag.text} needs {' and '.join(map(repr, lacking))}",
+            flag=f"--optimizer={flag.quoted_text} --optimizer.{lacking[0]}={example}",
+        )
+    parsed = _callback_parser().parse_args([f"--callback={json.dumps(choice.spec)}"])
+    if choice.index is None:
+        callbacks.append(cast(Namespace, parsed.callback))
+    else:
+        callbacks[choice.index] = cast(Namespace, parsed.callback)
+    rank_zero_only(print)(f"optimizer: {choice.flags}")
+    rank_zero_only(print)(choice.note)
 
 
 def replacement_notes(values: Iterable[ConfigValue], model: str) -> list[str]:
@@ -315,8 +395,9 @@ def _resolve(specs: Sequence[CallbackSpec], flag: CallbackFlag, command: str) ->
 def _resolve_short_form(
     specs: Sequence[CallbackSpec], flag: CallbackFlag, command: str
 ) -> tuple[int, str]:
-    """Return the position of the run's plan, and the path that a short form stands for."""
-    plans = [index for index, spec in enumerate(specs) if is_plan(spec)]
+    """Return the position of the plan that trains, and the path that a short form stands for."""
+    # of several plans the last one trains
+    plans = [index for index, spec in enumerate(specs) if is_plan(spec)][-1:]
     key = f"schedule.{flag.path}" if flag.owner == "schedule" else flag.path
     if not plans:
         raise _no_plan_error(specs, flag, key, command)
@@ -325,7 +406,7 @@ def _resolve_short_form(
     if len(matches) == 1:
         return matches[0]
     if not matches:
-        raise _unknown_short_form_error([specs[index] for index in plans], flag, key)
+        raise _unknown_short_form_error(specs[plans[0]], flag, key)
     choices = [flag_of(numbered_name(specs, index), path, flag.text) for index, path in matches]
     raise UsageError(
         f"{flag.location}: it may mean {len(choices)} arguments of this run",
@@ -334,13 +415,10 @@ def _resolve_short_form(
     )
 
 
-def _unknown_short_form_error(
-    plans: Sequence[CallbackSpec], flag: CallbackFlag, key: str
-) -> UsageError:
-    """Return the error for a short form whose argument no plan has."""
-    names = " and ".join(class_name(plan) for plan in plans)
+def _unknown_short_form_error(plan: CallbackSpec, flag: CallbackFlag, key: str) -> UsageError:
+    """Return the error for a short form whose argument the plan does not have."""
     prefix = "schedule." if flag.owner == "schedule" else ""
-    paths = [path for path in argument_paths(plans[-1]) if path.startswith(prefix)]
+    paths = [path for path in argument_paths(plan) if path.startswith(prefix)]
     # `nearest_paths`: those that end in the same word, or else similar ones
     near = [path.removeprefix(f"{flag.owner}.") for path in nearest_paths(key, paths)]
     # arguments of an optimizer without the path, as they are typed after --optimizer.
@@ -350,11 +428,11 @@ def _unknown_short_form_error(
         if prefix or not path.startswith("schedule.")
     ]
     return UsageError(
-        f"{flag.location}: {names} has no argument {key!r}",
+        f"{flag.location}: {class_name(plan)} has no argument {key!r}",
         near or dict.fromkeys(allowed),
         flag=f"--{flag.owner}.{near[0]}={flag.quoted_text}"
         if near
-        else f"{program_name()} show {class_name(plans[-1])}",
+        else f"{program_name()} show {class_name(plan)}",
         label="nearest" if near else "allowed",
     )
 
@@ -390,7 +468,7 @@ def _missing_callback_error(specs: Sequence[CallbackSpec], flag: CallbackFlag) -
     if plans and is_optimizer:
         key = flag.path.removeprefix("aux_optimizer.").removeprefix("optimizer.")
         index = max(i for i, spec in enumerate(specs) if spec is plans[-1])
-        if len(plans) == len(find_argument(plans[-1], key)) == 1:
+        if len(find_argument(plans[-1], key)) == 1:
             fixes.append(f"--optimizer.{key}={flag.quoted_text}")
         else:  # the optimizers of that class
             fixes += [
@@ -403,10 +481,7 @@ def _missing_callback_error(specs: Sequence[CallbackSpec], flag: CallbackFlag) -
         if plans and is_optimizer:
             fixes[-1] += f", which replaces {class_name(plans[-1])}"
     elif trained_by is not None:
-        fixes = fixes or [
-            f"{FLAG_PREFIX[:-1]}+=OptimizerPlan {FLAG_PREFIX}optimizer={flag.owner} "
-            f"{FLAG_PREFIX}optimizer.{flag.path}={flag.quoted_text}"
-        ]
+        fixes = fixes or [f"--optimizer={flag.owner} --optimizer.{flag.path}={flag.quoted_text}"]
     elif near := suggest_names(flag.owner, names):
         fixes.append(flag_of(near[0], flag.path, flag.text))
     elif near := suggest_names(flag.owner, typehints.subclasses_by_name((Callback,))):
@@ -452,12 +527,10 @@ def _no_plan_error(
         return UsageError(
             f"{flag.location}: {command} trains nothing", flag=f"{command} without it"
         )
-    optimizer_key = f"optimizer.{key}" if flag.owner == "optimizer" else key
     return UsageError(
         f"{flag.location}: no callback of the run trains, the model builds its own optimizer",
         [class_name(spec) for spec in specs] or "no callbacks",
-        flag=f"{FLAG_PREFIX[:-1]}+=OptimizerPlan {FLAG_PREFIX}optimizer=AdamW "
-        f"{FLAG_PREFIX}{optimizer_key}={flag.quoted_text}",
+        flag=f"--optimizer=AdamW {flag.flag}={flag.quoted_text}",
         label="callbacks of the run",
     )
 
@@ -494,6 +567,12 @@ def _set_argument(
         message = f"{flag.location}: the value is missing"
         error = argparse.ArgumentError(None, message)
         _raise_argument_error(parser, command, callback, path, text, flag, error)
+    if path in optimizers_of(spec) and load_class(text, Optimizer):
+        # arguments of the old optimizer stay only if they were set and the new one has them
+        spec, note = with_optimizer(spec, path, text)
+        rank_zero_only(print)(note)
+        parsed = _callback_parser().parse_args([f"--callback={json.dumps(spec)}"])
+        return cast(Namespace, parsed.callback)
     if any(segment.rstrip("+").isdigit() for segment in segments):
         # the parser has no form for an element: the whole list is set
         path, text = _changed_list(spec, segments, flag)

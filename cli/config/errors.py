@@ -514,10 +514,7 @@ CLASS_FLAGS: dict[type, tuple[str, str]] = {
     L.LightningModule: ("--model={}", "tasks"),
     L.LightningDataModule: ("--data={}", "data"),
     L.Callback: ("--trainer.callbacks+={}", "callbacks"),
-    torch.optim.Optimizer: (
-        "--trainer.callbacks+=OptimizerPlan --trainer.callbacks.optimizer={}",
-        "optimizers",
-    ),
+    torch.optim.Optimizer: ("--optimizer={}", "optimizers"),
     Strategy: ("--trainer.strategy={}", "strategies"),
 }
 

@@ -446,10 +446,8 @@ class FlagGuesser:
             for name in ("lr", "learning_rate") if argument == "lr" else (argument,):
                 if name in argument_names(*self.classes["model"]):
                     yield f"--model.{name}={text}"
-        add = "--trainer.callbacks+=OptimizerPlan --trainer.callbacks.optimizer=AdamW"
-        inner = "optimizer" if owner == "optimizer" else "schedule"
         if not self.plans:
-            yield f"{add} --trainer.callbacks.{inner}.{argument}={text}"
+            yield f"--optimizer=AdamW --{owner}.{argument}={text}"
 
     def _optimizer_flags(self, text: str) -> Iterator[str]:
         """Yield flags that choose an optimizer by name: a callback such as Muon, or a class."""
@@ -462,9 +460,7 @@ class FlagGuesser:
         word = canonical(text or "AdamW").partition("_")[0]
         named = {name.lower(): name for name in (*optimizers, *plans)}
         name = named.get(word) or next(iter(suggest_names(word, named.values())), "AdamW")
-        if name in plans:
-            yield f"--trainer.callbacks+={name}"
-        yield f"--trainer.callbacks+=OptimizerPlan --trainer.callbacks.optimizer={name}"
+        yield f"--optimizer={name}"
 
     def is_accepted(self, flags: str) -> bool:
         """Return whether the parser of the command accepts these flags."""
@@ -493,11 +489,23 @@ class FlagGuesser:
     def _check(self, finder: "ConfigErrorFinder", value: ConfigValue) -> None:
         """Raise UsageError if a flag of a suggestion has a wrong name or value."""
         owner, _, path = value.key.removeprefix("trainer.callbacks.").partition(".")
+        if value.key == "optimizer":
+            if finder.command != "fit":
+                raise UsageError(f"{value.location}: {finder.command} trains nothing")
+            finder.choose_class([(torch.optim.Optimizer, 1), (OptimizerPlan, 0)], owner, value)
+            return
+        if value.key.startswith(("optimizer.", "schedule.")) and "optimizer" in (
+            chosen := finder.chosen_classes
+        ):
+            # of the optimizer that `--optimizer=NAME` has chosen before
+            target = (LRSchedule, 0) if owner == "schedule" else chosen["optimizer"]
+            finder.check_key(typehints.class_parser(*target), owner, path, value)
+            return
         if owner in ("optimizer", "schedule") and value.key.startswith(owner) and self.plans:
             spec = self.plans[-1]
             key = path if owner == "optimizer" else f"schedule.{path}"
-            # such a flag is refused if several arguments of the run's plans match
-            paths = [p for plan in self.plans for p in find_argument(plan, key)]
+            # such a flag is refused if several arguments of the plan match
+            paths = find_argument(spec, key)
             if len(paths) != 1:
                 raise UsageError(f"{value.location}: not one argument")
             path = paths[0]

@@ -183,5 +183,5 @@ def flag_of(word: str) -> list[str] | None:
         if entry.is_plan:
             return [f"--trainer.callbacks+={word}"]
         if entry.kind == "optimizers":
-            return ["--trainer.callbacks+=OptimizerPlan", f"--trainer.callbacks.optimizer={word}"]
+            return [f"--optimizer={word}"]
     return None

@@ -158,7 +158,7 @@ def load_hf(path: str | Path, net: Transformer) -> None:
             ["a model.safetensors in Hugging Face's layout of GPT-2", "its folder"],
             "download model.safetensors and config.json of GPT-2, and use Pretrained(FOLDER)",
             flag="hf download gpt2 model.safetensors config.json --local-dir gpt2, then "
-            "--trainer.callbacks.path=gpt2",
+            "--trainer.callbacks.Pretrained.path=gpt2",
         )
     try:
         hf_tensors = load_file(file)

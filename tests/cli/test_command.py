@@ -420,7 +420,7 @@ def test_missing_base_weights_are_refused_before_the_data_with_the_command_that_
     assert main([*words, "--data.path=gone.txt"]) == 2  # the data are not even looked for
     expected = (
         "Pretrained: the path runs/text does not exist\n"
-        "  type: ravine fit -c text, or --trainer.callbacks.path=FILE\n"
+        "  type: ravine fit -c text, or --trainer.callbacks.Pretrained.path=FILE\n"
     )
     assert expected in capsys.readouterr().err
     # a path that the command does not make

@@ -18,7 +18,7 @@ import torch
 from ravine.cli.command import RavineCLI
 from ravine.cli.main import main
 
-ADD_ADAMW = "--trainer.callbacks+=OptimizerPlan --trainer.callbacks.optimizer=AdamW"
+ADD_ADAMW = "--optimizer=AdamW"
 # Lightning replaces 16-mixed without a GPU, with a warning.
 FP16 = "16-mixed" if torch.cuda.is_available() else "bf16-mixed"
 QUICK = "fit --config shakespeare/quick"
@@ -40,12 +40,17 @@ TABLE: list[tuple[str, str, str]] = [
     (
         "fit --model=LanguageModel --data=TextDataModule --lr=3",
         "--lr",
-        f"{ADD_ADAMW} --trainer.callbacks.optimizer.lr=3",
+        f"{ADD_ADAMW} --optimizer.lr=3",
     ),
     ("fit --config spam --weight_decay=0.1", "--weight_decay", "--optimizer.weight_decay=0.1"),
-    ("fit --config spam --optimizer=AdamW", "--optimizer", ADD_ADAMW),
+    ("fit --config spam --optimizer", "--optimizer", ADD_ADAMW),
+    ("fit --config spam --optimizer=adamw", "adamw", ADD_ADAMW),
+    ("fit --config spam '--optimizer=AdamW(lr=0.1)'", "AdamW", f"{ADD_ADAMW} --optimizer.lr=0.1"),
+    ("fit --config spam --optimizer=OptimizerPlan", "OptimizerPlan", ADD_ADAMW),
+    ("fit --config spam --optimizer=EMA", "EMA", "--trainer.callbacks+=EMA"),
+    ("fit --config spam AdamW", "AdamW", f"lightning fit --config spam {ADD_ADAMW}"),
     ("fit --config spam --optim=adamw_torch", "--optim", ADD_ADAMW),
-    ("fit --config spam --optimizer=muon", "--optimizer", "--trainer.callbacks+=Muon"),
+    ("fit --config spam --optimizer=muon", "muon", "--optimizer=Muon"),
     ("fit --config spam --trainer.callbacks+=AdamW", "AdamW", ADD_ADAMW),
     ("fit --config spam --lr_scheduler=cosine", "--lr_scheduler", "--schedule.kind=cosine"),
     ("fit --config spam --warmup_ratio=0.1", "--warmup_ratio", "--schedule.warmup=0.1"),
@@ -350,7 +355,7 @@ def replaced(lines: list[str], number: int, line: str) -> list[str]:
 @pytest.mark.parametrize(
     ("line", "suggestion"),
     [
-        ("lr: 3", f"{ADD_ADAMW} --trainer.callbacks.optimizer.lr=3"),
+        ("lr: 3", f"{ADD_ADAMW} --optimizer.lr=3"),
         ("max_steps: 3", "--trainer.max_steps=3"),
     ],
 )

@@ -141,7 +141,7 @@ def test_an_extractor_that_is_not_a_classifier_is_refused_in_one_line(tmp_path: 
         with pytest.raises(UsageError, match=said) as error:
             ClassifierFeatures(str(tmp_path / f"{name}.ckpt"))
         assert "\n" not in str(error.value)
-        assert error.value.flag == "--trainer.callbacks.extractor.path=FILE"
+        assert error.value.flag == "--trainer.callbacks.FrechetDistance.extractor.path=FILE"
 
 
 def test_predictions_are_named_by_their_classes() -> None:

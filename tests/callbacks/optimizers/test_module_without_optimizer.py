@@ -147,10 +147,7 @@ def test_the_command_line_trains_it_with_each_plan_and_refuses_it_without(
     fit += ["--trainer.max_steps=4", "--trainer.accelerator=cpu"]
     assert main(fit) == 2
     error = capsys.readouterr().err.strip().splitlines()
-    assert (
-        error[-1]
-        == "  type: --trainer.callbacks+=OptimizerPlan --trainer.callbacks.optimizer=AdamW"
-    )
+    assert error[-1] == "  type: --optimizer=AdamW"
     assert "NoOptimizer has no configure_optimizers" in error[-2]
     flags = error[-1].removeprefix("  type: ").split()
     assert main([*fit, *flags]) == 0

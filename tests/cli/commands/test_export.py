@@ -178,7 +178,8 @@ BAD = {
     ),
     "a base that is not there": (
         ["--trainer.callbacks+=Pretrained", "--trainer.callbacks.path=nowhere.ckpt"],
-        "the checkpoint nowhere.ckpt does not exist\n  type: --trainer.callbacks.path=FILE",
+        "the checkpoint nowhere.ckpt does not exist\n  type: "
+        "--trainer.callbacks.Pretrained.path=FILE",
     ),
     "a base that has adapters itself": (
         ["--trainer.callbacks+=Pretrained", "--trainer.callbacks.path=LORA"],

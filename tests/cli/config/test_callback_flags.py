@@ -9,8 +9,10 @@ import pytest
 import yaml
 from parsed_config import changes, config_of
 
+from ravine.callbacks import RankWatchdog
 from ravine.cli.error_report import format_parts
 from ravine.cli.main import main
+from ravine.cli.trainer import DEFAULT_CALLBACKS, Trainer
 from ravine.errors import UsageError
 
 QUICK = ("fit", "--config=shakespeare/quick")  # Muon, GradientClipping, GenerateSamples
@@ -152,6 +154,115 @@ def test_a_short_form_is_printed_in_full(capsys: pytest.CaptureFixture[str]) -> 
         "schedule.warmup: --trainer.callbacks.Muon.schedule.warmup=3",
         "optimizer.lr: --trainer.callbacks.OptimizerPlan.optimizer.lr=0.01",
     ]
+
+
+SHAPE = {"kind": "linear", "warmup": 50}  # the schedule of the preset
+PLAN = "ravine.callbacks.OptimizerPlan"
+OWN = "import torch\nclass Own(torch.optim.SGD): pass\n"
+
+
+@pytest.mark.parametrize(
+    ("preset", "flags", "callback", "optimizer", "settings", "lines"),
+    [
+        # lr is set in the preset and stays; betas do not fit; the rest is the default of SGD
+        (ADAMW, ["--optimizer=SGD"], PLAN, "torch.optim.SGD", {"lr": 0.005, "weight_decay": 0},
+         ["optimizer: --trainer.callbacks.OptimizerPlan.optimizer=SGD",
+          "SGD replaces AdamW; kept: lr=0.005, weight_decay=0.0, "
+          "schedule=(kind=linear, warmup=50); "
+          "lost: betas=[0.9, 0.99]"]),
+        # the same by the flag that is printed
+        (ADAMW, ["--trainer.callbacks.OptimizerPlan.optimizer=SGD"], PLAN, "torch.optim.SGD",
+         {"lr": 0.005, "weight_decay": 0}, ["SGD replaces AdamW"]),
+        (ADAMW, ["--optimizer=torch.optim.RMSprop", "--optimizer.lr=1", "--schedule.warmup=50"],
+         PLAN, "torch.optim.RMSprop", {"lr": 1.0}, ["optimizer.lr: "]),
+        (ADAMW, ["--optimizer=own_file.Own"], PLAN, "own_file.Own", {"lr": 0.005}, []),
+        # another callback takes the place of Muon, and keeps its schedule
+        (QUICK, ["--optimizer=Adam"], PLAN, "torch.optim.Adam", {"lr": 0.001},
+         ["optimizer: --trainer.callbacks+=OptimizerPlan --trainer.callbacks.optimizer=Adam "
+          "--trainer.callbacks.schedule='{\"kind\": \"linear\", \"warmup\": 50}'",
+          "Adam replaces Muon; kept: schedule=(kind=linear, warmup=50); "
+          "lost: lr=0.03, aux_optimizer=AdamW(lr=0.005, betas=[0.9, 0.99], weight_decay=0.0)"]),
+        (ADAMW, ["--optimizer=Muon"], "ravine.callbacks.Muon", None, {}, ["Muon replaces "]),
+    ],
+)  # fmt: skip
+def test_one_flag_gives_another_optimizer_and_says_what_is_kept(
+    preset: tuple[str, str],
+    flags: list[str],
+    callback: str,
+    optimizer: str | None,
+    settings: dict[str, float],
+    lines: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Path("own_file.py").write_text(OWN)
+    monkeypatch.syspath_prepend(".")
+    before = config_of(*preset)["trainer"]["callbacks"]
+    capsys.readouterr()
+    callbacks = config_of(*preset, *flags)["trainer"]["callbacks"]
+    said = capsys.readouterr().out
+    assert len(callbacks) == len(before)
+    assert callbacks[1:] == before[1:]
+    assert callbacks[0]["class_path"] == callback
+    arguments = callbacks[0]["init_args"]
+    assert SHAPE.items() <= dict(arguments["schedule"]).items()
+    if optimizer is not None:
+        assert arguments["optimizer"]["class_path"] == optimizer
+        assert settings.items() <= arguments["optimizer"]["init_args"].items()
+    assert all(line in said for line in lines), said
+
+
+def test_a_run_without_a_plan_gets_one_by_the_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["fit", "--model=LanguageModel", "--data=TextDataModule"]
+    (callback,) = config_of(*words, "--optimizer=SGD", "--optimizer.lr=0.5")["trainer"]["callbacks"]
+    assert callback["init_args"]["optimizer"]["init_args"]["lr"] == 0.5
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        "optimizer: --trainer.callbacks+=OptimizerPlan --trainer.callbacks.optimizer=SGD",
+        "SGD replaces the optimizer of LanguageModel",
+    ]
+
+
+def test_the_short_form_addresses_the_last_plan_which_trains(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    added = ["--trainer.callbacks+=OptimizerPlan", "--trainer.callbacks.optimizer=AdamW"]
+    before = config_of(*QUICK, *added)
+    changed = changes(before, config_of(*QUICK, *added, "--optimizer.lr=0.5"))
+    key = "trainer.callbacks.3.init_args.optimizer.init_args.lr"
+    assert changed == {key: (0.001, 0.5)}
+    said = capsys.readouterr().out
+    assert "optimizer.lr: --trainer.callbacks.OptimizerPlan.optimizer.lr=0.5\n" in said
+    config_of(*QUICK, "--trainer.callbacks+=Muon", "--optimizer.lr=0.5", "--schedule.warmup=3")
+    said = capsys.readouterr().out
+    assert "optimizer.lr: --trainer.callbacks.Muon.1.lr=0.5\n" in said
+    assert "schedule.warmup: --trainer.callbacks.Muon.1.schedule.warmup=3\n" in said
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("Checkpoint.save_top_k", 3),
+        ("ProgressBar.refresh_rate", 2),
+        ("ExactResume.accept", ["data"]),
+        ("RankWatchdog.limit_s", 20.0),
+    ],
+)
+def test_a_callback_that_the_trainer_adds_itself_is_addressed_by_its_class(
+    flag: str, value: Any
+) -> None:
+    name, _, key = flag.partition(".")
+    assert name in {cls.__name__ for cls in DEFAULT_CALLBACKS}
+    *others, added = config_of(*QUICK, f"--trainer.callbacks.{flag}={value}")["trainer"][
+        "callbacks"
+    ]
+    assert len(others) == 3
+    assert added["class_path"].rpartition(".")[2] == name
+    assert added["init_args"][key] == value
+
+
+def test_the_list_of_default_callbacks_is_that_of_the_trainer() -> None:
+    added = {type(callback) for callback in Trainer(logger=True).callbacks}  # type: ignore
+    assert added | {RankWatchdog} == {*DEFAULT_CALLBACKS}
 
 
 # `flags`, and the lines of the answer, in blocks

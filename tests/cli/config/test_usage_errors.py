@@ -40,7 +40,7 @@ TABLE: dict[str, tuple[list[str], str, list[str]]] = {
         "",
         [
             "OptimizerPlan needs an optimizer or rules",
-            "  type: --trainer.callbacks.optimizer=AdamW",
+            "  type: --optimizer=AdamW",
         ],
     ),
     "a preset": (
