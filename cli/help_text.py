@@ -25,7 +25,8 @@ usage: {0} fit --config NAME [--config OVERLAY ...] [--key=value ...]
   --config shakespeare/quick  a preset ({0} list configs) or your YAML file; the last wins
   --model=NAME --data=NAME    the classes of task and data; a class of yours is my_file.MyTask
   --model.KEY=V --data.KEY=V --trainer.max_steps=200      arguments of them, and of the Trainer
-  --optimizer.lr=0.01 --schedule.warmup=0.1 --trainer.callbacks.EMA.decay=0.9   of a callback
+  --optimizer=SGD --optimizer.lr=0.01 --schedule.warmup=0.1    the optimizer and its schedule
+  --trainer.callbacks.EMA.decay=0.9                       one argument of a callback
   --trainer.callbacks+=NAME --trainer.callbacks.KEY=V     add a callback
   --ckpt_path=auto            resume from the newest complete checkpoint; or a file; spam/quick/3
   --trust=PACKAGE, --debug    import classes that only the checkpoint names; show tracebacks

@@ -35,6 +35,8 @@ class BaseDataModule(L.LightningDataModule, metaclass=ABCMeta):
         super().__init__()
         self.provenance: dict[str, Any] = {}
         self.skips_validation = False  # whether a fit has no validation data
+        # arguments with which a fit has validation data: {"val_fraction": 0.1}
+        self.validation_arguments: dict[str, Any] = {}
         self._preparation: PreparationResult | None = None  # set between prepare_data and setup
 
     def make_train_loader(
@@ -102,8 +104,13 @@ class BaseDataModule(L.LightningDataModule, metaclass=ABCMeta):
         local_result, self._preparation = self._preparation, None
         return exchange_prepared(local_result, self.trainer)
 
-    def skip_validation(self) -> None:
-        """Run no validation, which avoids Lightning's warning about an empty loader."""
+    def skip_validation(self, **arguments: Any) -> None:
+        """Run no validation, which avoids Lightning's warning about an empty loader.
+
+        Args:
+            arguments: arguments of the datamodule with which there is validation data.
+        """
+        self.validation_arguments = arguments
         trainer: Any = self.trainer
         if trainer is not None:
             self.skips_validation = True  # RunChecks prints it at the start of the run

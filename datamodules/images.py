@@ -160,7 +160,7 @@ class ImageDataModule(BaseDataModule):
         if stage == "predict" and self.predict_path is not None and self._predict_set is None:
             self._predict_set = self._load_predict_images(Path(self.predict_path).expanduser())
         if stage == "fit" and not len(self._splits["val"].labels):
-            self.skip_validation()
+            self.skip_validation(val_fraction=0.1)
 
     def _load_splits(self) -> None:
         """Read the images, split off test and val if the source lacks them, and log the result.

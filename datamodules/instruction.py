@@ -249,9 +249,11 @@ class InstructionDataModule(BaseDataModule):
         truncation_note = (
             f"; {num_truncated} longer than the context are cut, {num_dropped} left out"
         )
+        num_val = self._num_val_examples()
         log_once(
-            f"data: {self.path}, {tokenized.num_examples:,} "
-            f"examples{truncation_note if num_truncated else ''}",
+            f"data: {self.path}, {tokenized.num_examples:,} examples; "
+            f"{len(self.rows) - num_val:,} train, {num_val:,} val"
+            f"{truncation_note if num_truncated else ''}",
             is_warning=num_truncated > 0,
         )
 
@@ -275,12 +277,16 @@ class InstructionDataModule(BaseDataModule):
             targets[row, num_prompt_tokens - 1 : len(tokens) - 1] = tokens[num_prompt_tokens:]
         return inputs, targets
 
+    def _num_val_examples(self) -> int:
+        count = len(self.rows)
+        return min(max(1, round(count * self.val_fraction)), count - 1)
+
     def _split_indices(self) -> tuple[Tensor, Tensor]:
         count = len(self.rows)
         shuffled = torch.randperm(
             count, generator=seeded_generator(resolve_seed(self.seed), "split")
         )
-        size = min(max(1, round(count * self.val_fraction)), count - 1)
+        size = self._num_val_examples()
         return shuffled[size:], shuffled[:size]
 
     def train_dataloader(self) -> ResumableLoader:

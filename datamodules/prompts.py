@@ -107,12 +107,12 @@ class PromptDataModule(BaseDataModule):
         # whether the file, or each file of the folder, is JSON by its suffix
         if file is not None and holds_json_rows(file):
             self.rows = read_prompt_rows(file)
-            size = f"{len(self.rows):,} prompts"
+            unit = "prompts"
         else:
             # python_docs_text: the embedded text
             self.corpus_text = "".join(read_text(list_files(file)) if file else python_docs_text())
             self._snippets = self.corpus_text
-            size = f"snippets of {self.prompt_length} characters"
+            unit = f"snippets of {self.prompt_length} characters"
         if self.corpus_path is not None:
             self.corpus_text = "".join(
                 read_text(list_files(Path(self.corpus_path).expanduser(), "corpus_path"))
@@ -123,6 +123,8 @@ class PromptDataModule(BaseDataModule):
         if self.path is None:
             # `text_source`: the public file of this name, with its checksum
             self.provenance["source"] = text_source(self.source).name if file else "embedded"
+        num_train, first, num_items = self._get_bounds()
+        size = f"{num_items:,} {unit}; {num_train:,} train, {num_items - first:,} val"
         # `reason`: why the embedded text is used; "" for another
         log_once(f"data: {name}, {size}{reason and '; ' + reason}", is_warning=bool(reason))
 

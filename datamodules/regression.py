@@ -22,6 +22,7 @@ from torch import Tensor
 from ravine.errors import UsageError, check_at_least_one
 
 from .base import BaseDataModule
+from .downloads import log_once
 from .loaders import EvalLoader, ResumableLoader
 
 Source = Literal["line", "separable", "diabetes", "breast_cancer", "wine"]
@@ -208,7 +209,13 @@ class RegressionDataModule(BaseDataModule):
         self.provenance = {"source": self.source, "samples": len(self.x)}
         self._check_batch_sizes()
         if self.val_data is None:
-            self.skip_validation()  # or Lightning would warn about the missing loader
+            # only a line has further samples for validation
+            arguments = {"num_val_samples": 100} if self.source == "line" else {}
+            self.skip_validation(**arguments)
+        num_val = 0 if self.val_data is None else len(self.val_data[0])
+        # prints one line, on rank 0 only
+        features = f"{self.x.shape[1]} features"
+        log_once(f"data: {self.source}, {features}; {len(self.x):,} train, {num_val:,} val")
 
     def _make_line(self, noise: float, seed: int, num_samples: int) -> tuple[Tensor, Tensor]:
         x, y = generate_line(num_samples, self.slope, noise, seed)

@@ -269,7 +269,7 @@ class SpamDataModule(BaseDataModule):
         elif not self.messages:
             self._load_messages()
         if stage == "fit" and not self.val_fraction:
-            self.skip_validation()
+            self.skip_validation(val_fraction=0.1)
 
     def _load_predict_lines(self) -> None:
         """Read the messages to predict: the lines of a text, or the text column of a table.

@@ -274,7 +274,11 @@ class TextDataModule(BaseDataModule):
             "sha256": corpus.sha256,
             **tokenizer_provenance(corpus.tokenizer),
         }
-        size = f"{len(corpus.tokens):,} {unit}, {corpus.tokenizer.vocab_size:,} different"
+        train, val = self._split_corpus(corpus)
+        size = (
+            f"{len(train) + len(val):,} {unit}, {corpus.tokenizer.vocab_size:,} different; "
+            f"{len(train):,} train, {len(val):,} val"
+        )
         note = "; ".join(word for word in (reason, corpus.note) if word)
         log_once(f"data: {name}, {size}{note and '; ' + note}", is_warning=bool(note))
 

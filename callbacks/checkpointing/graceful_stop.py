@@ -169,8 +169,13 @@ class GracefulStop(Callback):
                 os.write(2, f"\nstopped by {signal.Signals(signum).name}{note}\n".encode())
             raise SignalInterrupt(signum)
         self._signum = signum
-        text = "\nstopping after this step with a checkpoint; a second signal stops at once\n"
-        os.write(2, text.encode())  # print is not reentrant
+        self._announce_stop()
+
+    def _announce_stop(self) -> None:
+        """Print on rank 0 that the run will stop; Ctrl-C in a terminal reaches all ranks."""
+        if self._is_rank_zero:
+            text = "\nstopping after this step with a checkpoint; a second signal stops at once\n"
+            os.write(2, text.encode())  # print is not reentrant
 
     def _install_handlers(self, trainer: L.Trainer) -> None:
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
@@ -196,6 +201,8 @@ class GracefulStop(Callback):
         wait = min(max(1, int(rate * SYNC_INTERVAL_S)), 1000) if self._last_sync_time else 1
         message = torch.tensor([self._signum, -wait])
         dist.all_reduce(message, dist.ReduceOp.MAX, group=self._group)
+        if message[0] and not self._signum:  # another rank has received it
+            self._announce_stop()
         self._signum, wait = int(message[0]), -int(message[1])
         self._last_sync_step, self._last_sync_time = step, current_time
         self._next_sync_step = -1 if self._signum else step + wait

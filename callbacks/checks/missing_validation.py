@@ -5,7 +5,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from ravine.errors import UsageError
+from ravine.errors import UsageError, format_arguments, format_flags
 
 from ..stock_callbacks.gradient_accumulation import find_accumulation_scheduler
 
@@ -32,7 +32,13 @@ def find_missing_validation(trainer: Any, module: L.LightningModule) -> UsageErr
                 "no validation runs: fit has no validation data",
                 hint="pass val_dataloaders to fit",
             )
-        return UsageError(f"no validation runs: {type(data).__name__} has no validation data")
+        # Ravine's datamodules know the argument that gives them validation data
+        arguments = getattr(data, "validation_arguments", {})
+        return UsageError(
+            f"no validation runs: {type(data).__name__} has no validation data",
+            hint=f"use {format_arguments(arguments)}" if arguments else "",
+            flag=format_flags("--data.", arguments),
+        )
     first, total = find_first_validation(trainer), count_planned_batches(trainer)
     if first is None or total is None or first <= total or getattr(trainer, "fast_dev_run", 0):
         return None

@@ -243,18 +243,22 @@ def call_factory(factory: OptimizerFactory | None, parameters: Sequence[Any]) ->
 
 
 def describe_factory(factory: OptimizerFactory | None) -> str:
-    """Return an optimizer with the arguments that differ from its defaults: AdamW(lr=0.005)."""
+    """Return an optimizer with lr and the arguments that differ from its defaults: SGD(lr=0.1)."""
     optimizer_type = get_optimizer_class(factory)
     if optimizer_type is None:
         return getattr(factory, "__name__", "an optimizer")
     signature = _constructor_parameters(optimizer_type)
     # the arguments of a partial
-    changed_args = {
+    keywords = getattr(factory, "keywords", {})
+    arguments = {
         name: value
-        for name, value in getattr(factory, "keywords", {}).items()
-        if name not in signature or signature[name].default != value
+        for name, value in keywords.items()
+        if name == "lr" or name not in signature or signature[name].default != value
     }
-    return f"{optimizer_type.__name__}({format_arguments(changed_args)})"
+    default_lr = signature["lr"].default if "lr" in signature else None
+    if "lr" not in arguments and isinstance(default_lr, int | float):
+        arguments = {"lr": default_lr, **arguments}
+    return f"{optimizer_type.__name__}({format_arguments(arguments)})"
 
 
 def _constructor_parameters(cls: type | None) -> dict[str, inspect.Parameter]:
@@ -321,10 +325,10 @@ def make_plan_table(
     groups_by_label = composite.groups_by_label()
     for one_rule in rule_params:
         member, groups = groups_by_label[one_rule.label]
-        for index, group in enumerate(groups):
+        for group in groups:
             param_ids = {id(p) for p in group["params"]}
             rich_table.add_row(
-                one_rule.label.replace("+", " + ") if index == 0 else "",
+                one_rule.label.replace("+", " + "),
                 str(len(param_ids)),
                 f"{sum(p.numel() for p in group['params']):,}",
                 _format_setting(group.get("lr")),
@@ -339,9 +343,9 @@ def make_plan_table(
 
 
 def _format_setting(setting: Any) -> str:
-    """Format a setting for the table: a short number, or an empty text for None."""
+    """Format a setting for the table: a short number, or `none` if the optimizer has none."""
     if isinstance(setting, Tensor) and setting.numel() == 1:
         setting = setting.item()
     if setting is None:
-        return ""
+        return "none"
     return f"{setting:g}" if isinstance(setting, int | float) else str(setting)

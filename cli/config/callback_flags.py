@@ -260,13 +260,13 @@ def _choose_optimizer(
         names = ["the name of an optimizer"]
         raise UsageError(f"{flag.location}: the value is missing", names, flag="--optimizer=AdamW")
     check_class_text(value)
+    if flag.text.rpartition(".")[2] == OptimizerPlan.__name__:
+        problem = f"{flag.location}: OptimizerPlan trains with an optimizer, whose name is missing"
+        raise UsageError(problem, flag="--optimizer=AdamW")
     finder = ConfigErrorFinder(parser, command)
     # raises an error with the nearest names
     finder.choose_class([(Optimizer, 1), (OptimizerPlan, 0)], "optimizer", value)
     new_class, num_supplied = finder.chosen_classes.get("optimizer", (None, 0))
-    if new_class is OptimizerPlan:
-        problem = f"{flag.location}: OptimizerPlan trains with an optimizer, whose name is missing"
-        raise UsageError(problem, flag="--optimizer=AdamW")
     actions = typehints.class_parser(new_class, num_supplied)._actions if new_class else ()
     missing = {action.dest for action in actions if action.required}
     required = {

@@ -24,6 +24,7 @@ CLASS_FLAG_KINDS = {  # kinds of the classes that a flag may name
     "--model.rewards": ("rewards",),
     "--trainer.strategy": ("strategies",),
     CALLBACKS_FLAG: ("callbacks", "optimizers"),
+    "--optimizer": ("optimizers",),
 }
 RUNS_VERBS = ("show", "compare", "clean")
 RESOLVED_CHECKPOINTS = ("auto", "last")
@@ -144,6 +145,8 @@ def class_names(flag: str, prefix: str) -> list[str]:
         entries = [e for e in entries if e.kind == "callbacks" or e.is_plan]
     elif flag not in CLASS_FLAG_KINDS:
         entries = [e for e in entries if not e.is_plan]
+    elif flag == "--optimizer":  # a class, or a callback such as Muon
+        entries = [e for e in entries if e.name != "OptimizerPlan"]
     elif flag == "--data":
         entries = [e for e in entries if e.path]
     return sorted({entry.name for entry in entries})
@@ -197,7 +200,7 @@ def flag_names(command: str, current: str, arguments: list[str]) -> list[str]:
         return [*flags, *([f"{CALLBACKS_FLAG}+="] if head == "--trainer" else [])]
     sections = ("--model", "--data", "--trainer")
     names = [f"{name}=" for name in ("--config", "--ckpt_path", "--seed_everything", "--trust")]
-    names += ["--allow_changed_data"] if command == "fit" else []
+    names += ["--allow_changed_data", "--optimizer="] if command == "fit" else []
     names += [f"{name}=" for name in sections[:2]]
     names += [f"{name}." for name in (*sections, *SHORT_FORMS)]
     return [*names, *BARE_FLAGS]
@@ -236,6 +239,8 @@ def short_form_parameters(head: str, arguments: list[str]) -> list[Parameter]:
     """
     if head == "--schedule":
         return config_pages.class_parameters("LRSchedule") or []
+    if name := named_class(head, arguments):  # of --optimizer=NAME
+        return config_pages.class_parameters(name) or []
     parameters: list[Parameter] = []
     for spec in run_callbacks(arguments):
         entries = registry.find_named(class_path(spec))

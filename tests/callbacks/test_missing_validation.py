@@ -1,6 +1,7 @@
 """A run that will not validate says so before its first step, and only then."""
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ravine.callbacks.checks.missing_validation import find_missing_validation
 from ravine.callbacks.checks.run_checks import RunChecks
+from ravine.datamodules import ImageDataModule, RegressionDataModule
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -124,6 +126,30 @@ def test_a_module_without_a_validation_step_and_data_without_a_loader_are_named(
     trainer = L.Trainer(**QUIET, max_steps=1, enable_checkpointing=False, callbacks=[watch])
     trainer.fit(NoLoader(), datamodule=Data())
     assert watch.notice.problem == "no validation runs: Data has no validation data"
+
+
+@pytest.mark.parametrize(
+    ("data", "hint", "flag"),
+    [
+        (ImageDataModule(val_fraction=0), "use val_fraction=0.1", "--data.val_fraction=0.1"),
+        (
+            RegressionDataModule(num_samples=4),
+            "use num_val_samples=100",
+            "--data.num_val_samples=100",
+        ),
+        (RegressionDataModule(source="separable"), "", ""),  # there are no other samples
+    ],
+)
+def test_data_without_validation_name_the_argument_that_gives_it(
+    data: L.LightningDataModule, hint: str, flag: str
+) -> None:
+    data.trainer = SimpleNamespace(limit_val_batches=1.0)  # type: ignore
+    data.setup("fit")
+    trainer = SimpleNamespace(datamodule=data, limit_val_batches=0, enable_validation=False)
+    notice = find_missing_validation(trainer, NetInInit())
+    assert notice is not None
+    assert notice.problem.endswith(f"{type(data).__name__} has no validation data")
+    assert (notice.hint, notice.flag) == (hint, flag)
 
 
 @pytest.mark.filterwarnings("ignore:You .* Skipping val loop")

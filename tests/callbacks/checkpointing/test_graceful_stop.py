@@ -196,8 +196,9 @@ def test_an_error_restores_the_signal_handlers(tmp_path: Path) -> None:
         fit(trainer(tmp_path, Fail()))
 
 
-def stop_one_of_two(folder: str, hook: str, at: int, rank: int) -> tuple:
-    is_target = os.environ["RANK"] == str(rank)
+def stop_one_of_two(folder: str, hook: str, at: int, targets: str) -> tuple:
+    is_target = os.environ["RANK"] in targets
+    os.dup2(os.open(Path(folder, "printed"), os.O_CREAT | os.O_APPEND | os.O_WRONLY), 2)
     send = Send(hook, at if is_target else 0, signal.SIGTERM)
     run = trainer(Path(folder), send, devices=2, strategy="ddp", max_steps=2000)
     try:
@@ -208,12 +209,21 @@ def stop_one_of_two(folder: str, hook: str, at: int, rank: int) -> tuple:
     return "not stopped", len(weights(net))
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_validation_batch_start"])
-def test_a_signal_to_one_rank_stops_all_ranks_at_the_same_step(
-    hook: str, rank: int, ranks: Any, tmp_path: Path
+@pytest.mark.parametrize(
+    ("hook", "targets"),
+    [
+        ("on_train_batch_start", "0"),
+        ("on_train_batch_start", "1"),
+        ("on_train_batch_start", "0 1"),  # as Ctrl-C in the terminal of both
+        ("on_validation_batch_start", "0"),
+        ("on_validation_batch_start", "1"),
+    ],
+)
+def test_a_signal_to_one_rank_stops_all_ranks_at_the_same_step_with_one_line(
+    hook: str, targets: str, ranks: Any, tmp_path: Path
 ) -> None:
-    first, second = ranks(stop_one_of_two, 2, str(tmp_path), hook, 7, rank, timeout=60)
+    first, second = ranks(stop_one_of_two, 2, str(tmp_path), hook, 7, targets, timeout=60)
+    assert Path(tmp_path, "printed").read_text().count("stopping after this step") == 1
     assert first == second
     code, path, step, _ = first
     assert code == 143

@@ -284,8 +284,8 @@ def test_of_two_plans_the_last_one_is_used_with_a_line(capsys, tmp_path):
     assert module.rates == [[0.5]] * 6
     assert (
         "OptimizerPlan(AdamW) is not used, because SignSGD(SignSGDOptimizer) comes after it. Not "
-        "used: AdamW(), LRSchedule(kind='linear', warmup=1000000). Used: SignSGDOptimizer(lr=0.5), "
-        "no schedule"
+        "used: AdamW(lr=0.001), LRSchedule(kind='linear', warmup=1000000). Used: "
+        "SignSGDOptimizer(lr=0.5), no schedule"
     ) in capsys.readouterr().out
     trainer.save_checkpoint(tmp_path / "cut.ckpt")
     trained(None, 12, ckpt_path=tmp_path / "cut.ckpt", callbacks=[first, SignSGD(lr=0.5)])
@@ -629,10 +629,16 @@ def test_the_table_at_the_start_shows_the_optimizer_of_each_parameter(capsys):
     lines = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
     assert ["hidden_matrix", "1", "16", "0.25", "0", "SGD"] in lines
     assert ["rest", "4", "60", "0.001", "0.01", "AdamW"] in lines
-    assert ["4", "13", "0.001", "0", "AdamW"] in lines
+    assert ["rest", "4", "13", "0.001", "0", "AdamW"] in lines
     assert ["up.weight"] in lines
     reason = "because OptimizerPlan(SGD, AdamW) replaces it"
     assert f"Everything.configure_optimizers is not called, {reason}".split() in lines
+
+
+def test_an_optimizer_without_weight_decay_has_none_in_the_table(capsys):
+    trained(OptimizerPlan(torch.optim.Rprop), steps=1, module=Everything())
+    lines = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
+    assert ["rest", "9", "89", "0.01", "none", "Rprop"] in lines
 
 
 def test_the_size_of_each_rules_updates_is_logged():
