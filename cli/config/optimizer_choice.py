@@ -149,9 +149,10 @@ def _optimizer_paths(plan: CallbackSpec) -> list[str]:
     if plan_class is None or "optimizer" not in argument_names(plan_class):
         return []
     rules = (plan.get("init_args") or {}).get("rules") or []
-    own = [f"rules.{i}.optimizer" for i, rule in enumerate(rules) if _rule_optimizer(rule)]
-    is_used = len(own) < len(rules) or not rules  # by the rules without an optimizer of their own
-    return [*(["optimizer"] if is_used else []), *own]
+    rule_paths = [f"rules.{i}.optimizer" for i, rule in enumerate(rules) if _rule_optimizer(rule)]
+    # the plan's optimizer trains the rules without one, or everything if there are no rules
+    is_used = len(rule_paths) < len(rules) or not rules
+    return [*(["optimizer"] if is_used else []), *rule_paths]
 
 
 def _rule_optimizer(rule: Any) -> Any:
@@ -193,13 +194,13 @@ def _with_lines(index: int | None, spec: Spec, note: str) -> OptimizerChoice:
     """Return the choice of a new callback, with the flags that append it."""
     words = [f"{FLAG_PREFIX[:-1]}+={spec['class_path']}"]
     for key, value in spec["init_args"].items():
-        given = value["class_path"] if key == "optimizer" and isinstance(value, dict) else value
-        text = given if isinstance(given, str) else json.dumps(_short_value(key, given))
+        argument = value["class_path"] if key == "optimizer" and isinstance(value, dict) else value
+        text = argument if isinstance(argument, str) else json.dumps(_short_value(key, argument))
         words.append(f"{FLAG_PREFIX}{key}={shlex.quote(text)}")
         if key == "optimizer" and isinstance(value, dict):
             words += [
-                f"{FLAG_PREFIX}{key}.{name}={shlex.quote(json.dumps(argument))}"
-                for name, argument in value["init_args"].items()
+                f"{FLAG_PREFIX}{key}.{name}={shlex.quote(json.dumps(setting))}"
+                for name, setting in value["init_args"].items()
             ]
     return OptimizerChoice(index, spec, " ".join(words), note)
 
