@@ -1,6 +1,6 @@
 """Changes that a user wants, on every preset: one flag changes one value and no other.
 
-    python benchmarks/config_changes.py [--only shakespeare/quick]
+    python benchmarks/config_changes.py [--only shakespeare/quick] [--left]
 
 A preset either has the argument or not.
 
@@ -19,6 +19,7 @@ import shlex
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ from parsed_config import ParsedCLI, changes, leaves, parse
 from ravine.cli.config import callback_flags, presets
 from ravine.errors import UsageError
 
-PLANS = ("Muon", "OptimizerPlan")
+PLANS = ("Muon", "Newton", "OptimizerPlan", "OptimizerSweep")
+NUM_RULES = 4  # rules of a plan that a short form may mean
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,12 @@ def of_optimizer(key: str, value: Any) -> Change:
     """Return the change of an argument of the optimizer."""
     paths = {
         "Muon": [key, f"aux_optimizer.{key}"],
-        "OptimizerPlan": [f"optimizer.{key}", f"rules.1.optimizer.{key}"],
+        "Newton": [key],
+        "OptimizerPlan": [
+            f"optimizer.{key}",
+            *(f"rules.{number}.optimizer.{key}" for number in range(NUM_RULES)),
+        ],
+        "OptimizerSweep": [f"optimizer.{key}"],
     }
     return Change(f"--optimizer.{key}", value, paths)
 
@@ -129,13 +136,13 @@ CHANGES = [
 
 
 def preset_names() -> list[str]:
-    """Return the presets that name a model; the others are overlays.
-
-    The presets of `lectures/` run several optimizers side by side, and are not checked.
-    """
-    names = [name for name in presets.list_presets() if not name.startswith("lectures/")]
+    """Return the presets that name a model; the others are overlays."""
+    names = presets.list_presets()
     texts = {name: Path(presets.find_config(name)).read_text() for name in names}
-    return [n for n, text in texts.items() if "class_path" in yaml.safe_load(text).get("model", ())]
+    models = {name: (yaml.safe_load(text) or {}).get("model") for name, text in texts.items()}
+    return [
+        n for n, model in models.items() if isinstance(model, str) or "class_path" in (model or ())
+    ]
 
 
 class Preset:
@@ -243,20 +250,43 @@ def check_refusal(preset: Preset, change: Change, key: str | None, error: UsageE
     return "added"
 
 
+def count_outcomes(
+    names: Iterable[str], is_checked: Callable[[int, int], bool] = lambda preset, change: True
+) -> Iterator[tuple[str, Counter[str], float]]:
+    """Yield presets, with the number of changes of each outcome and the processor time in seconds.
+
+    Args:
+        names: the presets.
+        is_checked: by position of the preset and of the change, whether the pair is checked.
+    """
+    cli = None
+    for number, name in enumerate(names):
+        start_s, preset = time.process_time(), Preset(name, cli)
+        cli = preset.cli  # a parser takes a tenth of a second to build
+        outcomes = Counter(
+            check(preset, change)
+            for position, change in enumerate(CHANGES)
+            if is_checked(number, position)
+        )
+        yield name, outcomes, time.process_time() - start_s
+
+
 def main() -> None:
     """Check all changes on all presets, and append a row for each preset."""
-    from record import append, machine
+    from record import ROWS, append, machine
 
     parser = argparse.ArgumentParser(description="One flag for each change.")
     parser.add_argument("--only")
+    parser.add_argument("--left", action="store_true", help="presets without a row")
     options = parser.parse_args()
-    cli = None
-    for name in [options.only] if options.only else preset_names():
-        start_s, preset = time.process_time(), Preset(name, cli)
-        cli = preset.cli
-        outcomes = Counter(check(preset, change) for change in CHANGES)
-        seconds = round(time.process_time() - start_s, 2)
-        row = {"preset": name, **outcomes, "changes": len(CHANGES), "processor_seconds": seconds}
+    names = [options.only] if options.only else preset_names()
+    stored = ROWS / "config_changes.jsonl"
+    if options.left and stored.exists():
+        rows = [yaml.safe_load(line) for line in stored.read_text().splitlines()]
+        names = [n for n in names if n not in {row["preset"] for row in rows}]
+    for name, outcomes, seconds in count_outcomes(names):
+        row = {"preset": name, **outcomes, "changes": len(CHANGES)}
+        row["processor_seconds"] = round(seconds, 2)
         print(row, flush=True)
         append("config_changes", row | machine())
 

@@ -54,6 +54,8 @@ LIMITS = {
     "num_steps": 2,
     "warmup": 2,
     "every_n_steps": 2,
+    "steps_per_batch": 1,
+    "period": 3,
     "accumulate_grad_batches": 2,
 }
 DATA_DEFAULTS = {"batch_size": 8}  # of datamodules that leave it to their default

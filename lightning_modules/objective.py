@@ -83,6 +83,7 @@ class Objective(OptimizationProblem):
         self.has_stop_rules = any(rule is not None for rule in rules)
         # for each member, the number of steps before the point where it stopped; None: not stopped
         self.stop_steps: list[int | None] = [None] * num_members
+        self._saved_stop_steps: list[int | None] | None = None  # of the checkpoint of this run
         self._values = torch.empty(0)  # objective of each member (m) in this step
 
     @property
@@ -148,8 +149,20 @@ class Objective(OptimizationProblem):
             self.trainer.should_stop = True
 
     def on_train_start(self) -> None:
-        """Apply the stop rules anew."""
-        self.stop_steps = [None] * self.num_members
+        """Apply the stop rules anew, except to members that stopped before a resumption."""
+        self.stop_steps = self._saved_stop_steps or [None] * self.num_members
+        self._saved_stop_steps = None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save where the members have stopped."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["stop_steps"] = list(self.stop_steps)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Read where the members have stopped."""
+        super().on_load_checkpoint(checkpoint)
+        saved = checkpoint.get("stop_steps", [])
+        self._saved_stop_steps = [*saved] if len(saved) == self.num_members else None
 
     def count_units(self, batch: Any) -> int:
         """Return the optimizer steps of a batch."""

@@ -71,6 +71,7 @@ class RecordedPaths(Callback, ABC):
         self.seconds: list[float] = []  # since the start of the run
         self._start_time = 0.0
         self._next_step = 0  # the next step to record
+        self._has_end_point = False  # the last point is that of the end, not of the interval
 
     @abstractmethod
     def save_plot(self, folder: Path, module: Any) -> None:
@@ -124,6 +125,7 @@ class RecordedPaths(Callback, ABC):
         has_moved = not self.points or not torch.equal(self.points[-1], member_points(pl_module))
         if has_moved and (not self.steps or trainer.global_step > self.steps[-1]):
             self._record(trainer, pl_module)
+            self._has_end_point = True
         if trainer.is_global_zero and self.run_dir and self.steps:
             self.save_plot(self.run_dir, pl_module)
 
@@ -140,19 +142,24 @@ class RecordedPaths(Callback, ABC):
         return type(self).__name__
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the paths as tensors and numbers."""
+        """Return the paths as tensors and numbers, without the point of the end of the run.
+
+        A run that goes on from the checkpoint would keep it beside those of the interval.
+        """
+        end = len(self.steps) - self._has_end_point
         return {
-            "steps": list(self.steps),
-            "points": torch.stack(self.points) if self.points else torch.empty(0),
-            "lrs": [list(row) for row in self.lrs],
-            "seconds": list(self.seconds),
+            "steps": self.steps[:end],
+            "points": torch.stack(self.points[:end]) if end else torch.empty(0),
+            "lrs": [list(row) for row in self.lrs[:end]],
+            "seconds": self.seconds[:end],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the paths of a checkpoint."""
         self.steps, self.seconds = list(state_dict["steps"]), list(state_dict["seconds"])
         self.points, self.lrs = list(state_dict["points"]), list(state_dict["lrs"])
-        self._next_step = self.steps[-1] + 1 if self.steps else 0
+        self._has_end_point = False
+        self._next_step = self._step_after(self.steps[-1]) if self.steps else 0
 
     def _record(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         step = trainer.global_step
@@ -160,7 +167,11 @@ class RecordedPaths(Callback, ABC):
         self.points.append(member_points(module))
         self.lrs.append(member_lrs(trainer, module))
         self.seconds.append(time.perf_counter() - self._start_time)
-        self._next_step = step - step % self.every_n_steps + self.every_n_steps
+        self._next_step = self._step_after(step)
+
+    def _step_after(self, step: int) -> int:
+        """Return the next step to record after a recorded one."""
+        return step - step % self.every_n_steps + self.every_n_steps
 
     def stacked_points(self) -> Tensor:
         """Return the recorded points (k m d)."""

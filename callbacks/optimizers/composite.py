@@ -406,6 +406,7 @@ class CompositeOptimizer(Optimizer):
                     hint="resume with the optimizer of that run, or start a new run from the "
                     "weights with Pretrained(path)",
                 ) from error
+        self._params_without_state[:] = self._params_absent_from(state_dict)
         # the members have new dicts for their groups; `param_groups` fills these two again
         self._last_groups.clear()
         self._returned_groups.clear()
@@ -413,6 +414,17 @@ class CompositeOptimizer(Optimizer):
         self._last_lrs |= {id(g): g.get("lr") for groups in self._joint_groups for g in groups}
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
+
+    def _params_absent_from(self, state_dict: dict[str, Any]) -> list[Tensor]:
+        """Return the parameters that have no entry in a state_dict: none has got a gradient yet."""
+        return [
+            p
+            for group, saved_group in zip(
+                self.param_groups, state_dict["param_groups"], strict=True
+            )
+            for p, number in zip(group["params"], saved_group["params"], strict=True)
+            if number not in state_dict["state"]
+        ]
 
     def _split_by_member(self, state_dict: dict[str, Any]) -> list[PackedState]:
         """Return each member's part of a state_dict, with its parameters numbered from 0.

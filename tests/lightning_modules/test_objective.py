@@ -13,6 +13,7 @@ from torch.optim import SGD, Adam
 
 from ravine.callbacks import EMA, GradientClipping, LRSchedule, OptimizerPlan, TrajectoryPlot
 from ravine.cli.main import main
+from ravine.cli.trainer import Trainer
 from ravine.errors import UsageError
 from ravine.lightning_modules import Objective
 from ravine.lightning_modules.objectives.functions import quadratic_eigenvalues
@@ -247,3 +248,26 @@ def test_a_function_that_only_a_checkpoint_names_is_not_imported(folder: Path, c
     assert "names 'my_file.f', which is not a class of Ravine; it is not" in capsys.readouterr().err
     (folder / "my_file.py").write_text("def f(w):\n    return (w**2).sum()\n")
     assert main([*resume, "--trust=my_file"]) == 0
+
+
+def test_a_resumed_run_keeps_where_members_have_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def train(steps: int, path: str | None = None) -> tuple[Objective, dict[str, Any]]:
+        module = Objective(start=[5.0], num_members=3, objective_target=1e-5)
+        trainer = Trainer(
+            accelerator="cpu", max_steps=steps, callbacks=[sweep(0.1, 0.5, 0.9)], logger=False
+        )
+        trainer.fit(module, ckpt_path=path)
+        trainer.save_checkpoint(f"{steps}.ckpt")
+        return module, torch.load(f"{steps}.ckpt", weights_only=True)
+
+    once, expected = train(20)
+    train(8)
+    resumed, found = train(20, "8.ckpt")
+    assert resumed.stop_steps == once.stop_steps == [None, 11, 4]
+    # a member that was stopped before the resumption has the state of one that has trained
+    assert found["optimizer_states"][0]["state"].keys() == {0, 1, 2}
+    assert found["optimizer_states"] == expected["optimizer_states"]

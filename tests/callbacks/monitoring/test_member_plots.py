@@ -1,6 +1,7 @@
 """ConvergencePlot, StepsToTarget and TrajectoryPlot: the recorded points, labels and pictures."""
 
 import re
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -148,9 +149,12 @@ def test_steps_to_a_target_are_drawn_over_the_rates(drawn: list[Figure]) -> None
     assert figure.axes[0].get_xlabel() == "learning rate"
 
 
-def test_a_resumed_run_keeps_its_points(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("every_n_steps", "expected"), [(1, range(7)), (2, [0, 2, 4, 6])])
+def test_a_resumed_run_keeps_its_points(
+    every_n_steps: int, expected: Sequence[int], tmp_path: Path
+) -> None:
     def train(steps: int, path: str | None = None) -> ConvergencePlot:
-        plot = ConvergencePlot()
+        plot = ConvergencePlot(every_n_steps=every_n_steps)
         trainer = Trainer(
             accelerator="cpu", max_steps=steps, callbacks=[sweep(0.1), plot], logger=False
         )
@@ -161,7 +165,7 @@ def test_a_resumed_run_keeps_its_points(tmp_path: Path) -> None:
     once = train(6)
     train(3)
     resumed = train(6, "end.ckpt")
-    assert resumed.steps == once.steps == list(range(7))
+    assert resumed.steps == once.steps == list(expected)  # without the end of the first run, 3
     assert torch.equal(resumed.stacked_points(), once.stacked_points())
 
 
