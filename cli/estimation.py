@@ -4,6 +4,7 @@ The engine is in callbacks/estimates/. This file builds the trainer of the simul
 arguments of the run.
 """
 
+import copy
 from typing import Any, Literal, cast
 
 import lightning as L
@@ -14,15 +15,35 @@ from ravine.callbacks.checkpointing.exact_resume import ExactResume
 from ravine.callbacks.checkpointing.graceful_stop import GracefulStop
 from ravine.callbacks.checks.run_checks import RunChecks
 from ravine.callbacks.estimates.devices import Device, find_device, link_bandwidth
+from ravine.callbacks.estimates.equal_blocks import (
+    SIMULATED_BLOCKS,
+    EqualBlocks,
+    extrapolate,
+    find_equal_blocks,
+    watch_blocks,
+    watch_splits,
+)
 from ravine.callbacks.estimates.estimate import Estimate, make_estimate
-from ravine.callbacks.estimates.layouts import Ranks, check_divisible
-from ravine.callbacks.estimates.simulation import SimulatedDevice, SimulationLimit, simulate
+from ravine.callbacks.estimates.fake_parameters import copy_on_meta
+from ravine.callbacks.estimates.layouts import Ranks, check_divisible, configured_plan
+from ravine.callbacks.estimates.module_traits import ModuleTraits, describe_module
+from ravine.callbacks.estimates.simulation import (
+    ParameterInfo,
+    SimulatedDevice,
+    Simulation,
+    SimulationLimit,
+    describe_parameters,
+    simulate,
+)
+from ravine.callbacks.estimates.step_time import NO_COST, Cost
+from ravine.callbacks.estimates.tensor_tracker import TensorTracker
 from ravine.callbacks.monitoring.memory import MemoryMonitor
 from ravine.callbacks.monitoring.summary import Summary
 from ravine.callbacks.monitoring.throughput import Throughput
 from ravine.callbacks.stability.rank_watchdog import RankWatchdog
 from ravine.errors import UsageError
 from ravine.lightning_modules.nn.attention import auto_attention, sdpa_attention
+from ravine.strategies.activation_checkpointing import apply_activation_checkpointing, find_blocks
 
 from .run_folders.recorder import RunRecorder
 from .trainer import Trainer, as_list
@@ -109,6 +130,9 @@ def estimate(
     devices: int = 1,
     num_nodes: int = 1,
     level: Level = "simulate",
+    full: bool = False,
+    price_per_hour: float | None = None,
+    watts: float | None = None,
     **trainer_arguments: Any,
 ) -> Estimate:
     """Estimate parameters, FLOPs, memory, communication and time of a run, without a GPU.
@@ -125,6 +149,9 @@ def estimate(
         devices: ranks of a node.
         num_nodes: number of nodes.
         level: quick (by formula), simulate (two steps without values) or measure (real steps).
+        full: simulate all blocks; by default many equal ones are extrapolated from two and three.
+        price_per_hour: of a device, in any currency.
+        watts: of a device.
         trainer_arguments: arguments of `ravine.Trainer`: callbacks, precision, strategy, ...
 
     Raises:
@@ -133,47 +160,148 @@ def estimate(
     check_level(level)
     device = find_device(gpu, gpu_memory, gpu_tflops)
     ranks = resolve_ranks(devices, num_nodes, link)
+    cost = Cost(price_per_hour, watts)
+    cost.check()
     configured = trainer_arguments.pop("strategy", "auto")
     trainer_arguments["precision"] = target_precision(trainer_arguments.get("precision"), device)
-    strategy = make_strategy(ranks, device, level)
-    trainer = simulation_trainer(strategy, **trainer_arguments)
     is_datamodule = isinstance(data, L.LightningDataModule)
     loaders = {"datamodule" if is_datamodule else "train_dataloaders": data}
-    return estimate_with_trainer(trainer, model, loaders, ranks, device, configured)
+    run = RunToEstimate(model, loaders, trainer_arguments, ranks, device, configured, level, full)
+    return run.estimate(cost)
 
 
-def estimate_with_trainer(
-    trainer: L.Trainer,
-    model: L.LightningModule,
-    data: dict[str, Any],
-    ranks: Ranks,
-    device: Device | None,
-    configured: Any,
-) -> Estimate:
-    """Estimate a run with a trainer of `simulation_trainer`.
+class RunToEstimate:
+    """A run whose steps are simulated, once or several times.
 
     Args:
-        trainer: the trainer of the simulation.
-        model: the module; it is used up.
+        model: the module; the last simulation uses it up.
         data: `datamodule` or `train_dataloaders`, as for `trainer.fit`.
+        arguments: of the Trainer, without the strategy.
         ranks: the ranks of the run.
         device: the GPU; None: no times.
         configured: the strategy of the run, a name or an object.
+        level: how the numbers are result.
+        full: whether all blocks are simulated.
     """
-    simulation = simulate(trainer, model, **data)
-    name = configured if isinstance(configured, str) else type(configured).__name__
-    if name != "auto":
-        check_divisible(name, ranks)
-    strategy: Any = trainer.strategy
-    return make_estimate(
-        simulation, model, ranks, device, name, str(trainer.precision), strategy.divides_batch
-    )
+
+    def __init__(
+        self,
+        model: L.LightningModule,
+        data: dict[str, Any],
+        arguments: dict[str, Any],
+        ranks: Ranks,
+        device: Device | None,
+        configured: Any,
+        level: Level,
+        full: bool = False,
+    ) -> None:
+        """Store the run."""
+        self.model, self.data, self.arguments = model, data, arguments
+        self.ranks, self.device, self.configured = ranks, device, configured
+        self.level: Level = level
+        self.full = full
+        self.traits = ModuleTraits()
+        self.blocks: EqualBlocks | None = None
+        # of the whole module, without states
+        self.parameters: list[ParameterInfo] = []
+        self.precision = "32-true"
+        self.divides_batch = False
+
+    def estimate(self, cost: Cost = NO_COST) -> Estimate:
+        """Simulate, and compute the layouts.
+
+        Args:
+            cost: price and power of a device.
+        """
+        name = self.configured if isinstance(self.configured, str) else ""
+        check_divisible(name, self.ranks)
+        axes = configured_plan(self.configured, self.ranks)
+        if axes is not None:
+            name = axes.name
+        simulation = self.simulate()
+        return make_estimate(
+            simulation,
+            self.traits,
+            self.ranks,
+            self.device,
+            name or type(self.configured).__name__,
+            self.precision,
+            self.divides_batch,
+            axes,
+            cost,
+        )
+
+    def simulate(self) -> Simulation:
+        """Return the simulation of all blocks, extrapolated if many are equal."""
+        if self.level == "simulate" and not self.full:
+            result = self._simulate_few_blocks()
+            if result is not None:
+                return result
+        return self._simulate(self.model, self.arguments, None)
+
+    def _simulate_few_blocks(self) -> Simulation | None:
+        """Simulate copies with a few blocks; None if the module has no equal blocks.
+
+        None also for code that needs all of its blocks, or cannot be copied. The simulation of the
+        whole module then raises its errors.
+        """
+        results: list[Simulation] = []
+        try:
+            for count in SIMULATED_BLOCKS:
+                model, arguments = copy_on_meta(self.model), copy.deepcopy(self.arguments)
+                results.append(self._simulate(model, arguments, count))
+                if self.blocks is None:  # the copy was simulated whole
+                    return results[0]
+            assert self.blocks is not None
+            return extrapolate(results[0], results[1], self.blocks, self.parameters)
+        except Exception:
+            return None
+
+    def _simulate(self, model: Any, arguments: dict[str, Any], count: int | None) -> Simulation:
+        """Simulate two steps of a run.
+
+        Args:
+            model: is used up.
+            arguments: of the trainer.
+            count: blocks that are kept, of many equal ones; None: all.
+        """
+        strategy = make_strategy(self.ranks, self.device, self.level)
+        strategy.prepare = self._prepare
+        strategy.inspect = lambda module, tracker: self._inspect(module, tracker, count)
+        trainer = simulation_trainer(strategy, **arguments)
+        simulation = simulate(trainer, model, **self.data)
+        self.precision, self.divides_batch = str(trainer.precision), strategy.divides_batch
+        return simulation
+
+    def _prepare(self, module: nn.Module) -> None:
+        mode: Any = getattr(self.configured, "activation_checkpointing", "none")
+        apply_activation_checkpointing(module, mode)
+        if self.device is not None and self.level != "measure":
+            use_fused_attention(module)
+
+    def _inspect(self, module: nn.Module, tracker: TensorTracker, count: int | None) -> None:
+        """Describe the module, remove blocks, and set hooks on the others."""
+        self.traits = describe_module(module)
+        self.blocks = find_equal_blocks(module) if count is not None else None
+        blocks = find_blocks(module)
+        if self.blocks is not None and count is not None:
+            self.parameters = describe_parameters(module, [])
+            self.blocks.keep(count)
+            blocks = self.blocks.blocks()
+        if self.level != "quick":
+            watch_blocks(blocks, tracker)
+            axes = {name: split.axis for name, split in self.traits.splits.items()}
+            known = {name for name, _ in module.named_parameters()}
+            watch_splits(module, {n: a for n, a in axes.items() if n in known}, tracker)
 
 
 def make_strategy(ranks: Ranks, device: Device | None, level: Level) -> SimulatedDevice:
     """Return the strategy of a simulation: one rank, with the kernels of the device."""
+    # the kernels of the device: see RunToEstimate
     prepare = None if device is None or level == "measure" else use_fused_attention
-    return SimulatedDevice(ranks.size, level == "measure", level != "quick", prepare)
+    return SimulatedDevice(
+        ranks.size, level == "measure", level != "quick", prepare, compares=level == "simulate"
+    )
 
 
 def use_fused_attention(module: nn.Module) -> None:
@@ -204,7 +332,8 @@ def resolve_ranks(devices: int, num_nodes: int, link: str | None) -> Ranks:
                 flag=f"--{name}=1",
             )
     bandwidth, link_name = link_bandwidth(link, num_nodes)
-    return Ranks(devices, num_nodes, bandwidth, link_name)
+    local_bandwidth, _ = link_bandwidth(link, 1)
+    return Ranks(devices, num_nodes, bandwidth, link_name, local_bandwidth)
 
 
 def target_precision(precision: str | int | None, device: Device | None) -> str | int | None:

@@ -52,6 +52,8 @@ usage: {0} estimate --config NAME [any flag of fit] [--gpu=NAME] [--devices=N] [
   Parameters, FLOPs, memory, communication and time of a run, without a GPU and without training.
   --gpu=h200                  a GPU by name; or --gpu_memory=80 (GiB) --gpu_tflops=312 (16 bits)
   --devices=8 --num_nodes=2   the ranks; --link=nvlink or ib400 between them
+  --full                      simulate all blocks; else many equal ones are extrapolated
+  --price_per_hour=3 --watts=700   of a device: price and energy of the run
   --quick                     without activations: no step is simulated
   --measure                   run real steps on this machine, for code that needs values
   --json                      JSON instead of tables

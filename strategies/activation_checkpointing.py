@@ -83,6 +83,18 @@ def apply_activation_checkpointing(module: nn.Module, mode: CheckpointingMode) -
             block.__dict__["checkpointing_mode"] = mode
 
 
+def remove_activation_checkpointing(module: nn.Module) -> None:
+    """Undo `apply_activation_checkpointing`: all blocks keep their activations again."""
+    for block in module.modules():
+        if block.__dict__.pop("checkpointing_mode", None) is not None:
+            block.forward = block.__dict__["forward"].plain_forward
+
+
+def uses_activation_checkpointing(module: nn.Module) -> bool:
+    """Return whether blocks of `module` recompute their activations."""
+    return any("checkpointing_mode" in block.__dict__ for block in module.modules())
+
+
 def find_blocks(module: nn.Module) -> list[nn.Module]:
     """Return the members of lists and dicts of modules; if nested, the outermost."""
     blocks = []
@@ -152,6 +164,7 @@ def _checkpointed_forward(
             changing_buffers[block.training] = [(m, name) for m, name, _ in changed_buffers]
         return output
 
+    checkpointed.plain_forward = forward  # type: ignore[attr-defined]
     return checkpointed
 
 

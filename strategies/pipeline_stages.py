@@ -11,7 +11,7 @@ placeholders. For example, a rule for the last linear layer must not match the l
 import copy
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,6 @@ from torch.distributed.tensor import DTensor
 from ravine.errors import UsageError
 
 PIPELINE_ATTRS = ("blocks", "embed_tokens", "run_blocks", "compute_logits", "stage_modules")
-
-
-def count_pipeline_blocks(module: nn.Module) -> int:
-    """Return the blocks of the network that can be split into stages; 0 without such a network."""
-    for net in module.modules():
-        if all(hasattr(net, name) for name in PIPELINE_ATTRS):
-            return len(cast(Any, net).blocks)
-    return 0
 
 
 def find_pipeline_net(module: nn.Module, num_ranks: int) -> Any:

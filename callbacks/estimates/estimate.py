@@ -3,18 +3,20 @@
 import io
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rich.console import Console, Group
 from rich.table import Table
-from torch import nn
+
+from ravine.strategies.presets import STRATEGY_PRESETS
 
 from ..monitoring.progress import format_duration
 from .devices import GIB, Device
-from .layouts import Layout, LayoutCalculator, Ranks, describe_module
+from .layouts import SCALED_CLASSES, Layout, LayoutCalculator, MeshPlan, Ranks
+from .module_traits import ModuleTraits
 from .simulation import Simulation
-from .step_time import StepTime, list_assumptions, step_time
+from .step_time import NO_COST, Cost, StepTime, list_assumptions, step_time
 from .tensor_tracker import CLASSES
 
 MIB = 2**20
@@ -25,6 +27,7 @@ RESERVED = {
 }
 NCCL_BYTES = 0.25 * GIB  # buffers of NCCL, with several ranks
 FRAGMENTATION = 0.05  # of activations and temporary tensors, in the allocator
+MIN_SHOWN = 5e-4  # GiB or MiB in a table
 COLUMNS = {  # of the table of layouts, with the classes of each
     "params": ("parameters", "gathered", "weight casts"),
     "grads": ("gradients",),
@@ -33,18 +36,29 @@ COLUMNS = {  # of the table of layouts, with the classes of each
     "temp": ("temporary", "communication"),
     "other": ("buffers", "copies", "batch", "data"),
 }
-SCALED_CLASSES = ("activations", "temporary")  # in proportion to the micro-batch
+# without a plan for the module: tried first, without and with activation checkpointing
+SHARDING = ("single", "ddp", "zero1", "zero2", "zero3")
 
 
 @dataclass
 class Row:
-    """A layout with what follows from the device: whether it fits, time, largest micro-batch."""
+    """A layout with what follows from the device: whether it fits, time, largest micro-batch.
+
+    Attributes:
+        layout: memory and communication of a rank.
+        reserved: bytes beside the tensors, by what takes them.
+        fits: whether the device has this memory; None without a device.
+        largest_micro_batch: samples of the largest micro-batch that fits.
+        time: of a step and of the run.
+        alternative: the same with activation checkpointing, or without it if the run has it.
+    """
 
     layout: Layout
     reserved: dict[str, float]
     fits: bool | None = None
     largest_micro_batch: int | None = None
     time: StepTime | None = None
+    alternative: "Row | None" = None
 
     @property
     def name(self) -> str:
@@ -55,6 +69,36 @@ class Row:
     def total_bytes(self) -> float:
         """Return the bytes of a rank, with those that the libraries reserve."""
         return self.layout.peak_bytes + sum(self.reserved.values())
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to run: a layout, and changes of the run that it needs.
+
+    Attributes:
+        row: the layout.
+        recomputes: whether to add activation checkpointing.
+        accumulate: micro-batches of a step; None: those of the run.
+    """
+
+    row: Row
+    recomputes: bool = False
+    accumulate: int | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Return arguments of a Trainer: `strategy`, options of the strategy, and others."""
+        if self.row.name == "single":
+            values: dict[str, Any] = {}
+        else:
+            plan = self.row.layout.plan
+            values = {"strategy": plan.preset if plan is not None else self.row.name}
+            if plan is not None:
+                values |= {f"strategy.{name}": value for name, value in plan.overrides.items()}
+        if self.recomputes:
+            values["callbacks"] = "ActivationCheckpointing"
+        if self.accumulate is not None:
+            values["accumulate_grad_batches"] = self.accumulate
+        return values
 
 
 @dataclass
@@ -69,6 +113,9 @@ class Estimate:
         precision: of the run.
         configured: the name of the strategy in the config.
         notes: further lines below the tables.
+        reasons: by the name of a strategy that is not possible, why not.
+        divides_batch: whether the datamodule keeps the batch of a step for any micro-batch.
+        cost: price and power of a device.
     """
 
     simulation: Simulation
@@ -78,6 +125,9 @@ class Estimate:
     precision: str
     configured: str = "auto"
     notes: list[str] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
+    divides_batch: bool = False
+    cost: Cost = NO_COST
 
     @property
     def peak_bytes(self) -> int:
@@ -105,12 +155,48 @@ class Estimate:
         return self.simulation.flops * self.simulation.accumulate * self.ranks.size
 
     @property
-    def best(self) -> Row | None:
-        """Return the first layout that fits; the configured one if no device is stated."""
+    def choice(self) -> "Choice | None":
+        """Return what to run, by the order of docs/parallelism.md; None if nothing fits.
+
+        First the layouts of SHARDING without a change, then the same with activation
+        checkpointing, then all others, each without and with it, and last smaller micro-batches in
+        the same order. Without a device it is the configured layout.
+        """
         if self.device is None:
             named = [row for row in self.rows if row.name == self.configured]
-            return (named or self.rows)[0]
-        return next((row for row in self.rows if row.fits), None)
+            return Choice((named or self.rows)[0])
+        variants = [(row, False) for row in self.rows if row.name in SHARDING]
+        variants += [(row, True) for row in self.rows if row.name in SHARDING]
+        others = [row for row in self.rows if row.name not in SHARDING]
+        variants += [(row, changed) for row in others for changed in (False, True)]
+        possible = []
+        for row, changed in variants:
+            used = row.alternative if changed else row
+            # with checkpointing switched off a layout needs more
+            if used is not None and not (changed and self.simulation.is_recomputed):
+                possible.append(Choice(used, changed))
+        for choice in possible:
+            if choice.row.fits:
+                return replace(choice, accumulate=self._accumulate(choice.row))
+        for choice in possible:
+            accumulate = self._accumulate(choice.row)
+            if accumulate is not None:
+                return replace(choice, accumulate=accumulate)
+        return None
+
+    def _accumulate(self, row: Row) -> int | None:
+        """Return the fewest micro-batches of a step that fit, if that changes the run."""
+        largest, result = row.largest_micro_batch, self.simulation
+        if not largest or not self.divides_batch:
+            return None
+        total = result.samples * result.accumulate * row.layout.rows  # of a rank in a step
+        fitting = [k for k in range(1, total + 1) if total % k == 0 and total // k <= largest]
+        return fitting[0] if fitting[0] != result.accumulate else None
+
+    @property
+    def best(self) -> Row | None:
+        """Return the recommended layout; None if none fits."""
+        return None if self.choice is None else self.choice.row
 
     def to_dict(self) -> dict[str, Any]:
         """Return all results as plain values."""
@@ -149,8 +235,11 @@ class Estimate:
             "precision": self.precision,
             "total_steps": result.total_steps,
             "device": None if self.device is None else asdict(self.device),
+            "recomputed": result.is_recomputed,
             "layouts": [self._row_to_dict(row) for row in self.rows],
+            "not_possible": self.reasons,
             "recommended": None if self.best is None else self.best.name,
+            "recommended_arguments": None if self.choice is None else self.choice.arguments(),
             "assumptions": self.assumptions(),
         }
 
@@ -166,6 +255,7 @@ class Estimate:
             "is_exact": row.layout.is_exact,
             "largest_micro_batch": row.largest_micro_batch,
             "time": None if row.time is None else asdict(row.time),
+            "alternative": None if row.alternative is None else self._row_to_dict(row.alternative),
         }
 
     def to_json(self) -> str:
@@ -185,6 +275,11 @@ class Estimate:
                 f"a micro-batch of {result.samples} samples ({result.units:,} {result.unit}) on "
                 f"a rank, {result.accumulate} of them in a step; precision {self.precision}"
             )
+        if result.num_equal_blocks:
+            lines.append(
+                f"two and three blocks were simulated, and extrapolated to "
+                f"{result.num_equal_blocks}"
+            )
         if not result.is_stepped:
             lines.append("activations are not included: no forward pass was simulated")
         if result.has_values:
@@ -192,6 +287,7 @@ class Estimate:
         if self.device is None:
             return [*lines, "tensors only; name a GPU for libraries, times and what fits"]
         lines += list_assumptions(self.device, self.ranks, self.is_half)
+        lines += self.cost.assumptions(self.ranks.size)
         names = ", ".join(
             f"{name} {size / GIB:.2f} GiB" for name, size in self.rows[0].reserved.items()
         )
@@ -215,9 +311,10 @@ class Estimate:
         lines = [advice] if advice else []
         if any(not row.layout.is_exact for row in self.rows):
             lines.append("~ activations by formula, not simulated")
+        lines += [f"not possible: {name}: {reason}" for name, reason in self.reasons.items()]
         lines += [f"- {line}" for line in self.assumptions()]
         tables = [self._model_table(), self._layout_table()]
-        if self.device is not None or self.ranks.size > 1:
+        if self.device is not None:
             tables.append(self._run_table())
         return Group(*tables, *lines)
 
@@ -227,8 +324,8 @@ class Estimate:
             return ""
         if self.best is None:
             return f"{self.shortage()}: use {'; or '.join(self.remedies())}"
-        name = self.best.name
-        return f"recommended: {name}" + ("" if name == "single" else f", strategy={name!r}")
+        assert self.choice is not None
+        return f"recommended: {self.best.name}" + format_arguments(self.choice.arguments())
 
     def shortage(self) -> str:
         """Return which class has the most bytes of the smallest layout, if none fits."""
@@ -291,46 +388,89 @@ class Estimate:
         title = f"{self.ranks.size} ranks: {unit} of a rank at its peak"
         if self.ranks.size == 1:
             title = f"1 rank: {unit} at its peak"
-        table = Table("layout", *COLUMNS, "peak", title=title)
+        has_other = any(row.alternative is not None for row in self.rows)
+        columns = [*COLUMNS, "peak"]
+        columns += ["stored" if self.simulation.is_recomputed else "recomputed"] * has_other
+        columns += ["sent", "messages"] if self.ranks.size > 1 else []
+        table = Table("layout", *columns, title=title)
         for row in self.rows:
             classes, mark = row.layout.classes, "" if row.layout.is_exact else "~"
             cells = [row.name]
             for names in COLUMNS.values():
                 value = sum(classes.get(name, 0.0) for name in names) / size
-                cells.append(f"{value:,.4g}" if value else "-")
-            table.add_row(*cells, f"{mark}{row.layout.peak_bytes / size:,.4g}")
+                cells.append(f"{value:,.4g}" if value >= MIN_SHOWN else "-")
+            peaks = [row.layout.peak_bytes]
+            peaks += [row.alternative.layout.peak_bytes] if row.alternative is not None else []
+            cells += [f"{mark}{peak / size:,.4g}" for peak in peaks]
+            if self.ranks.size > 1:
+                messages = sum(row.layout.collectives.values())
+                cells += [format_bytes(row.layout.sent_bytes), f"{messages:,}"]
+            table.add_row(*cells)
         return table
 
     def _run_table(self) -> Table:
-        unit = self.simulation.unit
-        table = Table("layout", title="communication, memory limit and time")
-        columns = ["sent", "messages"]
-        if self.device is not None:
-            columns += ["with libraries", "fits", "max batch"]
-            columns += ["step", f"{unit}/s", "MFU", "run"]
+        table = Table(title="memory limit and time")
+        columns = ["layout", "with libraries", "fits", "max batch"]
+        has_time = any(row.time is not None for row in self.rows)
+        if has_time:
+            columns += ["step", f"{self.simulation.unit}/s", "MFU", "run"]
+            columns += ["kWh"] if self.cost.watts is not None else []
+            columns += ["price"] if self.cost.price_per_hour is not None else []
         for column in columns:
             table.add_column(column, no_wrap=True)
         for row in self.rows:
-            messages = sum(row.layout.collectives.values())
-            cells = [row.name, format_bytes(row.layout.sent_bytes), f"{messages:,}"]
-            if self.device is None:
-                table.add_row(*cells)
-                continue
-            largest = row.largest_micro_batch
-            cells += [format_bytes(row.total_bytes), "yes" if row.fits else "no"]
-            cells.append("-" if largest is None else f"{largest:,}")
+            cells = [row.name, format_bytes(row.total_bytes), self._fit_text(row)]
+            cells.append(_batch_text(row))
             if row.time is not None:
                 run = "-" if row.time.total_s is None else format_duration(row.time.total_s)
                 cells += [f"{row.time.seconds:.3g} s", f"{row.time.units_per_s:,.0f}"]
                 cells += [f"{row.time.mfu:.1%}", run]
+                if self.cost.watts is not None:
+                    cells.append(_number_text(row.time.energy_kwh))
+                if self.cost.price_per_hour is not None:
+                    cells.append(_number_text(row.time.price))
             table.add_row(*cells)
         return table
+
+    def _fit_text(self, row: Row) -> str:
+        """Return whether a layout fits, or would with the other mode of checkpointing."""
+        if row.fits:
+            return "yes"
+        if row.alternative is not None and row.alternative.fits:
+            return "stored" if self.simulation.is_recomputed else "recomputed"
+        return "no"
 
     def __str__(self) -> str:
         """Return the tables as text."""
         console = Console(file=io.StringIO(), width=120)
         console.print(self)
         return str(console.file.getvalue())  # type: ignore[attr-defined]
+
+
+def _batch_text(row: Row) -> str:
+    """Return the largest micro-batch, as configured and with the other mode of checkpointing."""
+    numbers = [row.largest_micro_batch]
+    numbers += [] if row.alternative is None else [row.alternative.largest_micro_batch]
+    return " / ".join("-" if number is None else f"{number:,}" for number in numbers)
+
+
+def _number_text(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.4g}"
+
+
+def format_arguments(arguments: dict[str, Any]) -> str:
+    """Return arguments of a Trainer as Python code, each after a comma; "" for none."""
+    values = dict(arguments)
+    options = {n: values.pop(n) for n in list(values) if n.startswith("strategy.")}
+    texts = []
+    if options:  # arguments of the class, with the axes of its preset
+        preset = {k: v for k, v in STRATEGY_PRESETS[values.pop("strategy")][1].items()}
+        preset |= {name.removeprefix("strategy."): value for name, value in options.items()}
+        inside = ", ".join(f"{name}={value!r}" for name, value in preset.items())
+        texts.append(f"strategy=MeshStrategy({inside})")
+    for name, value in values.items():
+        texts.append(f"callbacks=[{value}()]" if name == "callbacks" else f"{name}={value!r}")
+    return "".join(f", {text}" for text in texts)
 
 
 def format_bytes(size: float) -> str:
@@ -344,42 +484,63 @@ def format_bytes(size: float) -> str:
 
 def make_estimate(
     simulation: Simulation,
-    module: nn.Module,
+    traits: ModuleTraits,
     ranks: Ranks,
     device: Device | None,
     configured: str,
     precision: str,
     divides_batch: bool = False,
+    configured_axes: MeshPlan | None = None,
+    cost: Cost = NO_COST,
 ) -> Estimate:
     """Compute layouts, times and what fits from a simulation.
 
     Args:
         simulation: of one rank.
-        module: the module after the simulation, whose structure decides the layouts.
+        traits: what decides the layouts that the module supports.
         ranks: the ranks of the run.
         device: the GPU; None: no times.
         configured: the strategy of the config.
         precision: of the run.
         divides_batch: whether the datamodule divides its batch over the data-parallel ranks.
+        configured_axes: those of the run, if its strategy is an object.
+        cost: price and power of a device.
     """
     is_half = "16" in precision
-    traits = describe_module(module)
-    layouts = LayoutCalculator(
-        simulation, traits, ranks, is_half, divides_batch, is_on_gpu=device is not None
-    ).all_layouts()
-    rows = []
-    for layout in layouts:
-        reserved: dict[str, float] = {}
-        row = Row(layout, reserved)
-        if device is not None:
-            reserved |= RESERVED | ({"NCCL buffers": NCCL_BYTES} if ranks.size > 1 else {})
-            scaled = sum(layout.classes.get(name, 0.0) for name in SCALED_CLASSES)
-            reserved["fragmentation"] = FRAGMENTATION * scaled
-            row.fits = row.total_bytes <= device.memory_bytes
-            row.time = step_time(simulation, layout, ranks, device, is_half)
-            row.largest_micro_batch = largest_micro_batch(simulation, row, device)
-        rows.append(row)
-    return Estimate(simulation, rows, ranks, device, precision, configured)
+
+    def make_rows(step: Simulation) -> tuple[list[Row], dict[str, str]]:
+        calculator = LayoutCalculator(
+            step, traits, ranks, is_half, divides_batch, device is not None, configured_axes
+        )
+        rows = []
+        for layout in calculator.all_layouts():
+            reserved: dict[str, float] = {}
+            row = Row(layout, reserved)
+            if device is not None:
+                reserved |= RESERVED | ({"NCCL buffers": NCCL_BYTES} if ranks.size > 1 else {})
+                scaled = sum(layout.classes.get(name, 0.0) for name in SCALED_CLASSES)
+                reserved["fragmentation"] = FRAGMENTATION * scaled
+                row.fits = row.total_bytes <= device.memory_bytes
+                row.time = step_time(step, layout, ranks, device, is_half, cost)
+                row.largest_micro_batch = largest_micro_batch(step, row, device)
+            rows.append(row)
+        return rows, calculator.reasons
+
+    rows, reasons = make_rows(simulation)
+    if simulation.alternative is not None:
+        for row, other in zip(rows, make_rows(simulation.alternative)[0], strict=True):
+            row.alternative = other
+    return Estimate(
+        simulation,
+        rows,
+        ranks,
+        device,
+        precision,
+        configured,
+        reasons=reasons,
+        divides_batch=divides_batch,
+        cost=cost,
+    )
 
 
 def largest_micro_batch(simulation: Simulation, row: Row, device: Device) -> int | None:
@@ -389,9 +550,13 @@ def largest_micro_batch(simulation: Simulation, row: Row, device: Device) -> int
     """
     if not simulation.samples or not math.isfinite(device.memory_bytes):
         return None
-    scaled = sum(row.layout.classes.get(name, 0.0) for name in SCALED_CLASSES)
-    scaled *= 1 + FRAGMENTATION
-    fixed = row.total_bytes - scaled
-    if scaled <= 0:
-        return None
-    return max(0, math.floor((device.memory_bytes - fixed) / scaled * simulation.samples))
+    reserved = sum(size for name, size in row.reserved.items() if name != "fragmentation")
+    free = device.memory_bytes - reserved
+    ratios = [
+        (free - fixed) / (scaled * (1 + FRAGMENTATION))
+        for fixed, scaled in row.layout.levels
+        if scaled > 0
+    ]
+    if not ratios or any(fixed > free for fixed, _ in row.layout.levels):
+        return 0 if row.layout.levels else None
+    return max(0, math.floor(min(ratios) * simulation.samples * row.layout.rows))

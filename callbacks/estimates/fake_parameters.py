@@ -9,6 +9,7 @@ transforms that accept deferred parameters (LoRA, Quantization, Pretrained) work
 run (strategies/materialize.py).
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -57,6 +58,21 @@ def parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = original_register  # type: ignore[method-assign]
+
+
+def copy_on_meta(module: nn.Module) -> Any:
+    """Return a copy of a module whose parameters are on the meta device, with deferred values.
+
+    It needs no memory for parameters. The original keeps its own.
+    """
+    copies: dict[int, Any] = {}
+    for parameter in module.parameters():
+        if type(parameter) is nn.Parameter:
+            meta = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+            vars(meta).update(vars(parameter))
+            meta.initial_values = ZeroValues(meta)  # type: ignore[attr-defined]
+            copies[id(parameter)] = meta
+    return copy.deepcopy(module, copies)
 
 
 def replace_by_fakes(module: nn.Module, mode: FakeTensorMode) -> None:

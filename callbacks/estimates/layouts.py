@@ -7,7 +7,10 @@
     zero2   P + (P + G + S) / n + A + buffers          P + G in each micro-batch
     zero3   (P + G + S) / n + two units + A + buffers  2 P + G in each micro-batch
     hsdp    zero3 over n / 2 ranks                     and 2 G / (n / 2) once a step
-    tp, sp  split matrices / n                         8 A of a block
+    tp, sp  split matrices / n, activations between them / n; sp: of a block / n     8 A of a block
+    cp      as zero3, and A / n + buffers of the ring  4.5 A of a block
+    ep      as zero3, and experts / n                  16 A of a block
+    pp      blocks / n, micro-batches in flight        2 A of a boundary
 
 The bytes sent are for n large; a ring sends (n - 1) / n of them. A is that of each moment of the
 simulated step, so that the result is the peak of the sum. A shard of a parameter has
@@ -15,35 +18,43 @@ ceil(rows / n) rows, as in FSDP2.
 """
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
-
+from ravine.errors import UsageError
+from ravine.strategies.context_parallel import BACKWARD_HEAD_GROUPS, FORWARD_HEAD_GROUPS
 from ravine.strategies.device_mesh import MESH_AXES, resolve_degrees
-from ravine.strategies.parallel_module import find_unit_names
-from ravine.strategies.pipeline_stages import count_pipeline_blocks
+from ravine.strategies.mesh_strategy import MeshStrategy
 from ravine.strategies.presets import STRATEGY_PRESETS
-from ravine.strategies.tensor_parallel import ParameterSplit, find_splits
 from ravine.strategies.work_partition import assign_balanced
 
+from .module_traits import ModuleTraits, describe_module
 from .simulation import ParameterInfo, Simulation
 from .tensor_tracker import CLASSES, Moment
 
+__all__ = ["Layout", "LayoutCalculator", "ModuleTraits", "Ranks", "describe_module"]
+
 BUCKET_BYTES = 25 * 2**20  # of gradients in DDP and ZeRO-1
-# fractions of a block's activations that tensor parallelism does not divide: inputs of norms and
-# residuals, 10 of 34 bytes a number (Korthikanti et al., 2022, arXiv 2205.05198)
-REPLICATED_FRACTION = 10 / 34
+# the order in which to try strategies (docs/parallelism.md)
+ORDER = ("ddp", "zero1", "zero2", "zero3", "hsdp", "sp", "cp", "ep", "tp", "2d", "pp", "3d")
+assert {*ORDER} == {"ddp", *STRATEGY_PRESETS}
+DEFAULT_MICROBATCHES = 4  # of a pipeline
+SCALED_CLASSES = ("activations", "temporary")  # in proportion to the micro-batch
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks of a run: devices of a node, nodes, and the bytes/s that a rank sends."""
+    """The ranks of a run: devices of a node, nodes, and the bytes/s that a rank sends.
+
+    `local_bandwidth` is that within a node.
+    """
 
     devices: int = 1
     num_nodes: int = 1
     bandwidth: float = 450e9
     link: str = "nvlink"
+    local_bandwidth: float = 450e9
 
     @property
     def size(self) -> int:
@@ -51,23 +62,98 @@ class Ranks:
         return self.devices * self.num_nodes
 
 
-@dataclass
-class ModuleTraits:
-    """What decides which strategies a module supports, and how they divide it.
+@dataclass(frozen=True)
+class MeshPlan:
+    """The axes of a strategy on the ranks of a run.
 
     Attributes:
-        units: names of the parameters of each FSDP unit.
-        splits: by name of a parameter, how tensor parallelism splits it.
-        num_blocks: blocks of a network that can be split into pipeline stages; 0 without one.
-        unsupported: axes that the module rejects.
-        can_split_sequence: whether the plan for tp marks where sequences are split.
+        name: of the row.
+        preset: the name to type.
+        degrees: the size of each axis.
+        overrides: arguments of the strategy to type beside the preset.
+        zero_stage: 1, 2 or 3.
+        sequence_parallel: whether activations are split along the sequence over `tp`.
+        num_microbatches: of a pipeline.
     """
 
-    units: list[tuple[str, ...]] = field(default_factory=list)
-    splits: dict[str, ParameterSplit] = field(default_factory=dict)
-    num_blocks: int = 0
-    unsupported: tuple[str, ...] = ()
-    can_split_sequence: bool = False
+    name: str
+    preset: str
+    degrees: dict[str, int]
+    overrides: dict[str, Any] = field(default_factory=dict)
+    zero_stage: int = 3
+    sequence_parallel: bool = False
+    num_microbatches: int = DEFAULT_MICROBATCHES
+
+
+def preset_plan(name: str, ranks: Ranks, num_experts: int = 0) -> MeshPlan:
+    """Return the axes of a preset on these ranks.
+
+    With several nodes `tp`, `sp` and `cp` stay within a node, and `pp` has a stage a node; the
+    other ranks shard the parameters.
+
+    Args:
+        name: a key of STRATEGY_PRESETS.
+        ranks: the ranks of the run.
+        num_experts: of a mixture; `ep` is at most this number.
+
+    Raises:
+        UsageError: the axes do not divide the ranks.
+    """
+    arguments = STRATEGY_PRESETS[name][1]
+    axes = {axis: size for axis, size in arguments.items() if axis in (*MESH_AXES, "ep")}
+    overrides: dict[str, Any] = {}
+    if ranks.num_nodes > 1 and name in ("tp", "sp", "cp", "pp"):
+        axis = "tp" if name == "sp" else name
+        overrides = {axis: ranks.num_nodes if name == "pp" else ranks.devices, "dp_shard": -1}
+    if name == "ep" and num_experts and num_experts % ranks.size:
+        overrides = {"ep": math.gcd(num_experts, ranks.size)}
+    degrees = resolve_degrees({"dp_shard": -1} | axes | overrides, ranks.size)
+    num_microbatches = max(DEFAULT_MICROBATCHES, degrees["pp"])
+    if num_microbatches > DEFAULT_MICROBATCHES:  # at least one for each stage
+        overrides |= {"num_microbatches": num_microbatches}
+    return MeshPlan(
+        name,
+        name,
+        degrees,
+        overrides,
+        int(arguments.get("zero_stage", 3)),
+        bool(arguments.get("sequence_parallel", False)),
+        num_microbatches,
+    )
+
+
+def configured_plan(strategy: Any, ranks: Ranks) -> MeshPlan | None:
+    """Return the axes of a strategy object that is not equal to a preset; None for others.
+
+    Raises:
+        UsageError: the axes do not divide the ranks.
+    """
+    if not isinstance(strategy, MeshStrategy):
+        return None
+    degrees = resolve_degrees(strategy.degrees, ranks.size)
+    axes = {axis: size for axis, size in degrees.items() if size > 1}
+    name = " x ".join(f"{axis} {size}" for axis, size in axes.items()) or "mesh"
+    plan = MeshPlan(
+        name,
+        "3d",
+        degrees,
+        dict(degrees),
+        strategy.zero_stage,
+        strategy.sequence_parallel,
+        strategy.num_microbatches,
+    )
+    for preset in STRATEGY_PRESETS:
+        try:
+            known = preset_plan(preset, ranks)
+        except UsageError:
+            continue
+        same = (known.degrees, known.zero_stage, known.sequence_parallel)
+        if same == (plan.degrees, plan.zero_stage, plan.sequence_parallel):
+            return replace(known, num_microbatches=plan.num_microbatches)
+    typed = {"num_microbatches": strategy.num_microbatches} if degrees["pp"] > 1 else {}
+    typed |= {"sequence_parallel": True} if strategy.sequence_parallel else {}
+    typed |= {"zero_stage": strategy.zero_stage} if strategy.zero_stage != 3 else {}
+    return replace(plan, overrides=plan.overrides | typed)
 
 
 @dataclass
@@ -79,20 +165,29 @@ class Layout:
         classes: bytes per rank at the peak, by class.
         sent_bytes: bytes that a rank sends in an optimizer step.
         collectives: number of collectives of an optimizer step, by kind.
-        overlaps: whether they run during the backward pass.
+        exposed_s: seconds of messages that no computation hides.
+        overlapped_s: seconds of messages that are sent during the passes.
         is_exact: whether shards are computed parameter by parameter; else activations are scaled.
         dp_size: data-parallel ranks, each with a batch of its own.
-        compute_fraction: part of the FLOPs of a micro-batch that a rank computes.
+        rows: micro-batch of such a rank, in micro-batches of the simulation.
+        compute_fraction: part of the FLOPs of a simulated micro-batch that a rank computes.
+        plan: the axes; None for ddp and for one process.
+        levels: bytes that are fixed, and bytes of SCALED_CLASSES, at the moments of the step of
+            which no other one has more of both.
     """
 
     name: str
     classes: dict[str, float]
     sent_bytes: float = 0.0
     collectives: dict[str, int] = field(default_factory=dict)
-    overlaps: bool = True
+    exposed_s: float = 0.0
+    overlapped_s: float = 0.0
     is_exact: bool = True
     dp_size: int = 1
+    rows: int = 1
     compute_fraction: float = 1.0
+    plan: MeshPlan | None = None
+    levels: list[tuple[float, float]] = field(default_factory=list)
 
     @property
     def peak_bytes(self) -> float:
@@ -115,24 +210,14 @@ def shard_bytes(parameter: ParameterInfo, num_ranks: int, num_bytes: int | None 
     return size // rows * math.ceil(rows / num_ranks)
 
 
-def state_shard_bytes(parameter: ParameterInfo, num_ranks: int) -> int:
-    """Return the bytes of the state of a shard; states of another shape stay whole."""
-    return sum(
-        shard_bytes(parameter, num_ranks, num_bytes) if shape == parameter.shape else num_bytes
-        for shape, num_bytes in parameter.state
-    )
+@dataclass
+class _Stage:
+    """The parameters and blocks of a pipeline stage; without a pipeline all of them."""
 
-
-def describe_module(module: nn.Module) -> ModuleTraits:
-    """Return how strategies can divide a module, with real, meta or fake parameters."""
-    splits, can_split_sequence = find_splits(module)
-    return ModuleTraits(
-        units=find_unit_names(module),
-        splits=splits,
-        num_blocks=count_pipeline_blocks(module),
-        unsupported=tuple(getattr(module, "unsupported_parallelism", ())),
-        can_split_sequence=can_split_sequence,
-    )
+    names: set[str]
+    num_blocks: int
+    num_in_flight: int  # micro-batches whose activations it keeps
+    has_end: bool  # whether it computes what follows the blocks
 
 
 class LayoutCalculator:
@@ -146,6 +231,10 @@ class LayoutCalculator:
         divides_batch: whether the datamodule divides a batch over the data-parallel ranks. So ranks
             that share one model get a larger micro-batch.
         is_on_gpu: whether the tensors of data sets are not on the device.
+        configured: axes of the run that no preset has.
+
+    Attributes:
+        reasons: by the name of a strategy that is not possible, why.
     """
 
     def __init__(
@@ -156,60 +245,87 @@ class LayoutCalculator:
         is_half: bool,
         divides_batch: bool,
         is_on_gpu: bool = False,
+        configured: MeshPlan | None = None,
     ) -> None:
         """Sum up the parameters."""
         # data sets stay in the memory of the host
         self.moments = [_without_data(m) if is_on_gpu else m for m in simulation.moments]
         self.simulation, self.traits, self.ranks = simulation, traits, ranks
         self.is_half, self.divides_batch = is_half, divides_batch
+        self.configured = configured
+        self.reasons: dict[str, str] = {}
         self.parameters = simulation.parameters
         self.trainable = [p for p in self.parameters if p.is_trainable]
         self.param_bytes = sum(p.num_bytes for p in self.parameters)
         self.gradient_bytes = sum(p.num_bytes for p in self.trainable)
-        by_name = {p.name: p for p in self.parameters}
-        self.unit_bytes = sorted(
-            (
-                sum(self._gathered_bytes(by_name[name]) for name in names if name in by_name)
-                for names in traits.units
-            ),
-            reverse=True,
-        )
-
-    def _gathered_bytes(self, parameter: ParameterInfo) -> int:
-        """Return the bytes of a gathered parameter: in half precision unless it is a vector."""
-        is_cast = self.is_half and parameter.itemsize == 4 and len(parameter.shape) > 1
-        return parameter.num_bytes // 2 if is_cast else parameter.num_bytes
 
     def all_layouts(self) -> list[Layout]:
-        """Return the layouts that the module supports on these ranks, in the order to try them."""
-        n = self.ranks.size
-        if n == 1:
+        """Return the layouts that are possible, in the order to try them; `reasons` has others."""
+        if self.ranks.size == 1:
             return [self.single()]
-        layouts = [self.ddp(), self.zero1(), self.zero2(n, 1), self.zero3(n, 1)]
-        if n % 2 == 0 and n > 2:
-            layouts.append(self.zero3(n // 2, 2))
-        if self.traits.splits and "tp" not in self.traits.unsupported:
-            size = self.ranks.devices
-            if size > 1 and self._is_divisible_by(size):
-                layouts.append(self.tensor_parallel(size))
-                if self.traits.can_split_sequence:
-                    layouts.append(self.tensor_parallel(size, sequence=True))
-            if self.ranks.devices % 2 == 0 and n > 2 and self._is_divisible_by(2):
-                layouts.append(self.tensor_parallel(2, shards=n // 2))
-        if self.traits.num_blocks >= n and "pp" not in self.traits.unsupported:
-            layouts.append(self.pipeline(n))
+        layouts, self.reasons = [self.ddp(), self.zero1()], {}
+        plans = []
+        for name in ORDER[2:]:
+            try:
+                plans.append(preset_plan(name, self.ranks, self.traits.num_experts))
+            except UsageError as error:
+                self.reasons[name] = error.problem
+        if self.configured is not None and self.configured.name not in ORDER:
+            plans.append(self.configured)
+        for plan in plans:
+            reason = self.reason_against(plan)
+            if reason:
+                self.reasons[plan.name] = reason
+            else:
+                layouts.append(self.mesh(plan))
         return layouts
 
-    def _is_divisible_by(self, size: int) -> bool:
-        return all(split.num_pieces % size == 0 for split in self.traits.splits.values())
+    def reason_against(self, plan: MeshPlan) -> str:
+        """Return why the run cannot use these axes; "" if it can."""
+        degrees, length = plan.degrees, self.simulation.length
+        if degrees["dp_replicate"] > 1 and degrees["dp_shard"] * degrees["cp"] == 1:
+            return "each replica is one rank, as with ddp"
+        if plan.name == "2d" and degrees["dp_shard"] == 1:
+            return "2 ranks: the same as tp"
+        if plan.zero_stage == 1 and plan.name not in ORDER:
+            return "zero_stage=1 together with other axes is not computed"
+        reason = self.traits.reason_against(degrees, plan.sequence_parallel)
+        if reason or length is None:
+            return reason
+        for axis, divisor in (("tp", degrees["tp"]), ("cp", 2 * degrees["cp"])):
+            is_split = degrees[axis] > 1 and (axis == "cp" or plan.sequence_parallel)
+            if is_split and length % divisor:
+                return f"{axis}={degrees[axis]} does not divide sequences of {length} tokens"
+        return ""
 
-    def _peak(self, rescale: Any) -> dict[str, float]:
-        """Return the classes of the highest moment, after `rescale(moment) -> {class: bytes}`."""
-        return max((rescale(m) for m in self.moments), key=lambda c: sum(c.values()))
+    def peak(
+        self, rescale: Callable[[Moment], dict[str, float]]
+    ) -> tuple[dict[str, float], list[tuple[float, float]]]:
+        """Return the classes of the highest moment, and the `levels` of a Layout.
+
+        Args:
+            rescale: returns the bytes of a rank by class at a moment of the simulation.
+        """
+        highest, pairs, peak = {}, [], -1.0
+        for moment in self.moments:
+            classes = rescale(moment)
+            total = sum(classes.values())
+            # the optimizer step does not depend on the micro-batch
+            in_pass = moment.phase in ("forward", "backward")
+            scaled = sum(classes[name] for name in SCALED_CLASSES) * in_pass
+            pairs.append((total - scaled, scaled))
+            if total > peak:
+                highest, peak = classes, total
+        levels: list[tuple[float, float]] = []
+        for fixed, scaled in sorted(pairs, reverse=True):
+            if not levels or scaled > levels[-1][1]:
+                levels.append((fixed, scaled))
+        return highest, levels
 
     def single(self) -> Layout:
         """One process, as simulated."""
-        return Layout("single", self._peak(_classes_of))
+        classes, levels = self.peak(_classes_of)
+        return Layout("single", classes, levels=levels)
 
     def ddp(self) -> Layout:
         """Every rank has everything, and gradients stay in the buckets that are all-reduced."""
@@ -220,12 +336,15 @@ class LayoutCalculator:
 
         num_buckets = 1 + math.ceil(max(0, self.gradient_bytes - 2**20) / BUCKET_BYTES)
         sent_bytes = 2 * self.gradient_bytes * (n - 1) / n
+        classes, levels = self.peak(rescale)
         return Layout(
             "ddp",
-            self._peak(rescale),
+            classes,
             sent_bytes,
             {"all_reduce": num_buckets},
+            overlapped_s=sent_bytes / self.ranks.bandwidth,
             dp_size=n,
+            levels=levels,
         )
 
     def zero1(self) -> Layout:
@@ -258,191 +377,228 @@ class LayoutCalculator:
 
         sent_bytes = 2 * self.gradient_bytes * (n - 1) / n
         num_messages = 2 * math.ceil(self.gradient_bytes / BUCKET_BYTES) * (n - 1)
+        classes, levels = self.peak(rescale)
         return Layout(
             "zero1",
-            self._peak(rescale),
+            classes,
             sent_bytes,
             {"send": num_messages},
+            overlapped_s=sent_bytes / self.ranks.bandwidth,
             dp_size=n,
+            plan=preset_plan("zero1", self.ranks),
+            levels=levels,
         )
 
-    def _sharded_classes(self, moment: Moment, num_shards: int) -> dict[str, float]:
-        """Return the classes of a moment with parameters, gradients and states sharded."""
-        gradients = sum(shard_bytes(p, num_shards) for p in self.trainable)
-        parameters = sum(shard_bytes(p, num_shards) for p in self.parameters)
-        states = sum(state_shard_bytes(p, num_shards) for p in self.trainable)
-        fraction = gradients / max(1, self.gradient_bytes)
-        return _classes_of(moment) | {
-            "parameters": parameters,
-            "gradients": moment.of("gradients") * fraction,
-            "optimizer state": states,
-            "copies": moment.of("copies") * parameters / max(1, self.param_bytes),
-            "weight casts": 0.0,
-        }
-
-    def zero2(self, num_shards: int, num_replicas: int) -> Layout:
-        """Gradients and states sharded; parameters are gathered until the backward pass."""
-        gathered = sum(self.unit_bytes)
-        buffers = 2 * (self.unit_bytes or [0])[0]
-
-        def rescale(moment: Moment) -> dict[str, float]:
-            in_pass = moment.phase in ("forward", "backward")
-            return self._sharded_classes(moment, num_shards) | {
-                "gathered": gathered * in_pass,
-                "buffers": moment.of("buffers"),
-                "communication": buffers * (moment.phase == "backward"),
-            }
-
-        n, accumulate = num_shards, self.simulation.accumulate
-        sent_bytes = accumulate * (gathered + self.gradient_bytes) * (n - 1) / n
-        count = len(self.unit_bytes) * accumulate
-        return Layout(
-            "zero2",
-            self._peak(rescale),
-            sent_bytes,
-            {"all_gather": count, "reduce_scatter": count},
-            dp_size=n * num_replicas,
+    def mesh(self, plan: MeshPlan) -> Layout:
+        """Any axes of a MeshStrategy with ZeRO-2 or 3, at the stage that needs the most memory."""
+        return max(
+            (_MeshRank(self, plan, stage).layout() for stage in self._stages(plan)),
+            key=lambda layout: layout.peak_bytes,
         )
 
-    def zero3(self, num_shards: int, num_replicas: int) -> Layout:
-        """All sharded; two units are gathered at a time. With two replicas this is hsdp."""
-        two_units = sum(self.unit_bytes[:2])
-        buffers = 2 * (self.unit_bytes or [0])[0]
+    def _stages(self, plan: MeshPlan) -> list[_Stage]:
+        """Return the first and the last stage of the pipeline."""
+        names = {p.name for p in self.parameters}
+        size, traits = plan.degrees["pp"], self.traits
+        if size == 1:
+            return [_Stage(names, traits.num_blocks, 1, has_end=True)]
+        smaller, num_larger = divmod(traits.num_blocks, size)
+        sizes = [smaller + (index < num_larger) for index in range(size)]
+        other = names - set(traits.block_of) - traits.first - traits.last  # of the module itself
+        stages = []
+        for index, ends in ((0, traits.first), (size - 1, traits.last)):
+            start = sum(sizes[:index])
+            blocks = range(start, start + sizes[index])
+            inside = {name for name, block in traits.block_of.items() if block in blocks}
+            in_flight = min(size - index, plan.num_microbatches)
+            stages.append(
+                _Stage(inside | set(ends) | other, sizes[index], in_flight, index == size - 1)
+            )
+        return stages
 
-        def rescale(moment: Moment) -> dict[str, float]:
-            in_pass = moment.phase in ("forward", "backward")
-            return self._sharded_classes(moment, num_shards) | {
-                "gathered": two_units * in_pass,
-                "communication": buffers * (moment.phase == "backward"),
-            }
 
-        n, accumulate = num_shards, self.simulation.accumulate
-        gathered = sum(self.unit_bytes)
-        sent_bytes = accumulate * (2 * gathered + self.gradient_bytes) * (n - 1) / n
-        count = len(self.unit_bytes)
-        collectives = {"all_gather": 2 * count * accumulate, "reduce_scatter": count * accumulate}
-        name = "zero3"
-        if num_replicas > 1:
-            name, collectives["all_reduce"] = "hsdp", count
-            sent_bytes += 2 * self.gradient_bytes / n * (num_replicas - 1) / num_replicas
-        return Layout(
-            name,
-            self._peak(rescale),
-            sent_bytes,
-            collectives,
-            dp_size=n * num_replicas,
-        )
+class _MeshRank:
+    """A rank of a mesh: what it holds at each moment, and what it sends.
 
-    def tensor_parallel(self, size: int, sequence: bool = False, shards: int = 0) -> Layout:
-        """Matrices of the plan split over `size` ranks, and ZeRO-3 over `shards` of these groups.
+    Args:
+        calculator: of the run.
+        plan: the axes.
+        stage: the pipeline stage of the rank.
+    """
 
-        Without `shards`, further groups of ranks are replicas (on several nodes).
-        """
-        num_groups = self.ranks.size // size
-        num_shards = max(1, shards)
-        kept = 1.0 if not sequence else 0.0  # what is not split of the activations of a block
-        fraction = REPLICATED_FRACTION * kept + (1 - REPLICATED_FRACTION * kept) / size
-        rows = size if self.divides_batch else 1  # the micro-batch of fewer data-parallel ranks
-
-        def shard_size(parameter: ParameterInfo, num_bytes: int | None = None) -> float:
-            divisor = size if parameter.name in self.traits.splits else 1
-            return shard_bytes(parameter, num_shards, num_bytes) / divisor
-
-        parameters = sum(map(shard_size, self.parameters))
-        gradients = sum(map(shard_size, self.trainable))
-        states = sum(
-            shard_size(p, num_bytes) if shape == p.shape else num_bytes
+    def __init__(self, calculator: LayoutCalculator, plan: MeshPlan, stage: _Stage) -> None:
+        """Sum up the shards of the stage."""
+        self.run, self.plan, self.stage = calculator, plan, stage
+        degrees = plan.degrees
+        self.tp, self.cp, self.ep = degrees["tp"], degrees["cp"], degrees["ep"]
+        self.pp, self.num_replicas = degrees["pp"], degrees["dp_replicate"]
+        self.num_shards = degrees["dp_shard"] * self.cp
+        self.dp_size = self.num_replicas * degrees["dp_shard"]
+        self.is_sharded = self.num_shards * self.num_replicas > 1
+        # ranks that share one model get a larger micro-batch
+        self.rows = calculator.ranks.size // self.dp_size if calculator.divides_batch else 1
+        self.parameters = [p for p in calculator.parameters if p.name in stage.names]
+        self.trainable = [p for p in self.parameters if p.is_trainable]
+        self.param_bytes = sum(map(self.shard_size, self.parameters))
+        self.gradient_bytes = sum(map(self.shard_size, self.trainable))
+        self.state_bytes = sum(
+            self.shard_size(p, num_bytes) if shape == p.shape else num_bytes
             for p in self.trainable
             for shape, num_bytes in p.state
         )
-        gathered = sum(self.unit_bytes[:2]) / size if shards else 0.0
+        by_name = {p.name: p for p in self.parameters}
+        units = (
+            sum(self.gathered_size(by_name[name]) for name in names if name in by_name)
+            for names in calculator.traits.units
+        )
+        self.unit_bytes = sorted(filter(None, units), reverse=True) if self.is_sharded else []
 
-        def rescale(moment: Moment) -> dict[str, float]:
-            ratio = parameters / max(1, self.param_bytes)
-            in_pass = moment.phase in ("forward", "backward")
-            return _classes_of(moment) | {
-                "parameters": parameters,
-                "gradients": moment.of("gradients") * gradients / max(1, self.gradient_bytes),
-                "optimizer state": states,
-                "copies": moment.of("copies") * ratio,
-                "weight casts": 0.0 if shards else moment.of("weight casts") * ratio,
-                "activations": moment.of("activations") * fraction * rows,
-                "temporary": moment.of("temporary") * rows,
-                "batch": moment.of("batch") * rows,
-                "gathered": gathered * in_pass,
-            }
+    def shard_size(self, parameter: ParameterInfo, num_bytes: int | None = None) -> int:
+        """Return the bytes that this rank has of a parameter, or of a state of its shape."""
+        size = parameter.num_bytes if num_bytes is None else num_bytes
+        is_expert = self.ep > 1 and parameter.name in self.run.traits.experts
+        num_shards = self.ep if is_expert else self.num_shards
+        split = self.run.traits.splits.get(parameter.name)
+        if self.tp == 1 or split is None:
+            return shard_bytes(parameter, num_shards, size)
+        shape = list(parameter.shape)
+        shape[split.axis] //= self.tp
+        local = replace(parameter, shape=tuple(shape))
+        return shard_bytes(local, num_shards, size // self.tp)
 
-        name = "2d" if shards else "sp" if sequence else "tp"
-        width = self._width()
-        itemsize = 2 if self.is_half else 4
-        message = self.simulation.units * rows * width * itemsize
-        num_blocks = max(1, self.traits.num_blocks)
-        accumulate = self.simulation.accumulate
-        sent_bytes = 8 * num_blocks * message * (size - 1) / size * accumulate
-        count = 4 * num_blocks * accumulate
-        collectives = {"all_reduce": count}
-        if sequence:
-            collectives = {"all_gather": count + 2, "reduce_scatter": count}
+    def gathered_size(self, parameter: ParameterInfo) -> int:
+        """Return the bytes of a gathered parameter: in half precision unless it is a vector."""
+        if self.ep > 1 and parameter.name in self.run.traits.experts:
+            return 0
+        is_cast = self.run.is_half and parameter.itemsize == 4 and len(parameter.shape) > 1
+        size = parameter.num_bytes // 2 if is_cast else parameter.num_bytes
+        return size // self.tp if parameter.name in self.run.traits.splits else size
+
+    def activations(self, moment: Moment) -> float:
+        """Return the bytes of activations at a moment of the simulated micro-batch."""
+        total = moment.of("activations")
+        # with sp all of a block is divided, and with tp what lies between split matrices
+        unsplit = (moment.in_blocks - moment.split) / (
+            self.tp if self.plan.sequence_parallel else 1
+        )
+        in_blocks = unsplit + moment.split / self.tp
+        part_of_blocks = self.stage.num_blocks / max(1, self.run.traits.num_blocks)
+        outside = (total - moment.in_blocks) * self.stage.has_end
+        if self.pp == 1:
+            part_of_blocks = 1.0
+        kept = in_blocks * part_of_blocks + outside
+        return kept * self.rows / self.cp * self.stage.num_in_flight / self._num_microbatches
+
+    @property
+    def _num_microbatches(self) -> int:
+        return self.plan.num_microbatches if self.pp > 1 else 1
+
+    def classes(self, moment: Moment) -> dict[str, float]:
+        """Return the bytes of this rank at a moment of the simulated step, by class."""
+        run = self.run
+        in_pass = moment.phase in ("forward", "backward")
+        in_backward = moment.phase == "backward"
+        part_of_params = self.param_bytes / max(1, run.param_bytes)
+        scale = self.rows / self.cp / self._num_microbatches
+        gathered = sum(self.unit_bytes[: None if self.plan.zero_stage == 2 else 2])
+        message = 2.0 * self.unit_bytes[0] if self.unit_bytes else 0.0
+        gradients = moment.of("gradients") * self.gradient_bytes / max(1, run.gradient_bytes)
+        if self.pp > 1:
+            gradients = self.gradient_bytes  # from the first of its micro-batches on
+            message += max((p.num_bytes for p in self.trainable), default=0)
+        return _classes_of(moment) | {
+            "parameters": self.param_bytes,
+            "gradients": gradients,
+            "optimizer state": self.state_bytes,
+            "copies": moment.of("copies") * part_of_params,
+            "weight casts": 0.0 if self.is_sharded else moment.of("weight casts") * part_of_params,
+            "activations": self.activations(moment),
+            "temporary": moment.of("temporary") * scale,
+            "batch": moment.of("batch") * self.rows / self.cp,
+            "gathered": gathered * in_pass,
+            "communication": message * in_backward,
+        }
+
+    def layout(self) -> Layout:
+        """Return the row of this rank."""
+        run, plan = self.run, self.plan
+        itemsize = 2 if run.is_half else 4
+        accumulate, num_blocks = run.simulation.accumulate, max(1, self.stage.num_blocks)
+        activation = run.simulation.units * self.rows / self.cp * self._width() * itemsize
+        num_gathers = 1 if plan.zero_stage == 2 else 2
+        n, count = self.num_shards, len(self.unit_bytes) * accumulate
+        gathered = sum(self.unit_bytes)
+        gradients = sum(p.num_bytes for p in self.trainable)
+        # each axis: messages by kind, bytes that this rank sends, whether they leave the node
+        collectives: dict[str, int] = {}
+        overlapped = exposed = sent_bytes = 0.0
+        if self.is_sharded:
+            collectives |= {"all_gather": num_gathers * count, "reduce_scatter": count}
+            sent_bytes = accumulate * (num_gathers * gathered + gradients / self.tp) * (n - 1) / n
+            if self.num_replicas > 1:
+                collectives["all_reduce"] = len(self.unit_bytes)
+                replicas = self.num_replicas
+                sent_bytes += 2 * gradients / self.tp / n * (replicas - 1) / replicas
+            overlapped = sent_bytes / run.ranks.bandwidth
+        if self.tp > 1:
+            number = 4 * num_blocks * accumulate
+            if plan.sequence_parallel:
+                _add(collectives, all_gather=number + 2 * accumulate, reduce_scatter=number)
+            else:
+                _add(collectives, all_reduce=number)
+            size = 8 * num_blocks * activation * (self.tp - 1) / self.tp * accumulate
+            sent_bytes, exposed = sent_bytes + size, exposed + size / run.ranks.local_bandwidth
+        if self.cp > 1:
+            groups = BACKWARD_HEAD_GROUPS.get(self.cp, 4)
+            number = num_blocks * (self.cp - 1) * (FORWARD_HEAD_GROUPS + 2 * groups)
+            _add(collectives, send=number * accumulate)
+            size = 4.5 * num_blocks * activation * (self.cp - 1) * accumulate
+            sent_bytes += size
+            overlapped += size / run.ranks.local_bandwidth
+        if self.ep > 1:
+            _add(collectives, all_to_all=4 * num_blocks * accumulate)
+            size = 16 * num_blocks * activation * (self.ep - 1) / self.ep * accumulate
+            sent_bytes, exposed = sent_bytes + size, exposed + size / run.ranks.bandwidth
+        if self.pp > 1:
+            _add(collectives, send=2 * plan.num_microbatches * accumulate)
+            size = 2 * activation * accumulate
+            sent_bytes, exposed = sent_bytes + size, exposed + size / run.ranks.bandwidth
+        # a pipeline waits (p - 1) / m of the time
+        waits = 1 + (self.pp - 1) / self._num_microbatches
+        classes, levels = run.peak(self.classes)
         return Layout(
-            name,
-            self._peak(rescale),
+            plan.name,
+            classes,
             sent_bytes,
             collectives,
-            overlaps=False,
-            is_exact=False,
-            dp_size=num_groups,
-            compute_fraction=1 / size * rows,
+            exposed,
+            overlapped,
+            is_exact=self.tp * self.cp * self.pp * self.ep == 1,
+            dp_size=self.dp_size,
+            rows=self.rows,
+            compute_fraction=self.rows / (self.tp * self.cp * self.pp) * waits,
+            plan=plan,
+            levels=levels,
         )
 
     def _width(self) -> int:
-        """Return the width of the activations between split matrices."""
+        """Return the width of the activations between blocks."""
         shapes = {p.name: p.shape for p in self.parameters}
-        matrices = [shapes[n] for n, split in self.traits.splits.items() if split.axis == 0]
+        splits = self.run.traits.splits
+        matrices = [shapes[n] for n, split in splits.items() if split.axis == 0 and n in shapes]
         widths = [shape[1] for shape in matrices if len(shape) > 1]
         return widths[0] if widths else 1
 
-    def pipeline(self, size: int, num_micro_batches: int = 4) -> Layout:
-        """Blocks divided over `size` stages; a stage keeps some micro-batches in flight."""
-        in_block = sum(
-            p.num_bytes for p in self.parameters if ".blocks." in f".{p.name}"
-        )  # the rest is at the first and last stage
-        outside = self.param_bytes - in_block
-        num_blocks = self.traits.num_blocks
-        of_stage = in_block * math.ceil(num_blocks / size) / max(1, num_blocks) + outside
-        fraction = of_stage / max(1, self.param_bytes)
-        rows = size if self.divides_batch else 1
-        in_flight = min(size, num_micro_batches) / num_micro_batches * rows / size
 
-        def rescale(moment: Moment) -> dict[str, float]:
-            classes = _classes_of(moment)
-            for name in ("parameters", "gradients", "optimizer state", "copies", "weight casts"):
-                classes[name] *= fraction
-            classes["gradients"] = self.gradient_bytes * fraction
-            classes["activations"] *= in_flight
-            classes["temporary"] *= in_flight
-            return classes
-
-        accumulate = self.simulation.accumulate
-        width = self._width()
-        message = self.simulation.units * rows * width * (2 if self.is_half else 4)
-        return Layout(
-            "pp",
-            self._peak(rescale),
-            2 * message * accumulate,
-            {"send": 2 * num_micro_batches * accumulate},
-            overlaps=False,
-            is_exact=False,
-            dp_size=self.ranks.size // size,
-            # a pipeline waits (p - 1) / m of the time
-            compute_fraction=rows / size * (1 + (size - 1) / num_micro_batches),
-        )
+def _add(counts: dict[str, int], **more: int) -> None:
+    for kind, number in more.items():
+        counts[kind] = counts.get(kind, 0) + number
 
 
 def _without_data(moment: Moment) -> Moment:
     index = CLASSES.index("data")
-    return Moment(
-        moment.phase, tuple(0 if i == index else n for i, n in enumerate(moment.num_bytes))
-    )
+    num_bytes = tuple(0 if i == index else n for i, n in enumerate(moment.num_bytes))
+    return moment._replace(num_bytes=num_bytes)
 
 
 def _classes_of(moment: Moment) -> dict[str, float]:

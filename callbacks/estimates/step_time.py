@@ -11,6 +11,8 @@ peak and bandwidth that large kernels reach.
 import math
 from dataclasses import dataclass
 
+from ravine.errors import UsageError
+
 from .devices import Device
 from .layouts import Layout, Ranks
 from .simulation import Simulation
@@ -31,6 +33,44 @@ class StepTime:
     units_per_s: float
     mfu: float
     total_s: float | None  # of the run
+    energy_kwh: float | None = None  # of the run, with the stated watts
+    price: float | None = None  # of the run, with the stated price
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a device costs: its price per hour, and its power in watts; None if not stated."""
+
+    price_per_hour: float | None = None
+    watts: float | None = None
+
+    def check(self) -> None:
+        """Raise UsageError for a number that is not positive."""
+        for name, value, example in (
+            ("price_per_hour", self.price_per_hour, "2.5"),
+            ("watts", self.watts, "700"),
+        ):
+            if value is not None and not value > 0:
+                raise UsageError(
+                    f"estimate: {name}={value:g} is not positive",
+                    ["a number above 0"],
+                    f"use {name}={example}",
+                    flag=f"--{name}={example}",
+                )
+
+    def assumptions(self, ranks: int) -> list[str]:
+        """Return the assumptions of price and energy, one a line."""
+        lines = []
+        if self.price_per_hour is not None:
+            lines.append(f"a device costs {self.price_per_hour:g} an hour; {ranks} devices")
+        if self.watts is not None:
+            lines.append(
+                f"a device takes {self.watts:g} W all the time, without host, network and cooling"
+            )
+        return lines
+
+
+NO_COST = Cost()  # neither price nor energy is computed
 
 
 def compute_seconds(simulation: Simulation, device: Device, is_half: bool) -> tuple[float, float]:
@@ -40,6 +80,7 @@ def compute_seconds(simulation: Simulation, device: Device, is_half: bool) -> tu
     micro_batch = step = 0.0
     for operation in simulation.operations:
         seconds = max(operation.flops / peak, operation.num_bytes / bandwidth, LAUNCH_S)
+        seconds *= operation.count
         if operation.phase in ("forward", "backward"):
             micro_batch += seconds
         elif operation.phase == "step":
@@ -48,26 +89,35 @@ def compute_seconds(simulation: Simulation, device: Device, is_half: bool) -> tu
 
 
 def step_time(
-    simulation: Simulation, layout: Layout, ranks: Ranks, device: Device, is_half: bool
+    simulation: Simulation,
+    layout: Layout,
+    ranks: Ranks,
+    device: Device,
+    is_half: bool,
+    cost: Cost = NO_COST,
 ) -> StepTime | None:
     """Return the time of an optimizer step under a layout; None without FLOP/s of the device."""
     if math.isnan(device.flops_per_s) or not simulation.operations:
         return None
     micro_batch, optimizer = compute_seconds(simulation, device, is_half)
     compute = simulation.accumulate * micro_batch * layout.compute_fraction + optimizer
-    communication = layout.sent_bytes / ranks.bandwidth
     # gradients and parameters are sent while the passes run, two thirds of which are backward
-    hidden = 2 / 3 * compute if layout.overlaps else 0.0
-    exposed = max(0.0, communication - hidden)
+    exposed = layout.exposed_s + max(0.0, layout.overlapped_s - 2 / 3 * compute)
     seconds = compute + exposed
-    # all samples of a step, whichever ranks have them
-    units = simulation.units * simulation.accumulate * ranks.size
-    flops = simulation.flops * simulation.accumulate * ranks.size
+    # micro-batches of the simulation in a step of all ranks
+    count = layout.rows * layout.dp_size * simulation.accumulate
+    units = simulation.units * count
+    flops = simulation.flops * count
     if simulation.flops_per_unit is not None:
         flops = simulation.flops_per_unit * units
     total_s = None if simulation.total_steps is None else simulation.total_steps * seconds
     mfu = flops / (seconds * device.flops_per_s * ranks.size)
-    return StepTime(seconds, compute, exposed, units / seconds, mfu, total_s)
+    energy = price = None
+    if total_s is not None:
+        hours = total_s / 3600 * ranks.size
+        energy = None if cost.watts is None else hours * cost.watts / 1000
+        price = None if cost.price_per_hour is None else hours * cost.price_per_hour
+    return StepTime(seconds, compute, exposed, units / seconds, mfu, total_s, energy, price)
 
 
 def list_assumptions(device: Device, ranks: Ranks, is_half: bool) -> list[str]:
@@ -84,6 +134,6 @@ def list_assumptions(device: Device, ranks: Ranks, is_half: bool) -> list[str]:
     if ranks.size > 1:
         lines.append(
             f"{ranks.link}: a rank sends {ranks.bandwidth / 1e9:.0f} GB/s; ddp and zero hide "
-            "messages behind up to two thirds of the computation, tp and pp hide none"
+            "messages behind up to two thirds of the computation, tp, ep and pp hide none"
         )
     return lines

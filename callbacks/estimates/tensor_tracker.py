@@ -60,10 +60,16 @@ FOLDERS_WITH_DEFAULTS = (
 
 
 class Moment(NamedTuple):
-    """The bytes of live tensors at one moment, by class in the order of CLASSES."""
+    """The bytes of live tensors at one moment, by class in the order of CLASSES.
+
+    Of the activations, `in_blocks` were created in the forward pass of a block, and `split` of
+    these between matrices that tensor parallelism splits.
+    """
 
     phase: str
     num_bytes: tuple[int, ...]
+    in_blocks: int = 0
+    split: int = 0
 
     def of(self, name: str) -> int:
         """Return the bytes of one class."""
@@ -75,13 +81,28 @@ class Moment(NamedTuple):
         return sum(self.num_bytes)
 
 
+class Mark(NamedTuple):
+    """The begin of a pass through a block: forward or backward, the block, and the next moment.
+
+    `end` and `backward end` are the ends of the passes through all blocks.
+    """
+
+    kind: str
+    block: int
+    moment: int
+
+
 class Operation(NamedTuple):
-    """One operation that computes: name, phase, FLOPs, and bytes of its inputs and outputs."""
+    """One operation that computes: name, phase, FLOPs, and bytes of its inputs and outputs.
+
+    `count` is how often it runs; in an extrapolated step it can be negative (equal_blocks.py).
+    """
 
     name: str
     phase: str
     flops: int
     num_bytes: int
+    count: int = 1
 
 
 class TensorTracker(TorchDispatchMode):
@@ -89,6 +110,9 @@ class TensorTracker(TorchDispatchMode):
 
     Attributes:
         phase: setup, data, forward, backward or step; set by the code that runs them.
+        is_in_block: whether the forward pass of a block runs.
+        is_split: whether it is between matrices that tensor parallelism splits.
+        marks: the passes through blocks since `start_recording`.
         moments: the local maxima of the bytes since `start_recording`.
         operations: what was computed since `start_recording`.
     """
@@ -100,19 +124,29 @@ class TensorTracker(TorchDispatchMode):
         self.is_recording = False
         self.moments: list[Moment] = []
         self.operations: list[Operation] = []
+        self.marks: list[Mark] = []
+        self.is_in_block = self.is_split = False
         self._bytes = [0] * len(CLASSES)
-        # by the address of the storage: class, bytes and the weak reference
-        self._storages: dict[int, tuple[int, int, Any]] = {}
+        self._kind_bytes = [0, 0]  # of activations: in blocks, and split
+        # by the address of the storage: class, bytes, the kinds it belongs to, the weak reference
+        self._storages: dict[int, tuple[int, int, tuple[int, ...], Any]] = {}
         self._may_replace_last = False  # whether no tensor was freed since the last moment
 
     def start_recording(self) -> None:
         """Record moments and operations from now on."""
         self.is_recording, self._may_replace_last = True, False
-        self.moments, self.operations = [self.now()], []
+        self.moments, self.operations, self.marks = [self.now()], [], []
 
     def now(self) -> Moment:
         """Return the bytes of live tensors."""
-        return Moment(self.phase, tuple(self._bytes))
+        return Moment(self.phase, tuple(self._bytes), *self._kind_bytes)
+
+    def mark(self, kind: str, block: int) -> None:
+        """Record that a pass through a block begins or ends here."""
+        if self.is_recording:
+            self.marks.append(Mark(kind, block, len(self.moments)))
+            self.moments.append(self.now())
+            self._may_replace_last = False
 
     def label(self, tensors: Iterable[Any], name: str, adds: bool = True) -> None:
         """Set the class of the storages of some tensors.
@@ -143,20 +177,28 @@ class TensorTracker(TorchDispatchMode):
         known = self._storages.get(key)
         if known is not None:
             if relabel and known[0] != index:
-                self._bytes[known[0]] -= known[1]
-                self._bytes[index] += known[1]
-                self._storages[key] = (index, known[1], known[2])
+                self._count(known[0], known[2], -known[1])
+                self._count(index, (), known[1])
+                self._storages[key] = (index, known[1], (), known[3])
             return False
         if not isinstance(tensor, FakeTensor) and (tensor.is_meta or not storage.resizable()):
             return False  # no memory, or memory that torch did not allocate: a mapped file, numpy
         reference = weakref.ref(storage, lambda _: self._free(key))
-        self._storages[key] = (index, size, reference)
-        self._bytes[index] += size
+        kinds: tuple[int, ...] = ()
+        if CLASSES[index] == "activations" and self.is_in_block:
+            kinds = (0, 1) if self.is_split else (0,)
+        self._storages[key] = (index, size, kinds, reference)
+        self._count(index, kinds, size)
         return True
 
+    def _count(self, index: int, kinds: tuple[int, ...], size: int) -> None:
+        self._bytes[index] += size
+        for kind in kinds:
+            self._kind_bytes[kind] += size
+
     def _free(self, key: int) -> None:
-        index, size, _ = self._storages.pop(key)
-        self._bytes[index] -= size
+        index, size, kinds, _ = self._storages.pop(key)
+        self._count(index, kinds, -size)
         self._may_replace_last = False
 
     def __torch_dispatch__(

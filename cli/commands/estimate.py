@@ -4,6 +4,7 @@ lightning estimate --config shakespeare/quick
 lightning estimate --config gpt2/124m --data.path=FOLDER --gpu h200 --devices 8
 """
 
+import copy
 import json
 import sys
 from dataclasses import dataclass, fields
@@ -14,6 +15,7 @@ from rich.console import Console
 from ravine.callbacks.estimates.devices import Device, find_device
 from ravine.callbacks.estimates.estimate import Estimate
 from ravine.callbacks.estimates.fake_parameters import parameters_on_meta
+from ravine.callbacks.estimates.step_time import Cost
 from ravine.errors import UsageError
 
 from .. import resume_path
@@ -21,7 +23,7 @@ from ..command import RavineCLI, configure_parser, expand_strategy_preset
 from ..error_report import program_name
 from ..estimation import (
     Level,
-    estimate_with_trainer,
+    RunToEstimate,
     make_strategy,
     resolve_ranks,
     simulation_trainer,
@@ -29,7 +31,7 @@ from ..estimation import (
 )
 
 OUTPUT_WIDTH = 120  # columns of the tables in a file or a pipe
-SWITCHES = ("quick", "measure", "json")
+SWITCHES = ("quick", "full", "measure", "json")
 
 
 @dataclass
@@ -42,7 +44,10 @@ class EstimateFlags:
     link: str | None = None
     devices: int | None = None
     num_nodes: int | None = None
+    price_per_hour: float | None = None
+    watts: float | None = None
     quick: bool = False
+    full: bool = False
     measure: bool = False
     json: bool = False
 
@@ -55,6 +60,11 @@ class EstimateFlags:
     def device(self) -> Device | None:
         """Return the device of the flags."""
         return find_device(self.gpu, self.gpu_memory, self.gpu_tflops)
+
+    @property
+    def cost(self) -> Cost:
+        """Return price and power of a device."""
+        return Cost(self.price_per_hour, self.watts)
 
 
 def split_flags(argv: list[str]) -> tuple[EstimateFlags, list[str]]:
@@ -127,6 +137,7 @@ class EstimateCLI(RavineCLI):
         num_nodes = flags.num_nodes or arguments.get("num_nodes", 1)
         self.ranks = resolve_ranks(devices, num_nodes, flags.link)
         arguments["precision"] = target_precision(arguments.get("precision"), flags.device)
+        self.arguments = copy.deepcopy(arguments)
         strategy = make_strategy(self.ranks, flags.device, flags.level)
         return simulation_trainer(strategy, **arguments)
 
@@ -139,14 +150,17 @@ class EstimateCLI(RavineCLI):
 
     def run_subcommand(self, subcommand: str) -> None:
         """Estimate in place of `fit`."""
-        self.result = estimate_with_trainer(
-            self.trainer,
+        run = RunToEstimate(
             self.model,
             {"datamodule": self.datamodule},
+            self.arguments,
             self.ranks,
             self.flags.device,
             self.configured,
+            self.flags.level,
+            self.flags.full,
         )
+        self.result = run.estimate(self.flags.cost)
 
 
 def _as_count(devices: Any) -> int:
@@ -167,6 +181,7 @@ def run_argv(argv: list[str]) -> int:
     """
     flags, others = split_flags(argv[1:])
     _ = flags.device  # an unknown device is an error before anything is built
+    flags.cost.check()
     configure_parser()
     fit_argv, checkpoint = resume_path.resolve_argv(expand_strategy_preset(["fit", *others]))
     sys.argv[1:] = fit_argv
@@ -201,11 +216,18 @@ def advice(result: Estimate) -> str:
 
 def recommended_flags(result: Estimate) -> str:
     """Return the flags of the recommended layout; "" for one process."""
-    if result.best is None or result.best.name == "single":
+    choice = result.choice
+    if choice is None:
         return ""
-    flags = f"--trainer.strategy={result.best.name} --trainer.devices={result.ranks.devices}"
-    nodes = result.ranks.num_nodes
-    return flags if nodes == 1 else f"{flags} --trainer.num_nodes={nodes}"
+    flags = []
+    for name, value in choice.arguments().items():
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        flags.append(f"--trainer.{name}{'+=' if name == 'callbacks' else '='}{text}")
+        if name == "strategy":
+            flags.append(f"--trainer.devices={result.ranks.devices}")
+            nodes = result.ranks.num_nodes
+            flags += [f"--trainer.num_nodes={nodes}"] if nodes > 1 else []
+    return " ".join(flags)
 
 
 def as_flag(argument: str) -> str:

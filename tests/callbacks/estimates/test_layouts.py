@@ -13,11 +13,19 @@ from ravine import UsageError, estimate
 from ravine.callbacks import OptimizerPlan
 from ravine.callbacks.estimates.devices import DEVICES, GIB, find_device, link_bandwidth
 from ravine.callbacks.estimates.estimate import Estimate
-from ravine.callbacks.estimates.layouts import Ranks, shard_bytes
+from ravine.callbacks.estimates.layouts import (
+    ORDER,
+    Ranks,
+    configured_plan,
+    preset_plan,
+    shard_bytes,
+)
 from ravine.callbacks.estimates.simulation import ParameterInfo
 from ravine.datamodules import TextDataModule
 from ravine.lightning_modules import LanguageModel
 from ravine.lightning_modules.model_stats import count_collectives
+from ravine.strategies import STRATEGY_PRESETS, MeshStrategy
+from ravine.strategies.device_mesh import resolve_degrees, validate_combination
 from ravine.strategies.parallel_module import find_unit_names
 
 ROWS = Path(__file__).parents[3] / "benchmarks" / "rows" / "step_memory.jsonl"
@@ -52,6 +60,7 @@ def test_estimated_bytes_of_each_layout_agree_with_those_that_ranks_measured() -
         result = make(n, size={"num_layers": 8, "d_model": 512, "num_heads": 8})
         for each in result.rows:
             key = f"{each.name} {n}" if n == 4 and each.name not in ("hsdp", "2d") else each.name
+            key = "tp x pp" if each.name == "3d" else key
             if key in measured:
                 compared.append(key)
                 peak = each.layout.peak_bytes / 2**20
@@ -60,6 +69,7 @@ def test_estimated_bytes_of_each_layout_agree_with_those_that_ranks_measured() -
                     size = each.layout.classes[name] / 2**20
                     assert size == pytest.approx(measured[key][short], rel=0.01), key
     assert {"ddp", "ddp 4", "zero1 4", "zero2", "zero3 4", "hsdp", "tp", "sp", "pp"} <= {*compared}
+    assert {"cp", "2d", "tp x pp"} <= {*compared}
 
 
 def test_a_shard_has_as_many_rows_as_the_largest_of_fsdp2() -> None:
@@ -149,15 +159,15 @@ def test_a_device_decides_what_fits_and_the_first_that_fits_is_recommended() -> 
 
 
 def test_the_largest_micro_batch_fits_and_a_larger_one_does_not() -> None:
-    memory = 1.0
-    result = make(1, gpu_memory=memory, gpu_tflops=100, batch_size=2)
-    (only,) = result.rows
-    assert only.largest_micro_batch is not None
-    scaled = only.layout.classes["activations"] + only.layout.classes["temporary"]
-    per_sample = scaled / result.simulation.samples * 1.05
-    fixed = only.total_bytes - scaled * 1.05
-    assert fixed + per_sample * only.largest_micro_batch <= memory * GIB
-    assert fixed + per_sample * (only.largest_micro_batch + 1) > memory * GIB
+    limit: dict[str, Any] = {"gpu_memory": 0.56, "gpu_tflops": 100}
+    (small,) = make(1, batch_size=2, **limit).rows
+    assert small.largest_micro_batch is not None
+    assert small.alternative is not None
+    assert small.alternative.largest_micro_batch is not None
+    assert small.alternative.largest_micro_batch > small.largest_micro_batch
+    for size, fits in ((small.largest_micro_batch, True), (small.largest_micro_batch + 3, False)):
+        (row_at_limit,) = make(1, batch_size=size, **limit).rows
+        assert row_at_limit.fits is fits
 
 
 def test_the_micro_batch_is_that_of_a_rank() -> None:
@@ -211,3 +221,99 @@ def test_devices_have_their_makers_figures() -> None:
     assert link_bandwidth(None, 2) == (50e9, "ib400")
     assert Ranks(8, 4).size == 32
     assert math.isinf(find_device(None, tflops=5.0).memory_bytes)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 4])
+@pytest.mark.parametrize("name", [name for name in ORDER if name != "ddp"])
+def test_what_is_typed_for_a_row_gives_its_axes(name: str, nodes: int) -> None:
+    ranks = Ranks(8, nodes)
+    plan = preset_plan(name, ranks, num_experts=4)
+    strategy = MeshStrategy(**STRATEGY_PRESETS[name][1] | plan.overrides)
+    degrees = resolve_degrees(strategy.degrees, ranks.size)
+    assert degrees == plan.degrees
+    assert math.prod(size for axis, size in degrees.items() if axis != "ep") == ranks.size
+    assert strategy.sequence_parallel == plan.sequence_parallel
+    assert strategy.num_microbatches == plan.num_microbatches
+    validate_combination(  # raises if the pipeline has too few micro-batches
+        degrees, strategy.sequence_parallel, strategy.pipeline_schedule, strategy.num_microbatches
+    )
+    assert configured_plan(strategy, ranks).degrees == degrees  # type: ignore[union-attr]
+
+
+def test_the_axes_of_the_run_get_a_row_of_their_own() -> None:
+    shape = {"num_layers": 4, "d_model": 64, "num_heads": 4}
+    strategy = MeshStrategy(tp=4, pp=2)
+    result = make(8, size=shape, strategy=strategy, level="quick")
+    layout = row(result, "pp 2 x tp 4")
+    # the first stage: embedding and 2 of 4 blocks, whose matrices are split
+    blocks = 4 * (2 * 12 * 64**2 // 4 + 2 * 2 * 64)
+    vocabulary = sum(p.num_bytes for p in result.simulation.parameters if "embed" in p.name)
+    assert layout.classes["parameters"] == pytest.approx(blocks + vocabulary, rel=0.02)
+    assert result.best is not None
+    assert result.best.name == "pp 2 x tp 4"
+
+
+def test_each_strategy_without_a_row_has_a_reason() -> None:
+    shape = {"num_layers": 2, "d_model": 64, "num_heads": 4, "dropout": 0.1}
+    result = make(8, size=shape, level="quick")
+    assert {r.name for r in result.rows} | set(result.reasons) == {*ORDER}
+    assert "does not divide the 4" in result.reasons["tp"]
+    assert result.reasons["cp"] == "dropout"
+    assert result.reasons["ep"] == "LanguageModel has no mixture of experts"
+    assert result.reasons["pp"] == "2 blocks are fewer than 8 stages"
+    assert all("\n" not in reason for reason in result.reasons.values())
+    printed = str(result)
+    assert "not possible: ep: LanguageModel has no mixture of experts" in printed
+    three = make(3, size=shape, batch_size=9, level="quick")
+    assert "3 (devices x nodes)" in three.reasons["2d"] or "there are 3" in three.reasons["2d"]
+
+
+def test_experts_are_divided_by_ep() -> None:
+    shape = {"num_layers": 2, "d_model": 64, "num_heads": 2, "num_experts": 4}
+    result = make(4, size=shape, level="quick")
+    experts = sum(p.num_bytes for p in result.simulation.parameters if ".experts." in p.name)
+    others = 4 * result.num_parameters - experts
+    layout = row(result, "ep")
+    assert layout.classes["parameters"] == pytest.approx((experts + others) / 4, rel=0.01)
+    assert layout.collectives["all_to_all"] == count_collectives(2, ep=4)["all_to_all"]
+    assert "experts" in result.reasons["cp"]
+
+
+def test_the_first_layout_that_fits_is_recommended_then_checkpointing_then_accumulation() -> None:
+    shape = {"num_layers": 2, "d_model": 64, "num_heads": 2}
+    free = make(2, size=shape, batch_size=64, gpu_memory=8.0, gpu_tflops=100)
+    needs = {each.name: each.total_bytes for each in free.rows}
+    others = {r.name: r.alternative.total_bytes for r in free.rows if r.alternative is not None}
+    # zero3 does not fit with stored activations; ddp does with recomputed ones
+    sharded = min(needs[name] for name in ("ddp", "zero1", "zero2", "zero3"))
+    assert others["ddp"] < sharded
+
+    def choose(num_bytes: float) -> Any:
+        limit: Any = {"gpu_memory": num_bytes / GIB, "gpu_tflops": 100}
+        return make(2, size=shape, batch_size=64, **limit)
+
+    recomputed = choose((others["ddp"] + sharded) / 2)
+    assert recomputed.choice.arguments() == {
+        "strategy": "ddp", "callbacks": "ActivationCheckpointing"
+    }  # fmt: skip
+    assert "recomputed" in str(recomputed)
+    lowest = min(min(needs.values()), min(others.values()))
+    smaller = choose(lowest - 2**18)
+    assert not any(r.fits or r.alternative.fits for r in smaller.rows)
+    count = smaller.choice.arguments()["accumulate_grad_batches"]
+    assert 32 % count == 0
+    assert smaller.choice.row.largest_micro_batch >= 32 // count
+
+
+def test_price_and_energy_are_hours_times_devices() -> None:
+    result = make(2, gpu="h200", max_steps=70, price_per_hour=3.0, watts=500.0)
+    time = result.rows[0].time
+    assert time is not None
+    assert time.total_s is not None
+    assert time.price == pytest.approx(time.total_s / 3600 * 2 * 3.0)
+    assert time.energy_kwh == pytest.approx(time.total_s / 3600 * 2 * 0.5)
+    printed = str(result)
+    assert "a device costs 3 an hour; 2 devices" in printed
+    assert "a device takes 500 W" in printed
+    with pytest.raises(UsageError, match=r"watts=-1 is not positive"):
+        make(watts=-1.0)
