@@ -9,8 +9,8 @@ along `dp_shard` see different data, and each keeps a shard of every parameter (
 """
 
 import atexit
-from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -375,7 +375,35 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         if self.original_parameters is not None:  # moving parameters to a device dropped them
             self.original_parameters.copy_attributes()
         self._adapted_optimizers = []  # a second fit may reuse the optimizers of the first
-        super().setup_optimizers(trainer)
+        with self._build_for_full_net():
+            super().setup_optimizers(trainer)
+
+    @contextmanager
+    def _build_for_full_net(self) -> Iterator[None]:
+        """Show the full net to `configure_optimizers`; a pipeline stage lacks parameters.
+
+        So the param groups are those of one process, in which their states can be loaded.
+        """
+        module, pipeline = self.lightning_module, self.pipeline
+        assert module is not None
+        if pipeline is None:
+            yield
+            return
+        attributes = vars(module)
+        previous = attributes.get("configure_optimizers")  # OptimizerPlan overrides it here
+        configure = module.configure_optimizers
+
+        def configure_optimizers() -> Any:
+            with pipeline.full_net():
+                return configure()
+
+        attributes["configure_optimizers"] = configure_optimizers
+        try:
+            yield
+        finally:
+            attributes.pop("configure_optimizers")
+            if previous is not None:
+                attributes["configure_optimizers"] = previous
 
     @property
     def optimizers(self) -> list[Optimizer]:
@@ -385,6 +413,8 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
     @optimizers.setter
     def optimizers(self, optimizers: list[Optimizer]) -> None:
         """Set the optimizers, and adapt new ones to sharded parameters."""
+        if self.pipeline is not None:
+            self.pipeline.split_optimizers(optimizers)
         cast(Any, ModelParallelStrategy.optimizers).fset(self, optimizers)
         is_unchanged = [id(o) for o in optimizers] == [id(o) for o in self._adapted_optimizers]
         if self.parallel_module is not None and optimizers and not is_unchanged:
@@ -621,7 +651,7 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         return (
             None
             if pipeline is None
-            else state_dict.StageNames(pipeline.param_names, pipeline.group)
+            else state_dict.StageNames(pipeline.param_names, pipeline.group, pipeline.group_indices)
         )
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:

@@ -21,6 +21,7 @@ ranks. Outside of training (validation, sampling) a call of the net runs the sta
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ravine.errors import UsageError
@@ -42,6 +44,7 @@ from .pipeline_stages import (
     full_net,
     meta_copy,
     partition_blocks,
+    split_param_groups,
 )
 
 PipelineSchedule = Literal["gpipe", "1f1b", "interleaved"]
@@ -90,6 +93,10 @@ class Pipeline:
         self.num_stages = stages_per_rank * self.num_ranks
         self.num_microbatches = num_microbatches
         self.param_names = [name for name, _ in module.named_parameters()]  # of the full net
+        # of each optimizer that was built for the full net: the parameters of its groups, as
+        # indices of param_names
+        self.group_indices: WeakKeyDictionary[Optimizer, list[list[int]]] = WeakKeyDictionary()
+        self.shows_full_net = False
         self.block_names = list(self.net.blocks)
         self.blocks_by_stage = partition_blocks(
             self.block_names, self.num_stages, type(module).__name__, self.num_ranks
@@ -117,6 +124,12 @@ class Pipeline:
     def full_net(self) -> AbstractContextManager[None]:
         """Return a context in which the module shows the full net, e.g. to build param groups."""
         return full_net(self)
+
+    def split_optimizers(self, optimizers: list[Optimizer]) -> None:
+        """Leave to new optimizers the parameters of this rank, and note all of their groups."""
+        for optimizer in optimizers:
+            if (group_indices := split_param_groups(self, optimizer)) is not None:
+                self.group_indices[optimizer] = group_indices
 
     def run_stage(self, stage: int, x: Any, *args: Any, net: Any = None) -> Tensor:
         """Return the output of one stage of this rank for its input x."""
@@ -306,7 +319,8 @@ class Pipeline:
             loss: the loss of the batch on the last rank, None on other ranks.
 
         Raises:
-            UsageError: the names of the logged values differ from those of the first step.
+            UsageError: the names of the logged values differ from those of the first step. All
+                ranks raise it, so that none waits for another.
         """
         source_rank = dist.get_global_rank(self.group, self.num_ranks - 1)
         logged = []  # on the last rank: of each micro-batch {name: (value, args, kwargs)}
@@ -320,15 +334,11 @@ class Pipeline:
             dist.broadcast_object_list(message, source_rank, self.group)
             self.log_spec = message[0]
         device = next(self.module.parameters()).device
-        values = torch.zeros(1 + len(self.log_spec), device=device)  # the loss, then logged values
-        if loss is not None:
-            if local_spec != self.log_spec:
-                raise UsageError(
-                    f"pp: {type(self.module).__name__}.training_step logs other names than in its "
-                    "first step",
-                    ["the same names in each step"],
-                    "log the same names in each step",
-                )
+        # the loss, the logged values, and 1 if their names have changed
+        values = torch.zeros(len(self.log_spec) + 2, device=device)
+        if loss is not None and local_spec != self.log_spec:
+            values[-1] = 1
+        elif loss is not None:
             values[0] = loss
             for i, (name, _, _) in enumerate(self.log_spec, 1):
                 microbatch_values = [
@@ -337,7 +347,14 @@ class Pipeline:
                 # microbatch_weights (m): weights of the micro-batches in the mean over the batch
                 values[i] = (torch.stack(microbatch_values) * self.microbatch_weights).sum()
         dist.broadcast(values, source_rank, self.group)
-        for (name, args, kwargs), value in zip(self.log_spec, values[1:], strict=True):
+        if values[-1] > 0:
+            raise UsageError(
+                f"pp: {type(self.module).__name__}.training_step logs other names than in its "
+                "first step",
+                ["the same names in each step"],
+                "log the same names in each step",
+            )
+        for (name, args, kwargs), value in zip(self.log_spec, values[1:-1], strict=True):
             self.module.log(name, value.clone(), *args, **kwargs)
         return values[0].clone()
 

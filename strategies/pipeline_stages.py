@@ -16,8 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from ravine.errors import UsageError
+
+from .fsdp.original_parameters import iter_nested_optimizers
 
 PIPELINE_ATTRS = ("blocks", "embed_tokens", "run_blocks", "compute_logits", "stage_modules")
 
@@ -167,8 +170,11 @@ def full_net(pipeline: Any) -> Iterator[None]:
     """Show the full net in the context, with placeholders for modules of other ranks.
 
     A Pipeline has removed these modules from its net, and keeps the placeholders. The placeholder
-    parameters have the attribute `is_remote`.
+    parameters have the attribute `is_remote`. Contexts may be nested.
     """
+    if pipeline.shows_full_net:
+        yield
+        return
     # the blocks of this rank, by name
     net, local_blocks = pipeline.net, dict(pipeline.net.blocks)
     # assigned as a whole, to have the blocks in the order of the full net
@@ -178,12 +184,40 @@ def full_net(pipeline: Any) -> Iterator[None]:
     }
     for name, end_module in pipeline.end_placeholders.items():
         setattr(net, name, end_module)
+    pipeline.shows_full_net = True
     try:
         yield
     finally:
+        pipeline.shows_full_net = False
         net.blocks._modules = local_blocks
         for name in pipeline.end_placeholders:
             setattr(net, name, None)
+
+
+def split_param_groups(pipeline: Any, optimizer: Optimizer) -> list[list[int]] | None:
+    """Drop the placeholders from the param groups of an optimizer that was built for the full net.
+
+    The groups stay, also if no parameter of this rank is left in them.
+
+    Returns:
+        the parameters of each group before, as indices of `named_parameters()` of the full net;
+        None if no placeholder is in a group: the optimizer was built for this stage.
+    """
+    with full_net(pipeline):
+        indices = {p: i for i, (_, p) in enumerate(pipeline.module.named_parameters())}
+    groups = [group["params"] for group in optimizer.param_groups]
+    if not any(hasattr(p, "is_remote") for params in groups for p in params):
+        return None
+    group_indices = [[indices[p] for p in params] for params in groups]
+    if hasattr(optimizer, "drop_remote_params"):  # of CompositeOptimizer
+        cast(Any, optimizer).drop_remote_params()
+        return group_indices
+    for nested in iter_nested_optimizers(optimizer):
+        for group in nested.param_groups:
+            group["params"] = [p for p in group["params"] if not hasattr(p, "is_remote")]
+        for p in [p for p in nested.state if hasattr(p, "is_remote")]:
+            del nested.state[p]
+    return group_indices
 
 
 class PipelineStageModule(nn.Module):

@@ -315,7 +315,6 @@ class OptimizerPlan(Callback):
         if trainer.is_global_zero:
             Console().print(make_plan_table(rule_params, composite, self.print_groups))
             self._log_replaced_optimizers(trainer, module)
-        composite.drop_remote_params()  # those of other pipeline stages
         initially_trainable = {id(p) for p in module.parameters() if p.requires_grad}
         scheduler: ScheduleLR | None = None
 

@@ -31,10 +31,15 @@ TensorShapes = dict[str, tuple[int, ...]]
 
 
 class StageNames(NamedTuple):
-    """The names of all parameters of a pipeline-parallel net, and the group of its stages."""
+    """The names of all parameters of a pipeline-parallel net, and the group of its stages.
+
+    `group_indices` has for an optimizer the parameters of each param group in the full net, as
+    indices of `param_names`. An optimizer that was built for one stage is not in it.
+    """
 
     param_names: list[str]
     group: ProcessGroup
+    group_indices: Mapping[Optimizer, list[list[int]]]
 
 
 def param_indices(module: nn.Module, stages: StageNames | None) -> dict[Tensor, int]:
@@ -181,8 +186,13 @@ def gather_optimizer_state(
         local_groups = [group["params"] for group in state_dict["param_groups"]]
         # the indices of each stage, by param group
         groups_by_stage = _all_gather(local_groups, stages.group)
+        # in the order of one process, which loads states by their place
+        known_groups = stages.group_indices.get(optimizer, [])
         for i, group in enumerate(state_dict["param_groups"]):
-            group["params"] = sorted({index for groups in groups_by_stage for index in groups[i]})
+            trained = {index for groups in groups_by_stage for index in groups[i]}
+            known = known_groups[i] if i < len(known_groups) else []
+            group["params"] = [index for index in known if index in trained]
+            group["params"] += sorted(trained - set(known))  # added during the run
     rank = dist.get_rank()
     if not is_distributed:
         collecting_ranks = sending_ranks = _collecting_ranks(stages)  # first rank of each stage
@@ -255,7 +265,39 @@ def load_full_state(
     _check_optimizer_count(optimizers, saved_states)
     indices = param_indices(module, stages) if stages else None
     for optimizer, saved in zip(optimizers, saved_states, strict=True):
-        _load_optimizer(optimizer, saved, is_owned, indices, is_unsharded, is_mapped=True)
+        numbers = _saved_numbers(optimizer, saved, indices, stages)
+        _load_optimizer(optimizer, saved, is_owned, numbers, is_unsharded, is_mapped=True)
+
+
+def _saved_numbers(
+    optimizer: Optimizer,
+    saved: dict[str, Any],
+    indices: dict[Tensor, int] | None,
+    stages: StageNames | None,
+) -> dict[Tensor, int] | None:
+    """Return the number of each parameter of this stage in a saved optimizer state.
+
+    One process numbers parameters in the order of its param groups, so a parameter is found by its
+    place in the groups of the full net.
+
+    Args:
+        optimizer: the optimizer of this stage.
+        saved: its state_dict in the checkpoint.
+        indices: index of each parameter of this stage in the full net; None without a pipeline.
+        stages: the stages of a pipeline; None without a pipeline.
+    """
+    if indices is None or stages is None:
+        return None
+    groups = stages.group_indices.get(optimizer, [])
+    saved_groups = [group["params"] for group in saved["param_groups"]]
+    if list(map(len, groups)) != list(map(len, saved_groups)):
+        return indices
+    number_of = {
+        index: number
+        for group, saved_group in zip(groups, saved_groups, strict=True)
+        for index, number in zip(group, saved_group, strict=True)
+    }
+    return {p: number_of[index] for p, index in indices.items() if index in number_of}
 
 
 @torch.no_grad()
@@ -438,7 +480,7 @@ def _load_optimizer(
         optimizer: the optimizer.
         saved: its state_dict in the checkpoint; param groups have the same order with every layout.
         is_owned: whether this rank keeps the state of a parameter.
-        indices: index of each parameter in `saved`; None: the order of the param groups. A
+        indices: number of each parameter in `saved`; None: the order of the param groups. A
             pipeline stage has some parameters of each group.
         is_unsharded: whether the owner of a sharded parameter keeps its full state.
         is_mapped: whether tensors are views of a mapped file; they are copied, because views must

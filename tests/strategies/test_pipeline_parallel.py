@@ -15,6 +15,7 @@ from ravine.callbacks import EMA, GradientClipping, Muon, OptimizerPlan, Summary
 from ravine.callbacks.optimizers.parameter_rules import ParamRule, classify_params
 from ravine.datamodules import TextDataModule
 from ravine.datamodules.text import python_docs_text
+from ravine.errors import UsageError
 from ravine.lightning_modules import LanguageModel
 from ravine.strategies import MeshStrategy, pipeline_parallel
 
@@ -181,3 +182,99 @@ def test_a_file_has_both_sets_of_weights_of_all_stages(ranks, text, tmp_path, la
     assert beside[0].keys() == beside[1].keys()
     assert furthest(*beside) < 2e-6
     assert furthest(beside[1], single["state_dict"]) > 1e-3
+
+
+class OwnOptimizer(LanguageModel):
+    """A model whose own optimizer has its parameters in another order than the module."""
+
+    def configure_optimizers(self):
+        params = list(self.parameters())
+        if self.groups == "by decay":
+            decayed = {"params": [p for p in params if p.ndim > 1], "weight_decay": 0.1}
+            return AdamW([decayed, {"params": [p for p in params if p.ndim < 2]}], lr=0.01)
+        return AdamW(params[::-1], lr=0.01)
+
+
+class OneBatch(TextDataModule):
+    """The same batch in each of three steps, which are an epoch."""
+
+    def train_dataloader(self):
+        torch.manual_seed(0)
+        batch = next(iter(super().train_dataloader()))
+        return torch.utils.data.DataLoader([batch] * 3, batch_size=None)
+
+
+def fit(strategy, text, groups, steps, ckpt_path=None, save_to=None):
+    L.seed_everything(0, verbose=False)
+    has_plan = groups in PLANS
+    module = (LanguageModel if has_plan else OwnOptimizer)(zero_init_residual=False, **SHAPE)
+    module.groups = groups
+    trainer = L.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        devices=int(os.environ.get("WORLD_SIZE", 1)),
+        strategy=strategy,
+        logger=False,
+        callbacks=[PLANS[groups]()] if has_plan else [],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    trainer.fit(module, OneBatch(text, context_length=16, batch_size=8), ckpt_path=ckpt_path)
+    if save_to is not None:
+        trainer.save_checkpoint(save_to)
+    return whole(module)
+
+
+@pytest.mark.parametrize(
+    ("groups", "first", "second"),
+    [
+        ("by decay", "auto", "pp"),
+        ("Muon and AdamW", "auto", "pp"),
+        ("reversed", "pp", "auto"),
+        ("reversed", "pp", "pp"),
+    ],
+)
+def test_optimizer_states_find_their_parameters_with_and_without_stages(
+    ranks, text, tmp_path, groups, first, second
+):
+    expected = fit("auto", text, groups, 6)
+
+    def run(strategy, *args):
+        call = (strategy, text, groups, *args)
+        return [fit(*call)] if strategy == "auto" else ranks(fit, 2, *call)
+
+    run(first, 3, None, tmp_path / "first.ckpt")
+    for weights in run(second, 6, tmp_path / "first.ckpt"):
+        assert furthest(weights, {name: expected[name] for name in weights}) < 2e-6
+
+
+class NewName(LanguageModel):
+    """It logs a new name from its second step on."""
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step:
+            self.log("later", 1.0)
+        return super().training_step(batch, batch_idx)
+
+
+def log_a_new_name(text):
+    trainer = L.Trainer(
+        max_steps=3,
+        accelerator="cpu",
+        devices=2,
+        strategy="pp",
+        logger=False,
+        callbacks=[OptimizerPlan(partial(SGD, lr=0.1))],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with pytest.raises(UsageError, match="logs other names than in its first step"):
+        trainer.fit(NewName(**SHAPE), TextDataModule(text, context_length=16, batch_size=8))
+    return trainer.global_step
+
+
+def test_all_ranks_refuse_a_new_logged_name(ranks, text):
+    assert ranks(log_a_new_name, 2, text) == [1, 1]
