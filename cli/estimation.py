@@ -37,7 +37,9 @@ from ravine.callbacks.estimates.simulation import (
 )
 from ravine.callbacks.estimates.step_time import NO_COST, Cost
 from ravine.callbacks.estimates.tensor_tracker import TensorTracker
+from ravine.callbacks.monitoring.heartbeat import Heartbeat
 from ravine.callbacks.monitoring.memory import MemoryMonitor
+from ravine.callbacks.monitoring.straggler_monitor import StragglerMonitor
 from ravine.callbacks.monitoring.summary import Summary
 from ravine.callbacks.monitoring.throughput import Throughput
 from ravine.callbacks.stability.rank_watchdog import RankWatchdog
@@ -51,7 +53,7 @@ from .trainer import Trainer, as_list
 Level = Literal["quick", "simulate", "measure"]
 # callbacks that watch a run or write files, and create no tensors of a step
 WATCHING_CALLBACKS = (ExactResume, GracefulStop, RankWatchdog, RunRecorder, RunChecks)
-WATCHING_CALLBACKS += (Throughput, MemoryMonitor, Summary)
+WATCHING_CALLBACKS += (Throughput, MemoryMonitor, Summary, Heartbeat, StragglerMonitor)
 SIMULATION_ARGUMENTS: dict[str, Any] = {  # of the Trainer, in place of those of the run
     "accelerator": "cpu",
     "devices": 1,

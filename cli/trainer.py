@@ -26,8 +26,10 @@ from ravine.callbacks.checkpointing.exact_resume import ExactResume
 from ravine.callbacks.checkpointing.graceful_stop import GracefulStop
 from ravine.callbacks.checks.run_checks import RunChecks
 from ravine.callbacks.generation.predictions import PredictionTable
+from ravine.callbacks.monitoring.heartbeat import Heartbeat
 from ravine.callbacks.monitoring.plots import LossPlot
 from ravine.callbacks.monitoring.progress import ProgressBar
+from ravine.callbacks.monitoring.straggler_monitor import StragglerMonitor
 from ravine.callbacks.monitoring.training_monitor import TrainingMonitor
 from ravine.callbacks.stability.rank_watchdog import RankWatchdog
 from ravine.callbacks.stability.token_weighted_loss import TokenWeightedLoss
@@ -109,11 +111,11 @@ class Trainer(L.Trainer):
         Trainer(max_steps=1000, precision="auto").fit(model, datamodule=data)
 
     Default callbacks, unless one of the same kind is given: ExactResume, GracefulStop,
-    TokenWeightedLoss, PredictionTable, RunRecorder and RunChecks, and with several ranks
-    RankWatchdog. Default plugin: AtomicCheckpointIO. Unless switched off: Checkpoint
-    (enable_checkpointing), ProgressBar (enable_progress_bar), TrainingMonitor and LossPlot
-    (logger). The loggers, the progress bar and the names of checkpoints count optimizer steps from
-    1, as `global_step` does after a step.
+    TokenWeightedLoss, PredictionTable, RunRecorder, Heartbeat and RunChecks, and with several
+    ranks RankWatchdog and, with a logger, StragglerMonitor. Default plugin: AtomicCheckpointIO.
+    Unless switched off: Checkpoint (enable_checkpointing), ProgressBar (enable_progress_bar),
+    TrainingMonitor and LossPlot (logger). The loggers, the progress bar and the names of
+    checkpoints count optimizer steps from 1, as `global_step` does after a step.
     """
 
     def __init__(
@@ -178,6 +180,7 @@ class Trainer(L.Trainer):
             TrainingMonitor: bool(self._requested_loggers) and not is_dry_run,
             PredictionTable: not is_barebones,
             RunRecorder: not is_dry_run,
+            Heartbeat: not is_dry_run,
         }
         super().__init__(
             precision=resolve_precision(precision, kwargs.get("accelerator", "auto")),
@@ -200,6 +203,10 @@ class Trainer(L.Trainer):
         # RankWatchdog ends the job if ranks would wait for each other for ever
         if self.world_size > 1 and not contains_kind(self.callbacks, RankWatchdog):  # type: ignore
             self.callbacks.insert(0, RankWatchdog())  # type: ignore[attr-defined]
+        is_logging = bool(self._requested_loggers) and not is_dry_run
+        if self.world_size > 1 and is_logging:
+            callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]
+            self.callbacks = add_default_callbacks(callbacks, {StragglerMonitor: True})  # type: ignore
         # replaces Lightning's training loop by one with less work per step
         self._install_fast_loop()
 

@@ -7,7 +7,8 @@ from ravine.errors import UsageError, suggest_names
 # Variables read by Lightning (its sources have no others) and by Ravine.
 KNOWN_VARIABLES = (
     *("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "PL_DEEPSPEED_CONFIG_PATH"),
-    *("RAVINE_DEBUG", "RAVINE_FAST_LOOP", "RAVINE_STATUS", "RAVINE_TRACEBACK"),
+    *("RAVINE_DEBUG", "RAVINE_FAST_LOOP", "RAVINE_MEMORY_LIMIT"),
+    *("RAVINE_STATUS", "RAVINE_TRACEBACK"),
 )
 CONFIG_SECTIONS = ("TRAINER", "MODEL", "DATA")
 

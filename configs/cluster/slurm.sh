@@ -22,6 +22,11 @@
 #SBATCH --signal=USR1@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
+# If a collective of NCCL ends by its timeout, each rank writes its last 2000 collectives to
+# flight_recorder/: `torchfrtrace flight_recorder --prefix rank_` names the ranks that did not join.
+mkdir -p flight_recorder
+export TORCH_FR_BUFFER_SIZE=2000 TORCH_NCCL_DUMP_ON_TIMEOUT=1
+export TORCH_FR_DUMP_TEMP_FILE="$PWD/flight_recorder/rank_"
 # since SLURM 22.05, srun does not inherit --cpus-per-task from sbatch
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=0 --wait=30 python -m ravine.cli.main fit "$@" \
     --trainer.num_nodes="$SLURM_NNODES" --trainer.devices="$SLURM_NTASKS_PER_NODE" --ckpt_path=auto

@@ -13,6 +13,11 @@ DEVICES=${DEVICES:-8}
 # The run writes exit statuses after which torchrun must not restart it to this file, and exits with 0.
 RAVINE_STATUS=$(mktemp)
 export RAVINE_STATUS
+# If a collective of NCCL ends by its timeout, each rank writes its last 2000 collectives to
+# flight_recorder/: `torchfrtrace flight_recorder --prefix rank_` names the ranks that did not join.
+mkdir -p flight_recorder
+export TORCH_FR_BUFFER_SIZE=2000 TORCH_NCCL_DUMP_ON_TIMEOUT=1
+export TORCH_FR_DUMP_TEMP_FILE="$PWD/flight_recorder/rank_"
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # otherwise a restart reads stale addresses in the store
 setsid python -m torch.distributed.run --nnodes="$NODES" --nproc-per-node="$DEVICES" \
     --max-restarts=3 --rdzv-backend=c10d --rdzv-id=ravine \

@@ -1,13 +1,15 @@
 """Ranks that differ in configuration or steps end with one line that names the difference."""
 
 import os
+import signal
 import time
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from ranks import RankError
+import torch.distributed as dist
+from ranks import RankError, started
 from torch.utils.data import DataLoader, IterableDataset
 
 from ravine.callbacks import RankWatchdog
@@ -63,7 +65,9 @@ class Linear(L.LightningModule):
         return self.loader
 
 
-def train(module: L.LightningModule, limit: float = 6, **options: Any) -> L.Trainer:
+def train(
+    module: L.LightningModule, limit: float = 6, report_after_s: float = 30, **options: Any
+) -> L.Trainer:
     rank_watchdog.POLL_INTERVAL_S = 0.2  # in this rank's process
     trainer = L.Trainer(
         accelerator="cpu",
@@ -74,11 +78,78 @@ def train(module: L.LightningModule, limit: float = 6, **options: Any) -> L.Trai
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=[RankWatchdog(limit)],
+        callbacks=[RankWatchdog(limit, report_after_s)],
         **{"max_epochs": 2, **options},
     )
     trainer.fit(module)
     return trainer
+
+
+class Absent(L.LightningModule):
+    """A module whose rank does not reach the collectives of batch 2."""
+
+    def __init__(self, rank: int, way: str):
+        super().__init__()
+        self.net, self.rank, self.way = torch.nn.Linear(3, 1), rank, way
+
+    def training_step(self, batch, batch_idx):
+        is_absent = self.global_rank == self.rank and batch_idx == 2
+        if batch_idx == 1:
+            time.sleep(0.5)  # for a first report
+        if is_absent and self.way == "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if is_absent and self.way == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if is_absent and self.way == "locked":
+            sum(range(10**11))  # keeps Python's lock: no other thread runs
+        if self.way == "skipped" and not is_absent:
+            dist.barrier()
+        return self.net(batch).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    def train_dataloader(self):
+        rows = Asleep(self.rank) if self.way == "asleep" else torch.ones(3, 3)
+        return DataLoader(rows)
+
+
+class Asleep(torch.utils.data.Dataset):
+    """Three rows, of which a rank does not return the last."""
+
+    def __init__(self, rank: int):
+        self.rank = rank
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        if index == 2 and os.environ["RANK"] == str(self.rank):
+            time.sleep(1000)
+        return torch.ones(3)
+
+
+def train_without_a_rank(rank: int, way: str) -> None:
+    train(Absent(rank, way), limit=3, report_after_s=1.0, max_epochs=1)
+
+
+def wait_for_line(rank: int, way: str) -> str:
+    """Train on two ranks of which one does not arrive; return the line that is printed."""
+    with started(train_without_a_rank, 2, rank, way, timeout=60) as (_, _, logs):
+        deadline = time.monotonic() + 40
+        while time.monotonic() < deadline:
+            text = "".join(log.read_text() for log in logs if log.exists())
+            lines = [line for line in text.splitlines() if line.startswith("ravine: ")]
+            if lines:
+                return lines[0]
+            time.sleep(0.1)
+    raise AssertionError(f"no line within 40 s: {text}")
+
+
+@pytest.fixture(autouse=True)
+def folder_of_heartbeats(monkeypatch, tmp_path):
+    """Ranks that are killed leave their files here."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
 
 
 def rows_of_this_rank(rows: list[int]) -> int:
@@ -201,3 +272,30 @@ def test_a_script_whose_ranks_have_different_settings_is_refused(ranks):
         "module.width is 3 on rank 0 and 4 on rank 1"
         in ranks(setups_of_a_script, 2, [1, 1], [3, 4])[1]
     )
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_rank_is_named_with_its_last_phase_and_collectives(ranks, rank):
+    line = wait_for_line(rank, "stopped")
+    assert f"rank {rank} is stopped by a signal since " in line
+    assert "in the forward pass of step 3, after " in line
+    assert f"; rank {1 - rank} has waited for " in line
+    assert "in the backward pass of step 3" in line
+
+
+def test_a_rank_asleep_in_its_loader_is_named_with_the_line_of_its_dataset(ranks):
+    line = wait_for_line(1, "asleep")
+    assert "rank 1 is in __getitem__ (test_rank_watchdog.py:" in line
+    assert "in the loader of step 3" in line
+
+
+def test_a_rank_that_skipped_a_collective_is_named_with_the_numbers_of_collectives(ranks):
+    line = wait_for_line(1, "skipped")
+    assert "in collectives that do not match" in line
+    assert "rank 1 has skipped at least 1: it has begun " in line
+
+
+def test_a_rank_that_keeps_the_lock_of_python_is_named_with_its_stack(ranks):
+    line = wait_for_line(1, "locked")
+    assert "rank 1 does not answer since " in line
+    assert "in training_step (test_rank_watchdog.py:" in line
