@@ -205,8 +205,8 @@ class Trainer(L.Trainer):
             self.callbacks.insert(0, RankWatchdog())  # type: ignore[attr-defined]
         is_logging = bool(self._requested_loggers) and not is_dry_run
         if self.world_size > 1 and is_logging:
-            callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]
-            self.callbacks = add_default_callbacks(callbacks, {StragglerMonitor: True})  # type: ignore
+            current: list[Callback] = self.callbacks  # type: ignore[attr-defined]
+            self.callbacks = add_default_callbacks(current, {StragglerMonitor: True})  # type: ignore
         # replaces Lightning's training loop by one with less work per step
         self._install_fast_loop()
 

@@ -84,7 +84,7 @@ def peak_process_bytes() -> int:
 
 def _cgroup_files(version_2: str, version_1: str) -> list[tuple[Path, str]]:
     """Return folder and file name of a value in the groups of this process and their parents."""
-    found: list[tuple[Path, str]] = []
+    files: list[tuple[Path, str]] = []
     for line in _read_text(Path("/proc/self/cgroup")).splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
@@ -97,9 +97,9 @@ def _cgroup_files(version_2: str, version_1: str) -> list[tuple[Path, str]]:
         while folder.is_relative_to(root):
             # inside of a container the path may be that of the host, which does not exist
             if (folder / name).is_file():
-                found.append((folder, name))
+                files.append((folder, name))
             folder = folder.parent
-    return found
+    return files
 
 
 def _read_text(path: Path) -> str:

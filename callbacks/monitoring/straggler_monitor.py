@@ -115,9 +115,9 @@ def compare_ranks(own_s: float, window_s: float, device: torch.device) -> dict[s
         window_s: seconds of the window.
         device: of the default process group.
     """
-    own = torch.tensor([own_s], device=device, dtype=torch.float32)
-    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, own)
+    local = torch.tensor([own_s], device=device, dtype=torch.float32)
+    gathered = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, local)
     return summarize_ranks([float(value) for value in torch.cat(gathered)], window_s)
 
 

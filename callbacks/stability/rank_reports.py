@@ -77,7 +77,7 @@ def count_collectives(ignored_group: Any) -> dict[str, int]:
         # a rank that is not in the group, or a backend that does not count
         with suppress(RuntimeError, AttributeError):
             if group is not ignored_group:
-                counts[name] = group._get_sequence_number_for_group()
+                counts[name] = group._get_sequence_number_for_group()  # type: ignore[attr-defined]
     return counts
 
 
@@ -117,8 +117,8 @@ def find_ranks_behind(reports: Mapping[int, RankReport]) -> list[int]:
     behind: set[int] = set()
     for name in names:
         counts = {r: p.collectives[name] for r, p in reports.items() if name in p.collectives}
-        most = max(counts.values())
-        behind |= {rank for rank, count in counts.items() if count < most}
+        maximum = max(counts.values())
+        behind |= {rank for rank, count in counts.items() if count < maximum}
     return sorted(behind)
 
 
@@ -145,8 +145,8 @@ def describe_absent_ranks(
         )
         for rank in absent[:MAX_NAMED]
     ]
-    rest = len(absent) - MAX_NAMED
-    return "; ".join([*texts, *([f"and {rest} more ranks"] if rest > 0 else [])])
+    num_others = len(absent) - MAX_NAMED
+    return "; ".join([*texts, *([f"and {num_others} more ranks"] if num_others > 0 else [])])
 
 
 def _describe_rank(
@@ -156,32 +156,44 @@ def _describe_rank(
     is_silent: bool,
     records: Mapping[int, HeartbeatRecord],
 ) -> str:
-    if not is_silent:
-        return (
-            f"rank {rank} is in {report.call_text} since {clock_time(report.since_s)}, "
-            f"{describe_place(report)}"
-        )
     record = records.get(rank)
-    last_seen = time.time() - age_s
-    place = describe_place(report)
     # one letter: T for stopped, X and Z for ended
     state = "" if record is None else process_state(record.process)
+    if not is_silent and state not in ("T", "X", "Z"):
+        return (
+            f"rank {rank} is in {report.call_text} since {clock_time(report.since_s)}, "
+            f"{describe_location(report)}"
+        )
+    last_seen = time.time() - age_s
+    location = describe_location(report)
     if record is not None and record.time_s > report.since_s:  # newer than the report
-        place = f"in the {record.phase} of step {record.step + 1}" + _count_text(report)
+        location = describe_phase(record.phase, record.step) + _count_text(report)
     if state == "T":
-        return f"rank {rank} is stopped by a signal since {clock_time(last_seen)}, {place}"
+        return f"rank {rank} is stopped by a signal since {clock_time(last_seen)}, {location}"
     if state in ("X", "Z"):
-        return f"the process of rank {rank} has ended at {clock_time(last_seen)}, {place}"
-    text = f"rank {rank} does not answer since {clock_time(last_seen)}, {place}"
+        return f"the process of rank {rank} has ended at {clock_time(last_seen)}, {location}"
+    text = f"rank {rank} does not answer since {clock_time(last_seen)}, {location}"
     stack = "" if record is None else read_stack(record.process, stack_path(records, rank))
     return f"{text}, in {stack}" if stack else text
 
 
-def describe_place(report: RankReport) -> str:
+def describe_location(report: RankReport) -> str:
     """Return phase, step and number of collectives of a rank, for a sentence."""
     if not report.phase:  # a rank of another machine, which has not reported
         return "at an unknown step"
-    return f"in the {report.phase} of step {report.step + 1}{_count_text(report)}"
+    return describe_phase(report.phase, report.step) + _count_text(report)
+
+
+def describe_phase(phase: str, step: int) -> str:
+    """Return a phase with the step to which it belongs, or which it follows.
+
+    Args:
+        phase: one of PHASES, or "loader".
+        step: optimizer steps that were completed.
+    """
+    if phase == "loader" or phase in PHASES[:BETWEEN]:
+        return f"in the {phase} of step {step + 1}"
+    return f"after step {step}" if phase == PHASES[BETWEEN] else f"in the {phase} after step {step}"
 
 
 def _count_text(report: RankReport) -> str:
@@ -198,17 +210,18 @@ def describe_mismatch(reports: Mapping[int, RankReport]) -> str:
     texts = []
     for rank, report in sorted(reports.items()):
         for name, count in report.collectives.items():
-            lacks = {
+            numbers_skipped = {
                 other_rank: other.collectives[name] - count + (_progress(report) > _progress(other))
                 for other_rank, other in reports.items()
                 if name in other.collectives and _progress(report) >= _progress(other)
             }
-            other_rank = max(lacks, key=lambda key: lacks[key])
-            if lacks[other_rank] > 0:
+            other_rank = max(numbers_skipped, key=lambda key: numbers_skipped[key])
+            if numbers_skipped[other_rank] > 0:
+                others_count = reports[other_rank].collectives[name]
                 texts.append(
-                    f"rank {rank} has skipped at least {lacks[other_rank]}: it has begun {count} "
-                    f"collectives of group {name}, and rank {other_rank}, which is not ahead of "
-                    f"it in the step, {reports[other_rank].collectives[name]}"
+                    f"rank {rank} has skipped at least {numbers_skipped[other_rank]}: it has begun "
+                    f"{count} collectives of group {name}, and rank {other_rank}, which is not "
+                    f"ahead of it in the step, {others_count}"
                 )
                 break
     return "; ".join(texts[:MAX_NAMED])
@@ -253,6 +266,6 @@ def read_stack(process: ProcessInfo, path: Path | None) -> str:
 
 def _short_call(line: str) -> str:
     """Return `step (module.py:12)` for a line of faulthandler."""
-    path, _, rest = line.removeprefix('File "').partition('", line ')
-    number, _, function = rest.partition(" in ")
+    path, _, remainder = line.removeprefix('File "').partition('", line ')
+    number, _, function = remainder.partition(" in ")
     return f"{function} ({os.path.basename(path)}:{number})"

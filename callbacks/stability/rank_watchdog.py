@@ -54,8 +54,8 @@ from .rank_reports import (
     RankReport,
     count_collectives,
     describe_absent_ranks,
+    describe_location,
     describe_mismatch,
-    describe_place,
     split_ranks,
 )
 
@@ -422,7 +422,7 @@ class RankWatchdog(Callback):
         absent = describe_absent_ranks(outside, reports, ages, max_age_s, records)
         return (
             f"{absent}; rank {first} has waited for {seconds:.0f} s in "
-            f"{reports[first].call_text}, {describe_place(reports[first])}"
+            f"{reports[first].call_text}, {describe_location(reports[first])}"
         )
 
     def _find_stop_reason(
@@ -516,7 +516,7 @@ def describe_ended_loader(positions: dict[int, StepPosition], between_steps: boo
 def describe_unmatched(reports: dict[int, RankReport], seconds: float) -> str:
     """Describe ranks that all wait in collectives, and which of them has begun fewer."""
     calls = "; ".join(
-        f"rank {rank} in {reports[rank].call_text}, {describe_place(reports[rank])}"
+        f"rank {rank} in {reports[rank].call_text}, {describe_location(reports[rank])}"
         for rank in sorted(reports)[:4]
     )
     skipped = describe_mismatch(reports)
