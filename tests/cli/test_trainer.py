@@ -23,6 +23,7 @@ from ravine.callbacks import (
     TrainingMonitor,
 )
 from ravine.callbacks.checks.run_checks import RunChecks
+from ravine.callbacks.monitoring.heartbeat import Heartbeat
 from ravine.cli import trainer as trainer_module
 from ravine.cli.run_folders.recorder import RunRecorder
 from ravine.cli.trainer import Trainer, default_precision
@@ -65,7 +66,7 @@ def kinds(trainer: L.Trainer) -> list[type]:
 
 def test_default_callbacks_are_present_once_and_are_replaced_by_given_ones() -> None:
     defaults = {ExactResume, GracefulStop, TokenWeightedLoss, Checkpoint, ProgressBar, LossPlot}
-    defaults |= {PredictionTable, RunChecks, RunRecorder, TrainingMonitor}
+    defaults |= {Heartbeat, PredictionTable, RunChecks, RunRecorder, TrainingMonitor}
     assert set(kinds(Trainer())) == defaults
     resume, checkpoint = ExactResume(), ModelCheckpoint(monitor="val_loss")
     given = Trainer(callbacks=[resume, checkpoint], logger=False)
