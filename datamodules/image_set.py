@@ -3,7 +3,7 @@
 Axes: n images, c channels, y rows, x columns.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -131,6 +131,41 @@ def parse_class_indices(
             f"{argument}={classes_text!r} selects no class", allowed, hint, flag=suggested_flag
         )
     return indices
+
+
+def group_classes(images: ImageSet, groups: Mapping[str, str]) -> ImageSet:
+    """Replace the classes by groups of them, and leave out images of classes in no group.
+
+    Args:
+        images: the labeled images.
+        groups: the classes of each group, as `parse_class_indices` reads them; the order of the
+            groups is that of their indices.
+
+    Raises:
+        UsageError: there is one group or none, or a class is unknown or in two groups.
+    """
+    group_of_class = torch.full((len(images.class_names),), -1)
+    for number, (name, classes) in enumerate(groups.items()):
+        flag = f"--data.class_groups.{name}"
+        indices = parse_class_indices(classes, images.class_names, flag)
+        if repeated := [images.class_names[k] for k in indices if group_of_class[k] >= 0]:
+            raise UsageError(
+                f"class_groups: the class {', '.join(repeated)} is in {name} and in another group",
+                ["each class in one group"],
+                f"remove it from {name}",
+            )
+        group_of_class[indices] = number
+    if len(groups) < 2:
+        raise UsageError(
+            f"class_groups={dict(groups)} has {len(groups)} group"
+            + ("s" if len(groups) != 1 else ""),
+            ["two groups or more"],
+            'use class_groups={"even": "0,2,4,6,8", "odd": "1,3,5,7,9"}',
+            flag="--data.class_groups.even=0,2,4,6,8 --data.class_groups.odd=1,3,5,7,9",
+        )
+    labels = group_of_class[images.labels]  # (n)
+    grouped = images._replace(labels=labels, class_names=tuple(groups))
+    return grouped.select(labels >= 0)
 
 
 def describe_classes(class_names: Sequence[str], max_shown: int = 12) -> str:

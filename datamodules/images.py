@@ -24,7 +24,7 @@ from .downloads import download_if_missing, find_local, log_once
 from .image_datasets import IMAGE_DATASETS, read_digits, read_named_dataset
 from .image_folders import find_idx_files, read_idx_files, read_image_folder, read_images
 from .image_formats import ColorMode
-from .image_set import ImageSet, describe_classes, parse_class_indices
+from .image_set import ImageSet, describe_classes, group_classes, parse_class_indices
 from .loaders import EvalLoader, ResumableLoader, check_positive
 from .samplers import EpochSampler, resolve_seed, seeded_generator
 
@@ -72,6 +72,8 @@ class ImageDataModule(BaseDataModule):
         test_fraction: float = 0.2,
         seed: int | None = None,
         classes: Sequence[int | str] | str | None = None,
+        class_groups: dict[str, str] | None = None,
+        num_train_images: int | None = None,
         mode: ColorMode = "auto",
         resize: int | tuple[int, int] | None = None,
         predict_path: str | Path | None = None,
@@ -94,6 +96,10 @@ class ImageDataModule(BaseDataModule):
                 it: a later `test` with another seed must not use training images.
             classes: indices or names of the classes to use; by default all. Their indices stay the
                 same.
+            class_groups: groups that replace the classes, by name: {"even": "0,2,4,6,8", "odd":
+                "1,3,5,7,9"}. Images of classes in no group are not used.
+            num_train_images: number of training images: the first ones of the source, in its order.
+                Validation images are then drawn from the other ones. By default all.
             mode: color mode for folders: `auto` takes 8-bit gray or RGB as stored and rejects a
                 mixture; `gray` and `rgb` convert, transparent pixels become white.
             resize: rows and columns, or one number for both; each image of a folder is scaled and
@@ -119,6 +125,17 @@ class ImageDataModule(BaseDataModule):
         self.flip = source in FLIPPABLE if flip is None else flip
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self.classes = classes if classes is None or isinstance(classes, str) else list(classes)
+        self.class_groups, self.num_train_images = class_groups, num_train_images
+        if classes is not None and class_groups is not None:
+            raise UsageError(
+                f"ImageDataModule: classes={classes!r} selects classes, and class_groups replaces "
+                "them",
+                ["one of both"],
+                "remove classes",
+                flag="--data.classes=null",
+            )
+        if num_train_images is not None:
+            check_positive("num_train_images", num_train_images)
         self.mode: ColorMode = mode
         self.resize, self.predict_path = _parse_resize(resize), predict_path
         if mode not in ("auto", "gray", "rgb"):
@@ -173,11 +190,22 @@ class ImageDataModule(BaseDataModule):
         if "test" not in loaded_splits:
             # the same fraction of each class; returns the rest and the part
             train, loaded_splits["test"] = stratified_split(train, self.test_fraction, "test")
+        first_images = None
+        if self.num_train_images is not None:
+            first_images, train = split_first(train, self.num_train_images)
         if "val" not in loaded_splits:
             train, loaded_splits["val"] = stratified_split(train, self.val_fraction, "val")
+        train = train if first_images is None else first_images
         splits = {"train": train, "val": loaded_splits["val"], "test": loaded_splits["test"]}
         # leaves out the classes that the argument `classes` does not name
         self._splits = {name: self._select_classes(image_set) for name, image_set in splits.items()}
+        if self.class_groups is not None:
+            # the labels become numbers of groups
+            self._splits = {
+                name: group_classes(image_set, self.class_groups)
+                for name, image_set in self._splits.items()
+            }
+            train = self._splits["train"]
         self.class_names, self.num_classes = train.class_names, len(train.class_names)
         self.channels, self.image_size = train.images.shape[1], tuple(train.images.shape[2:])
         # a hash of all images and labels, for the run's records
@@ -398,7 +426,7 @@ def stratified_split(images: ImageSet, fraction: float, split: str) -> tuple[Ima
     for class_index, name in enumerate(images.class_names):
         (class_positions,) = (images.labels == class_index).nonzero(as_tuple=True)
         count = max(1, round(fraction * len(class_positions))) if fraction else 0
-        if count >= len(class_positions):
+        if count and count >= len(class_positions):
             raise UsageError(
                 f"the class {name} has {len(class_positions)} "
                 f"{'image' if len(class_positions) == 1 else 'images'}, and {count} of them for "
@@ -414,6 +442,33 @@ def stratified_split(images: ImageSet, fraction: float, split: str) -> tuple[Ima
         # the first `count` of the shuffled images of this class
         is_selected[class_positions[order[:count]]] = True
     return images.select(~is_selected), images.select(is_selected)
+
+
+def split_first(images: ImageSet, count: int) -> tuple[ImageSet, ImageSet]:
+    """Return the first images, and the others; raise UsageError if a class has none of the first.
+
+    Args:
+        images: the labeled images.
+        count: the number of first images.
+    """
+    total = len(images.labels)
+    if count >= total:
+        raise UsageError(
+            f"num_train_images={count:,} leaves no other image of the {total:,}",
+            [f"1 to {total - 1}"],
+            "remove num_train_images to use all images",
+            flag="--data.num_train_images=null",
+        )
+    is_first = torch.arange(total) < count
+    first = images.select(is_first)
+    if missing := first.empty_classes():
+        raise UsageError(
+            f"the first {count:,} images have none of the class {', '.join(missing)}",
+            ["a source in random order, such as mnist", "more images"],
+            "remove num_train_images to use all images",
+            flag="--data.num_train_images=null",
+        )
+    return first, images.select(~is_first)
 
 
 def _parse_resize(resize: int | Sequence[int] | None) -> tuple[int, int] | None:

@@ -1,8 +1,12 @@
-"""Image classifier: the three models of lecture 4 (linear, MLP, convolutional).
+"""Image classifier: the models of lecture 4 (linear, MLP, small CNN), and a deeper network.
 
     linear          W x + b
     mlp             W2 relu(W1 x + b1) + b2
+    small_cnn       2 x (convolution 3x3, relu), mean over the pixels, W f + b
     convolutional   3 x (convolution 3x3, halve, normalize, relu), 64 features, W f + b
+
+With `head="logistic"`, two classes have one logit a: P(second class) = sigmoid(a). It is the
+difference of two logits, so (0, a) takes their place in the loss.
 
 The features before the last layer are the basis of Fréchet distances between sets of images.
 Axes: b batch, c channels, y rows, x columns, k classes, d features.
@@ -14,7 +18,7 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from ravine.datamodules.images import to_float
@@ -23,8 +27,14 @@ from ravine.errors import UsageError
 
 from .task_module import TaskModule
 
-Variant = Literal["linear", "mlp", "convolutional"]
-VARIANT_SUFFIXES = {"linear": "linear", "mlp": "mlp", "convolutional": "cnn"}
+Variant = Literal["linear", "mlp", "small_cnn", "convolutional"]
+Head = Literal["softmax", "logistic"]
+VARIANT_SUFFIXES = {
+    "linear": "linear",
+    "mlp": "mlp",
+    "small_cnn": "small_cnn",
+    "convolutional": "cnn",
+}
 NUM_GROUPS = 8  # groups of channels of GroupNorm
 IMAGE_FIELDS = ("channels", "image_size", "class_names")  # the net and its labels depend on them
 
@@ -37,13 +47,46 @@ class FlattenImages(nn.Module):
         return rearrange(images, "b c y x -> b (c y x)")
 
 
+class NormalizePixels(nn.Module):
+    """Normalize pixels p of [-1, 1]: ((p + 1) / 2 - mean) / std, so the mean is that of [0, 1]."""
+
+    def __init__(self, mean: float, std: float) -> None:
+        """Store the mean and the standard deviation of all channels."""
+        super().__init__()
+        self.mean, self.std = mean, std
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalize images of any shape."""
+        return images.sub(2 * self.mean - 1).div_(2 * self.std)
+
+
+class MeanOverPixels(nn.Module):
+    """Global mean pooling: (b c y x) -> (b c)."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Compute the mean of each channel."""
+        return reduce(images, "b c y x -> b c", "mean")
+
+
+class LogisticHead(nn.Linear):
+    """One logit a of features (b d), returned as the logits (0, a) of two classes (b 2)."""
+
+    def __init__(self, num_features: int, bias: bool = True) -> None:
+        """Create the weights of the logit."""
+        super().__init__(num_features, 1, bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Compute the logits (b 2); their cross-entropy is the binary one of the logit."""
+        return F.pad(super().forward(input), (1, 0))  # (b 2)
+
+
 class BackboneAndHead(nn.Module):
     """Images (b c y x) to features (b d) by `backbone`, and to logits (b k) by `head`."""
 
-    def __init__(self, backbone: nn.Module, num_features: int, num_classes: int) -> None:
-        """Add a linear head to the backbone."""
+    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+        """Store both."""
         super().__init__()
-        self.backbone, self.head = backbone, nn.Linear(num_features, num_classes)
+        self.backbone, self.head = backbone, head
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute logits (b k)."""
@@ -76,6 +119,22 @@ def make_conv_backbone(
     return nn.Sequential(*layers, FlattenImages(), dense, nn.ReLU())
 
 
+def make_small_cnn_backbone(channels: int, num_features: int) -> nn.Sequential:
+    """Create lecture 4's SmallCNN: two convolutions, to half of the features and to all of them.
+
+    It maps images (b channels y x) of any size to features (b num_features). With 3 channels, 16
+    features and 5 classes the model has 1,477 parameters in 6 tensors.
+    """
+    hidden = num_features // 2
+    return nn.Sequential(
+        nn.Conv2d(channels, hidden, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(hidden, num_features, 3, padding=1),
+        nn.ReLU(),
+        MeanOverPixels(),
+    )
+
+
 class ImageClassifier(TaskModule):
     """Image classifier; batches are (images (b c y x) in [-1, 1], labels (b)).
 
@@ -88,6 +147,10 @@ class ImageClassifier(TaskModule):
         num_features: width of the last hidden layer; a linear model has none.
         max_shift: augmentation: each training batch is shifted by up to this many pixels in y and
             x.
+        head: softmax has a logit for each class; logistic has one logit for two classes.
+        head_bias: whether the last layer has a bias.
+        pixel_mean: mean of the pixels in [0, 1], which the model subtracts.
+        pixel_std: standard deviation by which it then divides; 0.5 and 0.5 keep the range [-1, 1].
     """
 
     lr = 1e-3
@@ -95,7 +158,14 @@ class ImageClassifier(TaskModule):
     _datamodule_name, _data_flag = "ImageDataModule", "--data.source=FOLDER"
 
     def __init__(
-        self, variant: Variant = "convolutional", num_features: int = 64, max_shift: int = 0
+        self,
+        variant: Variant = "convolutional",
+        num_features: int = 64,
+        max_shift: int = 0,
+        head: Head = "softmax",
+        head_bias: bool = True,
+        pixel_mean: float = 0.5,
+        pixel_std: float = 0.5,
     ) -> None:
         """Store the options; raise UsageError for a size out of range.
 
@@ -110,8 +180,26 @@ class ImageClassifier(TaskModule):
                 "use num_features=64, max_shift=2",
                 flag="--model.num_features=64 --model.max_shift=2",
             )
+        if variant == "small_cnn" and num_features < 2:
+            raise UsageError(
+                "ImageClassifier: the first convolution of small_cnn has half of num_features, and "
+                f"num_features={num_features}",
+                ["2 or more"],
+                "use num_features=16",
+                flag="--model.num_features=16",
+            )
+        if not (abs(pixel_mean) < float("inf") and 0 < pixel_std < float("inf")):
+            raise UsageError(
+                f"ImageClassifier: pixel_mean={pixel_mean} and pixel_std={pixel_std} do not "
+                "normalize pixels",
+                ["a finite mean, and a standard deviation above 0"],
+                "use pixel_mean=0.1307, pixel_std=0.3081",
+                flag="--model.pixel_mean=0.1307 --model.pixel_std=0.3081",
+            )
         self.save_hyperparameters()
         self.variant, self.num_features, self.max_shift = variant, num_features, max_shift
+        self.head, self.head_bias = head, head_bias
+        self.pixel_mean, self.pixel_std = pixel_mean, pixel_std
         # from the data: channels, image_size, class_names, source
         self.image_info: dict[str, Any] = {}
 
@@ -136,6 +224,14 @@ class ImageClassifier(TaskModule):
                 "use ImageDataModule(source=FOLDER)",
                 flag="--data.source=FOLDER",
             )
+        if self.head == "logistic" and len(image_info["class_names"]) != 2:
+            raise UsageError(
+                "ImageClassifier: head='logistic' has one logit for two classes, and "
+                f"{image_info['source']} has {len(image_info['class_names'])} classes",
+                ["head='softmax'", "two classes, or two groups of classes"],
+                "use head='softmax'",
+                flag="--model.head=softmax",
+            )
         # raises UsageError if the model has other channels, size or classes already
         self._set_image_info(image_info, "the datamodule")
 
@@ -144,15 +240,20 @@ class ImageClassifier(TaskModule):
         image_info = self._require_image_info()
         channels, (y, x) = image_info["channels"], image_info["image_size"]
         pixels, num_classes = channels * y * x, len(image_info["class_names"])
+        num_features = pixels if self.variant == "linear" else self.num_features
         if self.variant == "linear":
-            return BackboneAndHead(FlattenImages(), pixels, num_classes)
-        if self.variant == "mlp":
-            backbone = nn.Sequential(
-                FlattenImages(), nn.Linear(pixels, self.num_features), nn.ReLU()
-            )
+            backbone: nn.Module = FlattenImages()
+        elif self.variant == "mlp":
+            backbone = nn.Sequential(FlattenImages(), nn.Linear(pixels, num_features), nn.ReLU())
+        elif self.variant == "small_cnn":
+            backbone = make_small_cnn_backbone(channels, num_features)
         else:
-            backbone = make_conv_backbone(channels, (y, x), self.num_features)
-        return BackboneAndHead(backbone, self.num_features, num_classes)
+            backbone = make_conv_backbone(channels, (y, x), num_features)
+        if (self.pixel_mean, self.pixel_std) != (0.5, 0.5):
+            backbone = nn.Sequential(NormalizePixels(self.pixel_mean, self.pixel_std), backbone)
+        if self.head == "logistic":
+            return BackboneAndHead(backbone, LogisticHead(num_features, self.head_bias))
+        return BackboneAndHead(backbone, nn.Linear(num_features, num_classes, self.head_bias))
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         """Mean cross-entropy."""
