@@ -5,6 +5,7 @@ run in one process, but not 2_4_schedules, which takes minutes. A picture is wri
 docs/figures/lectures/NAME.png, or to NAME_PLOT.png if a run draws several.
 """
 
+import contextlib
 import shutil
 import sys
 import tempfile
@@ -15,7 +16,7 @@ from ravine.cli.main import main
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "docs" / "figures" / "lectures"
-PLOTS = ("convergence", "steps_to_target", "trajectory")
+PLOTS = ("convergence", "steps_to_target", "trajectory", "curves")
 LONG = ("2_4_schedules",)
 
 
@@ -27,11 +28,12 @@ def list_names() -> list[str]:
 
 def draw(name: str, folder: Path) -> list[Path]:
     """Run a config in a folder, and copy its pictures; return their paths."""
-    words = ["fit", "--config", f"lectures/{name}", f"--trainer.default_root_dir={folder}"]
-    status = main([*words, "--trainer.logger=csv", "--trainer.enable_progress_bar=false"])
+    words = ["fit", "--config", f"lectures/{name}"]
+    with contextlib.chdir(folder):  # titles may have the path of the run in the current folder
+        status = main([*words, "--trainer.logger=csv", "--trainer.enable_progress_bar=false"])
     if status != 0:
         raise SystemExit(f"lectures/{name} ended with status {status}")
-    (run,) = (folder / "lectures" / name).glob("version_*")
+    (run,) = (folder / "runs" / "lectures" / name).glob("version_*")
     plots = [run / f"{plot}.png" for plot in PLOTS if (run / f"{plot}.png").exists()]
     FIGURES.mkdir(parents=True, exist_ok=True)
     targets = [

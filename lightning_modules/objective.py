@@ -19,7 +19,12 @@ from torch import Tensor
 from ravine.errors import UsageError, check_at_least_one, suggest_names
 
 from .imported_function import FunctionKind, format_error, import_function
-from .objectives.functions import FunctionName, ObjectiveFunction, make_function
+from .objectives.functions import (
+    FunctionName,
+    ObjectiveFunction,
+    make_function,
+    make_preconditioner,
+)
 from .optimization_problem import DtypeName, MemberParameters, OptimizationProblem, check_dtype
 
 KIND = FunctionKind("objective", "f", "function", flag="--model.function")
@@ -47,6 +52,9 @@ class Objective(OptimizationProblem):
         objective_target: a member stops where its objective is at most this.
         max_objective: a member stops where its objective is above this, or NaN: it diverges.
         steps_per_batch: optimizer steps in one batch of the trainer.
+        preconditioners: for each member, a rate for each coordinate (d), the name of rates that
+            depend on the point (`objectives/functions.py`), or None. The gradient is multiplied by
+            the rates before the step, so that SGD with lr=1 uses them as its rates.
     """
 
     def __init__(
@@ -62,6 +70,7 @@ class Objective(OptimizationProblem):
         objective_target: float | None = None,
         max_objective: float | None = None,
         steps_per_batch: int = 1,
+        preconditioners: Sequence[Sequence[float] | str | None] | None = None,
     ) -> None:
         """Check the function at the start.
 
@@ -79,6 +88,8 @@ class Objective(OptimizationProblem):
         self.is_vmappable = _check_differentiable(self.function.value, self.start)
         self.gradient_tolerance, self.objective_target = gradient_tolerance, objective_target
         self.max_objective = max_objective
+        # for each member, rates (d) as a function of the point (d), or None
+        self.preconditioners = self._make_preconditioners(preconditioners)
         rules = (gradient_tolerance, objective_target, max_objective)
         self.has_stop_rules = any(rule is not None for rule in rules)
         # for each member, the number of steps before the point where it stopped; None: not stopped
@@ -148,6 +159,13 @@ class Objective(OptimizationProblem):
         if None not in self.stop_steps:
             self.trainer.should_stop = True
 
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Multiply the gradients by the preconditioners."""
+        assert isinstance(self.net, MemberParameters)
+        for rates, parameter in zip(self.preconditioners, self.net.list_params(), strict=True):
+            if rates is not None and parameter.grad is not None:
+                parameter.grad = parameter.grad * rates(parameter.detach())
+
     def on_train_start(self) -> None:
         """Apply the stop rules anew, except to members that stopped before a resumption."""
         self.stop_steps = self._saved_stop_steps or [None] * self.num_members
@@ -183,6 +201,22 @@ class Objective(OptimizationProblem):
         if len(points) > 1 and self.is_vmappable:
             return torch.func.vmap(function)(points)
         return torch.stack([function(point).reshape(()) for point in points])
+
+    def _make_preconditioners(
+        self, preconditioners: Sequence[Sequence[float] | str | None] | None
+    ) -> list[Callable[[Tensor], Tensor] | None]:
+        """Return the preconditioner of each member; raise UsageError for another number of them."""
+        if preconditioners is None:
+            return [None] * self.num_members
+        if len(preconditioners) != self.num_members:
+            raise UsageError(
+                f"Objective: there are {len(preconditioners)} preconditioners and "
+                f"{self.num_members} members",
+                ["one for each member; None for a member without one"],
+                f"use num_members={len(preconditioners)}",
+                flag=f"--model.num_members={len(preconditioners)}",
+            )
+        return [make_preconditioner(rates, self.num_variables) for rates in preconditioners]
 
     def _find_function(
         self,

@@ -10,6 +10,11 @@
     saddle           x^2 - y^2                                   no minimum
 
 A function maps a point w (d) to a scalar tensor, and works under `torch.func.vmap`.
+
+A diagonal preconditioner is a rate for each coordinate that may depend on the point (lecture 8):
+
+    ravine           (0.4, min(0.2 / (4 y^2), 0.1))              figure 5.1: a step multiplies x
+                                                                 and, where 4 y^2 > 2, y by a factor
 """
 
 from collections.abc import Callable, Sequence
@@ -87,6 +92,54 @@ PLANE_FUNCTIONS: dict[str, ObjectiveFunction] = {
     "beale": ObjectiveFunction(_beale, [(3.0, 0.5)], 0.0),
     "saddle": ObjectiveFunction(_saddle),
 }
+
+
+def _ravine_rates(w: Tensor) -> Tensor:
+    y = w[1]
+    return torch.stack((torch.full_like(y, 0.4), (0.2 / (4 * y**2)).clamp(max=0.1)))
+
+
+# rates (d) of the coordinates at a point (d), by name; each is for points of two variables
+PRECONDITIONERS: dict[str, Callable[[Tensor], Tensor]] = {"ravine": _ravine_rates}
+
+
+def make_preconditioner(
+    preconditioner: str | Sequence[float] | None, num_variables: int
+) -> Callable[[Tensor], Tensor] | None:
+    """Return the rates (d) of the coordinates as a function of the point (d); None for None.
+
+    Args:
+        preconditioner: a name of `PRECONDITIONERS`, or a constant rate for each coordinate.
+        num_variables: d, the number of coordinates of a point.
+
+    Raises:
+        UsageError: the name is unknown, or the number of coordinates differs.
+    """
+    if preconditioner is None:
+        return None
+    numbers = ", ".join(["0.001", *["0.0005"] * (num_variables - 1)])
+    hint, flag = f"use preconditioners=[[{numbers}]]", f"--model.preconditioners='[[{numbers}]]'"
+    allowed = [*PRECONDITIONERS, f"{num_variables} numbers above 0"]
+    if isinstance(preconditioner, str):
+        if preconditioner not in PRECONDITIONERS or num_variables != 2:
+            raise UsageError(
+                f"Objective: there is no preconditioner {preconditioner!r} of {num_variables} "
+                "variables",
+                allowed if num_variables == 2 else allowed[-1:],
+                hint,
+                flag=flag,
+            )
+        return PRECONDITIONERS[preconditioner]
+    rates = torch.tensor([float(rate) for rate in preconditioner], dtype=torch.float64)
+    if len(rates) != num_variables or not bool(((rates > 0) & rates.isfinite()).all()):
+        raise UsageError(
+            f"Objective: preconditioner {rates.tolist()} is not a rate for each of "
+            f"{num_variables} variables",
+            allowed if num_variables == 2 else allowed[-1:],
+            hint,
+            flag=flag,
+        )
+    return lambda w: rates.to(w)
 
 
 def make_function(

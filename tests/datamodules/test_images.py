@@ -13,6 +13,7 @@ from ravine.datamodules.downloads import DatasetNotFound
 from ravine.datamodules.image_folders import read_image_folder
 from ravine.datamodules.image_set import ImageSet
 from ravine.datamodules.images import stratified_split, to_float, to_uint8
+from ravine.errors import UsageError
 
 
 def ready(source: str | Path = "digits", **arguments) -> ImageDataModule:
@@ -233,3 +234,48 @@ def test_selected_classes_keep_their_numbers_and_their_splits() -> None:
         ValueError, match=r"classes='10' is not in .*; allowed: 0 to 9; use classes='0-9'"
     ):
         ImageDataModule("digits", classes=[10]).setup("fit")
+
+
+def test_groups_replace_the_classes_in_their_order() -> None:
+    plain, grouped = ImageDataModule(), ImageDataModule(class_groups={"odd": "1,3,5", "0": "0,8-9"})
+    for data in (plain, grouped):
+        data.setup("fit")
+    assert (grouped.class_names, grouped.num_classes) == (("odd", "0"), 2)
+    for split in ("train", "val", "test"):
+        images, labels = plain.get_split(split)
+        group = torch.full((10,), -1)
+        group[[1, 3, 5]], group[[0, 8, 9]] = 0, 1
+        used = group[labels] >= 0
+        assert torch.equal(grouped.get_split(split)[0], images[used])
+        assert torch.equal(grouped.get_split(split)[1], group[labels][used])
+
+
+def test_the_first_images_are_for_training_and_validation_takes_others() -> None:
+    every = ImageDataModule(val_fraction=0.0)
+    few = ImageDataModule(num_train_images=300, val_fraction=0.1)
+    for data in (every, few):
+        data.setup("fit")
+    images, labels = every.get_split("train")
+    assert torch.equal(few.get_split("train")[0], images[:300])
+    assert torch.equal(few.get_split("train")[1], labels[:300])
+    others = {image.numpy().tobytes() for image in images[300:]}
+    held_out = [image.numpy().tobytes() for image in few.get_split("val")[0]]
+    assert len(held_out) == pytest.approx(0.1 * (len(images) - 300), abs=10)
+    assert set(held_out) <= others
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"class_groups": {"a": "0-4", "b": "4-9"}}, "the class 4 is in b and in another group"),
+        ({"class_groups": {"a": "0-9"}}, "has 1 group; allowed"),
+        ({"class_groups": {"a": "0-4", "b": "11"}}, "b='11' is not in the classes"),
+        ({"num_train_images": 5}, r"first 5 images have none of the class .*num_train_images to"),
+        ({"num_train_images": 5000}, "num_train_images=5,000 leaves no other image of the 1,438"),
+        ({"num_train_images": 0}, "num_train_images=0 is not a positive integer"),
+        ({"classes": "1", "class_groups": {"a": "1"}}, "classes='1' selects classes"),
+    ],
+)
+def test_groups_and_numbers_that_do_not_fit_are_refused(arguments, message) -> None:
+    with pytest.raises(UsageError, match=message):
+        ImageDataModule(**arguments).setup("fit")

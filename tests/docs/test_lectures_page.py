@@ -27,7 +27,7 @@ def test_every_test_that_the_page_names_exists():
 
 def test_every_figure_is_that_of_a_config():
     figures = {path.stem for path in (DOCS / "figures" / "lectures").glob("*.png")}
-    plots = "_(convergence|trajectory|steps_to_target)$"
+    plots = "_(convergence|trajectory|steps_to_target|curves)$"
     assert {re.sub(plots, "", figure) for figure in figures} <= set(CONFIGS)
     shown = set(re.findall(r"\]\(figures/lectures/(\w+)\.png\)", PAGE))
     assert len(shown) >= 15
@@ -36,6 +36,8 @@ def test_every_figure_is_that_of_a_config():
 
 # steps that contain the period of a step schedule
 LONGER = {"8_5_1_methods": 110}
+# MNIST may not be on this machine, and the digits of scikit-learn are fewer
+DIGITS = ["--data.source=digits", "--data.num_train_images=1000", "--data.batch_size=1000"]
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "8_2_1_schedules"])
@@ -45,9 +47,10 @@ def test_a_config_draws_its_picture(name: str, tmp_path: Path, monkeypatch) -> N
     data = yaml.safe_load(CONFIGS[name].read_text()).get("data", {}).get("init_args", {})
     steps = LONGER.get(name, 2 * data.get("steps_per_batch", 2))
     words = [f"--trainer.max_steps={steps}", "--trainer.logger=csv"]
+    words += DIGITS if data.get("source") == "mnist" else []
     assert main(["fit", "--config", f"lectures/{name}", *words]) == 0
     pictures = {path.stem for path in Path("runs", "lectures", name, "version_0").glob("*.png")}
-    assert pictures & {"convergence", "trajectory", "steps_to_target"}
+    assert pictures & {"convergence", "trajectory", "steps_to_target", "curves"}
 
 
 def test_the_config_of_long_schedules_trains(tmp_path: Path, monkeypatch) -> None:

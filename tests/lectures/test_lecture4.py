@@ -249,7 +249,7 @@ def test_a_checkerboard_filter_finds_its_two_squares():
 
 
 def test_a_linear_layer_mixes_all_coordinates_and_a_bias_moves_the_boundary():
-    """"Linear treats coordinates independently" is wrong; without a bias, x = 0 has no class."""
+    """ "Linear treats coordinates independently" is wrong; without a bias, x = 0 has no class."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5, 1, 1, 4, generator=generator)
     net = lecture_net((1, 1, 4), 2, variant="linear", head_bias=False)

@@ -56,14 +56,20 @@ def test_momentum_is_nearer_on_the_flat_axis_by_the_root_of_ten():
     assert points[-1, :, 0].abs().max() < 1e-12
 
 
-def test_three_methods_end_where_figure_5_1_has_them():
+def test_four_methods_end_where_figure_5_1_has_them():
     descent = plan(
-        partial(SGD, lr=0.005), partial(SignSGDOptimizer, lr=0.03), partial(Adam, lr=0.5)
+        partial(SGD, lr=0.005),
+        partial(SignSGDOptimizer, lr=0.03),
+        partial(Adam, lr=0.5),
+        partial(SGD, lr=1.0),
     )
-    points = run(ravine([3.0, 3.0], 3), 500, descent).stacked_points()
+    rates = [None, None, None, "ravine"]
+    module = Objective("ravine", start=[3.0, 3.0], num_members=4, preconditioners=rates)
+    points = run(module, 500, descent).stacked_points()
     assert points[500, 0].tolist() == pytest.approx([0.019711, 0.222096], abs=1e-6)
     assert points[101, 1].abs().tolist() == pytest.approx([0.03, 0.03], abs=1e-12)
     assert points[100, 2].abs().tolist() == pytest.approx([0.0135, 0.0585], abs=2e-4)
+    assert points[50, 3].tolist() == pytest.approx([0, 0.160841], abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -121,16 +127,35 @@ def test_the_newton_of_the_lecture_is_damped_by_a_half():
     assert w.tolist() == pytest.approx([2 * 0.5**k for k in range(31)])
 
 
+RATES_AT_LIMITS = (1.9 / 384, 2.1 / 384, 5.9 / 384, 6.1 / 384)
+
+
 def test_gradient_descent_on_the_coupled_ravine_is_limited_by_the_largest_curvature():
     """24 u^2 = 384 at the start (3, 1): the limit there is 2 / 384, and u - 8 lr u^3 a step."""
-    module = ravine([3.0, 1.0], 2, "coupled_ravine")
-    points = run(module, 1000, sweep(0.0008, 0.0001)).stacked_points()
-    assert points[1000, 0].norm().item() == pytest.approx(0.20495, abs=1e-5)
+    rates = [None, [0.001, 0.0005]]
+    module = Objective("coupled_ravine", [3.0, 1.0], num_members=2, preconditioners=rates)
+    points = run(module, 1000, sweep(0.0008, 1.0)).stacked_points()
+    assert points[1000, :2].norm(dim=1).tolist() == pytest.approx([0.20495, 0.16994], abs=1e-5)
     u = points[:, 0, 0] + points[:, 0, 1]
     assert torch.allclose(u[1:], u[:-1] - 8 * 0.0008 * u[:-1] ** 3, atol=1e-12)
     start = ravine([3.0, 1.0], function="coupled_ravine").start
     hessian = torch.func.jacrev(torch.func.grad(module.function.value))
     assert torch.linalg.eigvalsh(hessian(start)).tolist() == pytest.approx([4, 384])
+
+
+def test_beyond_two_over_the_curvature_two_near_starts_move_apart():
+    """On both sides of 2 / 384 at (3, 1). The run itself diverges above 6 / 384 = 1 / (4 u^2)."""
+    shift = 1e-7
+    ends = [
+        run(
+            ravine([3 + d, 1 + d], 4, "coupled_ravine"), 5, sweep(*RATES_AT_LIMITS)
+        ).stacked_points()
+        for d in (0.0, shift)
+    ]
+    factors = (ends[1][1] - ends[0][1]).norm(dim=1) / (shift * math.sqrt(2))
+    assert factors.tolist()[:2] == pytest.approx([0.9, 1.1], abs=1e-5)
+    u = (ends[0][:, :, 0] + ends[0][:, :, 1]).abs()
+    assert u[5, 2] < u[0, 2] < u[5, 3]
 
 
 @pytest.mark.parametrize("slope", [1e-3, 1.0, 1e6])

@@ -192,3 +192,47 @@ def test_mnists_config_in_a_sixth_of_its_steps_is_right_on_97_of_100_twice_with_
         (path,) = (tmp_path / "runs" / name / "version_0/checkpoints").glob("*.ckpt")
         states.append(torch.load(path, weights_only=True)["state_dict"])
     assert furthest(*states) == 0
+
+
+def test_one_logit_and_two_logits_predict_alike(tmp_path: Path) -> None:
+    """A logistic head is trained, saved, loaded and used as an extractor as a softmax is."""
+    L.seed_everything(0, verbose=False)
+    data = ImageDataModule(class_groups={"low": "0-4", "high": "5-9"})
+    module = ImageClassifier("small_cnn", num_features=8, head="logistic", pixel_mean=0.3)
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=3, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+    )  # fmt: skip
+    trainer.fit(module, data)
+    trainer.save_checkpoint(tmp_path / "groups.ckpt")
+    extractor = ClassifierFeatures(str(tmp_path / "groups.ckpt"))
+    assert extractor.name == "digits_small_cnn"
+    images, _ = data.get_split("test")
+    logits = module(to_float(images))
+    assert torch.equal(extractor.compute_logits(extractor(images)), logits)
+    assert not logits[:, 0].any()
+    rows = [row for batch in trainer.predict(module, data) for row in batch]
+    assert {truth for *_, truth in rows} == {"low", "high"}
+    for (_, said, p, _), logit in zip(rows, logits[:, 1].tolist(), strict=True):
+        assert said == ("high" if logit > 0 else "low")
+        assert p == pytest.approx(torch.tensor(abs(logit)).sigmoid().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"variant": "small_cnn", "num_features": 1}, "small_cnn has half of num_features.*16"),
+        ({"pixel_std": 0.0}, "pixel_std=0.0 do not normalize pixels.*pixel_mean=0.1307"),
+        ({"pixel_mean": float("nan")}, "pixel_mean=nan"),
+    ],
+)
+def test_invalid_arguments_of_a_model_are_refused(arguments, message) -> None:
+    with pytest.raises(UsageError, match=message):
+        ImageClassifier(**arguments)
+
+
+def test_a_logistic_head_of_ten_classes_is_refused() -> None:
+    data = ImageDataModule()
+    data.setup("fit")
+    with pytest.raises(UsageError, match=r"one logit for two classes.*digits has 10 classes"):
+        ImageClassifier(head="logistic").configure_from_data(data)

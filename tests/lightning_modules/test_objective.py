@@ -271,3 +271,34 @@ def test_a_resumed_run_keeps_where_members_have_stopped(
     # a member that was stopped before the resumption has the state of one that has trained
     assert found["optimizer_states"][0]["state"].keys() == {0, 1, 2}
     assert found["optimizer_states"] == expected["optimizer_states"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"preconditioners": [[1.0, 1.0]]}, "1 preconditioners and 2 members"),
+        ({"preconditioners": [None, [1.0]]}, r"\[1.0\] is not a rate for each of 2 variables"),
+        ({"preconditioners": [None, [1.0, 0.0]]}, "2 numbers above 0"),
+        ({"preconditioners": [None, "valley"]}, "no preconditioner 'valley'.*allowed: ravine"),
+        (
+            {"preconditioners": ["ravine"], "num_members": 1, "function": "quadratic",
+             "start": [5.0]},
+            "no preconditioner 'ravine' of 1 variables.*allowed: 1 numbers",
+        ),
+    ],
+)  # fmt: skip
+def test_a_preconditioner_that_does_not_fit_is_refused(arguments, message):
+    with pytest.raises(UsageError, match=message):
+        Objective(**({"function": "ravine", "start": [3.0, 3.0], "num_members": 2} | arguments))
+
+
+def test_a_preconditioner_scales_each_coordinate_and_leaves_the_stop_rules_alone():
+    """SGD with lr 1 and the rates (r_i) is w_i <- w_i - r_i g_i; the tolerance is that of |g|."""
+    module = Objective(
+        "quadratic", [4.0, 2.0], num_members=2, preconditioners=[[0.5, 0.25], None],
+        gradient_tolerance=1.0,
+    )  # fmt: skip
+    points = run(module, 10, sweep(1.0, 1e-9)).stacked_points()
+    assert points[:4, 0, 0].tolist() == pytest.approx([4 * 0.5**k for k in range(4)])
+    assert points[:4, 0, 1].tolist() == pytest.approx([2 * 0.75**k for k in range(4)])
+    assert module.stop_steps == [3, None]  # the norm there is 0.98, times the rates less
