@@ -11,7 +11,7 @@ placeholders. For example, a rule for the last linear layer must not match the l
 import copy
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
