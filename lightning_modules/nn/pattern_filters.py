@@ -1,13 +1,13 @@
 """Pattern filters of lecture 4: convolutions with a fixed kernel, Toeplitz matrices and pooling.
 
-    r[n] = sum_t k[t] x[n s + t - p]     a score for each place: the kernel is not flipped
+    r[n] = sum_t k[t] x[n s + t - p]     a score for each position: the kernel is not flipped
     R = X K'                             the same; the rows of K are shifted copies of k
-    floor((L + 2 p - m) / s) + 1         places of a kernel of width m, with stride s and padding p
+    floor((L + 2 p - m) / s) + 1         positions of a kernel of width m, stride s, padding p
 
 The kernel of a pattern is the pattern minus its mean, divided by its norm. So a constant has the
 score 0, and among windows of one norm the pattern itself has the largest score.
 
-Axes: b batch, l length, n places, m width of a kernel; c, y, x images.
+Axes: b batch, l length, n positions, m width of a kernel; c, y, x images.
 """
 
 from typing import Literal
@@ -20,18 +20,18 @@ from torch import Tensor, nn
 from ravine.errors import UsageError, check_at_least_one
 
 
-def count_places(length: int, kernel_size: int, padding: int = 0, stride: int = 1) -> int:
-    """Return the number of places of a kernel along an axis: floor((L + 2p - m) / s) + 1.
+def count_positions(length: int, kernel_size: int, padding: int = 0, stride: int = 1) -> int:
+    """Return the number of positions of a kernel along an axis: floor((L + 2p - m) / s) + 1.
 
-    count_places(32, 3, padding=1)  # 32
+    count_positions(32, 3, padding=1)  # 32
 
     Raises:
         UsageError: the kernel is longer than the padded axis, or an argument is out of range.
     """
-    check_at_least_one("count_places", length=length, kernel_size=kernel_size, stride=stride)
+    check_at_least_one("count_positions", length=length, kernel_size=kernel_size, stride=stride)
     if padding < 0 or kernel_size > length + 2 * padding:
         raise UsageError(
-            f"count_places: a kernel of {kernel_size} does not fit a length of {length} with "
+            f"count_positions: a kernel of {kernel_size} does not fit a length of {length} with "
             f"padding={padding}",
             [f"kernel_size from 1 to {length + 2 * max(padding, 0)}"],
             "use a shorter kernel or more padding",
@@ -46,12 +46,12 @@ def toeplitz_matrix(kernel: Tensor, length: int, padding: int = 0, stride: int =
         kernel: the weights (m).
         length: l, the length of the signals.
         padding: zeros at each end of a signal.
-        stride: shift from a place to the next one.
+        stride: shift from a position to the next one.
     """
-    num_places = count_places(length, len(kernel), padding, stride)
-    matrix = kernel.new_zeros(num_places, length + 2 * padding)
-    for place in range(num_places):
-        matrix[place, place * stride : place * stride + len(kernel)] = kernel
+    num_positions = count_positions(length, len(kernel), padding, stride)
+    matrix = kernel.new_zeros(num_positions, length + 2 * padding)
+    for position in range(num_positions):
+        matrix[position, position * stride : position * stride + len(kernel)] = kernel
     return matrix[:, padding : padding + length]  # (n l): the padding is 0
 
 
@@ -78,16 +78,16 @@ def ramp_pattern(width: int = 25) -> Tensor:
 
 def checkerboard_pattern(width: int = 7) -> Tensor:
     """Return a checkerboard of +1 and -1 (m m); the corners are +1."""
-    places = torch.arange(width)
-    return 1.0 - 2.0 * ((places[:, None] + places) % 2)
+    positions = torch.arange(width)
+    return 1.0 - 2.0 * ((positions[:, None] + positions) % 2)
 
 
 class PatternFilter(nn.Module):
-    """Score how well a pattern fits at each place of signals (b l) or images (b y x).
+    """Score how well a pattern fits at each position of signals (b l) or images (b y x).
 
         scores = PatternFilter(ramp_pattern(25))(signals)
 
-    The scores have the shape of the input. A score belongs to the place of the pattern's center;
+    The scores have the shape of the input. A score belongs to the position of the pattern's center;
     beyond the borders the input is 0.
 
     Args:

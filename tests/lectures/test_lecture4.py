@@ -16,7 +16,7 @@ from ravine.lightning_modules import ImageClassifier, Regression
 from ravine.lightning_modules.nn.pattern_filters import (
     PatternFilter,
     checkerboard_pattern,
-    count_places,
+    count_positions,
     pool,
     ramp_pattern,
     toeplitz_matrix,
@@ -207,7 +207,7 @@ def test_a_convolution_is_a_toeplitz_matrix_without_a_flip():
     [(32, 3, 1, 1, 32), (10, 3, 0, 2, 4), (11, 5, 2, 3, 4)],
 )
 def test_the_length_after_a_convolution(length, k, padding, stride, expected):
-    assert count_places(length, k, padding, stride) == expected
+    assert count_positions(length, k, padding, stride) == expected
     conv = nn.Conv1d(1, 1, k, stride, padding)
     assert conv(torch.zeros(1, 1, length)).shape[-1] == expected
     assert toeplitz_matrix(torch.ones(k), length, padding, stride).shape == (expected, length)
