@@ -16,7 +16,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from ravine.errors import UsageError
+from ravine.errors import UsageError, sort_by_similarity
 from ravine.strategies.checkpoint.atomic_io import CheckpointError, find_damage, list_checkpoints
 
 from .checkpoint_metadata import load_metadata, saved_config_of
@@ -27,7 +27,8 @@ from .error_report import program_name
 from .rank_zero import call_on_rank_zero
 from .run_dir import CHECKPOINT_FOLDERS_FILE, external_checkpoint_folders
 from .run_folders import index
-from .run_folders.best_checkpoints import best_checkpoint
+from .run_folders.best_checkpoints import best_checkpoint, monitored_metric
+from .run_folders.record import read_record
 
 
 def iter_values(argv: list[str]) -> Iterator[ConfigValue]:
@@ -121,10 +122,17 @@ def find_best(newest: Path) -> Path:
     # the best file and its metric, by the state of the callback in the newest checkpoint
     path, metric = best_checkpoint(newest)
     if not metric:
+        monitored = monitored_metric(newest) or "that Checkpoint monitors"
+        # the metrics in the run's record; {} without one
+        record = read_record(newest.parent.parent) or {}
+        metrics = record.get("metrics")
+        logged = sort_by_similarity(monitored, metrics)[:3] if isinstance(metrics, dict) else []
+        again = f", or fit again with --trainer.callbacks.Checkpoint.monitor={logged[0]}"
         raise UsageError(
-            f"the run of {newest} has no best checkpoint: the metric that Checkpoint monitors was "
-            "never logged",
-            flag="--ckpt_path=last",
+            f"the run of {newest} has no best checkpoint: the metric {monitored} was never logged",
+            logged,
+            flag=f"--ckpt_path=last{again if logged else ''}",
+            label="logged",
         )
     if path is None:
         raise UsageError(

@@ -1,5 +1,6 @@
 """Checkpoint: keep the newest and the best checkpoint; atomic writes, no NaN in the weights."""
 
+import shlex
 import warnings
 from typing import Any, Literal
 from weakref import proxy
@@ -16,10 +17,13 @@ from ravine.strategies.checkpoint.saving import (
     weights_are_finite,
 )
 
-from ..checks.run_checks import add_run_checks
+from ..base import find_callbacks
+from ..checks.run_checks import RunChecks, add_run_checks
 from ..stability.nan_guard import NonFiniteError
 
 DEFAULT_MONITOR = "val/loss"
+# Words in the name of a metric of which the largest value is the best.
+LARGER_IS_BETTER = ("acc", "auc", "auroc", "f1", "precision", "recall", "reward", "score", "psnr")
 
 
 class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
@@ -33,7 +37,8 @@ class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
 
     Args:
         dirpath: folder of the files; by default `checkpoints` in the run's folder.
-        monitor: metric that selects the best file; `val/loss` may be missing, any other may not.
+        monitor: metric that selects the best file. Any other than `val/loss` must be logged.
+            Without `val/loss` the newest file is the best, and a line names the logged metrics.
         mode: whether the smallest or the largest value is the best.
         every_n_train_steps: also save at every n-th optimizer step.
         save_top_k: number of best files to keep, besides the newest; -1 keeps every file.
@@ -71,6 +76,7 @@ class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
         # whether a validation ended within an optimizer step, at whose end the file is saved
         self._save_deferred = False
         self._written_paths: set[str] = set()  # files of this run; no other file is removed
+        self._has_printed_notice = False  # of a default metric that nobody logs
 
     @property
     def monitor_is_optional(self) -> bool:
@@ -85,6 +91,7 @@ class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find the folder; suppress Lightning's warning of a non-empty one, usual on a resume."""
         add_run_checks(trainer, pl_module, stage)
+        self._has_printed_notice = False
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Checkpoint directory .* is not empty")
             super().setup(trainer, pl_module, stage)
@@ -141,18 +148,34 @@ class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
         super().load_state_dict(state_dict | {"dirpath": self.dirpath})
 
     def _check_monitor_logged(self, trainer: L.Trainer, end: str) -> None:
-        """Raise UsageError if the monitored metric was not logged by the end of `end`."""
-        # the default metric, val/loss, may be missing
-        if self.monitor in trainer.callback_metrics or self.monitor == DEFAULT_MONITOR:
+        """Raise UsageError if the monitored metric was not logged by the end of `end`.
+
+        The default metric, val/loss, may be missing. Then a line is printed once in a fit.
+        """
+        if self.monitor in trainer.callback_metrics:
+            return
+        if self.monitor == DEFAULT_MONITOR and self._has_printed_notice:
             return
         logged = sort_by_similarity(str(self.monitor), trainer.callback_metrics)[:3]
-        raise UsageError(
-            f"Checkpoint: monitor={self.monitor!r} is not logged by the end of {end}",
-            logged or ["none"],
-            hint=f"use monitor={logged[0]!r}" if logged else f"log {self.monitor!r}",
-            flag=f"--trainer.callbacks.{type(self).__name__}.monitor={logged[0]}" if logged else "",
-            label="logged",
+        hint, flag = f"log {self.monitor!r}", ""
+        if logged:
+            prefix = f"--trainer.callbacks.{type(self).__name__}"
+            hint, flag = f"use monitor={logged[0]!r}", f"{prefix}.monitor={shlex.quote(logged[0])}"
+            if any(word in logged[0].lower() for word in LARGER_IS_BETTER):
+                hint, flag = f"{hint}, mode='max'", f"{flag} {prefix}.mode=max"
+        problem = f"Checkpoint: monitor={self.monitor!r} is not logged by the end of {end}"
+        if self.monitor != DEFAULT_MONITOR:
+            raise UsageError(problem, logged or ["none"], hint=hint, flag=flag, label="logged")
+        self._has_printed_notice = True
+        # RunChecks formats notices: the command line adds what to type
+        checks = next(iter(find_callbacks(trainer, RunChecks)), None)
+        notice = UsageError(
+            f"{problem}, so the newest checkpoint is the best (logged: "
+            f"{', '.join(logged) or 'nothing'})",
+            hint=hint,
+            flag=flag,
         )
+        trainer.print(checks.format_notice(notice) if checks else str(notice))
 
     def _is_saved(self, trainer: L.Trainer) -> bool:
         return self.last_saved_step == trainer.global_step

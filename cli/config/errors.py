@@ -30,7 +30,7 @@ from ravine.lightning_compat import precision_names
 
 from ..discovery import class_pages
 from ..error_report import program_name, unknown_name_error
-from . import callback_arguments, flag_guesses, presets, stray_words, typehints
+from . import callback_arguments, flag_guesses, presets, stray_words, trust, typehints
 from .flag_guesses import GENERATE_FLAGS, FlagGuesser
 from .values import ConfigValue, from_argv, from_env
 
@@ -680,11 +680,15 @@ def check_model_of_checkpoint(
     saved_class, typed_class = known[saved_name], known[names[-1]]
     if issubclass(saved_class, typed_class) or issubclass(typed_class, saved_class):
         return
+    words = [program_name(), command, f"--ckpt_path={path}"]
+    # of data and callbacks that are not Ravine's
+    if packages := trust.packages_of_checkpoint(saved_config):
+        words.append(f"{trust.TRUST_FLAG}={','.join(packages)}")
     raise UsageError(
         f"{path} contains the weights of a {saved_name}, which do not fit the model {names[-1]} of "
         "the command",
         [saved_name],
-        flag=f"{program_name()} {command} --ckpt_path={path}",
+        flag=shlex.join(words),
     )
 
 

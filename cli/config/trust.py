@@ -196,14 +196,28 @@ def packages_to_trust(config: dict[str, Any]) -> list[str]:
     Args:
         config: model, data and callbacks of the run, as `ConfigSaver` writes them.
     """
+    # The classes are imported already. Their type hints tell which texts are names.
+    return _untrusted_packages(config, _AdmitAll())
+
+
+def packages_of_checkpoint(config: dict[str, Any]) -> list[str]:
+    """Return the packages that `--trust` must name for a checkpoint; none of them is imported.
+
+    Args:
+        config: the configuration in the checkpoint.
+    """
+    return _untrusted_packages(config, TrustPolicy())
+
+
+def _untrusted_packages(config: dict[str, Any], imports: TrustPolicy) -> list[str]:
+    """Return the packages of names that are not admitted; `imports` admits what is imported."""
     callbacks = config.get("trainer.callbacks") or []
     values = [config.get("model"), config.get("data")]
     values += callbacks if isinstance(callbacks, list) else [callbacks]
-    # The classes are imported already. Their type hints tell which texts are names.
     names = {
         str(name)
         for value in values
-        for name in iter_imported_names(value, _AdmitAll(), is_class_path=True)
+        for name in iter_imported_names(value, imports, is_class_path=True)
     }
     trust = TrustPolicy()
     packages = {name.partition(".")[0] for name in names if not trust.is_admitted(name)}

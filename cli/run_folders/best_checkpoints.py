@@ -77,6 +77,12 @@ def named_files(states: dict[str, Any], checkpoint: Path) -> list[Path]:
     return existing
 
 
+def monitored_metric(newest: Path) -> str:
+    """Return the metric that the checkpoint callback of a run monitors; "" if it has none."""
+    states = [s for s in (callback_states(newest) or {}).values() if isinstance(s, dict)]
+    return next((str(state["monitor"]) for state in states if state.get("monitor")), "")
+
+
 def best_checkpoint(newest: Path) -> tuple[Path | None, str]:
     """Return the best file by the monitored metric of the run of a checkpoint, and the metric.
 

@@ -566,3 +566,24 @@ def test_two_ranks_go_on_by_the_printed_command_and_with_another_strategy(
     whole = saved(Path("runs/text/version_0/checkpoints/step=000004.ckpt"))
     assert equal(saved(newest(version=1)), whole)
     assert equal(saved(newest(version=2))[0].keys(), whole[0].keys())
+
+
+def test_a_run_without_the_monitored_metric_says_so_and_what_to_type(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["fit", "--config=base"]  # NetInInit logs val_loss
+    assert main(words) == 0
+    flag = "--trainer.callbacks.Checkpoint.monitor=val_loss"
+    said = capsys.readouterr().out
+    (line,) = [text for text in said.splitlines() if text.startswith("Checkpoint: ")]
+    assert "monitor='val/loss' is not logged by the end of the validation" in line
+    assert line.endswith(f"; type {flag}")
+    assert main(["validate", "--config=base", "--ckpt_path=best"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        "has no best checkpoint: the metric val/loss was never logged\n  logged: val_loss" in said
+    )
+    assert f"  type: --ckpt_path=last, or fit again with {flag}\n" in said
+    # what it says works
+    assert main([*words, flag, "--trainer.max_steps=2"]) == 0
+    assert "not logged" not in capsys.readouterr().out

@@ -216,6 +216,28 @@ def test_a_metric_that_is_never_logged_is_named(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step=000002.ckpt"]
 
 
+class ValLoss(Net):
+    """A module whose metric has another name than the default of Checkpoint."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", torch.tensor(1.0))
+        self.log("val_acc", torch.tensor(1.0))
+
+
+def test_a_default_metric_that_nobody_logs_is_named_once_with_those_that_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(ValLoss(), Checkpoint(str(tmp_path)), max_steps=8)
+    said = [line for line in capsys.readouterr().out.splitlines() if "monitor=" in line]
+    assert said == [
+        "Checkpoint: monitor='val/loss' is not logged by the end of the validation, so the newest "
+        "checkpoint is the best (logged: val_loss, train/loss, val_acc); use monitor='val_loss'"
+    ]
+    fit(ValLoss(), Checkpoint(str(tmp_path), monitor="val_acc", mode="max"), max_steps=4)
+    fit(Net([5, 4]), Checkpoint(str(tmp_path)), max_steps=4)
+    assert "monitor=" not in capsys.readouterr().out
+
+
 def test_a_fast_run_for_debugging_writes_nothing(tmp_path: Path) -> None:
     fit(Net([5]), Checkpoint(str(tmp_path)), fast_dev_run=True, max_steps=1)
     assert names(tmp_path) == []

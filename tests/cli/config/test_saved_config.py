@@ -191,7 +191,7 @@ def test_a_checkpoint_of_another_task_is_refused(
         f"ravine: error: {trained} contains the weights of a NetInInit, which do not fit the model "
         "SpamClassifier of the command\n"
         "  allowed: NetInInit\n"
-        f"  type: ravine validate --ckpt_path={trained}\n"
+        f"  type: ravine validate --ckpt_path={trained} {TRUST}\n"
     )
 
 
