@@ -31,7 +31,8 @@ from ravine.lightning_compat import precision_names
 from ..discovery import class_pages
 from ..error_report import program_name, unknown_name_error
 from . import callback_arguments, flag_guesses, presets, stray_words, trust, typehints
-from .flag_guesses import GENERATE_FLAGS, FlagGuesser
+from .flag_guesses import FlagGuesser
+from .guessed_names import DISCOURAGED_PRECISIONS, GENERATE_FLAGS
 from .values import ConfigValue, from_argv, from_env
 
 CLASS_SPEC_KEYS = ("class_path", "init_args", "dict_kwargs")
@@ -86,7 +87,7 @@ def registered_names() -> dict[str, list[str]]:
     return {
         "trainer.strategy": ["auto", *StrategyRegistry.available_strategies()],
         "trainer.accelerator": ["auto", "gpu", *AcceleratorRegistry.available_accelerators()],
-        "trainer.precision": ["auto", *precision_names(), *flag_guesses.DISCOURAGED_PRECISIONS],
+        "trainer.precision": ["auto", *precision_names(), *DISCOURAGED_PRECISIONS],
     }
 
 
@@ -342,7 +343,7 @@ class ConfigErrorFinder:
                 self.choose_class(class_choices, key, config_value)
             elif config_value.text.lower() not in names:
                 problem = f"no {config_value.name} is called {config_value.text!r}"
-                usual_names = [n for n in names if n not in flag_guesses.DISCOURAGED_PRECISIONS]
+                usual_names = [n for n in names if n not in DISCOURAGED_PRECISIONS]
                 known_name = flag_guesses.known_name(key, config_value.text)
                 raise unknown_class_name(
                     config_value,
