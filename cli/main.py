@@ -14,7 +14,7 @@ from types import ModuleType
 from ravine.errors import UsageError, suggest_names
 
 from . import error_report, help_text
-from .config import environment, presets, stray_words
+from .config import early_checks, environment, presets, stray_words
 from .run_folders import record
 
 # Each command and the module whose `run(argv) -> int` executes it.
@@ -279,6 +279,8 @@ def run_subcommand(raw_argv: list[str]) -> int:
         presets.check_config_file(path)
     presets.check_config_order(configs)
     presets.check_checkpoint_exists(argv)
+    if argv[0] in LIGHTNING_COMMANDS:
+        early_checks.check_argv(argv)
     sys.argv[1:] = argv  # in place: Lightning's launcher runs sys.argv in other ranks
     return import_command(COMMANDS[argv[0]]).run_argv(
         ["--help" if w == "--help=all" else w for w in argv]

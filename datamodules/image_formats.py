@@ -257,7 +257,7 @@ class ImageReader:
         if image_format.size != expected_format.size:
             columns, rows = expected_format.size
             hints.append(f"resize=({rows}, {columns})")
-            flags.append(f"--data.resize=[{rows},{columns}]")
+            flags.append(f"'--data.resize=[{rows},{columns}]'")  # a shell may expand brackets
         return f"use {' and '.join(hints)}", " ".join(flags)
 
     def _read_file(self, path: Path) -> tuple[Any, ImageFormat]:

@@ -301,7 +301,8 @@ class ImageDataModule(BaseDataModule):
                 f"{expected_shape[1]}x{expected_shape[2]}x{expected_shape[0]}",
                 ["images of the same size and mode as in training"],
                 f"use mode={mode!r}, resize={expected_shape[1:]}",
-                flag=f"--data.mode={mode} --data.resize=[{expected_shape[1]},{expected_shape[2]}]",
+                flag=f"--data.mode={mode} "
+                f"'--data.resize=[{expected_shape[1]},{expected_shape[2]}]'",
             )
         # prints one line, on rank 0 only
         log_once(f"data: {path}, {len(images.files):,} images to predict")
@@ -481,6 +482,6 @@ def _parse_resize(resize: int | Sequence[int] | None) -> tuple[int, int] | None:
             f"resize={resize} is not a size of images",
             ["rows and columns from 1 to 4096"],
             "use resize=64 or resize=(48, 64)",
-            flag="--data.resize=64, or --data.resize=[48,64]",
+            flag="--data.resize=64, or '--data.resize=[48,64]'",
         )
     return rows_and_columns[0], rows_and_columns[1]

@@ -15,6 +15,7 @@ import re
 import shlex
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ def parse_argv(parser: ArgumentParser, argv: list[str]) -> Namespace:
         config = parser.parse_args(argv)
     except argparse.ArgumentError as error:
         finder.check_argv(argv)  # raises an error for a wrong name or value
-        stray_words.check_stray_words(finder, argv)  # raises an error for a word without a flag
+        # raises an error for a word without a flag
+        stray_words.check_stray_words(argv, partial(stray_words.parser_fix, finder))
         chosen_classes = [
             (key, chosen_class) for key, (chosen_class, _) in finder.chosen_classes.items()
         ]

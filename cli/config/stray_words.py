@@ -2,14 +2,14 @@
 
 `fit spam` names a config, `fit lr=3` lacks two dashes, `test last.ckpt` names a checkpoint, and
 `--lr = 3` has spaces around its sign. Each gets one error with the command or the flag to type.
-Only `check_stray_words` needs the parser of the command, and with it torch.
+The correction of `lr=3` may need the parser of the command, and with it torch: `parser_fix`.
 """
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ravine.errors import UsageError, suggest_names
 
@@ -21,6 +21,7 @@ from . import presets
 if TYPE_CHECKING:
     from .errors import ConfigErrorFinder
 
+FlagFix = dict[str, Any]  # arguments of UsageError: allowed, flag, label
 # Flags without a value.
 SWITCHES = ("--print_config", "--print_groups", "--help", "--debug", "--allow_changed_data")
 CHECKPOINT_WORDS = ("auto", "last", "best")
@@ -135,12 +136,13 @@ def command_without(flag: str) -> str:
     return replaced_command([flag])
 
 
-def check_stray_words(finder: "ConfigErrorFinder", argv: list[str]) -> None:
+def check_stray_words(argv: list[str], fix_of: Callable[[str], FlagFix | None]) -> None:
     """Raise UsageError for the first word that belongs to no flag.
 
     Args:
-        finder: has the parser of the command.
         argv: the command and its arguments.
+        fix_of: returns what to type in place of a flag that may have a wrong name; None if it is
+            not known yet, and then nothing is raised.
     """
     for word, next_word in find_stray_words(argv):
         if word == "help":
@@ -153,7 +155,8 @@ def check_stray_words(finder: "ConfigErrorFinder", argv: list[str]) -> None:
             # Hydra's key=value, or a single dash
             if not equals and next_word and not next_word.startswith("-"):
                 equals, value = "=", next_word
-            fix = _fix_of(finder, f"--{name}{equals}{value}")
+            if (fix := fix_of(f"--{name}{equals}{value}")) is None:
+                return
             raise UsageError(f"{location}: a flag begins with two dashes", **fix)
         if is_number or not (flag := flag_of(word)):
             problem = f"{location}: a value without a flag"
@@ -161,8 +164,13 @@ def check_stray_words(finder: "ConfigErrorFinder", argv: list[str]) -> None:
         raise UsageError(f"{location}: a name without a flag", flag=replaced_command(word, *flag))
 
 
-def _fix_of(finder: "ConfigErrorFinder", flag: str) -> dict:
-    """Return the flag to type in place of one that may itself have a wrong name."""
+def parser_fix(finder: "ConfigErrorFinder", flag: str) -> FlagFix:
+    """Return the flag to type in place of one that may itself have a wrong name.
+
+    Args:
+        finder: has the parser of the command.
+        flag: the flag with its value.
+    """
     from .values import from_argv  # imports yaml, which `runs` does not need
 
     try:

@@ -7,6 +7,7 @@ import dataclasses
 import enum
 import functools
 import inspect
+import re
 import types
 from collections.abc import Iterable
 from pathlib import PurePath
@@ -156,7 +157,7 @@ def corrected_value(hint: Any, text: str) -> str | None:
     """Return the value that a text means in another notation, if ``hint`` accepts it, else None.
 
     1e3 is 1000 as a whole number, 10k is 10000, 0,5 is 0.5, yes is true, and 0.9,0.95 or (0.9,
-    0.95) is a list.
+    0.95) is a list. A size such as 62x47 is [62, 47].
     """
     plain = text.strip().removeprefix("=").strip()
     number = plain.replace("_", "")
@@ -168,6 +169,7 @@ def corrected_value(hint: Any, text: str) -> str | None:
     switches = {"1": "true", "yes": "true", "on": "true", "0": "false", "no": "false"}
     candidates += [switches.get(plain.lower(), plain), f"[{plain.strip('()[]')}]"]
     candidates.append(f"[{', '.join(plain.strip('()[]').split())}]")
+    candidates.append(f"[{', '.join(re.split('[xX*]', plain))}]")
     return next((c for c in candidates if c and c != text and is_valid(hint, c)), None)
 
 

@@ -167,6 +167,11 @@ TABLE: list[tuple[str, str, str]] = [
         "EMA,NaNGuard",
         "'--trainer.callbacks+=[EMA,NaNGuard]'",
     ),
+    (
+        "fit --config classifier/mnist --data.source=faces --data.resize=62x47",
+        "62x47",
+        "'--data.resize=[62, 47]'",
+    ),
     # configs and commands
     ("fit spam", "spam", "lightning fit --config spam"),
     ("spam", "spam", "lightning fit --config spam"),

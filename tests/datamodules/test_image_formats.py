@@ -123,7 +123,7 @@ def test_one_different_image_is_refused_with_a_hint_that_works(kind: str, tmp_pa
     fix = r"resize=\(8, 8\)" if kind == "another size" else "mode='rgb'"
     with pytest.raises(UsageError, match=rf"/1\.png (is|has) .*; use {fix}") as error:
         read_image_folder(tmp_path)
-    flag = "--data.resize=[8,8]" if kind == "another size" else "--data.mode=rgb"
+    flag = "'--data.resize=[8,8]'" if kind == "another size" else "--data.mode=rgb"
     assert error.value.flag.startswith(flag)
     for mode, channels in (("rgb", 3), ("gray", 1)):
         found = read_image_folder(tmp_path, mode, (8, 8)).splits["all"]
