@@ -44,8 +44,8 @@ def load_model(
 ) -> TaskModule:
     """Load a model from its checkpoint alone, with its LoRA adapters and quantized weights.
 
-    from ravine import load_model
-    print(load_model("runs/shakespeare/lora/version_0/checkpoints/last.ckpt").generate("ARIEL:"))
+        from ravine import load_model
+        print(load_model("runs/shakespeare/lora/version_0/checkpoints/last.ckpt").generate("ARIEL:"))
 
     `LanguageModel.load_from_checkpoint(path)` does the same for a known class. For a
     LightningModule that is no TaskModule: build it, then call

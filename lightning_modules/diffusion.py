@@ -311,7 +311,7 @@ class Diffusion(TaskModule):
     ) -> ImageGrid:
         """Sample images; equal seeds give equal images.
 
-        model.generate(labels="0-9", guidance_scale=0.5, num_steps=20).save("digits.png")
+            model.generate(labels="0-9", guidance_scale=0.5, num_steps=20).save("digits.png")
 
         Args:
             labels: classes by index or name, "3", "0-4,7", "cat,dog" or [3, 5], a row each; by

@@ -177,7 +177,7 @@ class LanguageModel(TaskModule):
     ) -> str | list[str]:
         """Generate text after one prompt or each of several; equal seeds give equal texts.
 
-        model.generate("ROMEO:", temperature=0.5, stop="\\n\\n")
+            model.generate("ROMEO:", temperature=0.5, stop="\\n\\n")
 
         Args:
             prompt: beginning of the text; by default `default_prompt`.

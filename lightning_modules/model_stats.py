@@ -126,7 +126,7 @@ def count_collectives(
     Each boundary of `num_stages` is crossed by each micro-batch in both directions. The last stage
     broadcasts the loss.
 
-    count_collectives(12, num_shards=8)["all_gather"]  # 26
+        count_collectives(12, num_shards=8)["all_gather"]  # 26
 
     Args:
         num_layers: blocks of the transformer.

@@ -45,12 +45,14 @@ class _ErrorParts(Exception):
 class UsageError(_ErrorParts, ValueError):
     """An input or setting of the user that is not valid.
 
-    raise UsageError(
-        "Transformer: num_heads=5 does not divide d_model=128",
-        [4, 8],
-        hint="use num_heads=4",
-        flag="--model.num_heads=4",
-    )
+    For example:
+
+        raise UsageError(
+            "Transformer: num_heads=5 does not divide d_model=128",
+            [4, 8],
+            hint="use num_heads=4",
+            flag="--model.num_heads=4",
+        )
     """
 
     exit_status = 2

@@ -23,8 +23,10 @@ NORM_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 class BufferSync:
     """Broadcasts the changing buffers of a module from the first rank of a group.
 
-    sync = BufferSync(module, group)
-    sync.before_step(); loss = module.training_step(batch, batch_idx); sync.after_step()
+    For example:
+
+        sync = BufferSync(module, group)
+        sync.before_step(); loss = module.training_step(batch, batch_idx); sync.after_step()
     """
 
     def __init__(self, module: nn.Module, group: ProcessGroup) -> None:

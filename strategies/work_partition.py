@@ -10,7 +10,7 @@ def assign_balanced(sizes: Sequence[int], load: list[int]) -> list[int]:
         sizes: sizes of the items, in any unit.
         load: the current load of each rank; the sizes of the assigned items are added in place.
 
-    assign_balanced([3, 5, 1], [0, 0])  # [1, 0, 1]
+        assign_balanced([3, 5, 1], [0, 0])  # [1, 0, 1]
     """
     ranks = [0] * len(sizes)
     for item in sorted(range(len(sizes)), key=lambda item: -sizes[item]):  # stable

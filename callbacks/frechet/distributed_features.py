@@ -28,8 +28,10 @@ from .statistics import Moments
 class FeatureExtractorPool:
     """Runs a feature extractor on all ranks of a trainer.
 
-    pool = FeatureExtractorPool(trainer, extractor, batch_size=128, device=module.device)
-    moments, features = pool.compute_moments(lambda index: images[index], count=1000)
+    For example:
+
+        pool = FeatureExtractorPool(trainer, extractor, batch_size=128, device=module.device)
+        moments, features = pool.compute_moments(lambda index: images[index], count=1000)
     """
 
     def __init__(

@@ -1,8 +1,10 @@
 """LoRA injection: add adapters to a module, disable them and merge them, without a trainer.
 
-inject_lora(net, targets=["query", "value"], rank=8)
-with lora_disabled(net): reference = net(x)      # the base model, without a second copy
-merge(net)                                       # plain layers with W + s B A
+For example:
+
+    inject_lora(net, targets=["query", "value"], rank=8)
+    with lora_disabled(net): reference = net(x)      # the base model, without a second copy
+    merge(net)                                       # plain layers with W + s B A
 """
 
 import math

@@ -534,9 +534,11 @@ def _check_gradients_reduced(
 class ReadOnlyLRs:
     """The result of `self.lr_schedulers()` under a plan without a schedule: read-only rates.
 
-    rates = ReadOnlyLRs(trainer, "MyModule", "OptimizerPlan")
-    rates.get_last_lr()     # [0.001], one rate for each param group
-    rates.step()            # AttributeError: the module's own schedulers do not exist
+    For example:
+
+        rates = ReadOnlyLRs(trainer, "MyModule", "OptimizerPlan")
+        rates.get_last_lr()     # [0.001], one rate for each param group
+        rates.step()            # AttributeError: the module's own schedulers do not exist
     """
 
     def __init__(self, trainer: L.Trainer, module: str, owner: str) -> None:

@@ -351,7 +351,9 @@ def frozen_names(module: torch.nn.Module) -> set[str]:
 def make_param_generator(seed: int, parameter_name: str) -> torch.Generator:
     """Return a random generator for one parameter; it is the same on all ranks.
 
-    torch.nn.init.normal_(lora_a, generator=seeded_by_name(seed, "net.blocks.0.mlp.up.lora_a"))
+    For example:
+
+        torch.nn.init.normal_(lora_a, generator=seeded_by_name(seed, "net.blocks.0.mlp.up.lora_a"))
     """
     return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{parameter_name}".encode()))
 

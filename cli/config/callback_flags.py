@@ -13,6 +13,7 @@ flags are then applied to that list, in the order in which they were typed. The 
 
 import argparse
 import functools
+import inspect
 import json
 import shlex
 from collections import deque
@@ -26,7 +27,7 @@ from jsonargparse import ArgumentParser, Namespace, get_loader
 from lightning import LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
 from ravine.callbacks.optimizers.plan import OptimizerPlan
 from ravine.errors import UsageError, suggest_names
@@ -498,7 +499,15 @@ def _adding_flags(callback_class: type, flag: CallbackFlag) -> str:
     if any(segment.isdigit() for segment in segments):  # an element of a list that is not there
         first = next(i for i, segment in enumerate(segments) if segment.isdigit())
         is_last = first == len(segments) - 1
+        position = int(segments[first])
         segments, text = (segments[:first], f"[{text}]") if is_last else ([], "")
+        if len(segments) == 2 and segments[0] in CLASS_ARGUMENTS:  # of AdamW, such as betas
+            default = inspect.signature(AdamW).parameters.get(segments[1])
+            if default is not None and isinstance(default.default, tuple):
+                elements = [
+                    flag.text if i == position else v for i, v in enumerate(default.default)
+                ]
+                text = f"[{','.join(map(str, elements))}]"
     path = ".".join(segments)
     if segments and segments[0].rstrip("+") not in names:
         path = next(iter(nearest_paths(path, names)), "")

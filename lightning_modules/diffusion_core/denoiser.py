@@ -39,7 +39,9 @@ TimeConditioning = Literal["one_step", "none", "time"]
 class Denoiser:
     """Noise schedule, prediction type, loss weighting and time conditioning of a denoising net.
 
-    Denoiser(NoiseSchedule("cosine"), prediction_type="v").denoise(net, x, t)
+    For example:
+
+        Denoiser(NoiseSchedule("cosine"), prediction_type="v").denoise(net, x, t)
     """
 
     noise_schedule: NoiseSchedule

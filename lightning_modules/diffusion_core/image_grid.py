@@ -22,7 +22,7 @@ FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 class ImageGrid:
     """Images, uint8 (n c y x), in rows of `columns` images.
 
-    model.generate(labels="0-9").save("digits.png")
+        model.generate(labels="0-9").save("digits.png")
 
     `row_names` are the names of the rows, if each row is of one class; the grid shows them.
     """

@@ -17,9 +17,11 @@ BUCKET_CENTERS = (
 class LossByNoiseLevel:
     """Accumulate metrics by noise level on the device; the host does not wait before the means.
 
-    losses = LossByNoiseLevel(1)
-    losses.add(torch.tensor([0, 9]), torch.tensor([[0.1], [0.7]]))
-    losses.means()
+    For example:
+
+        losses = LossByNoiseLevel(1)
+        losses.add(torch.tensor([0, 9]), torch.tensor([[0.1], [0.7]]))
+        losses.means()
     """
 
     def __init__(self, num_metrics: int) -> None:

@@ -61,7 +61,9 @@ def _alpha_sigma_table(
 class NoiseSchedule:
     """Noise schedule by name: α and σ, training times and sampling times.
 
-    alpha, sigma = NoiseSchedule("linear").alpha_sigma(torch.tensor([0, 500, 1000]))
+    For example:
+
+        alpha, sigma = NoiseSchedule("linear").alpha_sigma(torch.tensor([0, 500, 1000]))
     """
 
     name: NoiseScheduleName = "linear"

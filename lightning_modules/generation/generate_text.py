@@ -194,7 +194,7 @@ def generate(
 ) -> GenerationOutput:
     """Generate up to `max_new_tokens` tokens after each prompt (token ids; the lengths may differ).
 
-    output = generate(net, [tokenizer.encode("ROMEO:")], max_new_tokens=100, context_length=64)
+        output = generate(net, [tokenizer.encode("ROMEO:")], max_new_tokens=100, context_length=64)
 
     Args:
         net: maps tokens (b t) to logits (b t v); with `use_cache` it takes a KV cache as its second
@@ -246,8 +246,8 @@ def generate_text(
 ) -> list[str]:
     """Return the text that the net generates after each prompt, up to a stop string.
 
-    sizes = {"max_new_tokens": 200, "context_length": 64}
-    generate_text(net, tokenizer, ["ROMEO:"], stops=["\n\n"], on_text=print, **sizes)
+        sizes = {"max_new_tokens": 200, "context_length": 64}
+        generate_text(net, tokenizer, ["ROMEO:"], stops=["\n\n"], on_text=print, **sizes)
 
     With `on_text`, the first text is streamed: each piece is passed on as soon as it is final.
 

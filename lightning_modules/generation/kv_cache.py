@@ -155,12 +155,14 @@ def attend_cached(query: Tensor, layer_cache: LayerKVCache) -> Tensor:
 class KVCache:
     """Key-value cache of a net: `num_rows` rows of `group_size` texts, each with `num_slots` slots.
 
-    cache = KVCache(num_layers=4, num_rows=2, num_slots=64, device=tokens.device)
-    cache.begin_prefill(lengths=torch.tensor([5, 3]))
-    logits = net(prompts, cache)         # prompts (2 5), the second padded: (b 1 v)
-    cache.reserve(6)                     # the longest row will have six tokens
-    cache.advance()                      # every row is one token further
-    logits = net(next_tokens[:, None], cache)
+    For example:
+
+        cache = KVCache(num_layers=4, num_rows=2, num_slots=64, device=tokens.device)
+        cache.begin_prefill(lengths=torch.tensor([5, 3]))
+        logits = net(prompts, cache)         # prompts (2 5), the second padded: (b 1 v)
+        cache.reserve(6)                     # the longest row will have six tokens
+        cache.advance()                      # every row is one token further
+        logits = net(next_tokens[:, None], cache)
     """
 
     def __init__(

@@ -27,7 +27,9 @@ from ravine.errors import UsageError
 class DecodingConfig:
     """Sampling settings; None disables a rule.
 
-    DecodingConfig(temperature=0.8, top_k=40).compute_logprobs(logits)
+    For example:
+
+        DecodingConfig(temperature=0.8, top_k=40).compute_logprobs(logits)
     """
 
     temperature: float = 1.0

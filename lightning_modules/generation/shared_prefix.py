@@ -24,8 +24,8 @@ from torch import Tensor, nn
 class SharedPrefixBatch:
     """Prompts and completions packed into one row; it takes the place of the KV cache.
 
-    batch = SharedPrefixBatch([tokenizer.encode("ROMEO:")], completions, num_layers=4)
-    logits = net(batch.tokens, batch)          # (b n v): they predict `completions` (b n)
+        batch = SharedPrefixBatch([tokenizer.encode("ROMEO:")], completions, num_layers=4)
+        logits = net(batch.tokens, batch)          # (b n v): they predict `completions` (b n)
 
     The packed completion begins with the last token of its prompt and omits its own last token.
 

@@ -56,7 +56,9 @@ def make_norm(norm: Norm, d_model: int, eps: float | None = None) -> nn.Module:
 def resolve_d_ff(d_model: int, activation: str, d_ff: int | None = None) -> int:
     """Hidden channels of an MLP: `d_ff`, by default 4d, or for SwiGLU 8d/3 rounded up to eights.
 
-    resolve_d_ff(384, "swiglu")  # 1024
+    For example:
+
+        resolve_d_ff(384, "swiglu")  # 1024
     """
     return d_ff or (8 * math.ceil(d_model / 3) if activation == "swiglu" else 4 * d_model)
 
@@ -429,7 +431,9 @@ class Transformer(nn.Module):
 def with_defaults(net_kwargs: dict[str, Any]) -> dict[str, Any]:
     """Complete the arguments of a `Transformer` with the defaults of its signature.
 
-    with_defaults({"d_model": 64})["num_layers"]  # 4
+    For example:
+
+        with_defaults({"d_model": 64})["num_layers"]  # 4
     """
     signature_params = inspect.signature(Transformer).parameters
     return {

@@ -90,7 +90,7 @@ def timestep_embedding(t: Tensor, embed_dim: int) -> Tensor:
 class UNet(nn.Module):
     """U-Net from noisy images and times to images; any height and width, padded internally.
 
-    UNet(channels=1, base_channels=64)(torch.randn(2, 1, 28, 28), torch.tensor([1, 999]))
+        UNet(channels=1, base_channels=64)(torch.randn(2, 1, 28, 28), torch.tensor([1, 999]))
 
     Args:
         channels: channels of the images.

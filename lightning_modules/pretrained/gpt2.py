@@ -492,7 +492,7 @@ def save_hf(
 ) -> None:
     """Write model.safetensors and config.json for Hugging Face's GPT2LMHeadModel.
 
-    GPT2LMHeadModel.from_pretrained(folder)
+        GPT2LMHeadModel.from_pretrained(folder)
 
     Args:
         net: the net.

@@ -43,9 +43,9 @@ ABSOLUTE_TIE_TOLERANCE = (
 class AdvantageEstimator:
     """Estimator settings: how rewards become advantages and a loss.
 
-    estimator = AdvantageEstimator("rloo", baseline_scope="group")
-    w = estimator.advantages(rewards, group_size=4)                    # (b)
-    loss = estimator.loss(logprobs, mask, w, max_new_tokens=256, num_tokens=mask.sum())
+        estimator = AdvantageEstimator("rloo", baseline_scope="group")
+        w = estimator.advantages(rewards, group_size=4)                    # (b)
+        loss = estimator.loss(logprobs, mask, w, max_new_tokens=256, num_tokens=mask.sum())
 
     Args:
         method: formula of the advantage; see above.

@@ -29,8 +29,9 @@ from ravine.errors import UsageError
 class KL:
     """Settings of the KL penalty: coefficient, estimator and placement.
 
-    kl = KL(beta=0.1)
-    rewards = rewards - kl.beta * kl.kl_penalty(logprobs, ref_logprobs, mask, max_new_tokens=256)
+        kl = KL(beta=0.1)
+        penalty = kl.kl_penalty(logprobs, ref_logprobs, mask, max_new_tokens=256)
+        rewards = rewards - kl.beta * penalty
 
     Args:
         beta: KL coefficient: reward lost for each nat per token; 0 disables the penalty.

@@ -12,9 +12,11 @@ from .checkpoint_error import CheckpointError
 class ReadingRanks:
     """The ranks that load one checkpoint at the same time; by default only this process.
 
-    readers = ReadingRanks.from_job()
-    names = readers.assign_parts({"data/0": 4000, "data/1": 40}, (inode, size, time), False)
-    readers.raise_first_problem(problem, lambda reason: CheckpointError(f"it is damaged: {reason}"))
+    For example:
+
+        readers = ReadingRanks.from_job()
+        names = readers.assign_parts({"data/0": 4000, "data/1": 40}, (inode, size, time), False)
+        readers.raise_first_problem(problem, lambda reason: CheckpointError(reason))
     """
 
     def __init__(self, rank: int = 0, num_ranks: int = 1) -> None:

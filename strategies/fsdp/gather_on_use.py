@@ -36,10 +36,12 @@ CHECK_WRITES_EVERY = 50
 class GatherOnUse:
     """Gathers FSDP units whose parameters are used outside of their forward.
 
-    gather = GatherOnUse(module)
-    gather.install()                 # after fully_shard, when the parameters are on their device
-    loss = gather.wrap_step(module.training_step)(batch, batch_idx)
-    gather.begin_backward(); loss.backward(); gather.end_backward()
+    For example:
+
+        gather = GatherOnUse(module)
+        gather.install()  # after fully_shard, when the parameters are on their device
+        loss = gather.wrap_step(module.training_step)(batch, batch_idx)
+        gather.begin_backward(); loss.backward(); gather.end_backward()
     """
 
     def __init__(self, module: nn.Module) -> None:

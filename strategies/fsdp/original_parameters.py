@@ -22,9 +22,11 @@ MAX_CONTAINER_DEPTH = 3  # levels of nested lists and dicts
 class OriginalParameters:
     """Finds the parameters of a module by identity, by weak references.
 
-    originals = OriginalParameters(module)      # before fully_shard
-    originals.update_references()               # after it
-    originals.update_optimizer(optimizer)
+    For example:
+
+        originals = OriginalParameters(module)      # before fully_shard
+        originals.update_references()               # after it
+        originals.update_optimizer(optimizer)
     """
 
     def __init__(self, module: nn.Module) -> None:

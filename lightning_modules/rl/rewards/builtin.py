@@ -216,7 +216,7 @@ class BatchDistance(Reward):
 class Threshold(Reward):
     """1 if another term's value is between `min_value` and `max_value`, else 0.
 
-    Threshold(CharacterFraction("eE"), max_value=0)       # 1 for a text without e
+        Threshold(CharacterFraction("eE"), max_value=0)       # 1 for a text without e
 
     Args:
         reward: the other term; its own weight is ignored.
