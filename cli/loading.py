@@ -45,7 +45,8 @@ def load_model(
     """Load a model from its checkpoint alone, with its LoRA adapters and quantized weights.
 
         from ravine import load_model
-        print(load_model("runs/shakespeare/lora/version_0/checkpoints/last.ckpt").generate("ARIEL:"))
+        model = load_model("runs/shakespeare/lora/version_0/checkpoints/last.ckpt")
+        print(model.generate("ARIEL:"))
 
     `LanguageModel.load_from_checkpoint(path)` does the same for a known class. For a
     LightningModule that is no TaskModule: build it, then call
