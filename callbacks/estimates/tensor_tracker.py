@@ -143,6 +143,8 @@ class TensorTracker(TorchDispatchMode):
 
     def mark(self, kind: str, block: int) -> None:
         """Record that a pass through a block begins or ends here."""
+        if kind == "backward":  # a recomputation may end between split matrices
+            self.is_split = False
         if self.is_recording:
             self.marks.append(Mark(kind, block, len(self.moments)))
             self.moments.append(self.now())
@@ -185,11 +187,15 @@ class TensorTracker(TorchDispatchMode):
             return False  # no memory, or memory that torch did not allocate: a mapped file, numpy
         reference = weakref.ref(storage, lambda _: self._free(key))
         kinds: tuple[int, ...] = ()
-        if CLASSES[index] == "activations" and self.is_in_block:
+        if CLASSES[index] == "activations" and (self.is_in_block or self._is_recomputing()):
             kinds = (0, 1) if self.is_split else (0,)
         self._storages[key] = (index, size, kinds, reference)
         self._count(index, kinds, size)
         return True
+
+    def _is_recomputing(self) -> bool:
+        """Whether activation checkpointing computes a block again: only then a graph is built."""
+        return self.phase == "backward" and torch.is_grad_enabled()
 
     def _count(self, index: int, kinds: tuple[int, ...], size: int) -> None:
         self._bytes[index] += size
@@ -228,7 +234,7 @@ class TensorTracker(TorchDispatchMode):
 
     def _class_of_results(self, function: Any, args: Any, results: list[Tensor]) -> int:
         """Return the class of new results: that of the phase, or `weight casts`."""
-        name = PHASE_CLASSES[self.phase]
+        name = "activations" if self._is_recomputing() else PHASE_CLASSES[self.phase]
         if function is aten._to_copy.default and self.phase == "forward":
             source = args[0]
             is_parameter = self.class_of(source) == "parameters"
