@@ -21,9 +21,11 @@ from .generation.rollout_table import RolloutTable
 from .generation.samples import GenerateSamples
 from .lora import LoRA, lora_disabled
 from .monitoring.convergence_plot import ConvergencePlot, Panel
+from .monitoring.curvature_monitor import CurvatureMonitor
 from .monitoring.memory import MemoryMonitor
 from .monitoring.plots import LossPlot, MetricPlot
 from .monitoring.progress import ProgressBar
+from .monitoring.scale_monitor import ScaleMonitor
 from .monitoring.steps_to_target import StepsToTarget
 from .monitoring.summary import Summary
 from .monitoring.throughput import Throughput
@@ -50,6 +52,7 @@ __all__ = [
     "Checkpoint",
     "Compile",
     "ConvergencePlot",
+    "CurvatureMonitor",
     "ExactResume",
     "FrechetDistance",
     "GenerateSamples",
@@ -74,6 +77,7 @@ __all__ = [
     "RolloutTable",
     "RunChecks",
     "SaveFigures",
+    "ScaleMonitor",
     "StepsToTarget",
     "Summary",
     "Throughput",

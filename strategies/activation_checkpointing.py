@@ -10,6 +10,7 @@ recomputation, and are updated once.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ from . import context_parallel  # noqa: F401  (registers ravine::ring_attention)
 CheckpointingMode = Literal["none", "selective", "full"]
 BufferRef = tuple[Any, str]  # a module and the name of its buffer
 aten = torch.ops.aten
+_is_suspended = ContextVar("activation_checkpointing_is_suspended", default=False)
 SAVED_OPS = {  # the operations that are most expensive to recompute
     aten.mm.default,
     aten.addmm.default,
@@ -95,6 +97,16 @@ def uses_activation_checkpointing(module: nn.Module) -> bool:
     return any("checkpointing_mode" in block.__dict__ for block in module.modules())
 
 
+@contextmanager
+def suspend_activation_checkpointing() -> Iterator[None]:
+    """Keep all activations of forward passes in the context, as several backward passes need."""
+    token = _is_suspended.set(True)
+    try:
+        yield
+    finally:
+        _is_suspended.reset(token)
+
+
 def find_blocks(module: nn.Module) -> list[nn.Module]:
     """Return the members of lists and dicts of modules; if nested, the outermost."""
     blocks = []
@@ -132,7 +144,7 @@ def _checkpointed_forward(
 
     def checkpointed(*args: Any, **kwargs: Any) -> Any:
         """Run the forward; with gradients enabled save only what the mode saves."""
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or _is_suspended.get():
             return forward(*args, **kwargs)
         if torch.compiler.is_compiling():  # the compiled recomputation excludes buffer updates
             return checkpoint(forward, *args, use_reentrant=False, **checkpoint_kwargs, **kwargs)
