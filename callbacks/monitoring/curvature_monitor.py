@@ -91,14 +91,14 @@ class CurvatureMonitor(RecordedCurves):
                     f"CurvatureMonitor: {name}={value} is too small",
                     ["1 or more"],
                     hint=f"use {name}=100",
-                    flag=f"--trainer.callbacks.{name}=100",
+                    flag=f"--trainer.callbacks.CurvatureMonitor.{name}=100",
                 )
         if not 0 < tolerance < 1:
             raise UsageError(
                 f"CurvatureMonitor: tolerance={tolerance} is out of range",
                 ["above 0 and below 1"],
                 hint="use tolerance=0.01",
-                flag="--trainer.callbacks.tolerance=0.01",
+                flag="--trainer.callbacks.CurvatureMonitor.tolerance=0.01",
             )
         self.every_n_steps, self.tolerance = every_n_steps, tolerance
         self.max_products, self.seed, self.title = max_products, seed, title

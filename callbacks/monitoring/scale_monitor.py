@@ -59,7 +59,9 @@ class ScaleMonitor(RecordedCurves):
         """Check and store the arguments."""
         super().__init__()
         check_at_least_one(
-            "ScaleMonitor", flag_prefix="--trainer.callbacks.", every_n_steps=every_n_steps
+            "ScaleMonitor",
+            flag_prefix="--trainer.callbacks.ScaleMonitor.",
+            every_n_steps=every_n_steps,
         )
         self.every_n_steps, self.layers, self.title = every_n_steps, layers, title
         self._hooks: list[Any] = []  # handles; [] between measurements
