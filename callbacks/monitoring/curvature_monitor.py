@@ -179,21 +179,21 @@ class CurvatureMonitor(RecordedCurves):
         if step % self.every_n_steps or step == self._last_step:
             return
         self._last_step = step
-        loss, found = self._measure(trainer, pl_module, batch, batch_idx)
-        self.eigenvalues = found
-        values: dict[str, float] = {LARGEST: found.largest, SMALLEST: found.smallest}
+        loss, result = self._measure(trainer, pl_module, batch, batch_idx)
+        self.eigenvalues = result
+        values: dict[str, float] = {LARGEST: result.largest, SMALLEST: result.smallest}
         limit = stability_limit(trainer.optimizers)
         if limit is not None:
             values[LIMIT] = limit
         log_values(trainer, values, step)
         for name, value in ({"loss": float(loss)} | values).items():
             self.add_point(name.rpartition("/")[2], torch.tensor(value, dtype=torch.float64))
-        if not found.has_converged and not self._has_warned:
+        if not result.has_converged and not self._has_warned:
             self._has_warned = True
             pl_module.print(
-                f"CurvatureMonitor: after {found.num_products} products the largest eigenvalue is "
-                f"{found.largest:.4g} within {found.largest_error:.2g}, the smallest "
-                f"{found.smallest:.4g} within {found.smallest_error:.2g}; a larger max_products "
+                f"CurvatureMonitor: after {result.num_products} products the largest eigenvalue is "
+                f"{result.largest:.4g} within {result.largest_error:.2g}, the smallest "
+                f"{result.smallest:.4g} within {result.smallest_error:.2g}; a larger max_products "
                 "makes them exact"
             )
 
@@ -239,13 +239,13 @@ class CurvatureMonitor(RecordedCurves):
 
             loss = compute_loss()
             # the graph is freed at the return: later calls restore buffers that it has saved
-            found, direction, product = self._find_eigenvalues(module, loss, parameters, average)
+            result, direction, product = self._find_eigenvalues(module, loss, parameters, average)
             loss = loss.detach()
             # another value at the same weights: random numbers that no seed determines
             if not self._is_verified and torch.equal(compute_loss().detach(), loss):
                 _verify(module, compute_loss, parameters, average, direction, product)
             self._is_verified = True
-        return average(loss), found
+        return average(loss), result
 
     def _find_eigenvalues(
         self,
@@ -268,8 +268,8 @@ class CurvatureMonitor(RecordedCurves):
         start = torch.randn(size, generator=generator, dtype=torch.float64).to(parameters[0])
         start /= start.norm()
         product = start if self._is_verified else multiply(start)
-        found = find_extreme_eigenvalues(multiply, start, self.tolerance, self.max_products)
-        return found, start, product
+        result = find_extreme_eigenvalues(multiply, start, self.tolerance, self.max_products)
+        return result, start, product
 
     @contextmanager
     def _loss_only(
@@ -423,14 +423,14 @@ def _verify(
         UsageError: they differ for each of three steps.
     """
     saved = [p.detach().clone() for p in parameters]
-    parts = direction.split([p.numel() for p in parameters])
+    segments = direction.split([p.numel() for p in parameters])
     weight_norm = float(torch.stack([p.norm() for p in saved]).norm())
     precision = torch.finfo(direction.dtype).eps
 
     def gradient_at(distance: float) -> Tensor:  # (n), at this distance along the direction
         with torch.no_grad():
-            for p, old, part in zip(parameters, saved, parts, strict=True):
-                p.copy_(old + distance * part.view_as(old))
+            for p, old, segment in zip(parameters, saved, segments, strict=True):
+                p.copy_(old + distance * segment.view_as(old))
         gradients = torch.autograd.grad(compute_loss(), parameters, allow_unused=True)
         return average(flatten_like(gradients, parameters))
 

@@ -256,8 +256,8 @@ def save_scale_plot(curves: dict[str, Any], path: Path, title: str) -> None:
         axes = figure.add_subplot(1, 2, index, xlabel="layer", ylabel=label)
         points = {name: dict(curves.get(prefix + name, [])) for name in names}
         steps = sorted({step for by_step in points.values() for step in by_step})
-        last, parts = len(steps) - 1, MAX_DRAWN_STEPS - 1
-        for step in dict.fromkeys(steps[round(i * last / parts)] for i in range(parts + 1)):
+        last, intervals = len(steps) - 1, MAX_DRAWN_STEPS - 1
+        for step in dict.fromkeys(steps[round(i * last / intervals)] for i in range(intervals + 1)):
             line = [
                 (depth, points[name][step])
                 for depth, name in enumerate(names)
