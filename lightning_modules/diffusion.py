@@ -37,6 +37,7 @@ from .diffusion_core.loss_by_noise_level import (
 from .diffusion_core.noise_schedules import NoiseSchedule, NoiseScheduleName
 from .diffusion_core.parameterization import LossWeighting, PredictionType
 from .diffusion_core.sampling import SamplerConfig, parse_labels, sample_images
+from .nn.initialization import Initialization
 from .nn.unet import UNet, save_pretrained
 from .plots import diffusion
 from .task_module import TaskModule
@@ -81,6 +82,7 @@ class Diffusion(TaskModule):
         num_steps: default number of sampling steps (heun evaluates the net twice a step).
         guidance_scale: default guidance scale w: cond + w (cond - uncond); 0 is plain conditional.
         eta: default fresh noise in ddim: 0 is none (the lecture), 1 as much as ddpm.
+        initialization: distribution of the net's weights; nn/initialization.py has the formulas.
     """
 
     unit = "images"
@@ -104,6 +106,7 @@ class Diffusion(TaskModule):
         num_steps: int = 50,
         guidance_scale: float = 0.0,
         eta: float = 0.0,
+        initialization: Initialization = "default",
     ) -> None:
         """Store the arguments and check them by building the net on the meta device.
 
@@ -135,6 +138,7 @@ class Diffusion(TaskModule):
         schedule.timesteps(self.sampler_config.num_steps)  # raises if the schedule has fewer steps
         net_arguments = "base_channels", "time_embed_dim", "patch_size", "has_attention"
         self.net_kwargs = {name: self.hparams[name] for name in net_arguments}
+        self.net_kwargs["initialization"] = initialization
         with torch.device("meta"):  # runs the checks without memory
             UNet(**self.net_kwargs)
         self.channels, self.num_classes, self.image_size = 0, 0, (0, 0)  # set from the data

@@ -25,6 +25,7 @@ from ravine.datamodules.images import to_float
 from ravine.datamodules.samplers import resolve_seed, seeded_generator
 from ravine.errors import UsageError
 
+from .nn.initialization import Initialization, check_initialization, initialize
 from .task_module import TaskModule
 
 Variant = Literal["linear", "mlp", "small_cnn", "convolutional"]
@@ -151,6 +152,7 @@ class ImageClassifier(TaskModule):
         head_bias: whether the last layer has a bias.
         pixel_mean: mean of the pixels in [0, 1], which the model subtracts.
         pixel_std: standard deviation by which it then divides; 0.5 and 0.5 keep the range [-1, 1].
+        initialization: distribution of the net's weights; nn/initialization.py has the formulas.
     """
 
     lr = 1e-3
@@ -166,6 +168,7 @@ class ImageClassifier(TaskModule):
         head_bias: bool = True,
         pixel_mean: float = 0.5,
         pixel_std: float = 0.5,
+        initialization: Initialization = "default",
     ) -> None:
         """Store the options; raise UsageError for a size out of range.
 
@@ -196,6 +199,8 @@ class ImageClassifier(TaskModule):
                 "use pixel_mean=0.1307, pixel_std=0.3081",
                 flag="--model.pixel_mean=0.1307 --model.pixel_std=0.3081",
             )
+        check_initialization("ImageClassifier", initialization)
+        self.initialization: Initialization = initialization
         self.save_hyperparameters()
         self.variant, self.num_features, self.max_shift = variant, num_features, max_shift
         self.head, self.head_bias = head, head_bias
@@ -236,7 +241,12 @@ class ImageClassifier(TaskModule):
         self._set_image_info(image_info, "the datamodule")
 
     def build_net(self) -> nn.Module:
-        """Create the net of the variant."""
+        """Create the net of the variant, with its initialization."""
+        net = self._build_layers()
+        initialize(net, self.initialization, output_layer="head")
+        return net
+
+    def _build_layers(self) -> BackboneAndHead:
         image_info = self._require_image_info()
         channels, (y, x) = image_info["channels"], image_info["image_size"]
         pixels, num_classes = channels * y * x, len(image_info["class_names"])

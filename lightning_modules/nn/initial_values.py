@@ -5,11 +5,12 @@
     values.materialize()                               all values, on one process
     parameter.initial_values.get_rows(0, 100)          the same rows by a parameter's attribute
 
-A network's constructor names a distribution for each parameter (`nn.init.normal_`, ...). On the
-meta device the constructor runs without memory, and the last operation on each parameter is
-recorded. The values are drawn afterwards in chunks of rows, each chunk with its own generator. So
-a rank that keeps some rows draws only their chunks. Parameters that two modules share stay
-shared. Buffers are computed in the constructor as usual: they are small and not random.
+A network's constructor names a distribution for each parameter (`nn.init.normal_`, ..., or
+`set_distribution`). On the meta device the constructor runs without memory, and the last operation
+on each parameter is recorded. The values are drawn afterwards in chunks of rows, each chunk with
+its own generator. So a rank that keeps some rows draws only their chunks; the rows of an orthogonal
+matrix depend on each other, so it is drawn whole. Parameters that two modules share stay shared.
+Buffers are computed in the constructor as usual: they are small and not random.
 
 This works for networks of this package only: some functions of `nn.init` (`orthogonal_`,
 `trunc_normal_`) do nothing on the meta device, so other constructors cannot be recorded reliably.
@@ -29,29 +30,58 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+MAX_STDS = 3.0  # of a truncated normal distribution
 CHUNK_SIZE = 2**20  # numbers drawn with one generator
 MIN_LARGE_TENSOR = 2**18  # numbers of a tensor that is never allocated
 aten = torch.ops.aten
 
 
 class Distribution(NamedTuple):
-    """Distribution of a parameter: `normal` (mean, std), `uniform` (low, high) or `constant`.
+    """Distribution of a parameter, with two numbers.
 
-    A `constant` has its value in both fields.
+    normal              mean, std
+    truncated_normal    mean, std; values beyond 3 std of the mean are not drawn
+    uniform             low, high
+    constant            the value, twice
+    orthogonal          gain, and 1 for a stack of matrices (k, rows, columns), else 0. A weight of
+                        more than 2 axes is a matrix with the rows of its first axis.
     """
 
     family: str
     first_param: float = 0.0
     second_param: float = 0.0
 
-    def sample_into(self, rows: Tensor, generator: torch.Generator) -> None:
-        """Fill `rows` in place with numbers of the distribution."""
+    def sample_into(self, rows: Tensor, generator: torch.Generator | None) -> None:
+        """Fill `rows` in place with numbers of the distribution; orthogonal rows must be all."""
         if self.family == "normal":
             rows.normal_(self.first_param, self.second_param, generator=generator)
         elif self.family == "uniform":
             rows.uniform_(self.first_param, self.second_param, generator=generator)
+        elif self.family == "truncated_normal":
+            # the inverse of the distribution function, in fp32: a half has few values near 1
+            limit = math.erf(MAX_STDS / math.sqrt(2))
+            numbers = torch.empty(rows.shape, device=rows.device)
+            numbers.uniform_(-limit, limit, generator=generator).erfinv_().mul_(math.sqrt(2))
+            numbers.clamp_(-MAX_STDS, MAX_STDS)
+            rows.copy_(numbers.mul_(self.second_param).add_(self.first_param))
+        elif self.family == "orthogonal":
+            matrices = rows if self.second_param else rows.flatten(1)  # (rows, rest)
+            numbers = torch.empty(matrices.shape, device=rows.device).normal_(generator=generator)
+            rows.copy_(self.first_param * orthogonal_factor(numbers).view(rows.shape))
         else:
             rows.fill_(self.first_param)
+
+
+def orthogonal_factor(matrices: Tensor) -> Tensor:
+    """Return the orthogonal factor of matrices (..., rows, columns), uniformly distributed.
+
+    The shorter of rows and columns are orthonormal. The signs make the factor of a normal matrix
+    uniform over all orthogonal ones, as in `torch.nn.init.orthogonal_`.
+    """
+    is_wide = matrices.shape[-2] < matrices.shape[-1]
+    q, r = torch.linalg.qr(matrices.mT if is_wide else matrices)
+    q = q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    return q.mT if is_wide else q
 
 
 class _InitRecorder(TorchDispatchMode):
@@ -90,11 +120,14 @@ class _InitRecorder(TorchDispatchMode):
             # an operation on a part of a tensor gives it no simple distribution
             covers_storage = target.numel() * target.itemsize == target.untyped_storage().nbytes()
             distribution = _parse_init_op(function, args[1:], kwargs) if covers_storage else None
-            # a later operation on the same tensor replaces the entry; the keys are the ids of the
-            # tensor and of its storage
-            self.distributions |= dict.fromkeys(_tensor_keys(target), distribution)
-            self.keep_alive += [target, target.untyped_storage()]  # so that no id is used again
+            self.record(target, distribution)
         return result
+
+    def record(self, target: Tensor, distribution: Distribution | None) -> None:
+        """Set the distribution of a tensor; it replaces that of an earlier operation."""
+        # the keys are the ids of the tensor and of its storage
+        self.distributions |= dict.fromkeys(_tensor_keys(target), distribution)
+        self.keep_alive += [target, target.untyped_storage()]  # so that no id is used again
 
     def distribution_of(self, parameter: Tensor) -> Distribution | None:
         """Return the recorded distribution of a parameter, or None."""
@@ -106,6 +139,21 @@ class _InitRecorder(TorchDispatchMode):
             ),
             None,
         )
+
+
+_active_recorders: list[_InitRecorder] = []
+
+
+@torch.no_grad()
+def set_distribution(parameter: Tensor, distribution: Distribution) -> None:
+    """Fill a parameter in place with numbers of the default generator.
+
+    On the meta device its distribution is recorded, from which the values are drawn later.
+    """
+    if not parameter.is_meta:
+        distribution.sample_into(parameter, None)
+    elif _active_recorders:
+        _active_recorders[-1].record(parameter, distribution)
 
 
 def _tensor_keys(tensor: Tensor) -> tuple[tuple[str, int], ...]:
@@ -170,11 +218,14 @@ def _build_recorded(
     """
     # records which random distribution fills each tensor; the values are drawn later
     recorder = _InitRecorder(large_on_meta)
+    _active_recorders.append(recorder)
     try:
         with _parameters_on_meta(), recorder:
             net = build()
     except (NotImplementedError, RuntimeError):  # an operation on meta tensors
         return None, {}
+    finally:
+        _active_recorders.pop()
     distributions = {
         prefix + name: recorder.distribution_of(p) for name, p in net.named_parameters()
     }
@@ -275,6 +326,11 @@ class InitialValues:
             stop: end of the rows.
             dtype: dtype of the rows.
         """
+        distribution = self.distributions[name]
+        if distribution.family == "orthogonal":  # its rows depend on each other
+            matrix = torch.empty(shape, dtype=torch.float32, device="cpu")
+            distribution.sample_into(matrix, chunk_generator(self.seed, name, 0))
+            return matrix[start:stop].to(dtype)
         row_shape = shape[1:] if shape else torch.Size()
         num_rows = shape[0] if shape else 1
         values = torch.empty(stop - start, *row_shape, dtype=dtype, device="cpu")
@@ -285,7 +341,7 @@ class InitialValues:
             chunk_start = chunk * rows_per_chunk
             chunk_stop = min(chunk_start + rows_per_chunk, num_rows)
             numbers = torch.empty(chunk_stop - chunk_start, *row_shape, dtype=dtype, device="cpu")
-            self.distributions[name].sample_into(numbers, chunk_generator(self.seed, name, chunk))
+            distribution.sample_into(numbers, chunk_generator(self.seed, name, chunk))
             # copy the rows that lie both in the chunk and in start .. stop
             begin, end = max(start, chunk_start), min(stop, chunk_stop)
             values[begin - start : end - start] = numbers[begin - chunk_start : end - chunk_start]

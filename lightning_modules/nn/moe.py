@@ -33,6 +33,7 @@ class Experts(nn.Module):
     """
 
     only_matmul_weights = True  # needs no fp32 copies when gathered in half precision
+    stacked_matrices = ("up", "down")  # read by `initialize`
 
     def __init__(self, d_model: int, num_experts: int, d_ff: int | None = None) -> None:
         """Initialize as E linear layers; d_ff hidden channels in each, by default 4d."""

@@ -24,6 +24,7 @@ from ..generation.kv_cache import KVCache, LayerKVCache
 from ..generation.shared_prefix import SharedPrefixBatch, SharedPrefixLayer
 from .attention import PROJECTIONS, ROPE_BASE, AttentionVariant, CausalAttention, RotaryEmbedding
 from .cross_entropy import check_ids, chunked_cross_entropy, cross_entropy
+from .initialization import Initialization, check_initialization, initialize
 from .moe import MixtureOfExperts
 from .norm import RMSNorm
 
@@ -211,6 +212,8 @@ class Transformer(nn.Module):
         rope_base: RoPE rotates the channel pair i of k by t · rope_base^(-2i/k).
         norm_eps: added under the root of each norm, qk_norm included; by default 1e-5 for
             layernorm, and 1.19e-7, the machine epsilon of fp32, for rmsnorm and qk_norm.
+        initialization: distribution of the weights of linear layers (initialization.py), except
+            those that zero_init_residual sets to zero.
     """
 
     position_ids_override: Tensor | None = (
@@ -240,9 +243,11 @@ class Transformer(nn.Module):
         d_ff: int | None = None,  # hidden channels of an MLP
         rope_base: float = ROPE_BASE,
         norm_eps: float | None = None,
+        initialization: Initialization = "default",
     ) -> None:
         """Check the sizes, then build the layers; the class docstring has all arguments."""
         super().__init__()
+        check_initialization("Transformer", initialization)
         sizes = {"vocab_size": vocab_size, "context_length": context_length}
         sizes |= {"num_layers": num_layers, "d_model": d_model, "num_heads": num_heads}
         check_sizes(positional_encoding, dropout, **sizes)  # these raise UsageError
@@ -291,6 +296,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(d_model, padded_vocab_size(vocab_size), bias=False)
         if tie_embeddings:
             self.head.weight = self.embed.weight
+        initialize(self, initialization, output_layer="head")
         self._initialize(tie_embeddings, zero_init_residual)
 
     def _initialize(self, tie_embeddings: bool, zero_init_residual: bool) -> None:

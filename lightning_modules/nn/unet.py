@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from ravine.errors import UsageError
 from ravine.files import atomic_write
 
+from .initialization import Initialization, check_initialization, initialize
+
 NUM_GROUPS = 8  # of GroupNorm, whose statistics do not depend on the batch
 
 
@@ -99,6 +101,8 @@ class UNet(nn.Module):
         num_classes: number of labels; 0 for none. The label `num_classes` is the null class.
         patch_size: squares of this many pixels become one pixel with more channels.
         has_attention: whether a self-attention layer is added at a quarter of the size.
+        initialization: distribution of the weights of linear layers and convolutions
+            (initialization.py); the output projection of the attention starts at zero.
     """
 
     def __init__(
@@ -109,9 +113,11 @@ class UNet(nn.Module):
         num_classes: int = 0,  # 0 for images without labels
         patch_size: int = 1,  # squares of this many pixels become one pixel
         has_attention: bool = False,  # at a quarter of the size
+        initialization: Initialization = "default",
     ) -> None:
         """Check the sizes, then build the layers."""
         super().__init__()
+        check_initialization("UNet", initialization)
         if (
             base_channels < NUM_GROUPS
             or base_channels % NUM_GROUPS
@@ -162,6 +168,12 @@ class UNet(nn.Module):
                 "up2": ResidualBlock(2 * w, w, d),
                 "out_conv": nn.Conv2d(w, inner_channels, 1),
             }
+        )
+        initialize(
+            self,
+            initialization,
+            output_layer="blocks.out_conv",
+            unchanged=["mid_attention.out_proj"],  # zero
         )
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
