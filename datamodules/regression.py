@@ -225,15 +225,18 @@ class RegressionDataModule(BaseDataModule):
         return torch.cat((x, torch.ones_like(x[:, :1])), 1) if self.intercept else x  # (n d+1)
 
     def _check_batch_sizes(self) -> None:
-        """Resolve "all", create the streams of draws, and refuse batches beyond the data."""
+        """Resolve "all", create the streams of draws, and refuse batches that cannot be drawn."""
         num_items = len(self.x)
         sizes = [num_items if size == "all" else size for size in self.batch_sizes]
-        misfit = next((size for size in sizes if not 1 <= size <= num_items), None)
+        # with replacement a batch may have more draws than the data have samples
+        most = float("inf") if self.replacement else num_items
+        misfit = next((size for size in sizes if not 1 <= size <= most), None)
         if misfit is not None:
             raise UsageError(
                 f"RegressionDataModule: batch_size={misfit} does not fit the {num_items} samples "
-                f"of {self.source}",
-                [f"1 to {num_items}", "all"],
+                f"of {self.source}"
+                + ("" if self.replacement else ", which are drawn without replacement"),
+                ["1 or more" if self.replacement else f"1 to {num_items}", "all"],
                 "use batch_size=1",
                 flag="--data.batch_size=1",
             )

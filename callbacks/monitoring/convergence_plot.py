@@ -25,6 +25,7 @@ from .member_paths import (
     METRIC_LABELS,
     MetricName,
     RecordedPaths,
+    count_samples,
     evaluate_metric,
     member_lrs,
     member_points,
@@ -105,7 +106,7 @@ class ConvergencePlot(RecordedPaths):
         for panel in self.panels:
             self.check_metric(pl_module, panel.metric)
             if panel.axis == "samples":
-                self._samples_per_step(pl_module)
+                count_samples(self, pl_module)
         if self.show_floor:
             self.check_metric(pl_module, "gap")
             self._predict_gaps(pl_module, member_lrs(trainer, pl_module))
@@ -178,24 +179,7 @@ class ConvergencePlot(RecordedPaths):
         steps = torch.tensor(self.steps)
         if axis == "steps":
             return steps
-        return steps * self._samples_per_step(module)[setting * self.num_replicas]
-
-    def _samples_per_step(self, module: Any) -> Tensor:
-        """Return the samples of one optimizer step of each member (m).
-
-        Raises:
-            UsageError: the module has no samples.
-        """
-        count_samples = getattr(module, "samples_per_step", None)
-        samples = count_samples() if count_samples is not None else None
-        if samples is None:
-            raise UsageError(
-                f"ConvergencePlot: {type(module).__name__} has no samples, and a panel has the "
-                "axis samples",
-                ["steps", "seconds"],
-                hint="use axis='steps'",
-            )
-        return samples
+        return steps * count_samples(self, module)[setting * self.num_replicas]
 
     def _over_replicas(self, values: Tensor) -> Tensor:
         """Average values (k m) over the replicas of each setting: (k settings)."""

@@ -255,6 +255,24 @@ def evaluate_metric(module: Any, metric: str, points: Tensor) -> Tensor:
     return module.evaluate_points(points)
 
 
+def count_samples(callback: Callback, module: Any) -> Tensor:
+    """Return the samples of one optimizer step of each member (m).
+
+    Raises:
+        UsageError: the module has no samples; the message names the callback.
+    """
+    samples_per_step = getattr(module, "samples_per_step", None)
+    samples = samples_per_step() if samples_per_step is not None else None
+    if samples is None:
+        raise UsageError(
+            f"{type(callback).__name__}: {type(module).__name__} has no samples, and an axis "
+            "counts them",
+            ["Regression", "axes of steps, seconds or learning rates"],
+            hint="use another axis",
+        )
+    return samples
+
+
 def list_member_params(module: Any) -> Sequence[Sequence[Tensor]]:
     """Return the parameters of each member; a module without members is one member."""
     list_members: Any = getattr(module, "member_parameters", None)

@@ -9,9 +9,15 @@ backward may be a constant to autograd. Otherwise, and on several ranks, column 
     (g(w + h e_i) - g(w - h e_i)) / 2h
 
 This takes two gradients per parameter, all from the same batch. For the loss u^4 it adds 4 h^2 to
-the curvature. On a quadratic, one step with damping 0 and lr 1 reaches the minimum. On u^4 each
-step multiplies the distance to the minimum by 2/3. Each of several ranks gathers the full gradient
-and solves the same small system.
+the curvature.
+
+The entries of H hide a curvature that is small beside them: 1 + 1e-17 is 1 in float64. So if H has
+eigenvalues of very different sizes, the double backward of the last gradient differentiates along
+the eigenvectors q instead of the axes, which gives q' H q with all of its digits.
+
+On a quadratic, one step with damping 0 and lr 1 reaches the minimum. On u^4 each step multiplies
+the distance to the minimum by 2/3. Each of several ranks gathers the full gradient and solves the
+same small system.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -104,11 +110,22 @@ class NewtonOptimizer(Optimizer):
                 (compute_gradient(start + offset) - compute_gradient(start - offset)) / (2 * h)
                 for offset, h in zip(torch.diag(step_sizes), step_sizes, strict=True)
             ]
-            hessian = torch.stack(columns)
-        hessian = (hessian + hessian.T) / 2 + group["damping"] * torch.eye(len(start)).to(start)
-        gradient = compute_gradient(start)
+            hessian, second_derivatives.is_possible = torch.stack(columns), False
+        hessian = (hessian + hessian.T) / 2
+        basis = _find_basis(hessian) if second_derivatives.is_possible else None  # (n n)
+        if basis is None:
+            gradient = compute_gradient(start)
+        else:
+            with _SecondDerivatives(parameters, basis) as second_derivatives:
+                gradient = basis.T @ compute_gradient(start)
+            hessian = second_derivatives.hessian
+            assert hessian is not None  # the same functions were differentiated twice before
+            hessian = (hessian + hessian.T) / 2
+        hessian = hessian + group["damping"] * torch.eye(len(start)).to(start)
         solution, solve_info = torch.linalg.solve_ex(hessian, gradient)
-        if solve_info:  # singular
+        if basis is not None:
+            solution = basis @ solution
+        if solve_info or (basis is not None and _is_singular(hessian)):
             raise UsageError(
                 f"Newton: damping={group['damping']} is too small, because the curvature is zero "
                 "in some direction",
@@ -119,12 +136,34 @@ class NewtonOptimizer(Optimizer):
         return loss  # of the last call, at the weights before the step
 
 
-class _SecondDerivatives(TorchFunctionMode):
-    """Context in which each `Tensor.backward` also computes the Hessian of its tensor."""
+def _find_basis(hessian: Tensor) -> Tensor | None:
+    """Return the eigenvectors of H (n n), as columns, if its entries lack digits of a curvature.
 
-    def __init__(self, parameters: list[Tensor]) -> None:
+    That is so if an eigenvalue is below the root of the precision, relative to the largest one.
+    """
+    if not bool(hessian.isfinite().all()):
+        return None
+    eigenvalues, basis = torch.linalg.eigh(hessian)
+    sizes = eigenvalues.abs()
+    is_flat = sizes.min() < torch.finfo(hessian.dtype).eps ** 0.5 * sizes.max()
+    return basis if bool(is_flat) else None
+
+
+def _is_singular(hessian: Tensor) -> bool:
+    """Whether a curvature of H (n n), in its eigenvectors, is the rounding error of zero."""
+    curvatures = hessian.diagonal().abs()
+    return bool(curvatures.min() <= torch.finfo(hessian.dtype).eps ** 2 * curvatures.max())
+
+
+class _SecondDerivatives(TorchFunctionMode):
+    """Context in which each `Tensor.backward` also computes the Hessian of its tensor.
+
+    With a basis Q (n n) of orthogonal columns it is Q' H Q.
+    """
+
+    def __init__(self, parameters: list[Tensor], basis: Tensor | None = None) -> None:
         super().__init__()
-        self.parameters = parameters
+        self.parameters, self.basis = parameters, basis
         self.hessian: Tensor | None = None  # (n n), the sum over all backward calls
         self.is_possible = not any(isinstance(p, DTensor) for p in parameters)
         if dist.is_initialized() and dist.get_world_size() > 1:  # only gradients are averaged
@@ -147,11 +186,13 @@ class _SecondDerivatives(TorchFunctionMode):
         slope = _flatten_gradients(gradients, self.parameters)  # (n)
         if not slope.requires_grad:
             return slope.new_zeros(len(slope), len(slope))
+        components = slope if self.basis is None else [slope @ q for q in self.basis.T]
         rows = [
             torch.autograd.grad(component, self.parameters, retain_graph=True, allow_unused=True)
-            for component in slope
+            for component in components
         ]
-        return torch.stack([_flatten_gradients(row, self.parameters) for row in rows]).detach()
+        products = torch.stack([_flatten_gradients(row, self.parameters) for row in rows]).detach()
+        return products if self.basis is None else products @ self.basis  # (n n)
 
 
 def _flatten_gradients(gradients: Sequence[Tensor | None], parameters: list[Tensor]) -> Tensor:

@@ -90,11 +90,19 @@ def test_the_measured_noise_floor_is_the_predicted_one_within_five_percent():
     assert gaps.tolist() == pytest.approx(predicted[::replicas].tolist(), rel=0.05)
 
 
-@pytest.mark.parametrize("batch_size", [0, 201, [1, 0]])
-def test_a_batch_without_a_sample_or_beyond_the_data_is_refused(batch_size):
-    data = RegressionDataModule(batch_size=batch_size)
+@pytest.mark.parametrize(
+    ("batch_size", "replacement"), [(0, True), ([1, 0], True), (0, False), (201, False)]
+)
+def test_a_batch_that_cannot_be_drawn_is_refused(batch_size, replacement):
+    data = RegressionDataModule(batch_size=batch_size, replacement=replacement)
     with pytest.raises(UsageError, match=r"batch_size=(0|201) does not fit the 200 samples"):
         data.setup("fit")
+
+
+def test_a_batch_with_replacement_may_have_more_draws_than_the_data_have_samples():
+    data = RegressionDataModule(batch_size=1000)
+    data.setup("fit")
+    assert data.make_batch(torch.arange(2)).x.shape == (2, 1, 1000, 1)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +249,10 @@ def test_data_of_another_kind_are_one_line():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batch_size": 201}, "batch_size=201 does not fit the 200 samples of line"),
+        (
+            {"batch_size": 201, "replacement": False},
+            "batch_size=201 does not fit the 200 samples of line",
+        ),
         ({"noise": [0.1, 0.2], "batch_size": [1, 2, 3]}, "noise has 2 values and batch_size has 3"),
         ({"num_replicas": 0}, "num_replicas=0 is too small"),
     ],

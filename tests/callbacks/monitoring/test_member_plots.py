@@ -149,6 +149,23 @@ def test_steps_to_a_target_are_drawn_over_the_rates(drawn: list[Figure]) -> None
     assert figure.axes[0].get_xlabel() == "learning rate"
 
 
+def test_steps_to_a_target_are_drawn_over_batch_sizes(drawn: list[Figure]) -> None:
+    """Twice the batch and twice the rate need half the steps, on the mean of the replicas."""
+    data = RegressionDataModule(batch_size=[4, 8], num_replicas=4, noise=0.0)
+    plot = StepsToTarget(1e-4, "gap", "steps", axis="batch_size", num_replicas=4)
+    module = Regression()
+    fit(module, 60, sweep(0.5, 1.0, num_replicas=4), plot, data=data)
+    gaps = plot.compute_metric(module, "gap").unflatten(1, (2, 4)).mean(2)
+    firsts = [next(k for k in range(60) if gaps[k, i] <= 1e-4) for i in range(2)]
+    assert plot.results == [(4, firsts[0]), (8, firsts[1])]
+    assert firsts[0] / firsts[1] == pytest.approx(2, rel=0.2)
+    (figure,) = [f for f in drawn if f.axes[0].get_title() == "steps"]
+    axes = figure.axes[0]
+    assert axes.get_xlabel() == "batch size (samples)"
+    line = axes.lines[1]
+    assert list(line.get_ydata()) == [firsts[0], firsts[0] / 2]
+
+
 @pytest.mark.parametrize(("every_n_steps", "expected"), [(1, range(7)), (2, [0, 2, 4, 6])])
 def test_a_resumed_run_keeps_its_points(
     every_n_steps: int, expected: Sequence[int], tmp_path: Path
@@ -181,7 +198,12 @@ def test_a_resumed_run_keeps_its_points(
         ),
         (lambda: ConvergencePlot([Panel("step_ratio")], every_n_steps=2), "needs every step"),
         (lambda: ConvergencePlot(show_floor=True), "no closed form of the noise floor is known"),
-        (lambda: ConvergencePlot([Panel(axis="samples")]), "Objective has no samples"),
+        (
+            lambda: ConvergencePlot([Panel(axis="samples")]),
+            "ConvergencePlot: Objective has no samples",
+        ),
+        (lambda: StepsToTarget(axis="batch_size"), "StepsToTarget: Objective has no samples"),
+        (lambda: StepsToTarget(axis="rate"), "there is no axis 'rate'; allowed: learning_rate"),
         (lambda: ConvergencePlot(num_replicas=2), "num_replicas=2 does not divide the 1 members"),
     ],
 )
