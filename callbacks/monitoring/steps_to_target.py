@@ -49,7 +49,7 @@ class StepsToTarget(RecordedPaths):
                 f"StepsToTarget: there is no axis {axis!r}",
                 list(get_args(SettingName)),
                 hint="use axis='learning_rate'",
-                flag="--trainer.callbacks.axis=learning_rate",
+                flag="--trainer.callbacks.StepsToTarget.axis=learning_rate",
             )
         self.target, self.metric, self.title, self.axis = target, metric, title, axis
         # after the run: for each setting its place on the axis and the step; None: not reached
