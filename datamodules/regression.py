@@ -229,8 +229,8 @@ class RegressionDataModule(BaseDataModule):
         num_items = len(self.x)
         sizes = [num_items if size == "all" else size for size in self.batch_sizes]
         # with replacement a batch may have more draws than the data have samples
-        most = float("inf") if self.replacement else num_items
-        misfit = next((size for size in sizes if not 1 <= size <= most), None)
+        maximum = float("inf") if self.replacement else num_items
+        misfit = next((size for size in sizes if not 1 <= size <= maximum), None)
         if misfit is not None:
             raise UsageError(
                 f"RegressionDataModule: batch_size={misfit} does not fit the {num_items} samples "

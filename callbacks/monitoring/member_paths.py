@@ -79,9 +79,7 @@ class RecordedPaths(Callback, ABC):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a module whose points cannot be evaluated."""
-        if stage == "fit" and not all(
-            callable(getattr(pl_module, method, None)) for method in METHODS
-        ):
+        if stage == "fit" and not evaluates_points(pl_module):
             name = type(self).__name__
             raise UsageError(
                 f"{name} draws the points of a few variables, and {type(pl_module).__name__} does "
@@ -122,7 +120,7 @@ class RecordedPaths(Callback, ABC):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record the last points, and draw the plot on rank 0."""
-        has_moved = not self.points or not torch.equal(self.points[-1], member_points(pl_module))
+        has_moved = not self.points or not torch.equal(self.points[-1], self.read_points(pl_module))
         if has_moved and (not self.steps or trainer.global_step > self.steps[-1]):
             self._record(trainer, pl_module)
             self._has_end_point = True
@@ -161,10 +159,14 @@ class RecordedPaths(Callback, ABC):
         self._has_end_point = False
         self._next_step = self._step_after(self.steps[-1]) if self.steps else 0
 
+    def read_points(self, module: Any) -> Tensor:
+        """Return a copy of the current points (m d)."""
+        return member_points(module)
+
     def _record(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         step = trainer.global_step
         self.steps.append(step)
-        self.points.append(member_points(module))
+        self.points.append(self.read_points(module))
         self.lrs.append(member_lrs(trainer, module))
         self.seconds.append(time.perf_counter() - self._start_time)
         self._next_step = self._step_after(step)
@@ -253,6 +255,11 @@ def evaluate_metric(module: Any, metric: str, points: Tensor) -> Tensor:
             return evaluate_gaps(points)
         return module.evaluate_points(points) - module.known_minimum().to(points.dtype)
     return module.evaluate_points(points)
+
+
+def evaluates_points(module: Any) -> bool:
+    """Whether a module evaluates the points of members of few variables, such as Objective."""
+    return all(callable(getattr(module, method, None)) for method in METHODS)
 
 
 def count_samples(callback: Callback, module: Any) -> Tensor:

@@ -52,7 +52,7 @@ class StepsToTarget(RecordedPaths):
                 flag="--trainer.callbacks.StepsToTarget.axis=learning_rate",
             )
         self.target, self.metric, self.title, self.axis = target, metric, title, axis
-        # after the run: for each setting its place on the axis and the step; None: not reached
+        # after the run: for each setting its position on the axis and the step; None: not reached
         self.results: list[tuple[float, int | None]] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -77,9 +77,9 @@ class StepsToTarget(RecordedPaths):
         from matplotlib.figure import Figure
 
         over_batches = self.axis == "batch_size"
-        places = count_samples(self, module).tolist() if over_batches else self.lrs[0]
-        places = places[:: self.num_replicas]  # of each setting
-        self.results = list(zip(places, self.find_steps(module), strict=True))
+        positions = count_samples(self, module).tolist() if over_batches else self.lrs[0]
+        positions = positions[:: self.num_replicas]  # of each setting
+        self.results = list(zip(positions, self.find_steps(module), strict=True))
         counts: Sequence[str] = ["never" if k is None else str(k) for _, k in self.results]
         Console().print(
             f"steps to {self.metric} {self.target:g}: {', '.join(counts)}", soft_wrap=True
@@ -90,8 +90,8 @@ class StepsToTarget(RecordedPaths):
             ylabel=f"optimizer steps to {self.metric.replace('_', ' ')} ≤ {self.target:g}",
             title=self.title or folder.as_posix(),
         )
-        reached = [(place, k) for place, k in self.results if k is not None]
-        missed = [place for place, k in self.results if k is None]
+        reached = [(position, k) for position, k in self.results if k is not None]
+        missed = [position for position, k in self.results if k is None]
         if reached:
             axes.plot(*zip(*reached, strict=True), "o-", ms=4, lw=1, label="reached")
         if missed:  # above all others
@@ -99,8 +99,8 @@ class StepsToTarget(RecordedPaths):
             axes.plot(missed, [height] * len(missed), "x", color="#c55a11", label="not reached")
         if over_batches and reached:  # with perfect scaling all points have the same product
             size, steps = reached[0]
-            line = [steps * size / place for place in places]
-            axes.plot(places, line, "--", color="0.5", lw=1, label="equal numbers of samples")
+            line = [steps * size / position for position in positions]
+            axes.plot(positions, line, "--", color="0.5", lw=1, label="equal numbers of samples")
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axes.set_ylim(bottom=min(k for _, k in reached) / 2)

@@ -216,4 +216,4 @@ def test_a_module_that_evaluates_no_points_is_refused():
     with pytest.raises(UsageError, match="NetInInit does not evaluate points; allowed: Objective"):
         fit(NetInInit(), 2, ConvergencePlot())
     with pytest.raises(UsageError, match="NetInInit does not evaluate points"):
-        fit(NetInInit(), 2, OptimizerPlan(SGD), TrajectoryPlot())
+        fit(NetInInit(), 2, OptimizerPlan(SGD), TrajectoryPlot(plane="axes"))
