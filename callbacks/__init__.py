@@ -40,6 +40,7 @@ from .quantization import Quantization
 from .stability.gradient_clipping import GradientClipping
 from .stability.metric_alert import MetricAlert
 from .stability.nan_guard import NaNGuard
+from .stability.out_of_memory import OutOfMemoryReport
 from .stability.rank_watchdog import RankWatchdog
 from .stability.token_weighted_loss import TokenWeightedLoss
 from .transforms.activation_checkpointing import ActivationCheckpointing
@@ -67,6 +68,7 @@ __all__ = [
     "MomentumSchedule",
     "NaNGuard",
     "OptimizerPlan",
+    "OutOfMemoryReport",
     "Panel",
     "ParamRule",
     "PredictionTable",

@@ -163,6 +163,8 @@ class RavineCLI(CommandLine):
         for callback in cast(Any, self.trainer).callbacks:
             if isinstance(callback, RunChecks):
                 callback.format_notice = format_notice  # with flags, which a script does not have
+        for report in find_callbacks(self.trainer, ravine.callbacks.OutOfMemoryReport):
+            report.uses_flags = True
         config = self._resolved_config(self.subcommand or "fit")
         if self.saved_config_values:
             cast(Trainer, self.trainer).changed_arguments = changed_arguments(

@@ -143,6 +143,11 @@ def explain_system_error(error: Exception, argv: list[str]) -> UsageError | RunE
         return UsageError(problem, allowed, "use another name")
     if is_out_of_memory(error):
         text = " ".join(str(error).split())[:120]
+        # set by OutOfMemoryReport, which has printed its table; it knows what saves the most
+        report = getattr(error, "memory_report", None)
+        if report is not None and report.top_changes():
+            change = report.top_changes()[0]
+            return RunError(report.headline, change.name, change.hint, flag=change.flag)
         # BATCH_SIZE_FLAGS: by command, the flag that makes its batches smaller
         command = next((word for word in argv if word in BATCH_SIZE_FLAGS), "")
         return RunError(

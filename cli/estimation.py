@@ -42,6 +42,7 @@ from ravine.callbacks.monitoring.memory import MemoryMonitor
 from ravine.callbacks.monitoring.straggler_monitor import StragglerMonitor
 from ravine.callbacks.monitoring.summary import Summary
 from ravine.callbacks.monitoring.throughput import Throughput
+from ravine.callbacks.stability.out_of_memory import OutOfMemoryReport
 from ravine.callbacks.stability.rank_watchdog import RankWatchdog
 from ravine.errors import UsageError
 from ravine.lightning_modules.nn.attention import auto_attention, sdpa_attention
@@ -54,6 +55,7 @@ Level = Literal["quick", "simulate", "measure"]
 # callbacks that watch a run or write files, and create no tensors of a step
 WATCHING_CALLBACKS = (ExactResume, GracefulStop, RankWatchdog, RunRecorder, RunChecks)
 WATCHING_CALLBACKS += (Throughput, MemoryMonitor, Summary, Heartbeat, StragglerMonitor)
+WATCHING_CALLBACKS += (OutOfMemoryReport,)
 SIMULATION_ARGUMENTS: dict[str, Any] = {  # of the Trainer, in place of those of the run
     "accelerator": "cpu",
     "devices": 1,

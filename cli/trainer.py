@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,7 @@ from lightning.pytorch.loggers import (
     WandbLogger,
 )
 from lightning.pytorch.plugins.io import CheckpointIO
+from rich.console import Console
 
 from ravine.callbacks.checkpointing.checkpoint import Checkpoint
 from ravine.callbacks.checkpointing.exact_resume import ExactResume
@@ -31,6 +33,11 @@ from ravine.callbacks.monitoring.plots import LossPlot
 from ravine.callbacks.monitoring.progress import ProgressBar
 from ravine.callbacks.monitoring.straggler_monitor import StragglerMonitor
 from ravine.callbacks.monitoring.training_monitor import TrainingMonitor
+from ravine.callbacks.stability.out_of_memory import (
+    REPORT_WIDTH,
+    OutOfMemoryReport,
+    explain_killed_runs,
+)
 from ravine.callbacks.stability.rank_watchdog import RankWatchdog
 from ravine.callbacks.stability.token_weighted_loss import TokenWeightedLoss
 from ravine.callbacks.stock_callbacks.gradient_accumulation import count_optimizer_steps
@@ -111,11 +118,11 @@ class Trainer(L.Trainer):
         Trainer(max_steps=1000, precision="auto").fit(model, datamodule=data)
 
     Default callbacks, unless one of the same kind is given: ExactResume, GracefulStop,
-    TokenWeightedLoss, PredictionTable, RunRecorder, Heartbeat and RunChecks, and with several
-    ranks RankWatchdog and, with a logger, StragglerMonitor. Default plugin: AtomicCheckpointIO.
-    Unless switched off: Checkpoint (enable_checkpointing), ProgressBar (enable_progress_bar),
-    TrainingMonitor and LossPlot (logger). The loggers, the progress bar and the names of
-    checkpoints count optimizer steps from 1, as `global_step` does after a step.
+    TokenWeightedLoss, PredictionTable, RunRecorder, Heartbeat, OutOfMemoryReport and RunChecks,
+    and with several ranks RankWatchdog and, with a logger, StragglerMonitor. Default plugin:
+    AtomicCheckpointIO. Unless switched off: Checkpoint (enable_checkpointing), ProgressBar
+    (enable_progress_bar), TrainingMonitor and LossPlot (logger). The loggers, the progress bar and
+    the names of checkpoints count optimizer steps from 1, as `global_step` does after a step.
     """
 
     def __init__(
@@ -181,6 +188,7 @@ class Trainer(L.Trainer):
             PredictionTable: not is_barebones,
             RunRecorder: not is_dry_run,
             Heartbeat: not is_dry_run,
+            OutOfMemoryReport: not is_barebones,
         }
         super().__init__(
             precision=resolve_precision(precision, kwargs.get("accelerator", "auto")),
@@ -329,6 +337,9 @@ class Trainer(L.Trainer):
         checkpoint = None if selected_path is None else str(selected_path)
         # `continued` is the folder of a run that goes on; otherwise a numbered folder is created
         placement = place_run(verb, checkpoint, root, name, self.changed_arguments)
+        if verb == "fit":
+            # prints why earlier runs of this name were killed, if memory was the reason
+            self._report_killed_runs(placement.parent)
         folder = placement.continued or create_numbered_folder(
             placement.parent, placement.prefix, run_dir_error
         )
@@ -338,6 +349,14 @@ class Trainer(L.Trainer):
         # `origin` holds the path, step and run of the checkpoint that is resumed.
         kept_steps = (placement.origin or {}).get("step") if placement.continued else None
         return str(folder), kept_steps
+
+    def _report_killed_runs(self, parent: Path) -> None:
+        """Print why earlier runs of this name were killed, if memory was the reason."""
+        callbacks: list[Any] = self.callbacks  # type: ignore[attr-defined]
+        uses_flags = any(c.uses_flags for c in callbacks if isinstance(c, OutOfMemoryReport))
+        folders = [path for path in parent.glob("*") if path.is_dir()]
+        for report in explain_killed_runs(folders):
+            Console(file=sys.stderr, width=REPORT_WIDTH).print(report.render(uses_flags))
 
     def _start_record(self, folder: Path, verb: str, name: str, placement: Placement) -> None:
         recorder = next((c for c in self.callbacks if isinstance(c, RunRecorder)), None)  # type: ignore

@@ -10,7 +10,7 @@ run (strategies/materialize.py).
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,12 +60,16 @@ def parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = original_register  # type: ignore[method-assign]
 
 
-def copy_on_meta(module: nn.Module) -> Any:
+def copy_on_meta(module: nn.Module, shared: Iterable[Any] = ()) -> Any:
     """Return a copy of a module whose parameters are on the meta device, with deferred values.
 
     It needs no memory for parameters. The original keeps its own.
+
+    Args:
+        module: any module.
+        shared: objects that the copy refers to as well, such as the trainer.
     """
-    copies: dict[int, Any] = {}
+    copies: dict[int, Any] = {id(item): item for item in shared}
     for parameter in module.parameters():
         if type(parameter) is nn.Parameter:
             meta = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)

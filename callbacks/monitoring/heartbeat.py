@@ -3,7 +3,8 @@
     <run folder>/heartbeats/rank_3
 
     bytes 0 to 63        phase, epoch, batch, step, time and peak memory: the main thread
-    bytes 64 to 2047     process, host and memory limit, as JSON: once, at the start
+    bytes 64 to 1023     process, host and memory limit, as JSON: once, at the start
+    bytes 1024 to 2047   bytes of the model, as JSON: once, by OutOfMemoryReport
     bytes 2048 to 4095   the newest report of RankWatchdog's thread, as JSON: once a second
 
 The file is mapped into memory, so a change of the phase costs less than 1 us and no system call.
@@ -35,7 +36,7 @@ PHASES = (
 )
 START, FORWARD, BACKWARD, STEP, BETWEEN, VALIDATION, CHECKPOINT, TEST, PREDICT = range(9)
 POSITION = struct.Struct("<qqqqdq")  # phase, epoch, batch, step, time, peak memory
-PROCESS_OFFSET, REPORT_OFFSET, FILE_BYTES = 64, 2048, 4096
+PROCESS_OFFSET, SUMMARY_OFFSET, REPORT_OFFSET, FILE_BYTES = 64, 1024, 2048, 4096
 MEMORY_INTERVAL_S = 0.2  # between two readings of the memory, which take 2 us
 
 
@@ -76,6 +77,7 @@ class HeartbeatRecord:
         peak_bytes: largest resident memory of the process.
         report: newest report of RankWatchdog; empty without one.
         folder: folder of the file.
+        summary: bytes of the model, by OutOfMemoryReport; empty without one.
     """
 
     process: ProcessInfo
@@ -87,6 +89,7 @@ class HeartbeatRecord:
     peak_bytes: int
     report: str = ""
     folder: Path | None = None
+    summary: str = ""
 
 
 class Heartbeat(Callback):
@@ -143,7 +146,7 @@ class Heartbeat(Callback):
                 file.write(bytes(FILE_BYTES))
                 file.flush()
                 self._map = mmap.mmap(file.fileno(), FILE_BYTES)
-            _put_text(self._map, PROCESS_OFFSET, REPORT_OFFSET, json.dumps(asdict(process)))
+            _put_text(self._map, PROCESS_OFFSET, SUMMARY_OFFSET, json.dumps(asdict(process)))
             self.path = path
 
     def mark(self, phase: int) -> None:
@@ -157,6 +160,11 @@ class Heartbeat(Callback):
         POSITION.pack_into(
             self._map, 0, phase, self.epoch, self.batch, self.step, now, self._peak_bytes
         )
+
+    def write_summary(self, text: str) -> None:
+        """Write the summary of OutOfMemoryReport."""
+        if self._map is not None:
+            _put_text(self._map, SUMMARY_OFFSET, REPORT_OFFSET, text)
 
     def write_report(self, text: str) -> None:
         """Write the report of RankWatchdog's thread."""
@@ -248,11 +256,21 @@ def read_heartbeat(path: Path) -> HeartbeatRecord | None:
     """Return the content of a heartbeat file; None if it is incomplete."""
     try:
         data = path.read_bytes()
-        process = ProcessInfo(**json.loads(_get_text(data, PROCESS_OFFSET, REPORT_OFFSET)))
+        process = ProcessInfo(**json.loads(_get_text(data, PROCESS_OFFSET, SUMMARY_OFFSET)))
         phase, epoch, batch, step, time_s, peak_bytes = POSITION.unpack_from(data, 0)
         report = _get_text(data, REPORT_OFFSET, FILE_BYTES)
+        summary = _get_text(data, SUMMARY_OFFSET, REPORT_OFFSET)
         return HeartbeatRecord(
-            process, PHASES[phase], epoch, batch, step, time_s, peak_bytes, report, path.parent
+            process,
+            PHASES[phase],
+            epoch,
+            batch,
+            step,
+            time_s,
+            peak_bytes,
+            report,
+            path.parent,
+            summary,
         )
     except (OSError, ValueError, TypeError, IndexError, struct.error):
         return None

@@ -17,6 +17,7 @@ from ravine.callbacks import (
     ExactResume,
     GracefulStop,
     LossPlot,
+    OutOfMemoryReport,
     PredictionTable,
     ProgressBar,
     TokenWeightedLoss,
@@ -66,7 +67,14 @@ def kinds(trainer: L.Trainer) -> list[type]:
 
 def test_default_callbacks_are_present_once_and_are_replaced_by_given_ones() -> None:
     defaults = {ExactResume, GracefulStop, TokenWeightedLoss, Checkpoint, ProgressBar, LossPlot}
-    defaults |= {Heartbeat, PredictionTable, RunChecks, RunRecorder, TrainingMonitor}
+    defaults |= {
+        Heartbeat,
+        OutOfMemoryReport,
+        PredictionTable,
+        RunChecks,
+        RunRecorder,
+        TrainingMonitor,
+    }
     assert set(kinds(Trainer())) == defaults
     resume, checkpoint = ExactResume(), ModelCheckpoint(monitor="val_loss")
     given = Trainer(callbacks=[resume, checkpoint], logger=False)

@@ -124,6 +124,7 @@ AWAITING = {  # callbacks without an effect in two steps: the event that they ne
     "GracefulStop": "a signal",
     "NaNGuard": "a value that is not finite",
     "Newton": "a network of its own, so there is no run without it to compare with",
+    "OutOfMemoryReport": "an out-of-memory error",
     "PredictionTable": "predictions",
     "RankWatchdog": "a rank that hangs",
     "RunChecks": "a mistake",
