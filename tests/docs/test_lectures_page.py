@@ -25,6 +25,13 @@ def test_every_test_that_the_page_names_exists():
     assert {name for name in named if f"def {name}(" not in sources} == set()
 
 
+def test_the_table_of_claims_is_complete():
+    """The claims 1 to 60 and 75 to 83 in order, each with a test; the one above finds the tests."""
+    rows = re.findall(r"^\| (\d+) \| \S+ \| [^|]+ \| (.*) \|$", PAGE, re.MULTILINE)
+    assert [int(number) for number, _ in rows] == [*range(1, 61), *range(75, 84)]
+    assert all(re.fullmatch(r"`test_\w+`(, `test_\w+`)*", tests) for _, tests in rows)
+
+
 def test_every_figure_is_that_of_a_config():
     figures = {path.stem for path in (DOCS / "figures" / "lectures").glob("*.png")}
     plots = "_(convergence|trajectory|steps_to_target|curves)$"

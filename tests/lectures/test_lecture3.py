@@ -3,15 +3,25 @@
 import pytest
 import torch
 
+from ravine.lightning_modules import Objective
+
 
 def test_the_steepest_unit_direction_is_against_the_gradient():
+    """No unit direction has a smaller slope than -|g|, and -g/|g| has it; L = |w|^2 / 2."""
     generator = torch.Generator().manual_seed(0)
-    gradient = torch.randn(7, generator=generator, dtype=torch.float64)
-    directions = torch.randn(200_000, 7, generator=generator, dtype=torch.float64)
-    slopes = directions / directions.norm(dim=1, keepdim=True) @ gradient
-    assert slopes.min() >= -gradient.norm()
-    assert slopes.min() < -0.95 * gradient.norm()
-    assert (-gradient / gradient.norm() @ gradient).item() == pytest.approx(-gradient.norm().item())
+    start = torch.randn(7, generator=generator, dtype=torch.float64)
+    module = Objective("quadratic", start=start.tolist())
+    gradient = module.compute_gradients(start[None, None])[0, 0]
+    assert torch.equal(gradient, start)
+    directions = torch.randn(100_000, 7, generator=generator, dtype=torch.float64)
+    directions = torch.cat((directions, -gradient[None]))
+    directions = directions / directions.norm(dim=1, keepdim=True)
+    step = 1e-6
+    values = module.evaluate_points((start + step * directions)[:, None])[:, 0]
+    slopes = (values - module.evaluate_points(start[None, None])[0, 0]) / step
+    assert slopes.argmin() == len(directions) - 1
+    assert slopes[-1].item() == pytest.approx(-gradient.norm().item(), rel=1e-5)
+    assert slopes[:-1].min() < -0.95 * gradient.norm()
 
 
 def accumulate(value: float, times: int, dtype: torch.dtype, addend: torch.dtype) -> float:

@@ -12,6 +12,7 @@ from member_runs import plan, run, sweep
 from torch.optim import SGD, Adam, AdamW
 
 from ravine.callbacks import AdaGradOptimizer, LRSchedule, Newton, OptimizerPlan, SignSGDOptimizer
+from ravine.callbacks.optimizers.muon import orthogonalize
 from ravine.callbacks.stability.gradient_clipping import clip_by_norm
 from ravine.datamodules import RegressionDataModule
 from ravine.lightning_modules import Objective, Regression
@@ -248,10 +249,10 @@ def test_cosine_annealing_of_torch_is_the_formula():
 
 
 def test_decoupled_decay_multiplies_the_weight_by_one_less_the_rate_times_lambda():
-    p = torch.nn.Parameter(torch.ones(1))
-    p.grad = torch.zeros(1)
-    AdamW([p], lr=0.1, weight_decay=0.01).step()
-    assert p.item() == pytest.approx(0.999, abs=1e-7)
+    """Without a gradient AdamW leaves 0.999 of the weight a step, at lr 0.1 and lambda 0.01."""
+    descent = OptimizerPlan(partial(AdamW, lr=0.1, weight_decay=0.01), decay="all")
+    points = run(Objective(lambda w: 0 * w.sum(), start=[1.0]), 3, descent).stacked_points()
+    assert points.flatten().tolist() == pytest.approx([0.999**k for k in range(4)], abs=1e-12)
 
 
 def test_the_polar_factor_of_the_second_svd_example():
@@ -260,6 +261,9 @@ def test_the_polar_factor_of_the_second_svd_example():
     assert s.tolist() == pytest.approx([math.sqrt(2), 0])
     polar = u[:, :1] @ vh[:1]
     assert polar.flatten().tolist() == pytest.approx([math.sqrt(0.5)] * 2 + [0, 0])
+    # Muon's iteration approximates it; the singular value 0 stays 0
+    approximate = orthogonalize(torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
+    assert torch.allclose(approximate, polar, rtol=0.1)
     r = math.sqrt(0.5)
     v = torch.tensor([[r, -r], [r, r]])
     scaled = torch.diag(torch.tensor([math.sqrt(2), 0.0]))
