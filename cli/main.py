@@ -163,7 +163,10 @@ def split_argv(argv: list[str]) -> tuple[str, list[str], list[str]]:
     remaining = iter(argv)
     for word in remaining:
         if word in ("-c", "--config"):
-            configs.append(next(remaining, ""))
+            name = next(remaining, "")
+            if not name or (name.startswith("-") and name != "-"):
+                raise missing_config_error(word, name)
+            configs.append(name)
         elif word.startswith(("-c=", "--config=")):
             configs.append(word.partition("=")[2])
         else:
@@ -174,6 +177,16 @@ def split_argv(argv: list[str]) -> tuple[str, list[str], list[str]]:
         raise unknown_command_error(argv, other_words[0] if other_words else "")
     other_words.remove(command)
     return command, configs, other_words
+
+
+def missing_config_error(flag: str, next_word: str) -> UsageError:
+    """Return the error for `--config` at the end, or before another flag."""
+    behind = f", and {next_word} is another flag" if next_word else ""
+    return UsageError(
+        f"on the command line, {flag}: the name of a config is missing{behind}",
+        ["a preset", "a YAML file"],
+        flag="--config=shakespeare/quick",
+    )
 
 
 def unknown_command_error(argv: list[str], first_word: str) -> UsageError:

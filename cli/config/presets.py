@@ -61,6 +61,13 @@ def find_config(name: str) -> str:
             quickest,
             flag=f"--config={quickest[0]}",
         )
+    if Path(name).is_dir():
+        files = sorted(Path(name).glob("*.y*ml"))
+        raise UsageError(
+            f"{name} is a folder, and a config is a file",
+            map(str, files[:6]),
+            flag=f"--config={files[0]}" if files else f"{program_name()} list configs",
+        )
     # suggests the nearest preset or .yaml file of this folder as --config=NAME
     raise unknown_name_error(
         f"no config is called {name!r}: no such file, none with .yaml, and no preset",
@@ -146,6 +153,9 @@ def check_config_file(path: str) -> None:
         root = yaml.compose(text, yaml.SafeLoader)  # nodes, which know their lines
         json.dumps(yaml.safe_load(text), default=str)  # rejects tags and recursive anchors
     except UnicodeDecodeError as error:
+        if Path(path).suffix not in (".yaml", ".yml"):  # an image, or an archive
+            reason = f"{path} is not a config, which is a YAML file"
+            raise UsageError(reason, flag=f"{program_name()} list configs") from error
         reason = f"{path} is not text: byte {error.start} is not UTF-8"
         raise UsageError(reason, hint="save the file as UTF-8") from error
     except yaml.YAMLError as error:

@@ -177,6 +177,10 @@ TABLE: list[tuple[str, str, str]] = [
     ("spam", "spam", "lightning fit --config spam"),
     ("fit --cofnig spam", "--cofnig", "--config=spam"),
     ("fit --config=quick", "quick", "--config=spam/quick"),
+    ("fit --config", "--config", "--config=shakespeare/quick"),
+    ("fit --config --trainer.max_steps=3", "--config", "--config=shakespeare/quick"),
+    ("fit --config=.", "folder", "lightning list configs"),
+    ("fit --config=image.png", "image.png", "lightning list configs"),
     ("fit --config shakespeare", "shakespeare", "--config=shakespeare/quick"),
     (
         "fit --config=spam,logger/csv",
@@ -237,6 +241,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(sys, "argv", ["/some/bin/lightning"])
     monkeypatch.setattr(sys, "path", [*sys.path])
     Path("notes.txt").write_text("to be or not to be\n" * 100)
+    Path("image.png").write_bytes(b"\x89PNG\r\n\x1a\n\xff")
     return tmp_path
 
 
