@@ -49,7 +49,7 @@ def read_names(words: list[str]) -> list[str]:
             raise UsageError(
                 f"show has no flag {flag}; the values of a command with flags are shown by "
                 "--print_config",
-                flag=f"{program_name()} fit --config NAME {word} --print_config",
+                flag=f"{program_name()} show --help",
             )
         else:
             names.append(word)

@@ -95,6 +95,12 @@ def check_checkpoint_exists(argv: list[str]) -> None:
     for word, next_word in zip(argv, [*argv[1:], ""], strict=True):
         flag, equals, name = word.partition("=")
         name = name if equals else next_word
+        if flag == "--ckpt_path" and not equals and (not name or name.startswith("--")):
+            raise UsageError(
+                "on the command line, --ckpt_path: the value is missing",
+                ["a checkpoint", "a run", "auto", "last", "best"],
+                flag="--ckpt_path=last",
+            )
         # RESOLVED_LATER: auto, last, best and others. "://" marks a URL, which is not checked.
         if flag != "--ckpt_path" or name in RESOLVED_LATER or "://" in name or os.path.exists(name):
             continue

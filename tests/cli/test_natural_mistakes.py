@@ -199,6 +199,8 @@ TABLE: list[tuple[str, str, str]] = [
     ("test", "model", "lightning test --ckpt_path=last"),
     ("test spam/quick/0", "spam/quick/0", "lightning test --ckpt_path=spam/quick/0"),
     ("test --checkpoint=last", "--checkpoint", "--ckpt_path=last"),
+    ("test --ckpt_path", "--ckpt_path", "--ckpt_path=last"),
+    ("test --ckpt_path --trainer.devices=1", "--ckpt_path", "--ckpt_path=last"),
     ("test --ckpt_path=spam/quik/0", "spam/quik/0", "--ckpt_path=spam/quick/0"),
     (
         f"{QUICK} --ckpt_path=spam/quick/0",
