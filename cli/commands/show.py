@@ -46,10 +46,12 @@ def read_names(words: list[str]) -> list[str]:
             # a missing name is an empty text, which is reported below
             names.append(value if equals else next(remaining, ""))
         elif word.startswith("-"):
+            config = names[0] if names else "shakespeare/quick"
+            resolved = f"fit --config {config} {word} --print_config"
             raise UsageError(
                 f"show has no flag {flag}; the values of a command with flags are shown by "
                 "--print_config",
-                flag=f"{program_name()} show --help",
+                flag=f"{program_name()} {resolved if equals else 'show --help'}",
             )
         else:
             names.append(word)

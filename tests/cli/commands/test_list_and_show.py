@@ -166,7 +166,15 @@ def test_pages_of_other_names(name: str, text: str, capsys: Capture) -> None:
         ("show broken.yaml", ["no config and no class"]),
         ("show broken.Nothing", ['  type: python -c "import broken"']),
         ("show", ["  type: lightning show shakespeare/quick"]),
-        ("show --model=X", ["  type: lightning fit --config NAME --model=X --print_config"]),
+        (
+            "show --model=X",
+            ["  type: lightning fit --config shakespeare/quick --model=X --print_config"],
+        ),
+        (
+            "show spam --data.seed=1",
+            ["  type: lightning fit --config spam --data.seed=1 --print_config"],
+        ),
+        ("show --all", ["  type: lightning show --help"]),
         ("list callbaks", ["  nearest: callbacks", "  type: lightning list callbacks"]),
         ("list callbaks lora", ["  nearest: callbacks"]),
         ("list callbacks EAM", ["  nearest: EMA", "  type: lightning list callbacks EMA"]),
