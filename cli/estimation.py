@@ -216,6 +216,9 @@ class RunToEstimate:
 
         Args:
             cost: price and power of a device.
+
+        Raises:
+            UsageError: the strategy of the run is not possible.
         """
         name = self.configured if isinstance(self.configured, str) else ""
         check_divisible(name, self.ranks)
@@ -223,7 +226,7 @@ class RunToEstimate:
         if axes is not None:
             name = axes.name
         simulation = self.simulate()
-        return make_estimate(
+        result = make_estimate(
             simulation,
             self.traits,
             self.ranks,
@@ -234,6 +237,15 @@ class RunToEstimate:
             axes,
             cost,
         )
+        if name in result.rejected:
+            names = [row.name for row in result.rows]
+            raise UsageError(
+                f"estimate: strategy={name!r} is not possible: {result.reasons[name]}",
+                names,
+                f"use strategy={names[0]!r}",
+                flag=f"--trainer.strategy={names[0]}",
+            )
+        return result
 
     def simulate(self) -> Simulation:
         """Return the simulation of all blocks, extrapolated if many are equal."""

@@ -114,6 +114,7 @@ class Estimate:
         configured: the name of the strategy in the config.
         notes: further lines below the tables.
         reasons: by the name of a strategy that is not possible, why not.
+        rejected: the strategies of these that `fit` rejects; the others have no row of their own.
         divides_batch: whether the datamodule keeps the batch of a step for any micro-batch.
         cost: price and power of a device.
     """
@@ -126,6 +127,7 @@ class Estimate:
     configured: str = "auto"
     notes: list[str] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
+    rejected: frozenset[str] = frozenset()
     divides_batch: bool = False
     cost: Cost = NO_COST
 
@@ -165,6 +167,36 @@ class Estimate:
         if self.device is None:
             named = [row for row in self.rows if row.name == self.configured]
             return Choice((named or self.rows)[0])
+        possible = self._variants()
+        for choice in possible:
+            if choice.row.fits:
+                return replace(choice, accumulate=self._accumulate(choice.row))
+        for choice in possible:
+            accumulate = self._accumulate(choice.row)
+            if accumulate is not None:
+                return replace(choice, accumulate=accumulate)
+        return None
+
+    @property
+    def fastest(self) -> "Choice | None":
+        """Return the layout that fits with the shortest step; None without times."""
+        timed = [
+            (choice.row.time.seconds, index, choice)
+            for index, choice in enumerate(self._variants())
+            if choice.row.fits and choice.row.time is not None
+        ]
+        return min(timed)[2] if timed else None
+
+    @property
+    def has_faster(self) -> bool:
+        """Return whether a layout that fits is faster than the recommended one, by over 5 %."""
+        if self.choice is None or self.fastest is None or self.choice.row.time is None:
+            return False
+        assert self.fastest.row.time is not None
+        return self.fastest.row.time.seconds < 0.95 * self.choice.row.time.seconds
+
+    def _variants(self) -> "list[Choice]":
+        """Return all layouts, without and with activation checkpointing, in the order to try."""
         variants = [(row, False) for row in self.rows if row.name in SHARDING]
         variants += [(row, True) for row in self.rows if row.name in SHARDING]
         others = [row for row in self.rows if row.name not in SHARDING]
@@ -175,14 +207,7 @@ class Estimate:
             # with checkpointing switched off a layout needs more
             if used is not None and not (changed and self.simulation.is_recomputed):
                 possible.append(Choice(used, changed))
-        for choice in possible:
-            if choice.row.fits:
-                return replace(choice, accumulate=self._accumulate(choice.row))
-        for choice in possible:
-            accumulate = self._accumulate(choice.row)
-            if accumulate is not None:
-                return replace(choice, accumulate=accumulate)
-        return None
+        return possible
 
     def _accumulate(self, row: Row) -> int | None:
         """Return the fewest micro-batches of a step that fit, if that changes the run."""
@@ -325,7 +350,13 @@ class Estimate:
         if self.best is None:
             return f"{self.shortage()}: use {'; or '.join(self.remedies())}"
         assert self.choice is not None
-        return f"recommended: {self.best.name}" + format_arguments(self.choice.arguments())
+        text = f"recommended: {self.best.name}" + format_arguments(self.choice.arguments())
+        if self.has_faster:
+            assert self.fastest is not None
+            faster = self.fastest
+            text += f"\nfastest that fits: {faster.row.name}"
+            text += format_arguments(faster.arguments())
+        return text
 
     def shortage(self) -> str:
         """Return which class has the most bytes of the smallest layout, if none fits."""
@@ -508,7 +539,7 @@ def make_estimate(
     """
     is_half = "16" in precision
 
-    def make_rows(step: Simulation) -> tuple[list[Row], dict[str, str]]:
+    def make_rows(step: Simulation) -> tuple[list[Row], LayoutCalculator]:
         calculator = LayoutCalculator(
             step, traits, ranks, is_half, divides_batch, device is not None, configured_axes
         )
@@ -524,9 +555,9 @@ def make_estimate(
                 row.time = step_time(step, layout, ranks, device, is_half, cost)
                 row.largest_micro_batch = largest_micro_batch(step, row, device)
             rows.append(row)
-        return rows, calculator.reasons
+        return rows, calculator
 
-    rows, reasons = make_rows(simulation)
+    rows, calculator = make_rows(simulation)
     if simulation.alternative is not None:
         for row, other in zip(rows, make_rows(simulation.alternative)[0], strict=True):
             row.alternative = other
@@ -537,7 +568,8 @@ def make_estimate(
         device,
         precision,
         configured,
-        reasons=reasons,
+        reasons=calculator.reasons,
+        rejected=frozenset(calculator.rejected),
         divides_batch=divides_batch,
         cost=cost,
     )

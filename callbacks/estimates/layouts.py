@@ -234,7 +234,8 @@ class LayoutCalculator:
         configured: axes of the run that no preset has.
 
     Attributes:
-        reasons: by the name of a strategy that is not possible, why.
+        reasons: by the name of a strategy that has no row, why.
+        rejected: the strategies of these that the module or the data do not support.
     """
 
     def __init__(
@@ -254,6 +255,7 @@ class LayoutCalculator:
         self.is_half, self.divides_batch = is_half, divides_batch
         self.configured = configured
         self.reasons: dict[str, str] = {}
+        self.rejected: set[str] = set()
         self.parameters = simulation.parameters
         self.trainable = [p for p in self.parameters if p.is_trainable]
         self.param_bytes = sum(p.num_bytes for p in self.parameters)
@@ -263,7 +265,7 @@ class LayoutCalculator:
         """Return the layouts that are possible, in the order to try them; `reasons` has others."""
         if self.ranks.size == 1:
             return [self.single()]
-        layouts, self.reasons = [self.ddp(), self.zero1()], {}
+        layouts = [self.ddp(), self.zero1()]
         plans = []
         for name in ORDER[2:]:
             try:
@@ -273,22 +275,18 @@ class LayoutCalculator:
         if self.configured is not None and self.configured.name not in ORDER:
             plans.append(self.configured)
         for plan in plans:
-            reason = self.reason_against(plan)
-            if reason:
-                self.reasons[plan.name] = reason
+            reason, equivalent = self.reason_against(plan), _equivalent(plan)
+            if reason or equivalent:
+                self.reasons[plan.name] = reason or equivalent
             else:
                 layouts.append(self.mesh(plan))
+            if reason:
+                self.rejected.add(plan.name)
         return layouts
 
     def reason_against(self, plan: MeshPlan) -> str:
         """Return why the run cannot use these axes; "" if it can."""
         degrees, length = plan.degrees, self.simulation.length
-        if degrees["dp_replicate"] > 1 and degrees["dp_shard"] * degrees["cp"] == 1:
-            return "each replica is one rank, as with ddp"
-        if plan.name == "2d" and degrees["dp_shard"] == 1:
-            return "2 ranks: the same as tp"
-        if plan.zero_stage == 1 and plan.name not in ORDER:
-            return "zero_stage=1 together with other axes is not computed"
         reason = self.traits.reason_against(degrees, plan.sequence_parallel)
         if reason or length is None:
             return reason
@@ -588,6 +586,18 @@ class _MeshRank:
         matrices = [shapes[n] for n, split in splits.items() if split.axis == 0 and n in shapes]
         widths = [shape[1] for shape in matrices if len(shape) > 1]
         return widths[0] if widths else 1
+
+
+def _equivalent(plan: MeshPlan) -> str:
+    """Return which other row has the numbers of these axes; "" for axes with a row."""
+    degrees = plan.degrees
+    if degrees["dp_replicate"] > 1 and degrees["dp_shard"] * degrees["cp"] == 1:
+        return "each replica is one rank, as with ddp"
+    if plan.name == "2d" and degrees["dp_shard"] == 1:
+        return "2 ranks: the same as tp"
+    if plan.zero_stage == 1 and plan.name not in ORDER:
+        return "zero_stage=1 together with other axes is not computed"
+    return ""
 
 
 def _add(counts: dict[str, int], **more: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any, cast
 from rich.console import Console
 
 from ravine.callbacks.estimates.devices import Device, find_device
-from ravine.callbacks.estimates.estimate import Estimate
+from ravine.callbacks.estimates.estimate import Choice, Estimate
 from ravine.callbacks.estimates.fake_parameters import parameters_on_meta
 from ravine.callbacks.estimates.step_time import Cost
 from ravine.errors import UsageError
@@ -211,14 +211,20 @@ def advice(result: Estimate) -> str:
         return ""
     if result.best is None:
         return f"{result.shortage()}\n  type: {', or '.join(map(as_flag, result.remedies()))}"
-    return f"recommended: {result.best.name}  {recommended_flags(result)}".rstrip()
+    text = f"recommended: {result.best.name}  {recommended_flags(result)}".rstrip()
+    if result.has_faster and result.fastest is not None:
+        flags = as_flags(result, result.fastest)
+        text += f"\nfastest that fits: {result.fastest.row.name}  {flags}".rstrip()
+    return text
 
 
 def recommended_flags(result: Estimate) -> str:
     """Return the flags of the recommended layout; "" for one process."""
-    choice = result.choice
-    if choice is None:
-        return ""
+    return "" if result.choice is None else as_flags(result, result.choice)
+
+
+def as_flags(result: Estimate, choice: Choice) -> str:
+    """Return the flags of a layout; "" for one process."""
     flags = []
     for name, value in choice.arguments().items():
         text = str(value).lower() if isinstance(value, bool) else str(value)

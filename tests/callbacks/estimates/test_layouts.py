@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -317,3 +318,32 @@ def test_price_and_energy_are_hours_times_devices() -> None:
     assert "a device takes 500 W" in printed
     with pytest.raises(UsageError, match=r"watts=-1 is not positive"):
         make(watts=-1.0)
+
+
+def test_a_strategy_that_the_module_does_not_support_is_one_line() -> None:
+    for strategy, problem in (
+        ("ep", "strategy='ep' is not possible: LanguageModel has no mixture of experts"),
+        ("tp", "strategy='tp' is not possible: tp=8 does not divide the 2"),
+        ("pp", "strategy='pp' is not possible: 2 blocks are fewer than 8 stages"),
+    ):
+        with pytest.raises(UsageError) as error:
+            make(8, strategy=strategy, level="quick")
+        assert problem in error.value.problem
+        assert "zero3" in error.value.allowed
+        assert "\n" not in str(error.value)
+    same = make(2, strategy="hsdp", level="quick")  # allowed: two replicas, as with ddp
+    assert same.reasons["hsdp"] == "each replica is one rank, as with ddp"
+
+
+def test_a_faster_layout_than_the_recommended_one_is_named() -> None:
+    shape = {"num_layers": 2, "d_model": 64, "num_heads": 2}
+    limit: dict[str, Any] = {"gpu_memory": 8.0, "gpu_tflops": 100}
+    result = make(2, size=shape, level="simulate", link="ib400", **limit)
+    assert result.choice is not None
+    assert result.fastest is not None
+    times = [r.time.seconds for r in result.rows if r.fits and r.time is not None]
+    assert result.fastest.row.time is not None
+    assert result.fastest.row.time.seconds == min(times)
+    assert result.has_faster == ("fastest that fits" in str(result))
+    result.rows[1].time = replace(result.fastest.row.time, seconds=min(times) / 2)
+    assert f"fastest that fits: {result.rows[1].name}" in str(result)
