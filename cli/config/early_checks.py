@@ -117,8 +117,8 @@ def _certain_flag(arguments: list[str], key: str, text: str) -> str:
         parameters = list(_plan_parameters(owner, arguments))
     else:
         return ""
-    found = [p for p in parameters if p.name == argument]
-    return f"--{key}={text}" if len(found) == 1 and _accepts(found[0], text) else ""
+    matching = [p for p in parameters if p.name == argument]
+    return f"--{key}={text}" if len(matching) == 1 and _accepts(matching[0], text) else ""
 
 
 def _class_of(key: str, arguments: list[str]) -> str:
@@ -150,8 +150,8 @@ def _plan_parameters(owner: str, arguments: list[str]) -> Iterator[Parameter]:
         return
     yield from entry.parameters or ()
     if inner:
-        found = config_pages.class_parameters(inner) or []
-        yield from (p for p in found if p.name not in names)
+        matching = config_pages.class_parameters(inner) or []
+        yield from (p for p in matching if p.name not in names)
 
 
 def _config_callbacks(arguments: list[str]) -> list[object]:
