@@ -10,12 +10,13 @@ from typing import Any
 
 from .. import help_text
 from ..config import presets
+from ..run_folders import index
 from . import class_pages, config_pages, registry, source_index
 from .source_index import Parameter
 
 TRAINING_COMMANDS = ("fit", "validate", "test", "predict")
 CONFIG_FLAGS = ("-c", "--config")
-BARE_FLAGS = ("--print_config", "--help", "--debug", "--help=all")
+BARE_FLAGS = ("--print_config", "--help", "--debug", "--help=all", "--allow_changed_data")
 CALLBACKS_FLAG = "--trainer.callbacks"
 SHORT_FORMS = ("--optimizer", "--schedule")  # arguments of the run's optimizer callback
 CLASS_FLAG_KINDS = {  # kinds of the classes that a flag may name
@@ -27,7 +28,8 @@ CLASS_FLAG_KINDS = {  # kinds of the classes that a flag may name
     "--optimizer": ("optimizers",),
 }
 RUNS_VERBS = ("show", "compare", "clean")
-RESOLVED_CHECKPOINTS = ("auto", "last")
+FREED_FILES = ("checkpoints", "evaluations", "events", "failed")  # by `runs clean`
+RESOLVED_CHECKPOINTS = ("auto", "last", "best")
 
 
 def complete_line(line: str, commands: Iterable[str]) -> list[str]:
@@ -58,11 +60,13 @@ def complete_line(line: str, commands: Iterable[str]) -> list[str]:
             return starting_with(current, () if arguments else ("bash", "zsh"))
         # a run may be named by its folder, so paths are offered too
         case "runs" if not current.startswith("-"):
-            verbs = () if arguments else RUNS_VERBS
-            return [*starting_with(current, verbs), *file_names(current or "runs/")]
-    # the word before is -c or --config, so this one is a preset or a file
-    if arguments and arguments[-1] in CONFIG_FLAGS:
-        return starting_with(current, config_names()) or file_names(current)
+            if arguments == ["clean"]:
+                return starting_with(current, FREED_FILES)
+            names = [*run_names(), "last"] if arguments else [*RUNS_VERBS, *run_names()]
+            return [*starting_with(current, names), *file_names(current or "runs/")]
+    # the word before is a flag without its value, which this word is
+    if arguments and is_open(arguments[-1]) and not current.startswith("-"):
+        return flag_values(command, arguments[-1], current, arguments[:-1])
     flag, equals, value = current.partition("=")
     if equals:
         # the values that begin with `value` replace this flag
@@ -73,6 +77,19 @@ def complete_line(line: str, commands: Iterable[str]) -> list[str]:
     flags = flag_names(command, current, arguments)
     # a word that is complete needs no proposal of itself
     return [flag for flag in starting_with(current, flags) if flag != current]
+
+
+def is_open(word: str) -> bool:
+    """Return whether a word is a flag that takes the next word as its value."""
+    return word in CONFIG_FLAGS or (
+        word.startswith("--") and "=" not in word and word not in BARE_FLAGS
+    )
+
+
+def run_names() -> list[str]:
+    """Return the short names of the runs below `runs`, such as spam/quick/3."""
+    root = Path("runs")
+    return [index.run_name_of(folder, root) for folder in index.find_run_folders(root)]
 
 
 def split_words(line: str) -> list[str]:
@@ -118,8 +135,9 @@ def flag_values(command: str, flag: str, value: str, arguments: list[str]) -> li
     if flag in CONFIG_FLAGS:
         return starting_with(value, config_names()) or file_names(value)
     if flag == "--ckpt_path":
-        # RESOLVED_CHECKPOINTS: auto and last, which are no files
-        return [*starting_with(value, RESOLVED_CHECKPOINTS), *file_names(value)]
+        # RESOLVED_CHECKPOINTS: auto, last and best, which are no files
+        names = [*RESOLVED_CHECKPOINTS, *run_names()]
+        return [*starting_with(value, names), *file_names(value)]
     if command not in TRAINING_COMMANDS:  # list, show and so on have no flags with values
         return []
     # `--trainer.callbacks+=X` adds to a list

@@ -20,7 +20,7 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A current folder with a config and a class of the user."""
     (tmp_path / "mine.yaml").write_text("model: LanguageModel\n")
     (tmp_path / "own.py").write_text("import lightning as L\nclass Mine(L.Callback): ...\n")
-    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mine" / "version_0" / "checkpoints").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
@@ -51,6 +51,13 @@ def complete(line: str) -> list[str]:
         ("lightning fit --trainer.callbacks+=own", ["--trainer.callbacks+=own.Mine"]),
         ("lightning fit --trainer.strategy=h", ["--trainer.strategy=hsdp"]),
         ("lightning fit --ckpt_path=a", ["--ckpt_path=auto"]),
+        ("lightning fit --ckpt_path b", ["best"]),
+        ("lightning test --ckpt_path mi", ["mine/0", "mine.yaml"]),
+        ("lightning fit --model Sp", ["SpamClassifier"]),
+        ("lightning fit --allow_changed_data --ckpt_path=b", ["--ckpt_path=best"]),
+        ("lightning runs show mi", ["mine/0", "mine.yaml"]),
+        ("lightning runs compare la", ["last"]),
+        ("lightning runs clean ch", ["checkpoints"]),
         ("lightning fit --config spam --ckpt_path=ru", ["--ckpt_path=runs/"]),
         ("lightning fit --trainer.callbacks+=EMA --trainer.callbacks.d",
          ["--trainer.callbacks.decay="]),
