@@ -19,6 +19,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from ravine.callbacks import ScaleMonitor
 from ravine.datamodules import ImageDataModule, TextDataModule
@@ -40,9 +41,9 @@ class Chain(L.LightningModule):
         self.has_relu = has_relu
         initialize(self.net, initialization)
 
-    def train_dataloader(self) -> list[Tensor]:
+    def train_dataloader(self) -> DataLoader[Tensor]:
         """Return one batch."""
-        return [torch.randn(512, WIDTH)]
+        return DataLoader(torch.randn(512, WIDTH), batch_size=512)  # type: ignore[arg-type]
 
     def training_step(self, batch: Tensor, index: int) -> Tensor:
         """Return the mean square of the output."""
@@ -56,7 +57,7 @@ class Chain(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
-def make_text(folder: str) -> TextDataModule:
+def make_text_data(folder: str) -> TextDataModule:
     """Return a small text."""
     path = Path(folder, "text.txt")
     path.write_text("the quick brown fox jumps over the lazy dog; " * 200)
@@ -75,11 +76,11 @@ def make_networks(folder: str) -> dict[str, Callable[[Initialization], tuple[Any
         "20 linear layers of 256 with relu": lambda name: (Chain(name, True), None),
         "LanguageModel, zero_init_residual=False": lambda name: (
             LanguageModel(**layers, zero_init_residual=False, initialization=name),
-            make_text(folder),
+            make_text_data(folder),
         ),
         "LanguageModel (default)": lambda name: (
             LanguageModel(**layers, initialization=name),
-            make_text(folder),
+            make_text_data(folder),
         ),
         "Diffusion (U-Net)": lambda name: (
             Diffusion(base_channels=32, time_embed_dim=64, initialization=name),

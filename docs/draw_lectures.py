@@ -16,7 +16,7 @@ from ravine.cli.main import main
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "docs" / "figures" / "lectures"
-PLOTS = ("convergence", "steps_to_target", "trajectory", "curves")
+PLOTS = ("convergence", "steps_to_target", "trajectory", "curves", "curvature")
 LONG = ("2_4_schedules",)
 
 
