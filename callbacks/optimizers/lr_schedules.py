@@ -15,7 +15,7 @@ The number W of warmup steps follows from `warmup` = w and the run's number T of
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -34,6 +34,7 @@ ScheduleKind = Literal[
     "cosine_restarts",
     "power",
 ]
+ScheduleUnit = Literal["steps", "samples", "tokens"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,9 @@ class LRSchedule:
         warmup_from_zero: rise as k / warmup; the first step then has the rate 0.
         power: power only: the exponent p of 1 / (1 + k / timescale)^p.
         timescale: power only: the optimizer steps after which the rate has fallen by 2^p.
+        units: unit of `warmup`, `period` and `timescale`: steps, samples or tokens. Samples and
+            tokens are those of all ranks and of all batches of an optimizer step. They are counted
+            in the first batch, and rounded to whole steps.
     """
 
     kind: ScheduleKind = "constant"
@@ -65,6 +69,7 @@ class LRSchedule:
     warmup_from_zero: bool = False
     power: float = 1.0
     timescale: float = 1.0
+    units: ScheduleUnit = "steps"
 
     def __str__(self) -> str:
         """Return the schedule with the arguments that differ from their defaults."""
@@ -76,6 +81,22 @@ class LRSchedule:
     def needs_total_steps(self) -> bool:
         """Whether the learning rates depend on the length of the run."""
         return self.kind in ("linear", "cosine", "wsd") or 0 < self.warmup < 1
+
+    def in_steps(self, units_per_step: int) -> "LRSchedule":
+        """Return the schedule in optimizer steps, each of which has so many samples or tokens.
+
+        A warmup keeps one step at least, and a fraction of the run remains that fraction.
+        """
+        if self.units == "steps":
+            return self
+        is_fraction = self.warmup < 1
+        return replace(
+            self,
+            units="steps",
+            warmup=self.warmup if is_fraction else max(1, round(self.warmup / units_per_step)),
+            period=max(1, round(self.period / units_per_step)),
+            timescale=self.timescale / units_per_step,
+        )
 
     def warmup_steps(self, total_steps: float) -> int:
         """Return the number of warmup steps in a run of `total_steps` optimizer steps, maybe inf.
@@ -120,6 +141,13 @@ class LRSchedule:
         `total_steps` is inf if only time or a signal ends the run.
         """
         name = f"LRSchedule({self.kind!r})"
+        if self.units not in get_args(ScheduleUnit):
+            raise UsageError(
+                f"{name}: there is no unit {self.units!r}",
+                list(get_args(ScheduleUnit)),
+                hint="use units='steps'",
+                flag="--schedule.units=steps",
+            )
         if self.needs_total_steps and math.isinf(total_steps):
             argument = "kind=constant" if self.kind in ("linear", "cosine", "wsd") else "warmup=100"
             raise UsageError(

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from ravine.errors import UsageError
 from ravine.lightning_compat import attached_trainer, stops_after_search
+from ravine.strategies.data_parallel import DataParallelInfo
 from ravine.strategies.pipeline_parallel import full_module
 
 from ..base import find_callbacks
@@ -46,6 +47,7 @@ from .parameter_rules import (
     get_optimizer_class,
 )
 from .schedule_free import ScheduleFreeWeights, has_train_eval_modes
+from .schedule_units import count_schedule_units
 
 HOOK_NAME = "configure_optimizers"
 
@@ -107,6 +109,11 @@ class OptimizerPlan(Callback):
         self.print_groups = print_groups
         self._total_steps = float("inf")  # optimizer steps of the run, inf while unknown
         self._saved_total_steps: float | None = None  # total steps in the checkpoint
+        # of schedules in samples or tokens: the schedule in steps, known from the first batch on
+        self._schedules_in_steps: dict[LRSchedule, LRSchedule] = {}
+        # samples and tokens of a batch of a rank, and the number of batches in an optimizer step
+        self._unit_counts: dict[str, int] = {}
+        self._saved_unit_counts: dict[str, int] = {}  # those in the checkpoint
         self._optimizer_names: list[str] = []  # of this run, with their numbers of tensors
         self._saved_optimizer_names: list[str] = []  # those in the checkpoint
         # switches optimizers that have separate weights for evaluation
@@ -172,6 +179,8 @@ class OptimizerPlan(Callback):
                 hint=f"remove {name}() from Trainer(callbacks=...)",
             )
         self._total_steps = float("inf")  # unknown
+        self._unit_counts = {}  # of another fit
+        self._schedules_in_steps.clear()
         if trainer.max_steps >= 0 or trainer.max_epochs == -1:  # else the loaders determine it
             steps = trainer.max_steps
             # also checks that the schedule fits this number of steps
@@ -241,6 +250,38 @@ class OptimizerPlan(Callback):
         This is deferred so that callbacks after a validation see the evaluation weights.
         """
         self._schedule_free.resume_training(pl_module)
+        if not self._unit_counts and any(s.units != "steps" for s in self._schedules()):
+            self._count_schedule_units(trainer, pl_module, batch)
+
+    def _count_schedule_units(
+        self, trainer: L.Trainer, module: L.LightningModule, batch: Any
+    ) -> None:
+        """Convert schedules in samples or tokens to steps, by the first batch of the fit.
+
+        A resumed run keeps the counts of the checkpoint if a step has as many batches, because its
+        first batch may be the short last one of an epoch.
+        """
+        info = DataParallelInfo.from_trainer(trainer)
+        self._unit_counts = {"batches": info.accumulate * info.dp_size}
+        is_same_run = self._saved_unit_counts.get("batches") == self._unit_counts["batches"]
+        saved_counts = self._saved_unit_counts if is_same_run else {}
+        for schedule in self._schedules():
+            if schedule.units == "steps":
+                continue
+            count = saved_counts.get(schedule.units) or count_schedule_units(
+                module, batch, schedule.units
+            )
+            self._unit_counts[schedule.units] = count
+            in_steps = schedule.in_steps(count * self._unit_counts["batches"])
+            if not getattr(trainer, "fast_dev_run", 0):
+                in_steps.validate(self._total_steps)
+            self._schedules_in_steps[schedule] = in_steps
+            message = in_steps.shortened_warmup_message(self._total_steps)
+            if message and trainer.is_global_zero:
+                Console().print(message, soft_wrap=True, highlight=False)
+        scheduler = self._lr_context[1] if self._lr_context is not None else None
+        if scheduler is not None:
+            scheduler.set_current_lrs()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave the evaluation weights in the module."""
@@ -253,6 +294,8 @@ class OptimizerPlan(Callback):
         if self is attached_plans(trainer)[-1]:
             checkpoint["optimizer_plan"] = list(self._optimizer_names)
             checkpoint["schedule_length"] = self._total_steps
+            if self._unit_counts:
+                checkpoint["schedule_units"] = dict(self._unit_counts)
             self._schedule_free.add_to_checkpoint(trainer, pl_module, checkpoint)
 
     def on_load_checkpoint(
@@ -265,13 +308,16 @@ class OptimizerPlan(Callback):
             ]
             saved_step = checkpoint.get("global_step")  # else a learning-rate search wrote the file
             self._saved_total_steps = checkpoint.get("schedule_length") if saved_step else None
+            self._saved_unit_counts = checkpoint.get("schedule_units", {})
             self._schedule_free.load_from_checkpoint(checkpoint)
             self._check_same_optimizers()
 
     def _set_total_steps(self, trainer: L.Trainer, total_steps: float) -> None:
         is_trial = getattr(trainer, "fast_dev_run", 0)  # a dry run of a few steps
         for schedule in self._schedules() if not is_trial else ():
-            schedule.validate(total_steps)
+            # one in samples or tokens is checked at the first batch, which gives their number
+            is_known = schedule.units == "steps"
+            (schedule if is_known else LRSchedule(units=schedule.units)).validate(total_steps)
         self._total_steps = total_steps
 
     def _schedules(self) -> list[LRSchedule]:
@@ -285,7 +331,8 @@ class OptimizerPlan(Callback):
         The total is read at each step, because it is known only at the start of training.
         """
         schedule = rule.schedule or self.schedule or LRSchedule("constant")
-        return lambda k: schedule.factor(k, self._total_steps)
+        in_steps = self._schedules_in_steps  # empty until the first batch
+        return lambda k: in_steps.get(schedule, schedule).factor(k, self._total_steps)
 
     def _build_optimizer(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
         """Build the plan's optimizers; Lightning calls this as the module's configure_optimizers.
@@ -440,6 +487,8 @@ class OptimizerPlan(Callback):
         if not trainer.is_global_zero:
             return
         for schedule in dict.fromkeys(self._schedules()):  # each of them once
+            if schedule.units != "steps":
+                continue  # its steps are known from the first batch on
             # None if the warmup fits into the run
             if message := schedule.shortened_warmup_message(self._total_steps):
                 Console().print(message, soft_wrap=True, highlight=False)
