@@ -12,6 +12,7 @@ from torch import nn
 
 from ravine.cli.main import main
 from ravine.datamodules.images import to_float
+from ravine.errors import UsageError
 from ravine.lightning_modules import ImageClassifier, Regression
 from ravine.lightning_modules.nn.pattern_filters import (
     PatternFilter,
@@ -232,6 +233,8 @@ def test_a_ramp_filter_has_its_peaks_at_the_ramps_and_ignores_the_level():
     assert scores.topk(2).indices.sort().values.tolist() == [60, 160]
     inside = slice(12, -12)  # without the zeros beyond the ends
     assert torch.allclose(detector(signal[None] + 5)[0, inside], scores[inside], atol=1e-5)
+    raised = PatternFilter(3 * ramp_pattern(25) + 7)  # centered and scaled
+    assert torch.allclose(raised.kernel, detector.kernel, atol=1e-6)
     window = detector.kernel  # of norm 1: no other window of norm 1 has a larger score
     assert detector(window[None])[0, 12].item() == pytest.approx(1)
 
@@ -258,3 +261,17 @@ def test_a_linear_layer_mixes_all_coordinates_and_a_bias_moves_the_boundary():
     assert (net(changed) != net(x)).all()  # each output depends on the first coordinate
     assert not net(torch.zeros(1, 1, 1, 4)).any()
     assert lecture_net((1, 1, 4), 2, variant="linear")(torch.zeros(1, 1, 1, 4)).any()
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda: PatternFilter(torch.arange(4.0)), r"shape \(4,\) has no center.*odd width"),
+        (lambda: PatternFilter(torch.ones(5)), "a constant pattern has no kernel"),
+        (lambda: count_positions(4, 7, padding=1), "7 does not fit a length of 4.*1 to 6"),
+        (lambda: toeplitz_matrix(torch.ones(3), 5, stride=0), "stride=0 is too small"),
+    ],
+)
+def test_a_pattern_or_a_kernel_that_does_not_fit_is_refused(function, message):
+    with pytest.raises(UsageError, match=message):
+        function()
