@@ -44,6 +44,8 @@ MODULE_NAMES = {
         "generation.generate_text.generate",
         "generation.generate_text.sequence_logprobs",
         "generation.sampling.DecodingConfig",
+        "nn.pattern_filters.PatternFilter",
+        "nn.pattern_filters.ramp_pattern",
         "nn.transformer.Transformer",
         "nn.unet.UNet",
     ),
