@@ -30,6 +30,7 @@ import yaml
 from parsed_config import ParsedCLI, changes, leaves, parse
 
 from ravine.cli.config import callback_flags, presets
+from ravine.cli.trainer import DEFAULT_CALLBACKS
 from ravine.errors import UsageError
 
 PLANS = ("Muon", "Newton", "OptimizerPlan", "OptimizerSweep")
@@ -186,6 +187,9 @@ class Preset:
                 key = f"trainer.callbacks.{position}"
                 if result := find_key(self.callbacks[position], key, path):
                     return result
+        # a callback that the trainer adds itself gets an entry in the list
+        for name in {*change.paths} & {cls.__name__ for cls in DEFAULT_CALLBACKS}:
+            return f"trainer.callbacks.{len(self.callbacks)}.init_args.{change.paths[name][0]}"
         return None
 
 
@@ -220,6 +224,9 @@ def check(preset: Preset, change: Change) -> str:
         differing = {
             k: v for k, v in differing.items() if k == key or not f"{k}.".startswith(parent)
         }
+    added = f"trainer.callbacks.{len(preset.callbacks)}."
+    if key.startswith(added):  # the new entry has the callback's defaults beside the value
+        differing = {k: v for k, v in differing.items() if k == key or not k.startswith(added)}
     new = {k: tuple(v[1]) if isinstance(v[1], list) else v[1] for k, v in differing.items()}
     value = change.value
     if isinstance(value, list):
