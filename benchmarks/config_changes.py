@@ -224,6 +224,10 @@ def check(preset: Preset, change: Change) -> str:
         differing = {
             k: v for k, v in differing.items() if k == key or not f"{k}.".startswith(parent)
         }
+    # a number in place of a list, such as one of batch sizes
+    differing = {
+        k: v for k, v in differing.items() if not (k.startswith(f"{key}.") and v[1] is ...)
+    }
     added = f"trainer.callbacks.{len(preset.callbacks)}."
     if key.startswith(added):  # the new entry has the callback's defaults beside the value
         differing = {k: v for k, v in differing.items() if k == key or not k.startswith(added)}

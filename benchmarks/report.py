@@ -278,6 +278,14 @@ def verdicts() -> str:
     lines += counted("modules on ddp, zero2 and zero3", layouts, "verdict")
     axes = ("callbacks", "task", "loader", "precision", "accumulate", "strategy", "seed")
     lines += counted("runs interrupted and resumed twice", newest("resume_cover", *axes), "outcome")
+    words = ("changed", "several", "added", "refused")
+    changes = [
+        {"outcome": word, "commit": row["commit"]}
+        for row in newest("config_changes", "preset")
+        for word in words
+        for _ in range(row.get(word, 0))
+    ]
+    lines += counted("pairs of a preset and a change by one flag", changes, "outcome")
     presets = newest("resume_presets", "preset", "seed")
     lines += counted("presets resumed by the command that they print", presets, "outcome")
     return "\n".join(lines)
