@@ -57,7 +57,7 @@ def test_a_config_draws_its_picture(name: str, tmp_path: Path, monkeypatch) -> N
     words += DIGITS if data.get("source") == "mnist" else []
     assert main(["fit", "--config", f"lectures/{name}", *words]) == 0
     pictures = {path.stem for path in Path("runs", "lectures", name, "version_0").glob("*.png")}
-    assert pictures & {"convergence", "trajectory", "steps_to_target", "curves"}
+    assert pictures & {"convergence", "trajectory", "steps_to_target", "curves", "curvature"}
 
 
 def test_the_config_of_long_schedules_trains(tmp_path: Path, monkeypatch) -> None:
