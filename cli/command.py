@@ -45,6 +45,7 @@ from .config.config_changes import changed_arguments, report_changes
 from .config.saved_config import ConfigSaver
 from .config.trust import packages_to_trust
 from .error_report import is_raised_by_parser, program_name, unwrap_error
+from .micro_batch_search import resolve_accumulation
 from .module_commands import check_command
 from .resume_path import iter_values
 from .run_dir import check_run_links, raise_if_run_dir_removed, remove_empty_run_dir
@@ -490,6 +491,8 @@ def configure_parser() -> None:
 def run_argv(argv: list[str]) -> int:
     """Run one command and return the exit status; `main` prints the errors."""
     configure_parser()
+    # tries steps in other processes, and replaces `auto` by the number of micro-batches
+    argv = resolve_accumulation(argv)
     argv = expand_strategy_preset(argv)
     sys.argv[1:], checkpoint = resume_path.resolve_argv(
         argv

@@ -10,12 +10,14 @@ import sys
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
+import torch
 from rich.console import Console
 
 from ravine.callbacks.estimates.devices import Device, find_device
 from ravine.callbacks.estimates.estimate import Choice, Estimate
 from ravine.callbacks.estimates.fake_parameters import parameters_on_meta
 from ravine.callbacks.estimates.step_time import Cost
+from ravine.callbacks.monitoring.memory_limit import peak_process_bytes
 from ravine.errors import UsageError
 
 from .. import resume_path
@@ -179,6 +181,7 @@ def run_argv(argv: list[str]) -> int:
     Returns:
         The exit status.
     """
+    process_bytes = peak_process_bytes()  # of libraries alone
     flags, others = split_flags(argv[1:])
     _ = flags.device  # an unknown device is an error before anything is built
     flags.cost.check()
@@ -196,6 +199,7 @@ def run_argv(argv: list[str]) -> int:
     result = cast(Estimate, command.result)
     if flags.json:
         values = result.to_dict() | {"recommended_flags": recommended_flags(result)}
+        values["run"] = describe_run(command, process_bytes)
         print(json.dumps(values, indent=2))
     else:
         console = Console()
@@ -203,6 +207,26 @@ def run_argv(argv: list[str]) -> int:
             console.width = OUTPUT_WIDTH
         console.print(result.render(advice(result)), soft_wrap=not console.is_terminal)
     return 0
+
+
+def describe_run(command: EstimateCLI, process_bytes: int) -> dict[str, Any]:
+    """Return what a search for the largest micro-batch needs to know of the run.
+
+    Args:
+        command: the command, after the estimate.
+        process_bytes: resident memory of a process before it builds anything.
+    """
+    result = cast(Estimate, command.result)
+    is_cpu = command.arguments.get("accelerator") == "cpu" or not torch.cuda.is_available()
+    sizes = {row.name: row.layout.dp_size for row in result.rows}
+    return {
+        "batch_size": getattr(command.datamodule, "batch_size", None),
+        "divides_batch": result.divides_batch,
+        "dp_size": sizes.get(result.configured, result.ranks.size),
+        "strategy": result.configured,
+        "gpu_bytes": None if is_cpu else torch.cuda.get_device_properties(0).total_memory,
+        "process_bytes": process_bytes,
+    }
 
 
 def advice(result: Estimate) -> str:
