@@ -147,7 +147,7 @@ def explain_system_error(error: Exception, argv: list[str]) -> UsageError | RunE
         report = getattr(error, "memory_report", None)
         if report is not None and report.top_changes():
             change = report.top_changes()[0]
-            return RunError(report.headline, change.name, change.hint, flag=change.flag)
+            return RunError(report.title, change.name, change.hint, flag=change.flag)
         # BATCH_SIZE_FLAGS: by command, the flag that makes its batches smaller
         command = next((word for word in argv if word in BATCH_SIZE_FLAGS), "")
         return RunError(

@@ -40,14 +40,14 @@ class MemoryReport:
     """An out-of-memory error, explained.
 
     Attributes:
-        headline: what happened, in which phase and step.
+        title: what happened, in which phase and step.
         measured: bytes by class, counted or read from the allocator; None if unknown.
         estimated: bytes by class that the step needs; None if unknown.
         changes: those that help, the largest saving first.
         notes: further lines.
     """
 
-    headline: str
+    title: str
     measured: dict[str, int | None] = field(default_factory=dict)
     estimated: dict[str, int | None] = field(default_factory=dict)
     changes: list[Change] = field(default_factory=list)
@@ -75,4 +75,4 @@ class MemoryReport:
         for change in self.top_changes():
             typed = change.flag if uses_flags else change.hint
             changes.add_row(change.name, format_bytes(change.saved_bytes), typed)
-        return Group(self.headline, table, *([changes] if self.top_changes() else []), *self.notes)
+        return Group(self.title, table, *([changes] if self.top_changes() else []), *self.notes)

@@ -291,11 +291,11 @@ def list_changes(
             )
         )
     if is_training and summary.ranks > 1 and summary.is_replicated:
-        parts = summary.parameters + summary.trainable + summary.states
+        divided_bytes = summary.parameters + summary.trainable + summary.states
         changes.append(
             Change(
                 f"parameters and states sharded over {summary.ranks} ranks",
-                parts * (summary.ranks - 1) // summary.ranks,
+                divided_bytes * (summary.ranks - 1) // summary.ranks,
                 hint="strategy='zero3'",
                 flag="--trainer.strategy=zero3",
             )

@@ -89,8 +89,8 @@ def test_the_report_names_the_phase_and_the_changes_that_help(where, tmp_path, c
     with pytest.raises(torch.OutOfMemoryError) as raised:
         fit(module, tmp_path)
     report = raised.value.memory_report
-    assert report.headline.startswith(f"out of memory in the {where}, step ")
-    assert TEXT in report.headline
+    assert report.title.startswith(f"out of memory in the {where}, step ")
+    assert TEXT in report.title
     counted = sum(p.numel() * p.itemsize for p in module.parameters())
     assert report.measured["parameters"] == counted
     assert report.measured["optimizer state"] > 0
@@ -222,8 +222,8 @@ def test_a_process_killed_near_its_limit_is_explained_once(tmp_path):
     fork_killed_run(run, "2", int(1.9 * 2**30))
     assert read_heartbeats(run / "heartbeats")[0].phase == "backward pass"
     (report,) = explain_killed_runs([run])
-    assert "rank 0 was killed in the backward pass of step 8" in report.headline
-    assert "limit 2 GiB (RAVINE_MEMORY_LIMIT)" in report.headline
+    assert "rank 0 was killed in the backward pass of step 8" in report.title
+    assert "limit 2 GiB (RAVINE_MEMORY_LIMIT)" in report.title
     expected = int(1.9 * 2**30) - 2**27 - 2**28 - 2**29
     assert report.measured["the micro-batch"] == expected
     change = next(c for c in report.changes if c.hint == "accumulate_grad_batches=2")
