@@ -51,7 +51,15 @@ CASES = [
     "--config classifier/mnist --data.source=digits",
     "--config diffusion/digits",
     "--config diffusion/digits --trainer.callbacks+=ActivationCheckpointing",
-    "--config gpt2/124m --data.path=TEXT --data.batch_size=1 --trainer.accumulate_grad_batches=1",
+    *(
+        "--config gpt2/124m --data.path=TEXT --data.batch_size=1 "
+        f"--trainer.accumulate_grad_batches=1{more}"
+        for more in (
+            "",
+            " --trainer.callbacks+=LoRA",
+            " --trainer.callbacks+=ActivationCheckpointing",
+        )
+    ),
 ]
 # callbacks that act at a validation only
 AT_VALIDATION = ("GenerateSamples", "FrechetDistance", "Summary", "Throughput", "SaveFigures")
