@@ -159,13 +159,11 @@ class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
         logged = sort_by_similarity(str(self.monitor), trainer.callback_metrics)[:3]
         hint, flag = f"log {self.monitor!r}", ""
         if logged:
-            flag_prefix = f"--trainer.callbacks.{type(self).__name__}"
-            hint, flag = (
-                f"use monitor={logged[0]!r}",
-                f"{flag_prefix}.monitor={shlex.quote(logged[0])}",
-            )
+            name = type(self).__name__
+            hint = f"use monitor={logged[0]!r}"
+            flag = f"--trainer.callbacks.{name}.monitor={shlex.quote(logged[0])}"
             if any(word in logged[0].lower() for word in LARGER_IS_BETTER):
-                hint, flag = f"{hint}, mode='max'", f"{flag} {flag_prefix}.mode=max"
+                hint, flag = f"{hint}, mode='max'", f"{flag} --trainer.callbacks.{name}.mode=max"
         problem = f"Checkpoint: monitor={self.monitor!r} is not logged by the end of {end}"
         if self.monitor != DEFAULT_MONITOR:
             raise UsageError(problem, logged or ["none"], hint=hint, flag=flag, label="logged")
