@@ -57,6 +57,7 @@ CASES = [
         for more in (
             "",
             " --trainer.callbacks+=LoRA",
+            " --trainer.callbacks+=LoRA --trainer.callbacks+=Quantization",
             " --trainer.callbacks+=ActivationCheckpointing",
         )
     ),
