@@ -5,12 +5,14 @@ python benchmarks/estimate.py "--config spam/quick"  one command, with flags of 
 
 A row a command into rows/estimate.jsonl. `ratio` is the estimated over the measured peak of the
 second optimizer step on this CPU. `states` and `parameters` say whether both numbers are equal,
-`flops` is the ratio of the counted FLOPs of a micro-batch. Seconds include building the model.
+`flops` is the ratio of the counted FLOPs of a micro-batch. Seconds include building the model. Each
+command runs in a process of its own.
 """
 
 import argparse
 import contextlib
 import io
+import subprocess
 import sys
 import tempfile
 import time
@@ -133,6 +135,12 @@ def main() -> None:
     parser.add_argument("commands", nargs="*", default=CASES)
     parser.add_argument("--dry", action="store_true", help="store no rows")
     arguments = parser.parse_args()
+    if len(arguments.commands) > 1:
+        # memory that one command has left, and the next one frees, would count in the next one
+        options = ["--dry"] if arguments.dry else []
+        for command in arguments.commands:
+            subprocess.run([sys.executable, __file__, command, *options], check=True)
+        return
     configure_parser()
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
