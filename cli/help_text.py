@@ -26,8 +26,7 @@ usage: {0} fit --config NAME [--config OVERLAY ...] [--key=value ...]
   --model=NAME --data=NAME    the classes of task and data; a class of yours is my_file.MyTask
   --model.KEY=V --data.KEY=V --trainer.max_steps=200      arguments of them, and of the Trainer
   --optimizer=SGD --optimizer.lr=0.01 --schedule.warmup=0.1    the optimizer and its schedule
-  --trainer.callbacks.EMA.decay=0.9                       one argument of a callback
-  --trainer.callbacks+=NAME --trainer.callbacks.KEY=V     add a callback
+  --trainer.callbacks+=EMA --trainer.callbacks.EMA.decay=0.9    add a callback; set its argument
   --ckpt_path=auto            resume from the newest complete checkpoint; or a file; spam/quick/3
   --trust=PACKAGE, --debug    import classes that only the checkpoint names; show tracebacks
   --print_config, --help=all  show the config; show every argument (of a class: --model.help=NAME)
@@ -52,9 +51,8 @@ usage: {0} estimate --config NAME [any flag of fit] [--gpu=NAME] [--devices=N] [
   Parameters, FLOPs, memory, communication and time of a run, without a GPU and without training.
   --gpu=h200                  a GPU by name; or --gpu_memory=80 (GiB) --gpu_tflops=312 (16 bits)
   --devices=8 --num_nodes=2   the ranks; --link=nvlink or ib400 between them
-  --full                      simulate all blocks; else many equal ones are extrapolated
   --price_per_hour=3 --watts=700   of a device: price and energy of the run
-  --quick                     without activations: no step is simulated
+  --quick, --full             simulate no step; or all blocks, also where equal ones are many
   --measure                   run real steps on this machine, for code that needs values
   --json                      JSON instead of tables
   every other argument        as for fit: {0} fit --help

@@ -80,6 +80,8 @@ DEFAULT_CALLBACKS: tuple[type[Callback], ...] = (
     TrainingMonitor,
     PredictionTable,
     RunRecorder,
+    Heartbeat,
+    OutOfMemoryReport,
     RunChecks,
     RankWatchdog,
 )

@@ -28,7 +28,8 @@ def test_the_alert_is_logged_once_at_a_collapse_and_again_at_recovery(
         "frac_in_vocab": [0.8, 0.7, 0.3, 0.19, 0.19],
     }
     fit(Scripted(**fractions), alarm, tmp_path, 6)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    printed = capsys.readouterr().out.splitlines()
+    lines = [line for line in printed if "train/" in line and line.startswith("step ")]
     assert [line.split(":")[0] for line in lines] == ["step 3", "step 4", "step 5", "step 6"]
     assert "train/frac_unique_texts is 0.01, below 0.5: the samples have degenerated" in lines[0]
     assert "train/frac_in_vocab is 0.19, below 0.2 (at first 0.8)" in lines[1]
