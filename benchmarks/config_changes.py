@@ -110,7 +110,7 @@ CHANGES = [
     of_callback("Pretrained", "path", "other.ckpt"),
     of_callback("GenerateSamples", "arguments.seed", 3),
     of_callback("RolloutTable", "every_n_steps", 3),
-    of_callback("MetricPlot", "metrics.0", "train/loss"),
+    of_callback("MetricPlot", "metrics.0", "train/lr"),
     of_callback("NaNGuard", "max_skips", 5),
     of_callback("Checkpoint", "save_top_k", 3),
     of_callback("EarlyStopping", "patience", 7),

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from ravine.errors import UsageError
 
-from ..error_report import unknown_name_error
+from ..error_report import program_name, unknown_name_error
 from . import index
 from .index import RunSummary
 from .record import read_regular_file, write_atomically
@@ -61,7 +61,7 @@ def compare_runs(names: list[str], root: Path, flags: dict[str, str]) -> int:
         example = newest if len(newest) == 2 else ["A", "B"]
         raise UsageError(
             f"runs compare needs two runs or more, and {len(names)} was given",
-            flag=f"runs compare {' '.join(example)}",
+            flag=f"{program_name()} runs compare {' '.join(example)}",
         )
     if len(names) > MAX_RUNS:
         raise UsageError(f"{len(names)} runs are too many for one page", [f"2 to {MAX_RUNS}"])

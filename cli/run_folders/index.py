@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from ravine.errors import UsageError, suggest_names
 
+from ..error_report import program_name
 from .record import (
     Record,
     first_logged_step,
@@ -392,7 +393,9 @@ def find_run(text: str, root: Path, flag: str = "runs") -> Path:
     runs = {run_name_of(folder, root): folder for folder in find_run_folders(root)}
     if not runs:
         raise UsageError(
-            f"there is no run under {root}", flag="fit --config=NAME, or --root=FOLDER"
+            f"there is no run under {root}",
+            hint="train one, or name the folder of the runs by --root=FOLDER",
+            flag=f"{program_name()} fit --config spam",
         )
     if text == "last":
         return max(runs.values(), key=_start_time)

@@ -266,4 +266,4 @@ def test_a_folder_of_token_files_is_trained_on_or_refused_by_the_command(
     assert "type: --data.tokenizer=gpt2, or --data.vocab_size=10000\n" in error
     assert "Traceback" not in error
     assert main([*words, "--data.vocab_size=10000"]) == 0
-    assert "4,001 tokens, 10,000 different" in capsys.readouterr().out
+    assert "4,402 tokens, 10,000 different; 4,001 train, 401 val" in capsys.readouterr().out
