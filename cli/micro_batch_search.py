@@ -129,6 +129,8 @@ def resolve_accumulation(argv: list[str]) -> list[str]:
             "the number of its checkpoint",
             flag=f"--{KEY}=auto" if argv[0] == "fit" and not is_flag else f"--{KEY}=4",
         )
+    if any(word.startswith(("--print_config", "--help")) for word in argv):
+        return others  # nothing is run, so no number is found
     launcher = next((v for v in LAUNCHER_VARIABLES if os.environ.get(v, "1") != "1"), None)
     if launcher is not None:
         raise UsageError(

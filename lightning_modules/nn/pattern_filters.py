@@ -23,7 +23,7 @@ from ravine.errors import UsageError, check_at_least_one
 def count_positions(length: int, kernel_size: int, padding: int = 0, stride: int = 1) -> int:
     """Return the number of positions of a kernel along an axis: floor((L + 2p - m) / s) + 1.
 
-    count_positions(32, 3, padding=1)  # 32
+        count_positions(32, 3, padding=1)  # 32
 
     Raises:
         UsageError: the kernel is longer than the padded axis, or an argument is out of range.

@@ -102,6 +102,12 @@ def test_a_number_is_not_changed(monkeypatch):
     assert resolve(monkeypatch, COMMAND) == (COMMAND, [])
 
 
+@pytest.mark.parametrize("word", ["--print_config", "--print_config=comments", "--help=all"])
+def test_a_command_that_runs_nothing_finds_no_number(word):
+    words = [*COMMAND, "--trainer.accumulate_grad_batches=auto", word]
+    assert resolve_accumulation(words) == [*COMMAND, word]
+
+
 def test_where_auto_is_not_possible_a_line_says_what_to_type(monkeypatch):
     auto = "--trainer.accumulate_grad_batches=auto"
     with pytest.raises(UsageError, match="flag of fit without --ckpt_path"):

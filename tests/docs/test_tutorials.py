@@ -81,7 +81,7 @@ def test_your_images_are_classified_and_generated(run, capsys: pytest.CaptureFix
             "lightning generate": ["--num_steps=2"],
         },
     )
-    assert len(done) == 6
+    assert len(done) == 7
     table = next(Path("runs").rglob("predictions.csv")).read_text().splitlines()
     assert len(table) == 201
     assert {line.split(",")[1] for line in table[1:]} <= {"circle", "square", "triangle"}
@@ -102,7 +102,7 @@ def test_your_module_trains_by_flags_and_in_a_script(run) -> None:
         "lightning validate": [],
         "python": [],
     }
-    assert len(run("your_module.md", flags)) == 7
+    assert len(run("your_module.md", flags)) == 8
 
 
 def test_the_scripts_of_the_task_pages_run(run, capsys: pytest.CaptureFixture[str]) -> None:
