@@ -75,10 +75,10 @@ def check_same(build: Any, data: Any, arguments: Any = dict) -> None:
     assert a.alternative is not None
     assert b.alternative is not None
     assert a.alternative.flops == b.alternative.flops
-    data_bytes = b.peak.of("data")
     for one, other in ((a, b), (a.alternative, b.alternative)):
-        difference = abs(one.peak.total - other.peak.total)
-        assert difference <= 0.01 * other.peak.total + data_bytes
+        # data sets are cached, so that a second run can have fewer tensors of them
+        peaks = [step.peak.total - step.peak.of("data") for step in (one, other)]
+        assert peaks[0] == pytest.approx(peaks[1], rel=0.01)
         assert len(one.moments) > 20
     assert a.peak.in_blocks == pytest.approx(b.peak.in_blocks, rel=0.01)
 
