@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, RMSprop
 
 from ravine.callbacks import AdaGradOptimizer, LRSchedule, NewtonOptimizer, SignSGDOptimizer
+from ravine.callbacks.monitoring.plots import set_plain_ticks
 from ravine.callbacks.optimizers.composite import CompositeOptimizer
 
 matplotlib.use("Agg")
@@ -110,11 +111,16 @@ def main() -> None:
             axis.semilogy(distance, label=label)
             print(f"  {label:24} {distance[-1]:.1e} after {len(points) - 1} steps")
         axis.set(title=title, xlabel="step", ylabel="distance from the minimum")
+        values = torch.cat([points.norm(dim=1) for points in runs.values()])
+        if values.max() < 1000 * values.min():  # few powers of ten: write the numbers out
+            set_plain_ticks(axis, values.tolist())
         axis.legend()
     for label, schedule in SCHEDULES.items():
         axes.flat[-1].plot([schedule.factor(step, 200) for step in range(200)], label=label)
-    axes.flat[-1].set(title="schedules", xlabel="step", ylabel="share of the peak")
-    axes.flat[-1].legend()
+    axes.flat[-1].set(
+        title="schedules", xlabel="step", ylabel="learning rate / peak", ylim=(0, 1.6)
+    )
+    axes.flat[-1].legend(ncols=2, loc="upper right")  # above the curves
     FIGURE.parent.mkdir(exist_ok=True)
     figure.savefig(FIGURE, dpi=80)
     print(FIGURE)
