@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .simulation import ParameterInfo, Simulation
-from .tensor_tracker import Moment, TensorTracker
+from .tensor_tracker import CLASSES, Moment, TensorTracker
 
 MIN_BLOCKS = 6  # the simulations of 2 and 3 blocks are those of 5
 SIMULATED_BLOCKS = (3, 2)
@@ -274,13 +274,22 @@ def _pair(three: list[Segment], two: list[Segment]) -> list[tuple[Segment, Segme
 
 def _outside(three: list[Moment], two: list[Moment], more: int) -> Iterator[Moment]:
     """Yield the moments of a segment outside of the second block, with `more` blocks than 3."""
-    is_same = len(three) == len(two)
-    for index, moment in enumerate(three):
-        # a segment with other moments, such as steps one by one, moves as a whole
-        level, other_level = (moment, two[index]) if is_same else (three[0], two[0])
-        yield _shifted(
-            moment, [more * d for d in _difference(_vector(level), _vector(other_level))]
-        )
+    if len(three) == len(two):
+        for moment, other in zip(three, two, strict=True):
+            shift = _difference(_vector(moment), _vector(other))
+            yield _shifted(moment, [more * d for d in shift])
+        return
+    # a segment with other moments, such as optimizer steps one by one, moves as a whole
+    shift = _difference(_vector(three[0]), _vector(two[0]))
+    # an optimizer that joins the matrices of all blocks has more temporary tensors with each
+    index = CLASSES.index("temporary")
+    largest = max(moment.num_bytes[index] for moment in three)
+    growth = max(0, largest - max(moment.num_bytes[index] for moment in two))
+    for moment in three:
+        added = [more * d for d in shift]
+        if moment.phase == "step" and moment.num_bytes[index] == largest:
+            added[index] += more * growth
+        yield _shifted(moment, added)
 
 
 def _vector(moment: Moment) -> Vector:
