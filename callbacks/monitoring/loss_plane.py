@@ -14,7 +14,7 @@ Axes: k points, n numbers of the trainable weights.
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,13 +90,21 @@ def plane_of_path(path: Tensor) -> tuple[WeightPlane, list[float]] | None:
     return plane, shares.tolist()
 
 
-def flatten_weights(module: L.LightningModule) -> Tensor:
-    """Return a copy of the trainable weights (n), on the CPU."""
-    return torch.cat([p.detach().reshape(-1) for p in module.parameters() if p.requires_grad]).cpu()
+def trainable_names(module: L.LightningModule) -> list[str]:
+    """Return the names of the trainable parameters.
+
+    They are read once in a run: a module with several optimizers freezes some within a step.
+    """
+    return [name for name, p in module.named_parameters() if p.requires_grad]
 
 
-def read_weights(module: L.LightningModule, path: str) -> Tensor:
-    """Return the trainable weights (n) of a module in a checkpoint.
+def flatten_weights(module: L.LightningModule, names: Sequence[str]) -> Tensor:
+    """Return a copy of the parameters of these names (n), on the CPU."""
+    return torch.cat([module.get_parameter(name).detach().reshape(-1) for name in names]).cpu()
+
+
+def read_weights(module: L.LightningModule, names: Sequence[str], path: str) -> Tensor:
+    """Return the weights (n) of these names in a checkpoint.
 
     Raises:
         MissingFileError: there is no such file.
@@ -110,10 +118,8 @@ def read_weights(module: L.LightningModule, path: str) -> Tensor:
         )
     state = AtomicCheckpointIO().load_checkpoint(path, map_location="cpu").get("state_dict", {})
     pieces = []
-    for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        saved = state.get(name)
+    for name in names:
+        parameter, saved = module.get_parameter(name), state.get(name)
         if not isinstance(saved, Tensor) or saved.shape != parameter.shape:
             saved_shape = "no such weight" if saved is None else f"{tuple(saved.shape)}"
             raise UsageError(
@@ -131,6 +137,7 @@ def read_weights(module: L.LightningModule, path: str) -> Tensor:
 def compute_losses(
     trainer: L.Trainer,
     module: L.LightningModule,
+    names: Sequence[str],
     points: Iterable[Tensor],
     metric: str | None = None,
     num_batches: int | None = None,
@@ -142,6 +149,7 @@ def compute_losses(
     Args:
         trainer: its first validation loader has the data.
         module: its `validation_step` logs the loss.
+        names: the parameters that the points replace.
         points: the weights (n) of each evaluation.
         metric: name of the logged loss; by default the first one with a name such as `val/loss`.
         num_batches: validation batches of an evaluation; by default all.
@@ -149,7 +157,7 @@ def compute_losses(
     Raises:
         UsageError: `validation_step` does not log the metric.
     """
-    parameters = [p for p in module.parameters() if p.requires_grad]
+    parameters = [module.get_parameter(name) for name in names]
     saved = [p.detach().clone() for p in parameters]
     losses: list[float] = []
     with preserve_state(trainer, module), validation_loaders(trainer, forget=True) as loaders:

@@ -30,6 +30,7 @@ from .loss_plane import (
     plane_of_path,
     plane_of_points,
     read_weights,
+    trainable_names,
 )
 from .member_paths import RecordedPaths, evaluates_points
 from .progress import count_total_steps
@@ -103,6 +104,7 @@ class TrajectoryPlot(RecordedPaths):
         self.uses_weights = False  # whether points are weights (1 n) of any module
         self.plane: WeightPlane | None = None  # None: the axes are the two variables
         self.corners: Tensor | None = None  # coordinates of the checkpoints (3 2)
+        self.weight_names: list[str] = []  # parameters whose values are a point of the path
         # after the run: the validation loss at the checkpoints
         self.checkpoint_losses: list[float] = []
         self._axis_labels = ("x", "y")
@@ -192,10 +194,13 @@ class TrajectoryPlot(RecordedPaths):
                 ["a module with validation_step, and a validation loader"],
                 hint="remove TrajectoryPlot() from Trainer(callbacks=...)",
             )
-        weights = flatten_weights(module)
-        compute_losses(trainer, module, [weights], self.metric, num_batches=1)
+        self.weight_names = trainable_names(module)
+        weights = flatten_weights(module, self.weight_names)
+        compute_losses(trainer, module, self.weight_names, [weights], self.metric, num_batches=1)
         if self.checkpoints is not None:
-            corners = torch.stack([read_weights(module, path) for path in self.checkpoints])
+            corners = torch.stack(
+                [read_weights(module, self.weight_names, path) for path in self.checkpoints]
+            )
             self.plane = plane_of_points(corners)
             if self.plane.is_flat:
                 raise UsageError(
@@ -223,7 +228,7 @@ class TrajectoryPlot(RecordedPaths):
         """Return the current points (m d): of the members, the weights, or their coordinates."""
         if not self.uses_weights:
             return super().read_points(module)
-        weights = flatten_weights(module)
+        weights = flatten_weights(module, self.weight_names)
         if self.corners is not None:  # two numbers of a point are enough
             assert self.plane is not None
             return self.plane.coordinates(weights[None])
@@ -315,7 +320,7 @@ class TrajectoryPlot(RecordedPaths):
             assert plane is not None
             points = (plane.weights(a, b) for a, b in grid.tolist())
             losses = compute_losses(
-                module.trainer, module, points, self.metric, self.num_val_batches
+                module.trainer, module, self.weight_names, points, self.metric, self.num_val_batches
             )
             values = torch.tensor(losses, dtype=torch.float64)
         else:
@@ -387,7 +392,7 @@ class TrajectoryPlot(RecordedPaths):
             return
         points = [self.plane.weights(a, b) for a, b in self.corners.tolist()]
         self.checkpoint_losses = compute_losses(
-            module.trainer, module, points, self.metric, self.num_val_batches
+            module.trainer, module, self.weight_names, points, self.metric, self.num_val_batches
         )
         pairs = zip(self.checkpoints or (), self.checkpoint_losses, strict=True)
         texts = [f"{Path(name).name} {loss:.6g}" for name, loss in pairs]

@@ -578,13 +578,24 @@ def test_callbacks_that_need_members_train_as_on_one_process(measure):
 
 
 @pytest.mark.parametrize("module", ["transformer", *FOREIGN])
-@pytest.mark.parametrize("name", MEMBER_CALLBACKS)
+@pytest.mark.parametrize("name", sorted({*MEMBER_CALLBACKS} - {"TrajectoryPlot"}))
 def test_a_callback_that_needs_members_is_refused_on_other_modules(single, module, name):
     refusal = single(module, (name,))
     assert isinstance(refusal, str)
     assert refusal.startswith(name)
     assert "allowed: Objective, Regression, a module with member_" in refusal
     assert "\n" not in refusal
+
+
+@pytest.mark.parametrize("module", ["transformer", *FOREIGN])
+def test_the_plot_of_a_path_leaves_training_as_it_is_or_needs_a_validation_loss(single, module):
+    found, without = single(module, ("TrajectoryPlot",)), single(module, ())
+    if isinstance(found, str):
+        assert found.startswith("TrajectoryPlot: validation_step of ")
+        assert "\n" not in found
+    else:
+        assert found.keys() - without.keys() == {"/written/trajectory.png"}
+        assert furthest({name: found[name] for name in without}, without) == 0
 
 
 def norms_of_shards():
