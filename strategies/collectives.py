@@ -1,4 +1,4 @@
-"""Collectives of torch.distributed whose names differ between the supported torch versions."""
+"""All-gather of tensors, in all supported torch versions, and of Python values."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,3 +24,15 @@ def all_gather_single(output: Tensor, input: Tensor, group: ProcessGroup | None 
         group: the participating ranks; None: all.
     """
     _all_gather(output, input, group=group)
+
+
+def all_gather_values(value: Any, group: ProcessGroup | None = None) -> list[Any]:
+    """Return the values of all ranks, in the order of ranks.
+
+    Args:
+        value: what this rank contributes; any object that pickle can write.
+        group: the participating ranks; None: all.
+    """
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
-import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from ravine.errors import UsageError
+
+from .collectives import all_gather_values
 
 ABSENT_VALUE = "absent"
 MAX_SHOWN_CHARS = 60  # characters of a value in a message
@@ -69,9 +70,9 @@ def check_same_config(config: dict[str, Any], group: ProcessGroup | None = None)
         key: json.dumps(config[key], default=repr, sort_keys=True) for key in sorted(config)
     }
     digest = hashlib.sha256(json.dumps(config_text).encode()).hexdigest()
-    if len(set(_all_gather(digest, group))) == 1:
+    if len(set(all_gather_values(digest, group))) == 1:
         return
-    configs: list[dict[str, str]] = _all_gather(config_text, group)
+    configs: list[dict[str, str]] = all_gather_values(config_text, group)
     all_keys = sorted(set().union(*configs))
     key = next(key for key in all_keys if len({config.get(key) for config in configs}) > 1)
     # ABSENT_VALUE: text for a key that a rank does not have
@@ -109,12 +110,6 @@ def collect_script_config(trainer: L.Trainer) -> dict[str, Any]:
             ):
                 config[f"{name}.{key}"] = value
     return flatten_config(config)
-
-
-def _all_gather(value: Any, group: ProcessGroup | None) -> list[Any]:
-    values: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values
 
 
 def _shorten_pair(first: str, second: str) -> tuple[str, str]:

@@ -39,6 +39,7 @@ from torch.distributed.tensor import DTensor
 from ravine.errors import UsageError
 from ravine.files import fsync
 
+from ..collectives import all_gather_values
 from ..dtensor import MAX_MESSAGE_BYTES, IndexRange, ShardIndices, shard_blocks, shard_indices
 from . import zip_archive
 from .checkpoint_error import CheckpointError
@@ -74,7 +75,7 @@ def save_sharded(checkpoint: dict[str, Any], path: Path) -> None:
         _broadcast_error(error)
         alias_keys = _alias_keys(tensors)  # further names of tensors, which are written once
         alias_keys_of_all_ranks: dict[str, str] = {}
-        for rank_alias_keys in _all_gather(alias_keys):
+        for rank_alias_keys in all_gather_values(alias_keys):
             alias_keys_of_all_ranks |= rank_alias_keys
         # encode_path: the path as text, which is the name of the tensor in the index
         tensors_by_key = {
@@ -89,10 +90,10 @@ def save_sharded(checkpoint: dict[str, Any], path: Path) -> None:
         except CheckpointException as problem:  # on all ranks; not a subclass of Exception
             raise _os_error_of(problem) from problem
         # values other than tensors that only the owner of a parameter has, e.g. step counts
-        states_by_rank = _all_gather(_non_tensor_states(unsharded))
+        states_by_rank = all_gather_values(_non_tensor_states(unsharded))
         # torch puts the rank into the names of the files that it writes
         own_checksums = {file.name: file_checksum(file) for file in staging.glob(f"__{rank}_*")}
-        checksums_by_rank = _all_gather(own_checksums)
+        checksums_by_rank = all_gather_values(own_checksums)
         error = None
         if rank == 0:
             try:
@@ -168,12 +169,6 @@ def _broadcast_error(error: Exception | None) -> None:
     if message[0] is not None:
         number, text = message[0]
         raise CheckpointError(text, exit_status=1) if number is None else OSError(number, text)
-
-
-def _all_gather(value: Any) -> list[Any]:
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def _save_manifest(staging: Path, files: dict[str, list[int]]) -> None:

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from ravine.lightning_compat import saves_sharded
 
+from ..collectives import all_gather_values
 from ..dtensor import first_mesh_rank, gather_to_first_rank, gather_trees_to_first_rank, local_shard
 from . import sharded, sharded_index
 from .atomic_io import CheckpointError
@@ -145,12 +146,6 @@ def _comm_device(module: nn.Module) -> torch.device:
     return next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
 
 
-def _all_gather(value: Any, group: ProcessGroup) -> list[Any]:
-    values: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values
-
-
 def gather_optimizer_state(
     module: nn.Module,
     optimizer: Optimizer,
@@ -185,7 +180,7 @@ def gather_optimizer_state(
     if stages is not None:  # a param group of the full net has parameters of all stages
         local_groups = [group["params"] for group in state_dict["param_groups"]]
         # the indices of each stage, by param group
-        groups_by_stage = _all_gather(local_groups, stages.group)
+        groups_by_stage = all_gather_values(local_groups, stages.group)
         # in the order of one process, which loads states by their place
         known_groups = stages.group_indices.get(optimizer, [])
         for i, group in enumerate(state_dict["param_groups"]):
