@@ -45,7 +45,7 @@ class RankReport(NamedTuple):
         waiting_s: seconds that the main thread has waited in one collective; 0 if in none.
         is_busy: whether it computes, or is in a debugger.
         call_text: its innermost call.
-        phase: where it is: "backward pass", or "its loader".
+        phase: one of PHASES, or "loader" while it waits for a batch.
         step: optimizer steps that were completed.
         since_s: time (seconds since 1970) of the last change of phase.
         unchanged_s: seconds without a change of position and of collectives.
@@ -97,15 +97,15 @@ def split_ranks(
         max_age_s: a rank whose report is older is stopped or has ended.
         is_asynchronous: whether collectives return before they have ended, as those of NCCL.
     """
-    is_silent = {rank: report_age_s[rank] > max_age_s for rank in reports}
-    waiting = [rank for rank, r in reports.items() if r.waiting_s and not is_silent[rank]]
+    is_overdue = {rank: report_age_s[rank] > max_age_s for rank in reports}
+    waiting = [rank for rank, r in reports.items() if r.waiting_s and not is_overdue[rank]]
     outside = [rank for rank in reports if rank not in waiting]
     if waiting and outside:
         return waiting, outside, min(reports[rank].waiting_s for rank in waiting)
     behind = find_ranks_behind(reports) if is_asynchronous else []
-    ahead = [rank for rank in reports if rank not in behind and not is_silent[rank]]
+    ahead = [rank for rank in reports if rank not in behind and not is_overdue[rank]]
     if behind and ahead and not waiting:
-        seconds = min(reports[rank].unchanged_s for rank in reports if not is_silent[rank])
+        seconds = min(reports[rank].unchanged_s for rank in reports if not is_overdue[rank])
         return ahead, behind, seconds
     seconds = min((reports[rank].waiting_s for rank in waiting), default=0.0)
     return waiting, outside, seconds
@@ -153,15 +153,15 @@ def _describe_rank(
     rank: int,
     report: RankReport,
     age_s: float,
-    is_silent: bool,
+    is_overdue: bool,
     records: Mapping[int, HeartbeatRecord],
 ) -> str:
     record = records.get(rank)
     # one letter: T for stopped, X and Z for ended
     state = "" if record is None else process_state(record.process)
-    if not is_silent and state not in ("T", "X", "Z"):
+    if not is_overdue and state not in ("T", "X", "Z"):
         return (
-            f"rank {rank} is in {report.call_text} since {clock_time(report.since_s)}, "
+            f"rank {rank} has been in {report.call_text} since {clock_time(report.since_s)}, "
             f"{describe_location(report)}"
         )
     last_seen = time.time() - age_s
@@ -169,10 +169,10 @@ def _describe_rank(
     if record is not None and record.time_s > report.since_s:  # newer than the report
         location = describe_phase(record.phase, record.step) + _count_text(report)
     if state == "T":
-        return f"rank {rank} is stopped by a signal since {clock_time(last_seen)}, {location}"
+        return f"rank {rank} has been stopped by a signal since {clock_time(last_seen)}, {location}"
     if state in ("X", "Z"):
-        return f"the process of rank {rank} has ended at {clock_time(last_seen)}, {location}"
-    text = f"rank {rank} does not answer since {clock_time(last_seen)}, {location}"
+        return f"the process of rank {rank} ended at {clock_time(last_seen)}, {location}"
+    text = f"rank {rank} has not reported since {clock_time(last_seen)}, {location}"
     stack = "" if record is None else read_stack(record.process, stack_path(records, rank))
     return f"{text}, in {stack}" if stack else text
 

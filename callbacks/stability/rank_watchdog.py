@@ -76,7 +76,8 @@ STEP_BEGUN, STEP_DONE, LOADER_ENDED = range(3)
 class RankWatchdog(Callback):
     """End the job with status 1 and one line that names the rank, if ranks would hang.
 
-    Before, after `report_after_s` seconds, a line names the rank for which the others wait.
+    After `report_after_s` seconds, a line names the rank for which the others wait; after
+    `limit_s` seconds the job ends.
 
     Ravine's Trainer adds it if there are several ranks. Example: `RankWatchdog(limit_s=1800)`.
 
@@ -119,7 +120,8 @@ class RankWatchdog(Callback):
         self._temporary_folder: str | None = None  # of heartbeat files without a run folder
         self._stack_file: IO[str] | None = None  # to which faulthandler writes this rank's stack
         self._report_text = ""  # newest report of this rank
-        self._reply_time = 0.0  # monotonic time at which rank 0 has answered; other ranks only
+        # monotonic time of the last reply of rank 0's store; on the other ranks only
+        self._reply_time = 0.0
         self._reported_key: Any = None  # of the last line, so that it is printed once
 
     @property
@@ -277,7 +279,7 @@ class RankWatchdog(Callback):
         """Report the position of the main thread every second, until training ends.
 
         This is the body of the watching thread. Rank 0 also reads all reports, and writes a verdict
-        to the store if the job cannot continue. The other ranks act if rank 0 does not answer.
+        to the store if the job cannot continue. The other ranks act if rank 0 is stopped.
 
         Args:
             thread_id: identifier of the main thread.
@@ -348,14 +350,17 @@ class RankWatchdog(Callback):
                 lost_s, self._reply_time = 0.0, time.monotonic()
             except RuntimeError:  # rank 0 has ended; the collective may raise an error, or hang
                 lost_s += POLL_INTERVAL_S
-                is_waiting = self._report_text and RankReport(*json.loads(self._report_text))[4]
+                text = self._report_text
+                is_waiting = bool(text) and RankReport(*json.loads(text)).waiting_s > 0
                 if is_waiting and lost_s > 10 * GRACE_S and not self._stop_event.is_set():
                     os._exit(1)
 
     def _act_for_rank_zero(
         self, last_arrivals: dict[int, tuple[int, float]], own_report: RankReport
     ) -> None:
-        """Read the heartbeat files of this machine, and name the absent ranks, while 0 is silent.
+        """Read the heartbeat files of this machine, and name the absent ranks.
+
+        Called while the store of rank 0 does not reply.
 
         The lowest rank that runs prints the line. After `limit_s` each rank ends itself.
         """

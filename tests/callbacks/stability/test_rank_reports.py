@@ -47,6 +47,6 @@ def test_a_rank_that_is_behind_in_the_step_has_skipped_nothing():
 def test_of_many_absent_ranks_four_are_named():
     reports = {rank: report() for rank in range(9)}
     text = describe_absent_ranks(range(9), reports, dict.fromkeys(range(9), 0.0), 5, {})
-    assert text.startswith("rank 0 is in step (a.py:1) since ")
+    assert text.startswith("rank 0 has been in step (a.py:1) since ")
     assert "in the forward pass of step 3, after 5 collectives" in text
     assert text.endswith("; and 5 more ranks")

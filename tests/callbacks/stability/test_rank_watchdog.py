@@ -251,7 +251,9 @@ def test_loaders_of_unequal_length_are_refused_on_all_ranks_unless_the_run_ends_
 
 
 def test_a_rank_that_does_not_join_the_collective_is_named_with_its_stack(ranks):
-    with pytest.raises(RankError, match=r"1 is in training_step \(test_rank_watchdog.py:\d+\)"):
+    with pytest.raises(
+        RankError, match=r"1 has been in training_step \(test_rank_watchdog.py:\d+\)"
+    ):
         ranks(train_until_stuck, 2, timeout=60)
 
 
@@ -277,7 +279,7 @@ def test_a_script_whose_ranks_have_different_settings_is_refused(ranks):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_stopped_rank_is_named_with_its_last_phase_and_collectives(ranks, rank):
     line = wait_for_line(rank, "stopped")
-    assert f"rank {rank} is stopped by a signal since " in line
+    assert f"rank {rank} has been stopped by a signal since " in line
     assert "in the forward pass of step 3, after " in line
     assert f"; rank {1 - rank} has waited for " in line
     assert "in the backward pass of step 3" in line
@@ -285,7 +287,7 @@ def test_a_stopped_rank_is_named_with_its_last_phase_and_collectives(ranks, rank
 
 def test_a_rank_asleep_in_its_loader_is_named_with_the_line_of_its_dataset(ranks):
     line = wait_for_line(1, "asleep")
-    assert "rank 1 is in __getitem__ (test_rank_watchdog.py:" in line
+    assert "rank 1 has been in __getitem__ (test_rank_watchdog.py:" in line
     assert "in the loader of step 3" in line
 
 
@@ -297,5 +299,5 @@ def test_a_rank_that_skipped_a_collective_is_named_with_the_numbers_of_collectiv
 
 def test_a_rank_that_keeps_the_lock_of_python_is_named_with_its_stack(ranks):
     line = wait_for_line(1, "locked")
-    assert "rank 1 does not answer since " in line
+    assert "rank 1 has not reported since " in line
     assert "in training_step (test_rank_watchdog.py:" in line
