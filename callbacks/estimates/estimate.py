@@ -350,12 +350,12 @@ class Estimate:
         if self.best is None:
             return f"{self.shortage()}: use {'; or '.join(self.remedies())}"
         assert self.choice is not None
-        text = f"recommended: {self.best.name}" + format_arguments(self.choice.arguments())
+        text = f"recommended: {self.best.name}" + format_trainer_arguments(self.choice.arguments())
         if self.has_faster:
             assert self.fastest is not None
             faster = self.fastest
             text += f"\nfastest that fits: {faster.row.name}"
-            text += format_arguments(faster.arguments())
+            text += format_trainer_arguments(faster.arguments())
         return text
 
     def shortage(self) -> str:
@@ -489,13 +489,13 @@ def _number_text(value: float | None) -> str:
     return "-" if value is None else f"{value:,.4g}"
 
 
-def format_arguments(arguments: dict[str, Any]) -> str:
+def format_trainer_arguments(arguments: dict[str, Any]) -> str:
     """Return arguments of a Trainer as Python code, each after a comma; "" for none."""
     values = dict(arguments)
     options = {n: values.pop(n) for n in list(values) if n.startswith("strategy.")}
     texts = []
     if options:  # arguments of the class, with the axes of its preset
-        preset = {k: v for k, v in STRATEGY_PRESETS[values.pop("strategy")][1].items()}
+        preset = dict(STRATEGY_PRESETS[values.pop("strategy")][1])
         preset |= {name.removeprefix("strategy."): value for name, value in options.items()}
         inside = ", ".join(f"{name}={value!r}" for name, value in preset.items())
         texts.append(f"strategy=MeshStrategy({inside})")
