@@ -184,7 +184,7 @@ class RunToEstimate:
         ranks: the ranks of the run.
         device: the GPU; None: no times.
         configured: the strategy of the run, a name or an object.
-        level: how the numbers are result.
+        level: how the numbers are computed: measure, simulate or quick.
         full: whether all blocks are simulated.
     """
 

@@ -5,9 +5,9 @@
     P = level(2, 3) - level(1, 3)     what a block before this one adds, such as its activations
     B = level(1, 3) - level(1, 2)     what any block adds, such as its parameters
 
-`level(i, k)` are the bytes of a class at the begin of the forward pass of block i, of k blocks; i
-counts from 0. The backward pass has the same form, in the other order. All other
-moments, and all sums over operations, are linear in k.
+`level(i, k)` are the bytes of a class at the start of the forward pass of block i, of k blocks; i
+counts from 0. The backward pass has the same form, in the other order. All other moments, and all
+sums over operations, are linear in k.
 
 Blocks are equal if their submodules have the same classes, plain attributes and shapes.
 """
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from .simulation import ParameterInfo, Simulation
 from .tensor_tracker import CLASSES, Moment, TensorTracker
 
-MIN_BLOCKS = 6  # the simulations of 2 and 3 blocks are those of 5
+MIN_BLOCKS = 6  # simulating 2 and then 3 blocks costs as much as 5
 SIMULATED_BLOCKS = (3, 2)
 POSITION_WORDS = ("idx", "index", "layer_id", "layer_number")  # in names of attributes
 
@@ -32,9 +32,9 @@ class EqualBlocks:
     """The members of a list or dict of equal modules.
 
     Attributes:
-        container: holds the blocks.
+        container: the module that holds the blocks.
         prefix: the name of the container, with a dot at its end.
-        names: of the blocks in the container, in order.
+        names: names of the blocks in the container, in order.
     """
 
     container: nn.Module

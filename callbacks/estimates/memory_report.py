@@ -1,6 +1,7 @@
-"""MemoryReport: where the memory of a run is, and which changes save the most.
+"""MemoryReport: the memory of a run by class, and the changes that save the most.
 
-P parameters   G gradients   S optimizer state   A the micro-batch, of n ranks
+The bytes that a change saves, with P parameters, G gradients, S optimizer state, A the micro-batch
+(activations and temporary tensors), on n ranks:
 
 half a micro-batch          A / 2, or simulated
 activation checkpointing    simulated, else A (1 - 1 / blocks)

@@ -29,8 +29,8 @@ class MicroBatchEstimate(NamedTuple):
     """Bytes of a forward and backward pass beside parameters, gradients and optimizer state.
 
     Attributes:
-        num_bytes: at the peak.
-        seconds: that the estimate took.
+        num_bytes: bytes at the peak.
+        seconds: time of the estimate.
     """
 
     num_bytes: int

@@ -322,7 +322,7 @@ class SimulatedDevice(OneRankStrategy):
         return True
 
     def _store_step(self, result: Simulation) -> None:
-        """Store the recorded step in `result`, and stop to record."""
+        """Store the recorded step in `result`, and stop the recording."""
         tracker = self.tracker
         result.moments, result.operations = tracker.moments, tracker.operations
         # the last step of an epoch can have fewer micro-batches

@@ -82,7 +82,7 @@ class Moment(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """The begin of a pass through a block: forward or backward, the block, and the next moment.
+    """The start of a pass through a block: forward or backward, the block, and the next moment.
 
     `end` and `backward end` are the ends of the passes through all blocks.
     """

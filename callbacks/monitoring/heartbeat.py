@@ -132,7 +132,7 @@ class Heartbeat(Callback):
         if self._map is not None or not folder:
             return
         rank = trainer.global_rank
-        # a full disk or a folder without permission ends the run elsewhere, if at all
+        # a full disk or a missing permission is reported by the other files of the run
         with suppress(OSError):
             os.makedirs(folder, exist_ok=True)
             path = Path(folder, f"rank_{rank}")
@@ -215,7 +215,7 @@ class Heartbeat(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
-        """Note that callbacks and the loader are next."""
+        """Note that the step has ended; callbacks and the loader follow."""
         self.step = trainer.global_step
         self.mark(BETWEEN)
 

@@ -225,7 +225,7 @@ class ScaleMonitor(RecordedCurves):
 def _add_squares(sums: dict[str, list[Tensor]], name: str, tensor: Tensor) -> None:
     """Add the sum of squares of a tensor, and its number of elements, to those of a layer."""
     local = to_local(tensor.detach())
-    dtype = torch.promote_types(local.dtype, torch.float32)  # a half would overflow
+    dtype = torch.promote_types(local.dtype, torch.float32)  # squares overflow in float16
     squares = torch.linalg.vector_norm(local, dtype=dtype).double().square()
     count = squares.new_tensor(float(local.numel()))
     if name in sums:

@@ -113,7 +113,7 @@ def compare_ranks(own_s: float, window_s: float, device: torch.device) -> dict[s
     Args:
         own_s: seconds of this rank before its collectives.
         window_s: seconds of the window.
-        device: of the default process group.
+        device: device of the default process group.
     """
     local = torch.tensor([own_s], device=device, dtype=torch.float32)
     gathered = [torch.empty_like(local) for _ in range(dist.get_world_size())]
@@ -122,7 +122,12 @@ def compare_ranks(own_s: float, window_s: float, device: torch.device) -> dict[s
 
 
 def summarize_ranks(own_s: list[float], window_s: float) -> dict[str, float]:
-    """Return the slowest rank, and the share of the window that ranks wait for it on average."""
+    """Return the slowest rank, and the share of the window that ranks wait for it on average.
+
+    Args:
+        own_s: for each rank, its seconds before the collectives.
+        window_s: seconds of the window.
+    """
     slowest = max(own_s)
     wait_s = slowest - sum(own_s) / len(own_s)
     return {

@@ -83,9 +83,12 @@ class LRSchedule:
         return self.kind in ("linear", "cosine", "wsd") or 0 < self.warmup < 1
 
     def in_steps(self, units_per_step: int) -> "LRSchedule":
-        """Return the schedule in optimizer steps, each of which has so many samples or tokens.
+        """Return the schedule in optimizer steps.
 
         A warmup keeps one step at least, and a fraction of the run remains that fraction.
+
+        Args:
+            units_per_step: samples or tokens of all ranks in an optimizer step.
         """
         if self.units == "steps":
             return self

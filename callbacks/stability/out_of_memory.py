@@ -54,7 +54,7 @@ STEP = "the micro-batch"  # class of activations, temporary tensors and the batc
 
 @dataclass
 class MemorySummary:
-    """What decides which changes are possible, and their savings; plain values.
+    """The facts of a run that decide which changes are possible and what they save.
 
     Attributes:
         parameters: bytes on this rank.
@@ -334,7 +334,14 @@ def list_changes(
 def summarize(
     trainer: Any, module: L.LightningModule, base_bytes: int, batch: Any = None
 ) -> MemorySummary:
-    """Return the summary of a run on this rank."""
+    """Return the summary of a run on this rank.
+
+    Args:
+        trainer: the trainer of the run.
+        module: its module.
+        base_bytes: bytes of the process before the first step; 0 on a GPU.
+        batch: the micro-batch that failed; None: its samples follow from the datamodule.
+    """
     usage = measure_memory(module, trainer.optimizers)
     parameters = usage["frozen weights"].num_bytes + usage["trained weights"].num_bytes
     data = trainer.datamodule
@@ -481,7 +488,12 @@ def explain_killed_runs(folders: list[Path]) -> list[MemoryReport]:
 def explain_killed_process(record: HeartbeatRecord, folder: Path) -> MemoryReport | None:
     """Return the report of a killed process; None if memory was not the reason.
 
-    The kernel has counted a kill for memory since its start, or its memory was near the limit.
+    Memory was the reason if the kernel has counted a kill for memory since the start of the
+    process, or if its memory was near the limit.
+
+    Args:
+        record: content of its heartbeat file.
+        folder: its run folder, for the title.
     """
     from ..estimates.estimate import format_bytes
 

@@ -52,13 +52,18 @@ class Distribution(NamedTuple):
     second_param: float = 0.0
 
     def sample_into(self, rows: Tensor, generator: torch.Generator | None) -> None:
-        """Fill `rows` in place with numbers of the distribution; orthogonal rows must be all."""
+        """Fill `rows` in place with numbers of the distribution.
+
+        Args:
+            rows: rows of the parameter (rows, ...); an orthogonal distribution needs all of them.
+            generator: generator of the numbers; None: the default one.
+        """
         if self.family == "normal":
             rows.normal_(self.first_param, self.second_param, generator=generator)
         elif self.family == "uniform":
             rows.uniform_(self.first_param, self.second_param, generator=generator)
         elif self.family == "truncated_normal":
-            # the inverse of the distribution function, in fp32: a half has few values near 1
+            # the inverse of the distribution function, in fp32, because bf16 has few values near 1
             limit = math.erf(MAX_STDS / math.sqrt(2))
             numbers = torch.empty(rows.shape, device=rows.device)
             numbers.uniform_(-limit, limit, generator=generator).erfinv_().mul_(math.sqrt(2))
