@@ -96,7 +96,6 @@ class Heartbeat(Callback):
     """Writes phase, step and time to `<run folder>/heartbeats/rank_<k>` when the phase changes.
 
     Ravine's Trainer adds it to runs with a folder, and RankWatchdog to runs with several ranks.
-    Example: `Trainer(callbacks=[Heartbeat()])`.
     """
 
     takes_partial_gradients = True  # it reads no gradients

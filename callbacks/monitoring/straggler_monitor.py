@@ -28,7 +28,7 @@ class StragglerMonitor(OptimizerStepCallback):
     """Logs the slowest rank and the share of time that ranks wait for it, every log interval.
 
     Ravine's Trainer adds it if there are several ranks and a logger. A log step has one additional
-    collective, of a number per rank. Example: `Trainer(callbacks=[StragglerMonitor()])`.
+    collective, of a number per rank.
     """
 
     takes_partial_gradients = True  # it reads no gradients
