@@ -13,9 +13,11 @@ exists belongs to a rank that was killed.
 """
 
 import json
+import math
 import mmap
 import os
 import socket
+import stat
 import struct
 import time
 from contextlib import suppress
@@ -140,7 +142,8 @@ class Heartbeat(Callback):
             process = ProcessInfo(
                 rank, pid, start_ticks(pid), socket.gethostname(), *limit, count_oom_kills()
             )
-            with path.open("w+b") as file:
+            path.unlink(missing_ok=True)  # a link would be followed
+            with path.open("x+b") as file:
                 # written, not truncated to size: a hole may have no space on the disk later
                 file.write(bytes(FILE_BYTES))
                 file.flush()
@@ -252,11 +255,19 @@ class Heartbeat(Callback):
 
 
 def read_heartbeat(path: Path) -> HeartbeatRecord | None:
-    """Return the content of a heartbeat file; None if it is incomplete."""
+    """Return the content of a heartbeat file; None if it is incomplete, damaged or a link.
+
+    The rank in the file must be that of its name, because the name is later removed.
+    """
     try:
-        data = path.read_bytes()
+        data = _read_file(path)
         process = ProcessInfo(**json.loads(_get_text(data, PROCESS_OFFSET, SUMMARY_OFFSET)))
+        _check_types(process)
         phase, epoch, batch, step, time_s, peak_bytes = POSITION.unpack_from(data, 0)
+        if min(phase, epoch, batch, step, peak_bytes) < 0 or not math.isfinite(time_s):
+            return None
+        if path.name != f"rank_{process.rank}":
+            return None
         report = _get_text(data, REPORT_OFFSET, FILE_BYTES)
         summary = _get_text(data, SUMMARY_OFFSET, REPORT_OFFSET)
         return HeartbeatRecord(
@@ -271,8 +282,27 @@ def read_heartbeat(path: Path) -> HeartbeatRecord | None:
             path.parent,
             summary,
         )
-    except (OSError, ValueError, TypeError, IndexError, struct.error):
+    except (OSError, ValueError, TypeError, IndexError, RecursionError, struct.error):
         return None
+
+
+def _read_file(path: Path) -> bytes:
+    """Return the first bytes of a regular file; a link, pipe or device raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0))
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(f"{path} is not a regular file")
+        return os.read(descriptor, FILE_BYTES)
+    finally:
+        os.close(descriptor)
+
+
+def _check_types(process: ProcessInfo) -> None:
+    """Raise TypeError if a value has another type than `ProcessInfo` writes."""
+    for name, value in asdict(process).items():
+        is_text = name in ("host", "limit_source")
+        if type(value) is not (str if is_text else int) or (not is_text and abs(value) >= 2**63):
+            raise TypeError(f"{name}={value!r}")
 
 
 def read_heartbeats(folder: Path) -> dict[int, HeartbeatRecord]:

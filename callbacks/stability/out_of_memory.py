@@ -472,6 +472,8 @@ def explain_killed_runs(folders: list[Path]) -> list[MemoryReport]:
     """
     reports = []
     for folder in folders:
+        if (folder / FOLDER).is_symlink():  # its files are outside of the run folder
+            continue
         records = read_heartbeats(folder / FOLDER)
         for record in records.values():
             if process_state(record.process) not in ("X", "Z"):
@@ -504,7 +506,9 @@ def explain_killed_process(record: HeartbeatRecord, folder: Path) -> MemoryRepor
         return None
     try:
         summary = MemorySummary(**json.loads(record.summary))
-    except (ValueError, TypeError):
+        if not all(isinstance(v, int) and 0 <= v < 2**63 for v in vars(summary).values()):
+            summary = MemorySummary()
+    except (ValueError, TypeError, RecursionError):
         summary = MemorySummary()
     gradients = summary.trainable
     # without an optimizer step there are no states yet

@@ -166,10 +166,11 @@ def read_regular_file(path: Path, max_bytes: int) -> str | None:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0))
     except (OSError, ValueError):
         return None
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_size > max_bytes:
+        os.close(descriptor)  # os.fdopen refuses a folder with an exception
+        return None
     with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > max_bytes:
-            return None
         try:
             return file.read(max_bytes).decode("utf-8", "replace")
         except OSError:

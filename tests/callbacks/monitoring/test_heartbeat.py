@@ -1,7 +1,9 @@
 """The heartbeat file has the last position of a rank, also of one that was killed."""
 
+import json
 import os
 import signal
+import struct
 import time
 from pathlib import Path
 
@@ -11,7 +13,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from ravine.callbacks.monitoring.heartbeat import (
+    FILE_BYTES,
     FOLDER,
+    POSITION,
+    PROCESS_OFFSET,
     Heartbeat,
     process_state,
     read_heartbeat,
@@ -118,3 +123,39 @@ def test_a_report_that_is_too_long_is_cut(tmp_path):
     assert read_heartbeats(tmp_path)[0].report == "b"
     heartbeat.close()
     assert list(tmp_path.parent.glob(tmp_path.name)) == []
+
+
+def write_file(path, position=(1, 0, 1, 1, 1.0, 5), **values):
+    process = {"rank": 0, "pid": 1, "start_ticks": 1, "host": "a", "limit_bytes": 1}
+    process |= {"limit_source": "", "oom_kills": 0} | values
+    text, data = json.dumps(process).encode(), bytearray(FILE_BYTES)
+    POSITION.pack_into(data, 0, *position)
+    struct.pack_into("<I", data, PROCESS_OFFSET, len(text))
+    data[PROCESS_OFFSET + 4 : PROCESS_OFFSET + 4 + len(text)] = text
+    path.write_bytes(data)
+
+
+def test_damaged_values_are_left_out(tmp_path):
+    path = tmp_path / "rank_0"
+    write_file(path)
+    assert set(read_heartbeats(tmp_path)) == {0}
+    for values in ({"rank": [1]}, {"rank": "0/../../a"}, {"rank": 1}, {"oom_kills": "x"}):
+        write_file(path, **values)
+        assert read_heartbeats(tmp_path) == {}
+    for position in ((-1, 0, 1, 1, 1.0, 5), (1, 0, 1, 1, float("nan"), 5)):
+        write_file(path, position)
+        assert read_heartbeats(tmp_path) == {}
+
+
+def test_links_and_pipes_are_not_read_and_a_link_is_not_written_through(tmp_path):
+    target, folder = tmp_path / "target", tmp_path / "heartbeats"
+    folder.mkdir()
+    write_file(target)
+    before = target.read_bytes()
+    (folder / "rank_0").symlink_to(target)
+    os.mkfifo(folder / "rank_1")
+    assert read_heartbeats(folder) == {}
+    heartbeat = Heartbeat(str(folder))
+    heartbeat.open(L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False))
+    heartbeat.close()
+    assert target.read_bytes() == before

@@ -297,3 +297,10 @@ def test_the_list_imports_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_folder_in_place_of_a_record_does_not_hide_the_runs() -> None:
+    make_run("a/version_0")
+    Path("runs/b/version_0/run.json").mkdir(parents=True)
+    runs = {run.name: run.status for run in index.list_runs(Path("runs"))}
+    assert runs == {"a/0": "done", "b/0": "unknown"}
