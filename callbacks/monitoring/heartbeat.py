@@ -300,8 +300,11 @@ def _read_file(path: Path) -> bytes:
 def _check_types(process: ProcessInfo) -> None:
     """Raise TypeError if a value has another type than `ProcessInfo` writes."""
     for name, value in asdict(process).items():
-        is_text = name in ("host", "limit_source")
-        if type(value) is not (str if is_text else int) or (not is_text and abs(value) >= 2**63):
+        if name in ("host", "limit_source"):
+            is_valid = isinstance(value, str)
+        else:
+            is_valid = type(value) is int and abs(value) < 2**63
+        if not is_valid:
             raise TypeError(f"{name}={value!r}")
 
 
