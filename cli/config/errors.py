@@ -655,6 +655,9 @@ def import_class(config_value: ConfigValue, base_names: str, bases: tuple[type, 
         raise unknown_class_name(
             config_value, f"{config_value.text} is not a {base_names}", classes_by_name, f"{path}."
         )
+    if inspect.isfunction(imported_class) and "return" not in imported_class.__annotations__:
+        problem = f"{config_value.text} is a function without the return type {base_names}"
+        raise unknown_class_name(config_value, problem, classes_by_name, f"{path}.")
     return imported_class
 
 

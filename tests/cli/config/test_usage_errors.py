@@ -567,3 +567,20 @@ def test_callbacks_that_a_later_config_would_drop_are_refused(
     hint = capsys.readouterr().err
     assert "more.yaml adds to trainer.callbacks, but run.yaml after it replaces them" in hint
     assert "type: --config run.yaml --config more.yaml" in hint
+
+
+def test_a_function_in_place_of_an_optimizer_needs_a_return_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own_optimizers.py").write_text(
+        "import torch\n\nclass Own(torch.optim.SGD):\n    pass\n\n"
+        "def make(params, lr=0.1):\n    return Own(params, lr=lr)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    argv = ["lightning", "fit", "--config", "spam", "--optimizer=own_optimizers.make"]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert main(argv[1:]) == 2
+    error = capsys.readouterr().err
+    assert "make is a function without the return type Optimizer" in error
+    assert "type: --optimizer=own_optimizers.Own" in error
