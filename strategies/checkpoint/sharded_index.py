@@ -53,8 +53,9 @@ ALLOWED_INDEX_NAMES = {  # the classes and functions that an index may name
     ("torch", "Size"),
     *(("torch", name) for name in DTYPES_BY_NAME),
     ("torch.serialization", "_get_layout"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "PurePosixPath"),
+    # Python 3.13 defines them in a module of pathlib
+    *((module, "PosixPath") for module in ("pathlib", "pathlib._local")),
+    *((module, "PurePosixPath") for module in ("pathlib", "pathlib._local")),
 }
 
 

@@ -4,7 +4,9 @@ import contextlib
 import io
 import json
 import os
+import pathlib
 import pickle
+import sys
 import zipfile
 import zlib
 from pathlib import Path
@@ -61,7 +63,10 @@ def seal(folder: Path) -> None:
 @pytest.fixture
 def parts(tmp_path: Path) -> Path:
     """A checkpoint in parts, as one rank writes it."""
-    folder = tmp_path / "parts.ckpt"
+    return write_parts(tmp_path / "parts.ckpt")
+
+
+def write_parts(folder: Path) -> Path:
     tensors = {sharded_index.encode_path(("state_dict", "weight")): WEIGHT}
     with pytest.warns(UserWarning, match=r"torch.distributed is disabled"):
         save(tensors, storage_writer=FileSystemWriter(folder, thread_count=1), no_dist=True)
@@ -73,6 +78,19 @@ def parts(tmp_path: Path) -> Path:
 def test_complete_shards_are_read(parts: Path) -> None:
     assert find_damage(parts) is None
     loaded = AtomicCheckpointIO().load_checkpoint(parts)
+    assert torch.equal(loaded["state_dict"]["weight"], WEIGHT)
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_shards_of_any_version_of_python_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, pathlib)
+    monkeypatch.setattr(pathlib.PosixPath, "__module__", module)
+    folder = write_parts(tmp_path / "parts.ckpt")
+    assert module.encode() in (folder / sharded_index.INDEX_FILE).read_bytes()
+    monkeypatch.undo()
+    loaded = AtomicCheckpointIO().load_checkpoint(folder)
     assert torch.equal(loaded["state_dict"]["weight"], WEIGHT)
 
 
