@@ -1,5 +1,6 @@
 """Run directory: the folder of one run, its name, its errors, and its removal if it is empty."""
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -46,8 +47,11 @@ def check_run_links(name: str | None, root: str | Path) -> None:
 
 
 def run_dir_error(folder: Path, error: OSError) -> Exception:
-    """Return the error for a run directory that cannot be created; a full disk keeps its error."""
-    if error.errno in DISK_FULL_ERRNOS:
+    """Return the error for a run directory that cannot be created.
+
+    A full disk and a name that is too long keep their error, which has its own message.
+    """
+    if error.errno in {*DISK_FULL_ERRNOS, errno.ENAMETOOLONG}:
         return error
     return UsageError(
         f"the run directory {folder} cannot be created: {error.strerror}",

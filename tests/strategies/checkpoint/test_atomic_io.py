@@ -340,7 +340,7 @@ def test_a_foreign_type_is_refused_by_name_when_saved(
 
 def test_a_file_with_foreign_types_is_read_only_on_trust(path: Path) -> None:
     torch.save({"root": Path("/")}, path)
-    with pytest.raises(CheckpointError, match=r"it holds pathlib\.\w+, more than tensors"):
+    with pytest.raises(CheckpointError, match=r"it holds pathlib[\w.]+, more than tensors"):
         IO.load_checkpoint(path)
     assert IO.load_checkpoint(path, weights_only=False) == {"root": Path("/")}
 
