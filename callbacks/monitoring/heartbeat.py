@@ -262,7 +262,8 @@ def read_heartbeat(path: Path) -> HeartbeatRecord | None:
     try:
         data = _read_file(path)
         process = ProcessInfo(**json.loads(_get_text(data, PROCESS_OFFSET, SUMMARY_OFFSET)))
-        _check_types(process)
+        if not _is_valid(process):
+            return None
         phase, epoch, batch, step, time_s, peak_bytes = POSITION.unpack_from(data, 0)
         if min(phase, epoch, batch, step, peak_bytes) < 0 or not math.isfinite(time_s):
             return None
@@ -297,15 +298,14 @@ def _read_file(path: Path) -> bytes:
         os.close(descriptor)
 
 
-def _check_types(process: ProcessInfo) -> None:
-    """Raise TypeError if a value has another type than `ProcessInfo` writes."""
-    for name, value in asdict(process).items():
-        if name in ("host", "limit_source"):
-            is_valid = isinstance(value, str)
-        else:
-            is_valid = type(value) is int and abs(value) < 2**63
-        if not is_valid:
-            raise TypeError(f"{name}={value!r}")
+def _is_valid(process: ProcessInfo) -> bool:
+    """Whether each value is of the kind that a heartbeat file has: an integer or printable text."""
+    return all(
+        isinstance(value, str) and value.isprintable()
+        if name in ("host", "limit_source")
+        else type(value) is int and abs(value) < 2**63
+        for name, value in asdict(process).items()
+    )
 
 
 def read_heartbeats(folder: Path) -> dict[int, HeartbeatRecord]:
