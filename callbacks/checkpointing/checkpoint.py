@@ -76,7 +76,7 @@ class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
         # whether a validation ended within an optimizer step, at whose end the file is saved
         self._save_deferred = False
         self._written_paths: set[str] = set()  # files of this run; no other file is removed
-        self._has_printed_notice = False  # of a default metric that nobody logs
+        self._has_printed_notice = False  # of a default metric that is not logged
 
     @property
     def monitor_is_optional(self) -> bool:

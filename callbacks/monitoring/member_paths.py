@@ -142,7 +142,7 @@ class RecordedPaths(Callback, ABC):
     def state_dict(self) -> dict[str, Any]:
         """Return the paths as tensors and numbers, without the point of the end of the run.
 
-        A run that goes on from the checkpoint would keep it beside those of the interval.
+        A run resumed from the checkpoint would keep it beside those of the interval.
         """
         end = len(self.steps) - self._has_end_point
         return {
